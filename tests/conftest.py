@@ -1,0 +1,31 @@
+"""What every test starts from: fixed seeds, quiet backends, two fake devices on JAX."""
+
+import os
+from pathlib import Path
+
+# Read when the backends are imported, so they stand before the import of Keras.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+
+import keras
+import pytest
+
+SHARED_DATA = Path(__file__).parent.parent.parent / "shared" / "data"
+
+
+def pytest_report_header() -> str:
+    data = "found" if SHARED_DATA.is_dir() else "ABSENT: the tests on real data will be skipped"
+    return f"Keras {keras.__version__} on {keras.backend.backend()}, ../shared/data: {data}"
+
+
+@pytest.fixture(autouse=True)
+def _seeds():
+    keras.utils.set_random_seed(0)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data sets beside the repository."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip("NOT TESTED ON REAL DATA: ../shared/data is absent")
+    return SHARED_DATA
