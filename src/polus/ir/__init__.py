@@ -1,0 +1,1 @@
+"""Dense retrieval: training, scores, losses, models, stored representations and evaluation."""
