@@ -158,19 +158,21 @@ class IConfusionMatrix(IMetric):
 
     def _samples_from_batch(self, y_true: Any, y_pred: Any) -> None:
         y_true, y_pred = self._labels(ops.convert_to_tensor(y_true), ops.convert_to_tensor(y_pred))
-        true, true_is_valid = self._valid(y_true)
-        predicted, predicted_is_valid = self._valid(y_pred)
-        valid = ops.logical_and(true_is_valid, predicted_is_valid)
-        # One more cell takes the invalid ones, and another those to ignore.
-        cells = self.num_classes**2
-        cell = ops.where(valid, true * self.num_classes + predicted, cells)
+        # The sum of one-hot outer products, exact in float32 up to 2**24 labels in a batch. A label
+        # that is no class has a row of zeros, and so is missing from the sum.
+        true, predicted = self._one_hot(y_true), self._one_hot(y_pred)
+        expected = ops.cast(ops.size(y_true), "float32")
         if self.ignore_class is not None:
-            cell = ops.where(ops.equal(y_true, self.ignore_class), cells + 1, cell)
-        counts = ops.segment_sum(ops.ones_like(cell), cell, num_segments=cells + 2)
-        counts = ops.cast(counts, self.confusion_matrix.dtype)
-        matrix = ops.reshape(counts[:cells], (self.num_classes, self.num_classes))
-        self.confusion_matrix.assign(self.confusion_matrix + matrix)
-        self.num_invalid.assign(self.num_invalid + counts[cells])
+            counted = ops.cast(ops.not_equal(y_true, self.ignore_class), "float32")
+            true = true * counted[:, None]
+            expected = ops.sum(counted)
+        counts = ops.matmul(ops.transpose(true), predicted)
+        dtype = self.confusion_matrix.dtype
+        self.confusion_matrix.assign_add(ops.cast(counts, dtype))
+        self.num_invalid.assign_add(ops.cast(expected - ops.sum(counts), dtype))
+
+    def _one_hot(self, labels: Any) -> Any:
+        return ops.cast(ops.equal(labels[:, None], ops.arange(self.num_classes)), "float32")
 
     def _labels(self, y_true: Any, y_pred: Any) -> tuple[Any, Any]:
         """Gives both as labels of shape (N,), by the table in the class's docstring."""
@@ -202,13 +204,6 @@ class IConfusionMatrix(IMetric):
                 "(scores). Use reduce_f to select or reshape what a step returns."
             )
         return ops.reshape(y_true, (-1,)), ops.reshape(y_pred, (-1,))
-
-    def _valid(self, labels: Any) -> tuple[Any, Any]:
-        """Gives labels as int32, and where they are whole numbers from 0 to C - 1."""
-        as_int = ops.cast(labels, "int32")
-        whole = ops.equal(ops.cast(as_int, labels.dtype), labels)
-        in_range = ops.logical_and(as_int >= 0, as_int < self.num_classes)
-        return as_int, ops.logical_and(whole, in_range)
 
     def evaluate(self) -> Any:
         invalid = int(self.num_invalid)
