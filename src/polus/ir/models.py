@@ -1,0 +1,170 @@
+"""Models that turn texts into vectors: tokens, an encoder, and projections that are trained."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from polus.ir.bert import BertEncoder
+
+__all__ = ["BertEncoder", "DualEncoder", "IdentityProjection", "TextTokenizer"]
+
+
+class TextTokenizer:
+    """Texts to token ids, by a `tokenizer.json` of the `tokenizers` library.
+
+    Calling it with N texts gives `{"input_ids": (N, L), "attention_mask": (N, L)}` of int32, with L
+    the longest text's length rounded up to a multiple of `multiple`, so that a compiled encoder
+    meets few shapes.
+
+    Args:
+        path: of `tokenizer.json`, or of the folder it is in.
+        max_length: longer texts are cut, special tokens included in the count.
+        multiple: see above.
+    """
+
+    def __init__(self, path: str | Path, max_length: int = 256, multiple: int = 32) -> None:
+        try:
+            from tokenizers import Tokenizer
+        except ImportError as error:
+            raise ImportError("TextTokenizer needs tokenizers: pip install polus[ir]") from error
+        path = Path(path)
+        self._tokenizer = Tokenizer.from_file(
+            str(path / "tokenizer.json" if path.is_dir() else path)
+        )
+        self._tokenizer.no_padding()
+        self._tokenizer.enable_truncation(max_length)
+        self.max_length = max_length
+        self.multiple = multiple
+        self.vocab_size: int = self._tokenizer.get_vocab_size()
+
+    def __call__(self, texts: Sequence[str]) -> dict[str, np.ndarray[Any, Any]]:
+        encodings = self._tokenizer.encode_batch(list(texts))
+        longest = max((len(each.ids) for each in encodings), default=1)
+        length = min(-(-longest // self.multiple) * self.multiple, max(self.max_length, longest))
+        ids = np.zeros((len(encodings), length), np.int32)
+        mask = np.zeros_like(ids)
+        for row, each in enumerate(encodings):
+            ids[row, : len(each.ids)] = each.ids
+            mask[row, : len(each.ids)] = 1
+        return {"input_ids": ids, "attention_mask": mask}
+
+    def lengths(self, texts: Sequence[str]) -> list[int]:
+        """The number of tokens of each text."""
+        return [len(each.ids) for each in self._tokenizer.encode_batch(list(texts))]
+
+    @property
+    def fingerprint(self) -> str:
+        """Differs where the tokens of a text may differ."""
+        return hashlib.sha256(self._tokenizer.to_str().encode()).hexdigest()
+
+
+@keras.saving.register_keras_serializable(package="polus")
+class IdentityProjection(keras.layers.Layer):
+    """A linear map without bias that starts as the identity.
+
+    A frozen encoder's vectors are good as they are; a random start would throw away what the
+    encoder knows and have to learn it back from the training pairs.
+
+    Args:
+        size: length of the projected vectors; the input's if not given. A shorter one starts by
+            keeping the first numbers.
+    """
+
+    def __init__(self, size: int | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.size = size
+
+    def build(self, input_shape: Any) -> None:
+        # Of a pair of vectors and mask the shape is a pair of shapes.
+        given = (input_shape[0] if isinstance(input_shape[0], tuple) else input_shape)[-1]
+        self.kernel = self.add_weight(
+            (given, self.size or given), initializer="identity", name="kernel"
+        )
+
+    def call(self, representation: Any) -> Any:
+        if isinstance(representation, (tuple, list)):  # late interaction
+            vectors, mask = representation
+            return ops.matmul(vectors, self.kernel), mask
+        return ops.matmul(representation, self.kernel)
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "size": self.size}
+
+
+@keras.saving.register_keras_serializable(package="polus")
+class DualEncoder(keras.Model):
+    """An encoder for queries and one for documents, each with a projection on top.
+
+    It has the four methods that `EfficientDenseRetrievalTrainer` calls. Called as a model, with a
+    pair of queries and documents, it gives the pair of their representations.
+
+    Args:
+        encoder: any Keras model from a tensor, or a dict of tensors, to `(B, E)`, or for late
+            interaction to `(vectors (B, L, E), mask (B, L))`.
+        document_encoder: for documents; the same one if not given.
+        projection_size: length of the representations; the encoder's if not given.
+        shared_projection: one projection for queries and documents.
+
+    Example:
+        >>> model = DualEncoder(keras.Sequential([keras.layers.Dense(8)]))
+        >>> queries, documents = model((np.ones((2, 4)), np.ones((3, 4))))
+        >>> tuple(documents.shape)
+        (3, 8)
+    """
+
+    def __init__(
+        self,
+        encoder: keras.Model,
+        document_encoder: keras.Model | None = None,
+        projection_size: int | None = None,
+        shared_projection: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.query_encoder = encoder
+        self.document_encoder = document_encoder or encoder
+        self.projection_size = projection_size
+        self.shared_projection = shared_projection
+        self.query_projection = IdentityProjection(projection_size, name="query_projection")
+        self.document_projection = (
+            self.query_projection
+            if shared_projection
+            else IdentityProjection(projection_size, name="document_projection")
+        )
+
+    def encode_query(self, inputs: Any, training: bool = False) -> Any:
+        """The encoder's vectors of queries, before the projection."""
+        return self.query_encoder(inputs, training=training)
+
+    def encode_document(self, inputs: Any, training: bool = False) -> Any:
+        """The encoder's vectors of documents, before the projection."""
+        return self.document_encoder(inputs, training=training)
+
+    def call(self, inputs: Any, training: bool = False) -> Any:
+        queries, documents = inputs
+        return (
+            self.query_projection(self.encode_query(queries, training)),
+            self.document_projection(self.encode_document(documents, training)),
+        )
+
+    def get_config(self) -> dict[str, Any]:
+        serialize = keras.saving.serialize_keras_object
+        two = self.document_encoder is not self.query_encoder
+        return {
+            "name": self.name,
+            "encoder": serialize(self.query_encoder),
+            "document_encoder": serialize(self.document_encoder) if two else None,
+            "projection_size": self.projection_size,
+            "shared_projection": self.shared_projection,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "DualEncoder":
+        for name in ("encoder", "document_encoder"):
+            config[name] = keras.saving.deserialize_keras_object(config[name])
+        return cls(**config)

