@@ -1,0 +1,305 @@
+"""Checkpoints on disk: each is whole, or is not there, or is known to be damaged.
+
+    DIRECTORY/checkpoint-00000007/state.safetensors    the arrays
+                                 /manifest.json        everything else, sizes and checksums
+    DIRECTORY/damaged-checkpoint-00000006/             did not verify when a run wanted to resume
+    DIRECTORY/.lock                                    held by the run that writes here
+
+There is no pointer to the latest: the one with the highest number that verifies is it. Nothing is
+pickled: a checkpoint can be read without running what is in it.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import secrets
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import filelock
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import load_file, save_file
+
+from polus.files import TEMPORARY_PREFIX, atomic_write, remove
+
+FORMAT = 1
+STATE = "state.safetensors"
+MANIFEST = "manifest.json"
+PREFIX = "checkpoint-"
+DAMAGED_PREFIX = "damaged-"
+
+ARRAY = "$array"  # marks in the manifest where an array of the state file belongs
+
+logger = logging.getLogger(__name__)
+
+
+class CheckpointError(RuntimeError):
+    """No checkpoint can be written or used; the message says why and what to do."""
+
+
+class DamagedError(CheckpointError):
+    """The files of one checkpoint are not what was written."""
+
+
+class Snapshot(NamedTuple):
+    """A tree taken apart: what JSON can hold, and the arrays by the names they are stored under."""
+
+    skeleton: Any
+    arrays: dict[str, np.ndarray]
+
+
+class Saved(NamedTuple):
+    """A checkpoint that was read: its folder, the tree, and the facts that were written with it."""
+
+    path: Path
+    tree: Any
+    facts: dict[str, Any]
+
+
+def take_apart(tree: Any) -> Snapshot:
+    """Copies a tree of dicts, lists, JSON values and NumPy arrays, so that its owner may go on.
+
+    Raises:
+        TypeError: If something else is in it; the message says where.
+    """
+    arrays: dict[str, np.ndarray] = {}
+
+    def visit(node: Any, path: str) -> Any:
+        if isinstance(node, np.ndarray | np.generic):
+            # safetensors writes the buffer as it lies: scrambled, unless in C order and native.
+            array = np.array(node, dtype=node.dtype.newbyteorder("="), order="C")
+            name = array.dtype.name
+            if array.dtype.kind in "biuf" and array.itemsize <= 8:
+                arrays[path] = array
+            elif array.dtype.kind in "fc" or hasattr(ml_dtypes, name):
+                # safetensors or its NumPy side doesn't know complex128, bfloat16, float8, ...
+                arrays[path] = _bytes(array)
+            else:
+                raise TypeError(f"At {path} the state has an array of {name}. Give numbers.")
+            return {ARRAY: path, "dtype": name, "shape": list(array.shape)}
+        if isinstance(node, Mapping):
+            if ARRAY in node or not all(isinstance(key, str) for key in node):
+                raise TypeError(
+                    f"At {path or 'its root'} the state has a dict with the keys {list(node)}. "
+                    f"Keys have to be strings other than {ARRAY!r}."
+                )
+            return {key: visit(node[key], _join(path, key)) for key in node}
+        if isinstance(node, list | tuple):
+            return [visit(child, _join(path, str(i))) for i, child in enumerate(node)]
+        if node is None or isinstance(node, bool | int | float | str):
+            return node
+        raise TypeError(
+            f"At {path or 'its root'} the state has a {type(node).__name__}. It is stored without "
+            "pickle: give dicts, lists, numbers, strings, None and NumPy arrays "
+            "(bytes as np.frombuffer(value, np.uint8))."
+        )
+
+    return Snapshot(visit(tree, ""), arrays)
+
+
+def put_together(snapshot: Snapshot) -> Any:
+    """The tree that `take_apart` was given (tuples are lists, NumPy scalars are arrays)."""
+
+    def visit(node: Any) -> Any:
+        if isinstance(node, dict):
+            if ARRAY in node:
+                array = snapshot.arrays[node[ARRAY]]
+                dtype = getattr(ml_dtypes, node["dtype"], node["dtype"])
+                return array.reshape(-1).view(dtype).reshape(node["shape"])
+            return {key: visit(child) for key, child in node.items()}
+        return [visit(child) for child in node] if isinstance(node, list) else node
+
+    return visit(snapshot.skeleton)
+
+
+class Store:
+    """The checkpoints in a folder.
+
+    Args:
+        directory: The folder. It is made by the first `write`.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str]):
+        self.directory = Path(directory)
+
+    def lock(self) -> filelock.BaseFileLock:
+        """Takes the folder for this process, until `release()` or the end of the process.
+
+        The system holds the lock, not the file: a killed run leaves none behind.
+
+        Raises:
+            CheckpointError: If another run has it.
+            OSError: If the folder can't be written.
+        """
+        self.directory.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(self.directory / ".lock", blocking=False, thread_local=False)
+        try:
+            lock.acquire()
+        except filelock.Timeout:
+            raise CheckpointError(
+                f"Another run writes its checkpoints to {self.directory}. Two runs would mix "
+                "theirs: wait until it has ended, or give this one a folder of its own."
+            ) from None
+        for rest in self.directory.glob(f"{TEMPORARY_PREFIX}*"):
+            remove(rest)  # of a run that was killed while it saved
+        return lock
+
+    def paths(self) -> list[Path]:
+        """The checkpoints' folders, oldest first, without those set aside."""
+        return sorted(self.directory.glob(f"{PREFIX}*"), key=_number)
+
+    def damaged(self) -> list[Path]:
+        """The checkpoints that were set aside, oldest first."""
+        return sorted(self.directory.glob(f"{DAMAGED_PREFIX}{PREFIX}*"), key=_number)
+
+    def write(self, snapshot: Snapshot, facts: dict[str, Any], keep: int) -> Path:
+        """Writes one more checkpoint, verifies it, and then removes all but the newest `keep`.
+
+        Args:
+            snapshot: What `take_apart` gave.
+            facts: JSON values to be read without the tree: progress, versions.
+            keep: How many to keep, this one counted.
+
+        Returns:
+            The new checkpoint's folder.
+
+        Raises:
+            OSError: If it can't be written. What was there before still is.
+            DamagedError: If what was written reads back differently; it has been set aside.
+        """
+        number = 1 + max(map(_number, self.paths() + self.damaged()), default=0)
+        path = self.directory / f"{PREFIX}{number:08d}"
+        with atomic_write(path) as folder:
+            folder.mkdir()
+            try:
+                save_file(snapshot.arrays, folder / STATE)
+            except SafetensorError as error:
+                raise OSError(f"{folder / STATE} could not be written: {error}") from error
+            manifest = {
+                "format": FORMAT,
+                "files": {STATE: _fingerprint(folder / STATE)},
+                "facts": facts,
+                "tree": snapshot.skeleton,
+            }
+            (folder / MANIFEST).write_text(json.dumps(manifest | {"sha256": _seal(manifest)}))
+        try:
+            # The checksum is of the file: only a comparison with memory tells that it is right.
+            same = _seal(verify(path)) == _seal(manifest)
+            with safe_open(path / STATE, "np") as file:
+                for name, array in snapshot.arrays.items():
+                    same = same and np.array_equal(_bytes(file.get_tensor(name)), _bytes(array))
+            if not same:
+                raise DamagedError(f"{path} reads back differently from what was written")
+        except DamagedError as error:
+            self._set_aside(path, error)
+            raise
+        for old in self.paths()[:-keep]:
+            self._rename(old, f"{TEMPORARY_PREFIX}{secrets.token_hex(4)}-{old.name}", remove)
+        return path
+
+    def read_newest(self) -> Saved | None:
+        """Reads the newest checkpoint that verifies; newer ones that don't are set aside.
+
+        Returns:
+            The checkpoint, or None where none was ever written.
+
+        Raises:
+            CheckpointError: If there are checkpoints but all are damaged: training from the start
+                again is not for us to decide.
+        """
+        for path in reversed(self.paths()):
+            try:
+                return read(path)
+            except DamagedError as error:
+                self._set_aside(path, error)
+        if damaged := [path.name for path in self.paths() + self.damaged()]:
+            raise CheckpointError(
+                f"All checkpoints in {self.directory} are damaged: {', '.join(damaged)}. To train "
+                "from the start, give another folder or remove this one."
+            )
+        return None
+
+    def _set_aside(self, path: Path, error: DamagedError) -> None:
+        logger.warning("%s. It is set aside as %s%s.", error, DAMAGED_PREFIX, path.name)
+        name = f"{DAMAGED_PREFIX}{path.name}"
+        if (self.directory / name).exists():
+            name += f"-{secrets.token_hex(4)}"
+        self._rename(path, name)
+
+    def _rename(self, path: Path, name: str, then: Callable[[Path], None] | None = None) -> None:
+        """Takes a checkpoint out of the list in one go; a kill in between leaves no half of it."""
+        target = path.with_name(name)
+        try:
+            path.rename(target)
+        except OSError as error:
+            logger.warning("%s could not be renamed to %s: %s", path, name, error)
+        else:
+            if then is not None:
+                then(target)
+
+
+def verify(path: Path) -> dict[str, Any]:
+    """Reads a checkpoint's manifest and compares every file with it.
+
+    Raises:
+        DamagedError: If a byte is not as it was written.
+        CheckpointError: If a newer version of Polus wrote it.
+    """
+    try:
+        manifest: dict[str, Any] = json.loads((path / MANIFEST).read_bytes())
+        seal = manifest.pop("sha256")
+        if seal != _seal(manifest):
+            raise DamagedError(f"{path / MANIFEST} is damaged: its checksum differs")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedError(f"{path / MANIFEST} can't be read: {error!r}") from error
+    if manifest["format"] != FORMAT:
+        raise CheckpointError(
+            f"{path} has format {manifest['format']}, this version of Polus reads format {FORMAT}. "
+            "Install the version that wrote it."
+        )
+    for name, expected in manifest["files"].items():
+        try:
+            found = _fingerprint(path / name)
+        except OSError as error:
+            raise DamagedError(f"{path / name} can't be read: {error!r}") from error
+        if found != expected:
+            raise DamagedError(f"{path / name} is damaged: expected {expected}, found {found}")
+    return manifest
+
+
+def read(path: Path) -> Saved:
+    """Verifies and reads one checkpoint; raises as `verify` does."""
+    manifest = verify(path)
+    arrays = load_file(path / STATE)
+    return Saved(path, put_together(Snapshot(manifest["tree"], arrays)), manifest["facts"])
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return {"bytes": file.tell(), "sha256": digest}
+
+
+def _seal(manifest: dict[str, Any]) -> str:
+    """The checksum of a manifest's meaning: JSON in one certain spelling."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _number(path: Path) -> int:
+    """The N of [damaged-]checkpoint-N[-again]; 0 for what someone else has put there."""
+    number = path.name.removeprefix(DAMAGED_PREFIX).removeprefix(PREFIX).split("-")[0]
+    return int(number) if number.isdecimal() else 0
+
+
+def _bytes(array: np.ndarray) -> np.ndarray:
+    return array.reshape(-1).view(np.uint8)
+
+
+def _join(path: str, key: str) -> str:
+    """A name in the state file: the keys from the root (RFC 6901, so that none can collide)."""
+    key = key.replace("~", "~0").replace("/", "~1")
+    return f"{path}/{key}" if path else key
