@@ -1,0 +1,271 @@
+"""JAX: a stateful Keras function becomes one jitted pure function of the variables that it meets.
+
+A function is traced abstractly first, under a `Recorder` that sees which Keras variables it reads and
+which it assigns. The compiled program takes (assigned values, read values, arguments) and returns (new
+values, outputs); only the assigned values are donated. A variable that is only read is an argument,
+never a constant of the program.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import keras
+import numpy as np
+
+from polus.backends.recorder import Recorder, current
+
+Tree = Any
+COMPILES = True  # a new shape costs a compilation
+
+
+def function(fn: Callable[..., Tree], jit_compile: bool | None = None) -> Callable[..., Tree]:
+    """Compiles `fn`. `jit_compile=False` runs it eagerly, operation by operation, to debug it."""
+    return fn if jit_compile is False else _Function(fn)
+
+
+class _Function:
+    """A stateful function, with one compiled program per signature of its arguments."""
+
+    def __init__(self, fn: Callable[..., Tree]) -> None:
+        self.fn = fn
+        self.programs: dict[Any, _Program] = {}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tree:
+        leaves, structure = jax.tree_util.tree_flatten((args, kwargs))
+        if current() is not None or any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+            return self.fn(*args, **kwargs)  # inside an active trace: inlined
+        leaves = [leaf.value if isinstance(leaf, keras.Variable) else leaf for leaf in leaves]
+        # As in tf.function, a Python value is a constant of the program, an array is an argument.
+        key = (structure, *(_signature(leaf) for leaf in leaves))
+        program = self.programs.get(key)
+        if program is None:
+            program = self.programs[key] = _Program(self.fn, leaves, structure)
+        return program([leaf for leaf in leaves if _is_array(leaf)])
+
+
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array | np.ndarray | np.generic)
+
+
+def _signature(leaf: Any) -> Any:
+    return (leaf.shape, leaf.dtype) if _is_array(leaf) else (type(leaf), leaf)
+
+
+class _Program:
+    """One compiled program: the variables it assigns and reads, and the jitted pure function."""
+
+    def __init__(self, fn: Callable[..., Tree], leaves: list[Any], structure: Any) -> None:
+        slots = [i for i, leaf in enumerate(leaves) if _is_array(leaf)]
+        constants = [None if _is_array(leaf) else leaf for leaf in leaves]
+
+        def call(arrays: Sequence[Any]) -> Tree:
+            filled = list(constants)
+            for slot, array in zip(slots, arrays, strict=True):
+                filled[slot] = array
+            args, kwargs = jax.tree_util.tree_unflatten(structure, filled)
+            return fn(*args, **kwargs)
+
+        with Recorder() as met:
+            # Outside the trace this scope ends, so variables that `fn` creates get real values.
+            jax.eval_shape(call, [leaves[slot] for slot in slots])
+        self.assigned = list(met.assigned.values())
+        self.read = [v for key, v in met.read.items() if key not in met.assigned]
+        self.last: list[Any] = [None] * len(self.assigned)
+
+        def pure(assigned: list[Any], read: list[Any], arrays: list[Any]) -> tuple[Tree, list[Any]]:
+            values = [*zip(self.assigned, assigned, strict=True), *zip(self.read, read, strict=True)]
+            with Recorder(values) as scope:
+                outputs = call(arrays)
+                new = [scope.get_current_value(v) for v in self.assigned]
+            if missed := [v.path for v in scope.met if id(v) not in met.read | met.assigned]:
+                raise RuntimeError(
+                    f"The function met other variables when it was traced again: {missed}. What it "
+                    "reads and assigns may depend on its arguments, not on other Python state."
+                )
+            return outputs, new
+
+        self.compiled = jax.jit(pure, donate_argnums=0)
+
+    def __call__(self, arrays: list[Any]) -> Tree:
+        # A donated buffer is gone for everybody. So only what this program made itself is donated;
+        # a value from elsewhere, which somebody may still hold or share, is copied, once.
+        assigned = [
+            value if (value := variable.value) is last else jnp.array(value, copy=True)
+            for variable, last in zip(self.assigned, self.last, strict=True)
+        ]
+        outputs, self.last = self.compiled(assigned, [v.value for v in self.read], arrays)
+        for variable, value in zip(self.assigned, self.last, strict=True):
+            variable.assign(value)
+        return outputs
+
+
+def value_and_grad(
+    fn: Callable[[], Tree], variables: Sequence[Any], has_aux: bool = False
+) -> tuple[Tree, list[Any]]:
+    """`fn()` and its gradients. A variable on which the value does not depend gets None."""
+    outer = current()
+    connected = [False] * len(variables)
+    assigned: list[Any] = []
+
+    def pure(values: list[Any]) -> tuple[Any, Tree]:
+        values = _watched(values, connected)
+        with Recorder(zip(variables, values, strict=True), outer) as scope:
+            result = fn()
+        # What was assigned inside leaves as an output, else tracers would leak.
+        assigned[:] = scope.assigned.values()
+        new = [scope.state_mapping[id(variable)] for variable in assigned]
+        value, aux = result if has_aux else (result, None)
+        return value, (result if has_aux else value, aux, new)
+
+    (_, (result, _, new)), gradients = jax.value_and_grad(pure, has_aux=True)(
+        [variable.value for variable in variables]
+    )
+    for variable, value in zip(assigned, new, strict=True):
+        variable.assign(value)
+    return result, [g if c else None for g, c in zip(gradients, connected, strict=True)]
+
+
+def _watched(values: list[Any], connected: list[bool]) -> list[Any]:
+    """`values`, and `connected` set where a gradient came back through them.
+
+    JAX gives zeros where there is no path; the other backends give None, and Keras' optimizers skip
+    None. Symbolic zeros tell the two apart.
+    """
+
+    @jax.custom_vjp
+    def identity(values: list[Any]) -> list[Any]:
+        return values
+
+    def forward(values: list[Any]) -> tuple[list[Any], None]:
+        return [v.value for v in values], None
+
+    def backward(_: None, cotangents: list[Any]) -> tuple[list[Any]]:
+        def used(i: int, cotangent: Any) -> Any:
+            if isinstance(cotangent, jax.custom_derivatives.SymbolicZero):
+                return jnp.zeros(cotangent.shape, cotangent.dtype)
+            connected[i] = True
+            return cotangent
+
+        return ([used(i, c) for i, c in enumerate(cotangents)],)
+
+    identity.defvjp(forward, backward, symbolic_zeros=True)
+    return identity(values)  # type: ignore[no-any-return]
+
+
+def repeat(step: Callable[..., Tree], fetch: Callable[[Tree, Any], tuple[Any, ...]]) -> Any:
+    """Many steps as one function `(count, capacity, payload) -> outputs`, to be given to `function`.
+
+    The number of steps is an argument of a `while` loop, so that one compiled program serves every
+    count up to `capacity`. Outputs are stacked to (capacity, ...); rows past `count` are zero.
+    """
+
+    def many(count: Any, capacity: int, payload: Tree) -> Tree:
+        def one(i: Any) -> Tree:
+            return step(*fetch(payload, i))
+
+        outer = current()
+        with Recorder((), outer) as met:
+            outputs = jax.eval_shape(one, jax.ShapeDtypeStruct((), jnp.int32))
+        variables = list(met.assigned.values())
+
+        def body(carry: tuple[Any, list[Any], Tree]) -> tuple[Any, list[Any], Tree]:
+            i, values, rows = carry
+            with Recorder(zip(variables, values, strict=True), outer) as scope:
+                output = one(i)
+                values = [scope.get_current_value(variable) for variable in variables]
+            rows = jax.tree_util.tree_map(lambda row, new: row.at[i].set(new), rows, output)
+            return i + 1, values, rows
+
+        rows = jax.tree_util.tree_map(lambda o: jnp.zeros((capacity, *o.shape), o.dtype), outputs)
+        start = (jnp.int32(0), [variable.value for variable in variables], rows)
+        _, values, rows = jax.lax.while_loop(lambda carry: carry[0] < count, body, start)
+        for variable, value in zip(variables, values, strict=True):
+            variable.assign(value)
+        return rows
+
+    return many
+
+
+def trace(fn: Callable[..., Tree], args: Sequence[Any]) -> list[Any]:
+    """Runs `fn(*args)` abstractly and returns the Keras variables it met. Nothing is changed."""
+    with Recorder() as scope:
+        # A new function each time: JAX would remember the old one's trace, and meet nothing.
+        jax.eval_shape(lambda *args: fn(*args), *args)
+    return scope.met
+
+
+def apply_gradients(optimizer: Any, gradients: Sequence[Any], variables: Sequence[Any]) -> None:
+    """One update of `variables` by `optimizer`, which is built."""
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        # Its apply() assigns inside the branches of a condition, from where no value comes out.
+        weights, state = optimizer.stateless_apply(
+            [v.value for v in optimizer.variables], gradients, [v.value for v in variables]
+        )
+        for variable, value in zip([*variables, *optimizer.variables], [*weights, *state], strict=True):
+            variable.assign(value)
+    else:
+        optimizer.apply(gradients, variables)
+
+
+def stack(batches: Sequence[Tree], capacity: int) -> Tree:
+    """Batches of equal structure and shape as one tree of arrays (capacity, ...) on the device."""
+
+    def join(*rows: Any) -> Any:
+        first = np.asarray(rows[0])
+        joined = np.zeros((capacity, *first.shape), first.dtype)
+        for i, row in enumerate(rows):
+            joined[i] = row
+        return jax.device_put(joined)
+
+    return jax.tree_util.tree_map(join, *batches)
+
+
+def to_device(array: Any) -> Any:
+    """An array-like as an array on the device."""
+    return array if isinstance(array, jax.Array) else jax.device_put(np.asarray(array))
+
+
+def index(array: Any, i: Any) -> Any:
+    """Row `i` of `array`."""
+    return jax.lax.dynamic_index_in_dim(array, i, keepdims=False)
+
+
+def take(array: Any, indices: Any) -> Any:
+    """The rows `indices` of `array`, which are within its bounds."""
+    return array.at[indices].get(mode="promise_in_bounds")
+
+
+def copy(variable: Any) -> Any:
+    """A copy of a variable's value that later steps leave alone."""
+    return jnp.array(variable.value, copy=True)
+
+
+def wait(tree: Tree) -> None:
+    """Returns when everything in `tree` has been computed."""
+    jax.block_until_ready(tree)
+
+
+def iterate(dataset: Any) -> Iterator[Any]:
+    """The batches of a `tf.data.Dataset`, as NumPy arrays."""
+    return dataset.as_numpy_iterator()  # type: ignore[no-any-return]
+
+
+def graph_blocks(iterator: Any) -> None:
+    """Only TensorFlow reads many batches in one call."""
+    return
+
+
+def candidates() -> tuple[bool, ...]:
+    """The settings of `jit_compile` that are worth measuring here."""
+    return (True,)
+
+
+def random_state() -> dict[str, Any]:
+    """The state of the backend's own generators: JAX has none, its keys are values."""
+    return {}
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Puts `random_state()` back."""

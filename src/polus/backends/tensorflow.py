@@ -1,0 +1,230 @@
+"""TensorFlow: `tf.function`, with XLA where it is asked for. Variables are captured as usual."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from polus.backends.recorder import Recorder, current
+
+Tree = Any
+COMPILES = True  # a new shape costs a compilation
+
+
+def function(fn: Callable[..., Tree], jit_compile: bool | None = None) -> Callable[..., Tree]:
+    """Compiles `fn` to a graph; with XLA where `jit_compile` is True.
+
+    Python control flow is not rewritten (no AutoGraph): what runs here runs on the other backends, and
+    an error shows the line as it was written.
+    """
+    compiled = tf.function(fn, jit_compile=bool(jit_compile), autograph=False)
+
+    def call(*args: Any, **kwargs: Any) -> Tree:
+        if tf.inside_function() or current() is not None:
+            return fn(*args, **kwargs)  # inside an active trace: inlined
+        return compiled(*tf.nest.map_structure(_tensor, args), **kwargs)
+
+    return call
+
+
+def _tensor(leaf: Any) -> Any:
+    """Arrays become arguments of the graph; a Python value stays a constant of it."""
+    if isinstance(leaf, keras.Variable):
+        return leaf.value
+    return tf.convert_to_tensor(leaf) if hasattr(leaf, "__array__") else leaf
+
+
+def value_and_grad(
+    fn: Callable[[], Tree], variables: Sequence[Any], has_aux: bool = False
+) -> tuple[Tree, list[Any]]:
+    """`fn()` and its gradients. A variable on which the value does not depend gets None."""
+    with tf.GradientTape() as tape:
+        result = fn()
+        value = result[0] if has_aux else result
+    return result, tape.gradient(value, [variable.value for variable in variables])
+
+
+def repeat(step: Callable[..., Tree], fetch: Callable[[Tree, Any], tuple[Any, ...]]) -> Any:
+    """Many steps as one function `(count, capacity, payload) -> outputs`, to be given to `function`.
+
+    The number of steps is an argument of a `while` loop, so that one compiled program serves every
+    count up to `capacity`. Outputs are stacked to (capacity, ...); rows past `count` are zero.
+    """
+
+    def many(count: Any, capacity: int, payload: Tree) -> Tree:
+        def one(i: Any) -> Tree:
+            return step(*fetch(payload, i))
+
+        # The structure of what a step returns, known without running it.
+        outputs = tf.function(one, autograph=False).get_concrete_function(
+            tf.TensorSpec((), tf.int32)
+        ).structured_outputs
+        flat = tf.nest.flatten(outputs)
+        rows = [tf.TensorArray(o.dtype, capacity, element_shape=o.shape) for o in flat]
+
+        def body(i: Any, rows: list[Any]) -> tuple[Any, list[Any]]:
+            values = tf.nest.flatten(one(i))
+            return i + 1, [row.write(i, value) for row, value in zip(rows, values, strict=True)]
+
+        _, rows = tf.while_loop(
+            lambda i, _: i < count,
+            body,
+            (tf.constant(0), rows),
+            parallel_iterations=1,  # a step reads what the last one assigned
+        )
+        return tf.nest.pack_sequence_as(outputs, [row.stack() for row in rows])
+
+    return many
+
+
+def trace(fn: Callable[..., Tree], args: Sequence[Any]) -> list[Any]:
+    """Runs `fn(*args)` abstractly and returns the Keras variables it met. Nothing is changed."""
+    with Recorder() as scope:
+        tf.function(fn, autograph=False).get_concrete_function(*tf.nest.map_structure(_tensor, args))
+    return scope.met
+
+
+def apply_gradients(optimizer: Any, gradients: Sequence[Any], variables: Sequence[Any]) -> None:
+    """One update of `variables` by `optimizer`, which is built."""
+    optimizer.apply(gradients, variables)
+
+
+def stack(batches: Sequence[Tree], capacity: int) -> Tree:
+    """Batches of equal structure and shape as one tree of tensors (capacity, ...) on the device."""
+
+    return pad(tf.nest.map_structure(lambda *rows: tf.stack(rows), *batches), capacity)
+
+
+def pad(tree: Tree, capacity: int) -> Tree:
+    """`tree` with the first axis of each tensor filled up to `capacity` with zeros."""
+
+    def padded(rows: Any) -> Any:
+        missing = capacity - rows.shape[0]
+        return tf.pad(rows, [[0, missing]] + [[0, 0]] * (rows.shape.rank - 1)) if missing else rows
+
+    return tf.nest.map_structure(padded, tree)
+
+
+def to_device(array: Any) -> Any:
+    """An array-like as a tensor on the device."""
+    return tf.convert_to_tensor(array)
+
+
+def index(array: Any, i: Any) -> Any:
+    """Row `i` of `array`."""
+    return array[i]
+
+
+def take(array: Any, indices: Any) -> Any:
+    """The rows `indices` of `array`, which are within its bounds."""
+    return tf.gather(array, indices)
+
+
+def copy(variable: Any) -> Any:
+    """A copy of a variable's value that later steps leave alone."""
+    return tf.identity(variable.value)
+
+
+def wait(tree: Tree) -> None:
+    """Returns when everything in `tree` has been computed."""
+    for leaf in tf.nest.flatten(tree):
+        leaf.numpy()
+
+
+def iterate(dataset: Any) -> Iterator[Any]:
+    """The batches of a `tf.data.Dataset`, as tensors."""
+    return iter(dataset)
+
+
+def graph_blocks(iterator: Any) -> "_GraphBlocks | None":
+    """Reads many batches in one call, where `iterator` is that of a dataset of plain tensors."""
+    if not isinstance(iterator, tf.data.Iterator):
+        return None
+    plain = all(isinstance(spec, tf.TensorSpec) for spec in tf.nest.flatten(iterator.element_spec))
+    return _GraphBlocks(iterator) if plain else None
+
+
+class _GraphBlocks:
+    """Takes batches out of a dataset's iterator in graph: no Python between two of them."""
+
+    def __init__(self, iterator: Any) -> None:
+        self.iterator = iterator
+        self.specs = tf.nest.flatten(iterator.element_spec)
+
+    def read(self, first: Tree, want: int) -> tuple[int, Tree, Tree | None]:
+        """Up to `want` batches of the shapes of `first`, which is the first of them.
+
+        Returns:
+            How many there are, the batches stacked to (count, ...), and the next one where it has
+            another shape, else None.
+        """
+        count, stacked, other, left = _read(
+            self.iterator, tf.nest.flatten(first), tf.constant(want)
+        )
+        pack = tf.nest.pack_sequence_as
+        return int(count), pack(first, stacked), pack(first, left) if bool(other) else None
+
+
+@tf.function(autograph=False, reduce_retracing=True)  # type: ignore[untyped-decorator]
+def _read(iterator: Any, first: list[Any], want: Any) -> Any:
+    specs = tf.nest.flatten(iterator.element_spec)
+    rows = [
+        tf.TensorArray(spec.dtype, want, infer_shape=False, element_shape=spec.shape) for spec in specs
+    ]
+    rows = [row.write(0, value) for row, value in zip(rows, first, strict=True)]
+
+    def body(i: Any, more: Any, other: Any, rows: list[Any], left: list[Any]) -> Any:
+        item = iterator.get_next_as_optional()
+
+        def take() -> Any:
+            values = tf.nest.flatten(item.get_value())
+            same = tf.constant(True)
+            for value, reference in zip(values, first, strict=True):
+                same &= tf.reduce_all(tf.shape(value) == tf.shape(reference))
+            flows = tf.cond(
+                same,
+                lambda: [row.write(i, value).flow for row, value in zip(rows, values, strict=True)],
+                lambda: [row.flow for row in rows],
+            )
+            return tf.cast(same, tf.int32), same, ~same, flows, values
+
+        def end() -> Any:
+            no = tf.constant(False)
+            return tf.constant(0), no, no, [row.flow for row in rows], left
+
+        added, more, other, flows, left = tf.cond(item.has_value(), take, end)
+        rows = [
+            tf.TensorArray(row.dtype, flow=flow, infer_shape=False, element_shape=row.element_shape)
+            for row, flow in zip(rows, flows, strict=True)
+        ]
+        return i + added, more, other, rows, left
+
+    count, _, other, rows, left = tf.while_loop(
+        lambda i, more, *_: more & (i < want),
+        body,
+        (tf.constant(1), tf.constant(True), tf.constant(False), rows, first),
+        shape_invariants=(
+            tf.TensorShape(()),
+            tf.TensorShape(()),
+            tf.TensorShape(()),
+            [tf.TensorShape(None)] * len(rows),
+            [spec.shape for spec in specs],
+        ),
+        parallel_iterations=1,
+    )
+    return count, [row.gather(tf.range(count)) for row in rows], other, left
+
+
+def candidates() -> tuple[bool, ...]:
+    """The settings of `jit_compile` that are worth measuring here."""
+    return (False, True)
+
+
+def random_state() -> dict[str, Any]:
+    """The state of the backend's own generators (`tf.random`'s global one, where it was made)."""
+    return {}
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Puts `random_state()` back."""

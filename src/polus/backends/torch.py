@@ -1,0 +1,158 @@
+"""PyTorch: eager, and `torch.compile` where it is asked for."""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import torch
+
+from polus.backends.recorder import Recorder
+
+Tree = Any
+COMPILES = False  # a new shape costs nothing
+_depth = threading.local()
+
+
+def function(fn: Callable[..., Tree], jit_compile: bool | None = None) -> Callable[..., Tree]:
+    """`fn` with no gradient recorded but inside `value_and_grad`; compiled where asked for."""
+    compiled = torch.compile(fn) if jit_compile else fn
+
+    def call(*args: Any, **kwargs: Any) -> Tree:
+        if getattr(_depth, "value", 0):
+            return fn(*args, **kwargs)  # inside a gradient: part of it
+        with torch.no_grad():
+            return compiled(*keras.tree.map_structure(_tensor, args), **kwargs)
+
+    return call
+
+
+def _tensor(leaf: Any) -> Any:
+    """Arrays become tensors on Keras' device; a Python value stays what it is."""
+    if isinstance(leaf, keras.Variable | np.ndarray | np.generic | torch.Tensor):
+        return to_device(leaf)
+    return leaf
+
+
+def value_and_grad(
+    fn: Callable[[], Tree], variables: Sequence[Any], has_aux: bool = False
+) -> tuple[Tree, list[Any]]:
+    """`fn()` and its gradients. A variable on which the value does not depend gets None."""
+    depth = getattr(_depth, "value", 0)
+    _depth.value = depth + 1
+    try:
+        with torch.enable_grad():
+            result = fn()
+            value = result[0] if has_aux else result
+            gradients: Sequence[Any] = [None] * len(variables)
+            if value.requires_grad:
+                gradients = torch.autograd.grad(
+                    value,
+                    [variable.value for variable in variables],
+                    allow_unused=True,
+                    # A gradient inside another one's function is itself differentiated.
+                    create_graph=depth > 0,
+                )
+    finally:
+        _depth.value = depth
+    if depth == 0:
+        result = keras.tree.map_structure(_detached, result)
+    return result, list(gradients)
+
+
+def _detached(leaf: Any) -> Any:
+    return leaf.detach() if isinstance(leaf, torch.Tensor) else leaf
+
+
+def repeat(step: Callable[..., Tree], fetch: Callable[[Tree, Any], tuple[Any, ...]]) -> Any:
+    """Many steps as one function `(count, capacity, payload) -> outputs`: a plain loop."""
+
+    def many(count: Any, capacity: int, payload: Tree) -> Tree:
+        outputs = [step(*fetch(payload, i)) for i in range(int(count))]
+        return keras.tree.map_structure(lambda *rows: torch.stack(rows), *outputs)
+
+    return many
+
+
+def trace(fn: Callable[..., Tree], args: Sequence[Any]) -> list[Any]:
+    """Runs `fn(*args)` on copies and returns the Keras variables it met. Nothing is changed."""
+
+    def stand_in(value: Any) -> Any:
+        # Keras' PyTorch optimizers write into a variable's tensor in place, past every scope.
+        return value.detach().clone().requires_grad_(value.requires_grad)
+
+    before = random_state()
+    with torch.no_grad(), Recorder(copies=stand_in) as scope:
+        fn(*keras.tree.map_structure(_tensor, args))
+    set_random_state(before)
+    return scope.met
+
+
+def apply_gradients(optimizer: Any, gradients: Sequence[Any], variables: Sequence[Any]) -> None:
+    """One update of `variables` by `optimizer`, which is built."""
+    with torch.no_grad():
+        optimizer.apply(gradients, variables)
+
+
+def stack(batches: Sequence[Tree], capacity: int) -> Tree:
+    """The batches as they are, on the device: the loop over them is Python's."""
+    return [keras.tree.map_structure(to_device, batch) for batch in batches]
+
+
+def to_device(array: Any) -> Any:
+    """An array-like as a tensor on Keras' device."""
+    return keras.ops.convert_to_tensor(array)
+
+
+def index(array: Any, i: Any) -> Any:
+    """Row `i` of `array`."""
+    return array[i]
+
+
+def take(array: Any, indices: Any) -> Any:
+    """The rows `indices` of `array`, which are within its bounds."""
+    return array.index_select(0, indices)
+
+
+def copy(variable: Any) -> Any:
+    """A copy of a variable's value that later steps leave alone."""
+    return variable.value.detach().clone()
+
+
+def wait(tree: Tree) -> None:
+    """Returns when everything in `tree` has been computed."""
+    for leaf in keras.tree.flatten(tree):
+        if leaf.device.type != "cpu":
+            leaf.cpu()
+
+
+def iterate(dataset: Any) -> Iterator[Any]:
+    """The batches of a `tf.data.Dataset`, as NumPy arrays."""
+    return dataset.as_numpy_iterator()  # type: ignore[no-any-return]
+
+
+def graph_blocks(iterator: Any) -> None:
+    """Only TensorFlow reads many batches in one call."""
+    return
+
+
+def candidates() -> tuple[bool, ...]:
+    """The settings of `jit_compile` that are worth measuring here."""
+    return (False,)
+
+
+def random_state() -> dict[str, Any]:
+    """The states of PyTorch's global generators, as NumPy arrays."""
+    state = {"cpu": torch.get_rng_state().numpy().copy()}
+    if torch.cuda.is_available():
+        state |= {f"cuda:{i}": s.numpy() for i, s in enumerate(torch.cuda.get_rng_state_all())}
+    return state
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Puts `random_state()` back."""
+    torch.set_rng_state(torch.from_numpy(state["cpu"].copy()))
+    for name, value in state.items():
+        if name != "cpu":
+            torch.cuda.set_rng_state(torch.from_numpy(value.copy()), name)

@@ -1,0 +1,294 @@
+"""The protocol of callbacks, and the coordinator that delivers events to all of them."""
+
+import contextlib
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import keras
+import numpy as np
+
+from polus.core import BaseLogger
+from polus.data.feed import Block, Feed
+from polus.history import History
+from polus.signals import Signals
+
+if TYPE_CHECKING:
+    from polus.training import BaseTrainer
+
+
+class ICallback:
+    """What a callback can hear. Epochs count from 0, and so do the steps within each epoch.
+
+    The loop hands the backend several steps at a time where every callback allows it: `every_steps`
+    says when a callback next has to run *between* two steps. Events are delivered for each step all
+    the same, in order, each with its own number and loss; but the model is current only at the steps
+    that were asked for.
+    """
+
+    @property
+    def every_steps(self) -> int | None:
+        """1: at every step; n: after each n-th step of an epoch; None: only between epochs.
+
+        A callback that overrides a batch event and says nothing is taken to need each step. Assign it
+        (`callback.every_steps = None`) to say otherwise.
+        """
+        overrides = any(
+            getattr(type(self), event) is not getattr(ICallback, event)
+            for event in ("on_train_batch_begin", "on_train_batch_end")
+        )
+        return self.__dict__.get("every_steps", 1 if overrides else None)
+
+    @every_steps.setter
+    def every_steps(self, value: int | None) -> None:
+        self.__dict__["every_steps"] = value
+
+    def add_coordinator(self, coordinator: "CallbackCoordinator") -> None:
+        """Called once before training with the coordinator of the run."""
+
+    def on_train_begin(self) -> None:
+        """Before the first step."""
+
+    def on_epoch_begin(self, epoch: int) -> None:
+        """Before the first step of an epoch."""
+
+    def on_train_batch_begin(self, epoch: int, step: int) -> None:
+        """Before a step."""
+
+    def on_train_batch_end(self, epoch: int, step: int, loss: Any) -> None:
+        """After a step, with its loss: a scalar (call `float` on it; that waits for the device)."""
+
+    def on_steps_end(self, epoch: int, steps: range, losses: Any) -> None:
+        """After the steps `steps`, with their losses: a lazy float32 array of the same length.
+
+        `np.asarray(losses)` waits for the device. By default the batch events are delivered one by
+        one. Override this where one call for many steps is enough.
+        """
+        begin, end = self.on_train_batch_begin, self.on_train_batch_end
+        if getattr(begin, "__func__", None) is ICallback.on_train_batch_begin:
+            begin = None  # type: ignore[assignment]
+        if getattr(end, "__func__", None) is ICallback.on_train_batch_end:
+            end = None  # type: ignore[assignment]
+        if begin is None and end is None:
+            return
+        for i, step in enumerate(steps):
+            # A single step was announced by the loop before it ran.
+            if begin is not None and len(steps) > 1:
+                begin(epoch, step)
+            if end is not None:
+                end(epoch, step, losses[i])
+
+    def on_boundary(self) -> None:
+        """After all callbacks heard of some steps, or of an epoch's end: the run is whole here."""
+
+    def on_epoch_end(self, epoch: int) -> None:
+        """After the last step of an epoch. `coordinator.shared_dict["epoch_logs"]` has its logs."""
+
+    def on_train_end(self) -> None:
+        """At the end of training, also of one that ends in an error (`coordinator.exception`)."""
+
+    def get_state(self) -> dict[str, Any]:
+        """What a resumed run must know: values that JSON can write, and NumPy arrays."""
+        return {}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Puts back what `get_state` gave."""
+
+
+class Callback(ICallback, BaseLogger):
+    """A callback to extend: it knows the coordinator of its run as `self.coordinator`."""
+
+    coordinator: "CallbackCoordinator"
+
+    def add_coordinator(self, coordinator: "CallbackCoordinator") -> None:
+        self.coordinator = coordinator
+
+
+class CallbackCoordinator:
+    """One run: where it stands, what it recorded, and the delivery of events to its callbacks.
+
+    Attributes:
+        trainer: the trainer of the run. callbacks: the callbacks, Keras' own ones adapted.
+        epochs: the number of epochs. steps: the steps of one epoch, None where it is not known yet.
+        epoch, step: what comes next, both from 0.
+        feed: the data. history: the `History` of the run.
+        shared_dict: what callbacks tell each other: `"smooth_loss"`, `"validation"` (set name ->
+            metric name -> list of values), `"epoch_logs"`.
+        signals: the signals that came and wait for the end of a step.
+        exception: what ended the run early, else None.
+    """
+
+    def __init__(
+        self, callbacks: Iterable[Any], trainer: "BaseTrainer", epochs: int, feed: Feed
+    ) -> None:
+        self.trainer = trainer
+        self.epochs = epochs
+        self.steps = feed.num_batches
+        self.feed = feed
+        self.epoch = 0
+        self.step = 0
+        self.batch_sizes: list[int] = []  # of the steps of this epoch so far
+        self.history = History()
+        self.shared_dict: dict[str, Any] = {"validation": {}, "epoch_logs": {}}
+        self.signals = Signals()
+        self.exception: BaseException | None = None
+        self.callbacks = [_adapted(callback) for callback in callbacks]
+        for callback in self.callbacks:
+            callback.add_coordinator(self)
+
+    def has_callback(self, cls: type) -> bool:
+        """Whether a callback of this class (or a Keras callback of it) is in the list."""
+        return any(
+            isinstance(c, cls) or isinstance(getattr(c, "callback", None), cls)
+            for c in self.callbacks
+        )
+
+    def next_due(self, step: int) -> int | None:
+        """How many steps may run from `step` on before a callback has to; None for no limit.
+
+        Raises:
+            ValueError: if a callback's `every_steps` is not None or a positive integer.
+        """
+        due = None
+        for callback in self.callbacks:
+            if (n := callback.every_steps) is None:
+                continue
+            if not isinstance(n, int) or n < 1:
+                raise ValueError(
+                    f"{type(callback).__name__}.every_steps is {n!r}; it takes a positive integer, or "
+                    "None for a callback that runs only between epochs."
+                )
+            due = n - step % n if due is None else min(due, n - step % n)
+        return due
+
+    def longest_dispatch(self) -> int:
+        """The largest number of steps that may ever run without a callback in between."""
+        limits = [n for n in (self.next_due(0), self.steps) if n is not None]
+        return min(limits, default=sys.maxsize)
+
+    def poll(self) -> None:
+        """Raises KeyboardInterrupt if Ctrl-C came. Called where the run may be interrupted."""
+        self.signals.check()
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Begins the run, and ends it in order for each callback that began, whatever happens."""
+        begun: list[ICallback] = []
+        try:
+            with self.signals:
+                for callback in self.callbacks:
+                    callback.on_train_begin()
+                    begun.append(callback)
+                yield
+        except BaseException as exception:
+            self.exception = exception
+            raise
+        finally:
+            with contextlib.ExitStack() as ends:  # last in, first out; one's error stops no other
+                for callback in reversed(begun):
+                    ends.callback(callback.on_train_end)
+
+    def on_epoch_begin(self) -> None:
+        self.batch_sizes = []
+        for callback in self.callbacks:
+            callback.on_epoch_begin(self.epoch)
+
+    def on_train_batch_begin(self) -> None:
+        for callback in self.callbacks:
+            callback.on_train_batch_begin(self.epoch, self.step)
+
+    def on_steps_end(self, block: Block, outputs: Any) -> None:
+        """Records the steps of a block, and tells of them."""
+        terms = outputs if isinstance(outputs, dict) else {"loss": outputs}
+        if "loss" not in terms:
+            raise ValueError(
+                f"train_step returned the terms {sorted(terms)}, and none is named 'loss'. Return a "
+                'scalar, or {"loss": ..., ...}.'
+            )
+        logs = {name: Losses(values, block.count) for name, values in terms.items()}
+        steps = range(self.step, self.step + block.count)
+        self.history.add_steps(self.epoch, self.step, logs)
+        self.batch_sizes += [block.batch_size] * block.count
+        self.step = steps.stop
+        self.step_logs = logs
+        for callback in self.callbacks:
+            callback.on_steps_end(self.epoch, steps, logs["loss"])
+        for callback in self.callbacks:
+            callback.on_boundary()
+
+    def on_epoch_end(self, metrics: dict[str, Any]) -> None:
+        """Closes an epoch: its logs, the callbacks, and the next one begins."""
+        wanted = self.feed.steps
+        if wanted is not None and self.step < wanted and not self.trainer.early_stop:
+            self.trainer.logger.warning(
+                "The dataset ended after %d of the %d steps of epoch %d. Give it more batches, repeat "
+                "it, or lower steps.",
+                self.step,
+                wanted,
+                self.epoch + 1,
+            )
+        self.steps = self.steps or self.step
+        logs = self.shared_dict["epoch_logs"] = {**self._weighted_means(), **metrics}
+        for callback in self.callbacks:
+            callback.on_epoch_end(self.epoch)
+        self.history.end_epoch(self.epoch, logs)
+        self.epoch, self.step = self.epoch + 1, 0
+        for callback in self.callbacks:
+            callback.on_boundary()
+
+    def _weighted_means(self) -> dict[str, float]:
+        """The loss and terms of this epoch, each step weighted by its number of examples."""
+        columns = self.history.steps
+        rows = columns.pop("epoch") == self.epoch
+        columns.pop("step")
+        means = {}
+        for name, column in columns.items():
+            values = column[rows].astype(np.float64)
+            if not np.isnan(values).all() or name == "loss":
+                means[name] = float(np.average(values, weights=self.batch_sizes))
+        bad = np.flatnonzero(~np.isfinite(columns["loss"][rows]))
+        if len(bad):
+            self.trainer.logger.warning(
+                "The loss is not finite from step %d of epoch %d on (%s). Try a smaller learning rate "
+                "(trainer.lr_finder finds one), or clip gradients: keras.optimizers.Adam(clipnorm=1.0).",
+                bad[0],
+                self.epoch + 1,
+                columns["loss"][rows][bad[0]],
+            )
+        return means
+
+
+def _adapted(callback: Any) -> ICallback:
+    if isinstance(callback, ICallback):
+        return callback
+    if isinstance(callback, keras.callbacks.Callback):
+        from polus.callbacks.keras_callback import KerasCallback
+
+        return KerasCallback(callback)
+    raise TypeError(
+        f"A callback is a polus.callbacks.Callback or a keras.callbacks.Callback, and got "
+        f"{type(callback).__name__}: {callback!r}. For a function, write a class with the event that "
+        "it should hear: class Report(Callback): def on_epoch_end(self, epoch): ..."
+    )
+
+
+class Losses(Sequence[float]):
+    """The losses of some steps, left on the device until somebody reads one."""
+
+    def __init__(self, values: Any, count: int) -> None:
+        self._values = values
+        self._count = count
+        self._read: np.ndarray[Any, Any] | None = None
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
+        if self._read is None:
+            values = np.asarray(keras.ops.convert_to_numpy(self._values), np.float32)
+            self._read = values.reshape(-1)[: self._count]
+            self._values = None
+        return self._read if dtype is None else self._read.astype(dtype)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, i: Any) -> Any:
+        return np.asarray(self)[i]

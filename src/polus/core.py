@@ -1,0 +1,200 @@
+"""What everything else stands on: logging, the jit setting, and the seam to the backends."""
+
+import functools
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, ParamSpec, TypeVar, overload
+
+import keras
+
+from polus.backends import backend
+
+P = ParamSpec("P")
+R = TypeVar("R")
+JitMode = bool | Literal["auto"]
+_jit: dict[str, JitMode] = {"mode": "auto"}
+
+
+class _Default(str):
+    """The documented name of the log file, told apart from the same name given by the user."""
+
+
+LOG_NAME = _Default("polus.log")
+
+
+class BaseLogger:
+    """Gives its descendants `self.logger`, a standard logger named after their class.
+
+    All of them are children of the logger `"polus"` and share its handlers: the console (from INFO on,
+    silent where the program configures logging itself), and a file where one is asked for.
+
+    Args:
+        logging_level: from which level on messages reach the handlers, a level of `logging`.
+        log_name: the file for `log_to_file`. A name given here asks for it at once.
+    """
+
+    def __init__(self, logging_level: int = 10, log_name: str = LOG_NAME) -> None:
+        self.log_name = log_name
+        shared = logging.getLogger("polus")
+        if not shared.handlers:
+            shared.addHandler(_Console(logging.INFO))
+            shared.setLevel(logging_level)
+        if log_name is not LOG_NAME:
+            self.log_to_file()
+
+    @property
+    def logger(self) -> logging.Logger:
+        """The standard logger of this class."""
+        return logging.getLogger(f"polus.{type(self).__name__}")
+
+    def set_logging_level(self, level: int) -> None:
+        """Shows messages from `level` on, of all of Polus."""
+        shared = logging.getLogger("polus")
+        shared.setLevel(level)
+        for handler in shared.handlers:
+            handler.setLevel(level)
+
+    def log_to_file(self) -> None:
+        """Appends messages to the file `log_name` from now on, of all of Polus."""
+        shared = logging.getLogger("polus")
+        handler = logging.FileHandler(self.log_name, delay=True)
+        files = [h.baseFilename for h in shared.handlers if isinstance(h, logging.FileHandler)]
+        if handler.baseFilename not in files:
+            handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+            shared.addHandler(handler)
+
+
+class _Console(logging.Handler):
+    """Writes to whatever `sys.stderr` is at the time: a progress bar puts itself there."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not logging.getLogger().handlers:  # else the program's own handlers show it
+            print(self.format(record), file=sys.stderr)
+
+
+def set_jit_compile(mode: JitMode) -> None:
+    """Sets whether steps are compiled with XLA (`torch.compile` on PyTorch).
+
+    Args:
+        mode: True or False, or `"auto"` (the default): `train` measures on the model and batch at hand
+            and keeps what is faster. Outside `train`, `"auto"` is the backend's own habit: XLA on
+            JAX, a plain graph on TensorFlow, eager on PyTorch.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if mode not in (True, False, "auto"):
+        raise ValueError(f"set_jit_compile takes True, False or 'auto', and got {mode!r}.")
+    _jit["mode"] = mode
+
+
+def get_jit_compile() -> JitMode:
+    """The setting of `set_jit_compile`."""
+    return _jit["mode"]
+
+
+@overload
+def function(fn: Callable[P, R], *, jit_compile: bool | None = None) -> Callable[P, R]: ...
+
+
+@overload
+def function(
+    fn: None = None, *, jit_compile: bool | None = None
+) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
+
+
+def function(fn: Any = None, *, jit_compile: bool | None = None) -> Any:
+    """Compiles a stateful Keras function, on any backend: a decorator of functions and methods.
+
+    The variables that `fn` reads or assigns are found, not declared. Arrays among the arguments are
+    inputs of the compiled program, one program for each combination of shapes and dtypes; any other
+    Python value is a constant of it. Called inside another compiled function, it is inlined.
+
+    ```python
+    counter = keras.Variable(0)
+
+    @polus.core.function
+    def count(x):
+        counter.assign_add(1)
+        return x * counter
+
+    count(np.ones(3))
+    ```
+
+    Args:
+        fn: a function or method of tensors (any structure of them), returning tensors.
+        jit_compile: overrides `set_jit_compile` for this function.
+    """
+    if fn is None:
+        return functools.partial(function, jit_compile=jit_compile)
+    return _Compiled(fn, jit_compile)
+
+
+class _Compiled:
+    """A compiled function that also works as a method: compiled once per object, not per call."""
+
+    def __init__(self, fn: Callable[..., Any], jit_compile: bool | None) -> None:
+        functools.update_wrapper(self, fn)
+        self.fn = fn
+        self.jit_compile = jit_compile
+        self._call: Callable[..., Any] | None = None
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        if instance is None:
+            return self
+        bound = _Compiled(functools.partial(self.fn, instance), self.jit_compile)
+        # Found there from now on, before this descriptor is asked again.
+        return instance.__dict__.setdefault(self.name, bound)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._call is None:
+            # At the first call, so that a setting made after the definition counts.
+            mode = get_jit_compile() if self.jit_compile is None else self.jit_compile
+            self._call = backend.function(self.fn, None if mode == "auto" else mode)
+        return self._call(*args, **kwargs)
+
+
+def value_and_grad(
+    fn: Callable[[], Any], variables: Sequence[keras.Variable], has_aux: bool = False
+) -> tuple[Any, list[Any]]:
+    """The value of a closure and its gradients, inside or outside a compiled function.
+
+    ```python
+    loss, gradients = polus.core.value_and_grad(
+        lambda: keras.ops.mean((model(x) - y) ** 2), model.trainable_variables
+    )
+    ```
+
+    Calls can be nested, for a gradient of a gradient.
+
+    Args:
+        fn: takes nothing, returns a scalar tensor, or with `has_aux` a pair of a scalar and any
+            structure of tensors. It may assign variables.
+        variables: Keras variables.
+        has_aux: whether `fn` returns such a pair.
+
+    Returns:
+        What `fn` returned, and a list with one gradient per variable, of the variable's shape; None
+        where the value does not depend on the variable.
+
+    Raises:
+        ValueError: if the value is not a scalar.
+    """
+
+    def checked() -> Any:
+        result = fn()
+        value = result[0] if has_aux else result
+        if (shape := getattr(value, "shape", None)) is None or len(shape):
+            came = f"shape {tuple(shape)}" if shape is not None else f"a {type(value).__name__}"
+            raise ValueError(
+                f"A gradient is taken of a scalar tensor, and the function returned {came}. Reduce it, "
+                "for example with keras.ops.mean(...); a keras.losses class does so by itself, where "
+                "the function of the same name returns one value per example."
+            )
+        return result
+
+    return backend.value_and_grad(checked, variables, has_aux)  # type: ignore[no-any-return]

@@ -1,0 +1,105 @@
+"""In-memory data whose order is a function of a seed and the number of the epoch."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+import numpy as np
+
+
+def from_arrays(
+    arrays: Any,
+    batch_size: int,
+    shuffle: bool = True,
+    seed: int = 0,
+    drop_remainder: bool = False,
+    device_bytes: int = 2**30,
+) -> "ArrayDataset":
+    """Batches of in-memory arrays, in the same order on every backend and platform for a seed.
+
+    ```python
+    data = polus.data.from_arrays((x, y), batch_size=32)
+    ```
+
+    The order of an epoch is that of the raw 64-bit outputs of a Philox generator with the key
+    (seed, epoch) (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), so that any
+    epoch's order is known without running the earlier ones.
+
+    Args:
+        arrays: an array, or a structure of arrays with an equal first axis: the examples. A tuple
+            (x, y) gives batches (x, y). float64 becomes `keras.config.floatx()`.
+        batch_size: examples per batch.
+        shuffle: whether each epoch has an order of its own; else the order given.
+        seed: 0 to 2**64 - 1.
+        drop_remainder: whether a last batch that is smaller is left out.
+        device_bytes: up to this size the arrays live on the device, and batches are gathered there
+            inside the compiled loop; larger ones are gathered in host memory.
+
+    Raises:
+        ValueError: for no arrays, arrays of different lengths, or no examples.
+    """
+    return ArrayDataset(arrays, batch_size, shuffle, seed, drop_remainder, device_bytes)
+
+
+class ArrayDataset:
+    """What `from_arrays` returns. Iterating over it gives the batches of epoch 0."""
+
+    def __init__(
+        self,
+        arrays: Any,
+        batch_size: int,
+        shuffle: bool,
+        seed: int,
+        drop_remainder: bool,
+        device_bytes: int,
+    ) -> None:
+        self.arrays = keras.tree.map_structure(_array, arrays)
+        leaves = keras.tree.flatten(self.arrays)
+        lengths = sorted({len(leaf) for leaf in leaves})
+        if len(lengths) != 1 or lengths[0] == 0:
+            raise ValueError(
+                "from_arrays takes arrays with one equal, positive number of examples along the first "
+                f"axis, and got lengths {lengths or 'of no array at all'}."
+            )
+        if not isinstance(batch_size, int | np.integer) or batch_size < 1:
+            raise ValueError(f"batch_size is a positive integer, and got {batch_size!r}.")
+        self.num_examples = lengths[0]
+        self.batch_size = min(int(batch_size), self.num_examples)
+        self.shuffle = shuffle
+        self.seed = seed
+        self.drop_remainder = drop_remainder
+        self.on_device = sum(leaf.nbytes for leaf in leaves) <= device_bytes
+
+    def __len__(self) -> int:
+        """The number of batches of an epoch."""
+        whole, rest = divmod(self.num_examples, self.batch_size)
+        return whole + (rest > 0 and not self.drop_remainder)
+
+    def order(self, epoch: int) -> np.ndarray[Any, Any]:
+        """The indices of the examples in the order of this epoch: (num_examples,), int32."""
+        if not self.shuffle:
+            return np.arange(self.num_examples, dtype=np.int32)
+        # Raw outputs and a stable sort: NumPy keeps both the same in every version and on every
+        # platform, which it doesn't promise for Generator.permutation.
+        raw = np.random.Philox(key=[self.seed, epoch]).random_raw(self.num_examples)
+        return np.argsort(raw, kind="stable").astype(np.int32)
+
+    def rows(self, epoch: int, skip: int = 0) -> Iterator[np.ndarray[Any, Any]]:
+        """The indices of each batch of an epoch, from batch `skip` on."""
+        order = self.order(epoch)
+        for i in range(skip, len(self)):
+            yield order[i * self.batch_size : (i + 1) * self.batch_size]
+
+    def batch(self, rows: np.ndarray[Any, Any]) -> Any:
+        """The batch of the examples `rows`, in host memory."""
+        return keras.tree.map_structure(lambda array: array[rows], self.arrays)
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(self.batch, self.rows(0))
+
+
+def _array(values: Any) -> np.ndarray[Any, Any]:
+    array = np.asarray(values)
+    if array.ndim == 0:
+        raise ValueError(f"from_arrays takes arrays of examples, and got the scalar {array!r}.")
+    return array.astype(keras.config.floatx()) if array.dtype == np.float64 else array

@@ -1,0 +1,295 @@
+"""How batches reach the compiled step: in blocks of equal shape, read ahead by one thread."""
+
+import contextlib
+import dataclasses
+import itertools
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import keras
+import numpy as np
+
+from polus.backends import backend
+from polus.data.source import Source, as_arguments
+
+Due = Callable[[int], int | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """Batches of equal shape for one dispatch.
+
+    Attributes:
+        count: how many batches. batch_size: the examples of each (1 where there is no such axis).
+        fetch: takes a batch out of the payload inside the compiled step; None where the payload is
+            one batch itself.
+        payload: what goes to the device.
+        capacity: how many batches the payload has room for.
+        signature: shapes and dtypes of a batch.
+    """
+
+    count: int
+    batch_size: int
+    fetch: Callable[..., tuple[Any, ...]] | None
+    payload: Any
+    capacity: int
+    signature: Any
+
+
+def stacked(payload: Any, i: Any) -> tuple[Any, ...]:
+    """Batch `i` of batches stacked along a new first axis."""
+    if isinstance(payload, list):  # a backend whose loop is Python's keeps the batches apart
+        return as_arguments(payload[i])
+    return as_arguments(keras.tree.map_structure(lambda a: backend.index(a, i), payload))
+
+
+def gathered(payload: tuple[Any, Any], i: Any) -> tuple[Any, ...]:
+    """Batch `i` of examples that live on the device; the payload is (examples, row numbers)."""
+    examples, rows = payload
+    rows = backend.index(rows, i)
+    return as_arguments(keras.tree.map_structure(lambda a: backend.take(a, rows), examples))
+
+
+class Feed:
+    """Reads a dataset epoch by epoch.
+
+    Args:
+        source: the dataset.
+        transform: a Python function applied to each batch, or None.
+        steps: batches per epoch at most, or None.
+
+    Attributes:
+        waited_secs: how long the loop has waited for data so far.
+        num_batches: batches of an epoch, None where it isn't known.
+    """
+
+    def __init__(
+        self, source: Source, transform: Callable[[Any], Any] | None = None, steps: int | None = None
+    ) -> None:
+        self.source = source
+        self.transform = transform
+        self.steps = steps
+        self.waited_secs = 0.0
+        known = source.num_batches
+        self.num_batches = known if steps is None else steps if known is None else min(steps, known)
+        dataset = source.dataset
+        self._examples = None
+        if getattr(dataset, "on_device", False) and transform is None:
+            self._examples = keras.tree.map_structure(backend.to_device, dataset.arrays)
+
+    def epoch(self, epoch: int, start: int = 0) -> "Epoch":
+        """The batches of an epoch from batch `start` on."""
+        return Epoch(self, epoch, start)
+
+
+class Epoch:
+    """One pass over the data, from batch `start` on. Close it when done."""
+
+    def __init__(self, feed: Feed, epoch: int, start: int) -> None:
+        self.feed = feed
+        self.number = epoch
+        self.start = start
+        self.reader = feed.source.batches(epoch, start)
+        self.batches = map(feed.transform, self.reader) if feed.transform else self.reader
+        self._first: list[Any] = []
+
+    def peek(self) -> Any:
+        """The first batch, which stays in its place.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        if not self._first:
+            self._first = list(itertools.islice(self.batches, 1))
+        if not self._first and self.start == 0:
+            raise ValueError(
+                f"The dataset gave no batch in epoch {self.number + 1}: it is empty, or an iterator "
+                "that was exhausted before. Check what it yields; give a re-iterable, not an iterator."
+            )
+        return self._first[0] if self._first else None
+
+    def sample(self, count: int) -> Block:
+        """The first batch, `count` times over, to measure with."""
+        first = keras.tree.map_structure(_plain, self.peek())
+        if self.feed._examples is not None:
+            rows = np.zeros((count, self.feed.source.dataset.batch_size), np.int32)
+            payload = (self.feed._examples, backend.to_device(rows))
+            return Block(count, rows.shape[1], gathered, payload, count, rows.shape[1:])
+        if count == 1:
+            return _single(first)
+        payload = backend.stack([first] * count, count)
+        return Block(count, _size(first), stacked, payload, count, _signature(first))
+
+    def blocks(
+        self, capacity: int = 1, due: Due = lambda step: None, poll: Callable[[], None] = lambda: None
+    ) -> Iterator[Block]:
+        """The batches in blocks of up to `capacity`, none longer than `due(step)` allows.
+
+        Args:
+            capacity: batches per block at most.
+            due: tells how many steps may run from a step on, None for no limit.
+            poll: called several times a second while data is waited for; may raise.
+        """
+
+        def want(step: int) -> int:
+            left = capacity if self.feed.steps is None else min(capacity, self.feed.steps - step)
+            allowed = due(step)
+            return left if allowed is None else min(left, allowed)
+
+        with contextlib.closing(self._made(want, capacity, poll)) as blocks:
+            while True:
+                began = time.perf_counter()
+                block = next(blocks, None)
+                self.feed.waited_secs += time.perf_counter() - began
+                if block is None:
+                    return
+                yield block
+
+    def _made(
+        self, want: Callable[[int], int], capacity: int, poll: Callable[[], None]
+    ) -> Iterator[Block]:
+        if self.feed._examples is not None:
+            return self._gathered(want, capacity)
+        graph = backend.graph_blocks(self.reader) if self.feed.transform is None else None
+        if graph is not None:
+            return self._in_graph(graph, want, capacity)
+        return _ahead(self._stacked(want, capacity), poll)
+
+    def _gathered(self, want: Callable[[int], int], capacity: int) -> Iterator[Block]:
+        dataset, step = self.feed.source.dataset, self.start
+        order = dataset.order(self.number)
+        size, end = dataset.batch_size, len(dataset)
+        whole = dataset.num_examples // size
+        while step < end and (count := want(step)) > 0:
+            # Of the last, smaller batch a block of its own.
+            count = min(count, whole - step) if step < whole else 1
+            rows = order[step * size : (step + count) * size]
+            examples, width = self.feed._examples, min(size, len(rows))
+            if count > 1:
+                table = np.zeros((capacity, width), np.int32)
+                table[:count] = rows.reshape(count, width)
+            else:
+                table = rows[None]
+            payload = (examples, backend.to_device(table))
+            yield Block(count, width, gathered, payload, len(table), (width,))
+            step += count
+
+    def _in_graph(self, graph: Any, want: Callable[[int], int], capacity: int) -> Iterator[Block]:
+        pending, step = self._first or list(itertools.islice(self.batches, 1)), self.start
+        while pending and (count := want(step)) > 0:
+            first = pending.pop()
+            if count == 1:
+                yield _single(first)
+                if want(step + 1) > 0:
+                    pending = list(itertools.islice(self.batches, 1))
+                step += 1
+                continue
+            count, rows, other = graph.read(first, count)
+            signature = _signature(first)
+            if count == 1:
+                yield _single(first)
+            else:
+                rows = backend.pad(rows, capacity)
+                yield Block(count, _size(first), stacked, rows, capacity, signature)
+            step += count
+            if other is not None:
+                pending = [other]
+            elif want(step) > 0:
+                pending = list(itertools.islice(self.batches, 1))
+
+    def _stacked(self, want: Callable[[int], int], capacity: int) -> Iterator[Block]:
+        batches = (
+            keras.tree.map_structure(_plain, batch)
+            for batch in itertools.chain(self._first, self.batches)
+        )
+        step, pending = self.start, []
+        while (count := want(step)) > 0:
+            group = pending or list(itertools.islice(batches, 1))
+            if not group:
+                return
+            pending, signature = [], _signature(group[0])
+            while len(group) < count:
+                following = list(itertools.islice(batches, 1))
+                if not following:
+                    break
+                if _signature(following[0]) != signature:
+                    pending = following
+                    break
+                group += following
+            if len(group) == 1:
+                yield _single(group[0])
+            else:
+                payload = backend.stack(group, capacity)
+                yield Block(len(group), _size(group[0]), stacked, payload, capacity, signature)
+            step += len(group)
+
+
+def _single(batch: Any) -> Block:
+    payload = keras.tree.map_structure(backend.to_device, batch)
+    return Block(1, _size(batch), None, payload, 1, _signature(batch))
+
+
+def _plain(leaf: Any) -> Any:
+    """A tensor of the backend as it is, else a NumPy array; float64 becomes Keras' float."""
+    if keras.ops.is_tensor(leaf):
+        return leaf
+    array = np.asarray(leaf)
+    return array.astype(keras.config.floatx()) if array.dtype == np.float64 else array
+
+
+def _signature(batch: Any) -> Any:
+    return [
+        (tuple(shape), str(leaf.dtype)) if (shape := getattr(leaf, "shape", None)) is not None else leaf
+        for leaf in keras.tree.flatten(batch)
+    ]
+
+
+def _size(batch: Any) -> int:
+    """The number of examples: the length of the first axis of the first array, else 1."""
+    for leaf in keras.tree.flatten(batch):
+        shape = getattr(leaf, "shape", ())
+        return int(shape[0]) if len(shape) else 1
+    return 1
+
+
+def _ahead(blocks: Iterator[Block], poll: Callable[[], None], depth: int = 2) -> Iterator[Block]:
+    """`blocks`, made by a thread that is `depth` ahead at most and ends with this generator."""
+    made: queue.Queue[Any] = queue.Queue(maxsize=depth)
+    stopped = threading.Event()
+
+    def put(item: Any) -> None:
+        while not stopped.is_set():
+            with contextlib.suppress(queue.Full):
+                made.put(item, timeout=0.1)
+                return
+
+    def work() -> None:
+        try:
+            for block in blocks:
+                put(block)
+                if stopped.is_set():
+                    return
+            put(None)
+        except BaseException as exception:  # raised again where the block is asked for
+            put(exception)
+
+    thread = threading.Thread(target=work, name="polus-feed", daemon=True)
+    thread.start()
+    try:
+        while True:
+            poll()
+            try:
+                item = made.get(timeout=0.1)
+            except queue.Empty:
+                continue
+            if item is None:
+                return
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        stopped.set()
+        thread.join(timeout=10)  # a dataset that hangs must not hang the end of the run

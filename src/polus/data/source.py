@@ -1,0 +1,133 @@
+"""What a dataset may be: everything that gives batches, read epoch by epoch in one way."""
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import keras
+import numpy as np
+
+from polus.backends import backend
+from polus.data.arrays import ArrayDataset
+
+
+def as_arguments(batch: Any) -> tuple[Any, ...]:
+    """The arguments of a step: a tuple or list is spread, anything else is one argument."""
+    return tuple(batch) if isinstance(batch, tuple | list) else (batch,)
+
+
+class Source:
+    """A dataset as the loop reads it.
+
+    Attributes:
+        dataset: what the user gave.
+        num_batches: of one epoch; None where the dataset can't tell, or is endless.
+        endless: whether an epoch never ends by itself.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+        self.num_batches: int | None = _length(dataset)
+        self.endless = False
+
+    def batches(self, epoch: int, skip: int = 0) -> Iterator[Any]:
+        """The batches of an epoch, from batch `skip` on."""
+        return itertools.islice(iter(self.dataset), skip, None)
+
+
+class _Arrays(Source):
+    def batches(self, epoch: int, skip: int = 0) -> Iterator[Any]:
+        return map(self.dataset.batch, self.dataset.rows(epoch, skip))
+
+
+class _TensorFlowData(Source):
+    """A `tf.data.Dataset`, on any backend: tensors on TensorFlow, NumPy arrays elsewhere."""
+
+    def __init__(self, dataset: Any) -> None:
+        super().__init__(dataset)
+        cardinality = int(dataset.cardinality())
+        self.endless = cardinality == -1  # tf.data.INFINITE_CARDINALITY
+        self.num_batches = cardinality if cardinality >= 0 else None
+
+    def batches(self, epoch: int, skip: int = 0) -> Iterator[Any]:
+        return backend.iterate(self.dataset.skip(skip) if skip else self.dataset)  # type: ignore[no-any-return]
+
+
+class _PyDataset(Source):
+    def batches(self, epoch: int, skip: int = 0) -> Iterator[Any]:
+        for i in range(skip, len(self.dataset)):
+            yield self.dataset[i]
+        self.dataset.on_epoch_end()
+
+
+class _Function(Source):
+    """A generator function: called anew for each epoch."""
+
+    def __init__(self, dataset: Callable[[], Any]) -> None:
+        super().__init__(dataset)
+        self.num_batches = None
+
+    def batches(self, epoch: int, skip: int = 0) -> Iterator[Any]:
+        return itertools.islice(iter(self.dataset()), skip, None)
+
+
+class _Once(Source):
+    """A bare iterator: what was read is gone, and an epoch goes on where the last one stopped."""
+
+    def batches(self, epoch: int, skip: int = 0) -> Iterator[Any]:
+        first = next(self.dataset, _END)
+        if first is _END and epoch:
+            raise ValueError(
+                f"The dataset is a {type(self.dataset).__name__}, which can be read only once, and it "
+                f"was exhausted before epoch {epoch + 1}. Give the function that makes it (without "
+                "calling it: train(batches, ...), not train(batches(), ...)), a list of batches, or "
+                "polus.data.from_arrays(...)."
+            )
+        if first is not _END:
+            yield first
+            yield from self.dataset
+
+
+_END = object()
+
+
+def as_source(dataset: Any) -> Source:
+    """`dataset` as the loop reads it.
+
+    Args:
+        dataset: a `tf.data.Dataset`, what `from_arrays` returns, a `keras.utils.PyDataset`, any
+            re-iterable of batches (a list, a PyTorch `DataLoader`), a generator function, or a bare
+            iterator, which lasts for one pass.
+
+    Raises:
+        TypeError: for anything else, also for bare arrays, whose rows are no batches.
+    """
+    if isinstance(dataset, Source):
+        return dataset
+    if isinstance(dataset, ArrayDataset):
+        return _Arrays(dataset)
+    if hasattr(dataset, "as_numpy_iterator") and hasattr(dataset, "element_spec"):
+        return _TensorFlowData(dataset)
+    if isinstance(dataset, keras.utils.PyDataset):
+        return _PyDataset(dataset)
+    bare = isinstance(dataset, np.ndarray | str | bytes | dict) or hasattr(dataset, "__array__")
+    if isinstance(dataset, tuple) and any(hasattr(item, "__array__") for item in dataset):
+        bare = True
+    if not bare and callable(dataset) and not hasattr(dataset, "__iter__"):
+        return _Function(dataset)
+    if not bare and hasattr(dataset, "__next__"):
+        return _Once(dataset)
+    if not bare and (hasattr(dataset, "__iter__") or hasattr(dataset, "__getitem__")):
+        return Source(dataset)
+    raise TypeError(
+        f"A dataset gives batches one after the other, and got a {type(dataset).__name__}. For arrays in "
+        "memory write polus.data.from_arrays((x, y), batch_size=32); a tf.data.Dataset, a "
+        "keras.utils.PyDataset, a DataLoader, a list of batches or a generator function will do too."
+    )
+
+
+def _length(dataset: Any) -> int | None:
+    try:
+        return len(dataset)
+    except TypeError:  # no __len__, or one that says it doesn't know
+        return None

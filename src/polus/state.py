@@ -1,0 +1,51 @@
+"""What a run is, in memory: variables and random states, to be put back as they were."""
+
+import contextlib
+import random
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+
+from polus.backends import backend
+
+
+class Snapshot:
+    """The values of some variables and all random states, at the time it is made.
+
+    Args:
+        variables: Keras variables.
+    """
+
+    def __init__(self, variables: Iterable[Any]) -> None:
+        self.variables = list(variables)
+        self.values = [backend.copy(variable) for variable in self.variables]
+        self.random = random_state()
+
+    def restore(self) -> None:
+        """Puts everything back; may be called more than once."""
+        for variable, value in zip(self.variables, self.values, strict=True):
+            variable.assign(value)
+        set_random_state(self.random)
+
+
+def random_state() -> dict[str, Any]:
+    """The states of Python's, NumPy's and the backend's global generators."""
+    return {"python": random.getstate(), "numpy": np.random.get_state(), "backend": backend.random_state()}
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Puts `random_state()` back."""
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    backend.set_random_state(state["backend"])
+
+
+@contextlib.contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Leaves the global generators as they were, whatever is drawn inside."""
+    state = random_state()
+    try:
+        yield
+    finally:
+        set_random_state(state)

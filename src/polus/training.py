@@ -1,0 +1,672 @@
+"""The trainer: one step, described by its user, and the loop around it.
+
+The loop, in five lines:
+
+    for epoch in range(epochs):
+        for block in data:                                    # some batches of equal shape
+            losses = train_step(*batch) for each of them      # one compiled call
+            callbacks.on_steps_end(epoch, steps, losses)
+        callbacks.on_epoch_end(epoch)
+"""
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from polus.backends import backend
+from polus.callbacks.base import CallbackCoordinator, Losses
+from polus.core import BaseLogger, function, get_jit_compile
+from polus.data import Feed, as_arguments, as_source
+from polus.data.feed import Epoch
+from polus.dispatch import Dispatch, choose
+from polus.history import History
+from polus.metrics import as_metric
+from polus.state import Snapshot
+
+SPELLINGS = {
+    "foward_without_grads": "forward_without_grads",
+    "foward_with_grads": "forward_with_grads",
+}
+
+
+class BaseTrainer(BaseLogger):
+    """Gradient descent over batches. Extend it and say what a step computes.
+
+    ```python
+    class Distiller(BaseTrainer):
+        def __init__(self, student, teacher, **kwargs):
+            super().__init__(student, **kwargs)
+            self.teacher = teacher
+
+        def forward_without_grads(self, x, y):  # frozen: no gradient flows here
+            return x, y, self.teacher(x, training=False)
+
+        def forward_with_grads(self, x, y, soft):  # trained: returns what the loss takes
+            return y, soft, self.model(x, training=True)
+    ```
+
+    Args:
+        model: a `keras.Model`, which may be unbuilt: it is built from the first batch.
+        optimizer: a `keras.optimizers.Optimizer`.
+        loss: a callable of what `forward_with_grads` returns. It gives a scalar tensor, or a dict of
+            scalars of which the one named "loss" is minimised and all are recorded.
+        metrics: `polus.metrics.IMetric` or `keras.metrics.Metric` objects.
+        post_process_prediction: applied to the model's output before the loss; kept as
+            `post_process_logits`.
+        post_process_grads: takes and returns the list of gradients (None where there is none), before
+            the optimizer sees them. Under loss scaling it sees them unscaled.
+        trainable_weights: the variables that are trained; all of the model's where nothing is said.
+        post_process_logits: another name of `post_process_prediction`.
+
+    Attributes:
+        step_counter: an int32 variable that counts updates; `forward_*` may use it.
+        early_stop: set to True (by a callback), it ends training after the present step.
+
+    Raises:
+        TypeError: if BaseTrainer itself is instantiated, or an argument is of the wrong kind.
+    """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # Both spellings are one method, in every class: either can be called and overridden.
+        for documented, correct in SPELLINGS.items():
+            given = [cls.__dict__[name] for name in (correct, documented) if name in cls.__dict__]
+            if len(given) == 2 and given[0] is not given[1]:
+                raise TypeError(
+                    f"{cls.__name__} defines both {correct} and {documented}, which are two spellings of "
+                    "one method. Keep one."
+                )
+            for method in given:
+                setattr(cls, correct, method)
+                setattr(cls, documented, method)
+
+    def __init__(
+        self,
+        model: keras.Model,
+        optimizer: keras.optimizers.Optimizer,
+        loss: Callable[..., Any],
+        metrics: Sequence[Any] = (),
+        post_process_prediction: Callable[[Any], Any] | None = None,
+        post_process_grads: Callable[[list[Any]], list[Any]] | None = None,
+        *,
+        trainable_weights: Sequence[keras.Variable] | None = None,
+        post_process_logits: Callable[[Any], Any] | None = None,
+    ) -> None:
+        if type(self) is BaseTrainer:
+            raise TypeError(
+                "BaseTrainer is extended, not instantiated: write a class with forward_with_grads, or use "
+                "ClassifierTrainer for batches (x, y)."
+            )
+        super().__init__()
+        _check_kinds(model, optimizer, loss)
+        self.model = model
+        self.optimizer = _loss_scaled(optimizer, model)
+        self.loss = loss
+        self.metrics = [as_metric(metric) for metric in metrics]
+        self.post_process_logits = post_process_prediction or post_process_logits
+        self.post_process_grads = post_process_grads
+        self.step_counter = keras.Variable(0, dtype="int32", trainable=False, name="step_counter")
+        self.early_stop = False
+        self._trainable_weights = None if trainable_weights is None else list(trainable_weights)
+        self._said_all_weights = False
+        self._train_config: dict[str, Any] = {}
+        self._surveyed: list[tuple[Any, list[Any]]] | None = None
+        self._built = False
+        self._dispatches: dict[Any, Dispatch] = {}
+        mode = get_jit_compile()
+        self._jit_compile: bool | None = None if mode == "auto" else mode
+        self._capacity = 1
+        self._overridden = type(self).train_step is not BaseTrainer.train_step
+        self._step = self.train_step
+        # What the class describes is compiled for this object; called alone it does one update.
+        self._compiled_step = function(self.train_step)
+        self.train_step = self._one_update  # type: ignore[method-assign]
+
+    # ------------------------------------------------------------------ what a user describes
+
+    def forward_without_grads(self, *inputs: Any) -> Any:
+        """What needs no gradient: its result is passed to `forward_with_grads`. Default: the inputs."""
+        return inputs
+
+    def forward_with_grads(self, *inputs: Any) -> Any:
+        """What is trained: returns what is passed to the loss."""
+        raise NotImplementedError(
+            f"{type(self).__name__} says no forward_with_grads(self, *inputs). It takes a batch (what "
+            "forward_without_grads makes of it) and returns what the loss takes, for example: return y, "
+            "self.model(x, training=True)"
+        )
+
+    foward_without_grads = forward_without_grads
+    foward_with_grads = forward_with_grads
+
+    def metric_samples(self, *outputs: Any) -> tuple[Any, ...] | None:
+        """What training metrics take, from what the loss takes; None for no training metrics.
+
+        Default: a pair is taken for (y_true, y_pred); of anything else no metric is computed.
+        """
+        return outputs if len(outputs) == 2 else None
+
+    def evaluation_step(self, *inputs: Any) -> tuple[Any, ...]:
+        """What validation metrics take, in inference mode. Default: (x, y) gives (y, prediction)."""
+        if len(inputs) < 2:
+            raise NotImplementedError(
+                f"{type(self).__name__}.evaluation_step takes (x, y) by default, and the batch has "
+                f"{len(inputs)} part(s). Override evaluation_step(self, *inputs) to return what the "
+                "metrics take: (y_true, y_pred)."
+            )
+        x, y = inputs[0], inputs[1]
+        return y, self.predicted(self.model(x, training=False))
+
+    def evaluation_loss(self, *samples: Any) -> Any:
+        """The loss of what `evaluation_step` gave, a scalar; None (the default) for no loss."""
+        return None
+
+    def predicted(self, outputs: Any) -> Any:
+        """The model's outputs, through `post_process_logits` where there is one."""
+        return outputs if self.post_process_logits is None else self.post_process_logits(outputs)
+
+    @property
+    def trainable_weights(self) -> list[keras.Variable]:
+        """The variables that are trained."""
+        if self._trainable_weights is not None:
+            return self._trainable_weights
+        weights = list(self.model.trainable_weights)
+        if weights and not self._said_all_weights:
+            self._said_all_weights = True
+            self.logger.info("All %d trainable weights of the model are trained.", len(weights))
+        return weights
+
+    @trainable_weights.setter
+    def trainable_weights(self, weights: Sequence[keras.Variable] | None) -> None:
+        self._trainable_weights = None if weights is None else list(weights)
+
+    # ------------------------------------------------------------------ the step
+
+    def train_step(self, *inputs: Any) -> Any:
+        """One update: forward, loss, gradients, optimizer. Compiled; may be overridden.
+
+        Called outside `train`, it does one update.
+
+        Args:
+            inputs: the parts of one batch.
+
+        Returns:
+            The loss, a scalar tensor, or the dict of its named terms.
+        """
+        inputs = as_arguments(self.forward_without_grads(*inputs))
+
+        def forward() -> Any:
+            outputs = as_arguments(self.forward_with_grads(*inputs))
+            result = self.loss(*outputs)
+            if penalties := self.model.losses:
+                if isinstance(result, dict):
+                    result = {**result, "loss": result["loss"] + sum(penalties)}
+                else:
+                    result = result + sum(penalties)
+            if self.metrics and (samples := self.metric_samples(*outputs)) is not None:
+                samples = keras.tree.map_structure(ops.stop_gradient, samples)
+                for metric in self.metrics:
+                    metric.samples_from_batch(samples)
+            return result
+
+        result = self.minimize(forward, self.trainable_weights, self.optimizer)
+        self.step_counter.assign_add(1)
+        return result
+
+    def minimize(
+        self,
+        loss_fn: Callable[[], Any],
+        variables: Sequence[keras.Variable],
+        optimizer: keras.optimizers.Optimizer | None = None,
+    ) -> Any:
+        """One update of `variables` down the gradient of a closure.
+
+        Args:
+            loss_fn: takes nothing and returns a scalar tensor, or a dict with a scalar named "loss".
+            variables: what is updated.
+            optimizer: the trainer's own where none is given.
+
+        Returns:
+            What `loss_fn` returned.
+
+        Raises:
+            ValueError: if the loss is no scalar, or depends on none of the variables.
+        """
+        optimizer = self.optimizer if optimizer is None else optimizer
+        variables = list(variables)
+        if self._surveyed is not None:  # only looked at: see `_survey`
+            self._surveyed.append((optimizer, variables))
+            return loss_fn()
+
+        def scaled() -> tuple[Any, Any]:
+            result = loss_fn()
+            return optimizer.scale_loss(_scalar_loss(result)), result
+
+        (_, result), gradients = backend.value_and_grad(scaled, variables, has_aux=True)
+        _check_connected(gradients, variables)
+        if self.post_process_grads is not None:
+            scale = optimizer.scale_loss(ops.ones(()))
+            gradients = [None if g is None else g / ops.cast(scale, g.dtype) for g in gradients]
+            gradients = list(self.post_process_grads(gradients))
+            if len(gradients) != len(variables):
+                raise ValueError(
+                    f"post_process_grads took {len(variables)} gradients and returned "
+                    f"{len(gradients)}; it returns one for each, in the same order."
+                )
+            gradients = [None if g is None else g * ops.cast(scale, g.dtype) for g in gradients]
+        if not optimizer.built:
+            optimizer.build(variables)
+        backend.apply_gradients(optimizer, gradients, variables)
+        return result
+
+    # ------------------------------------------------------------------ the loop
+
+    def train(
+        self,
+        tf_dataset: Any = None,
+        epochs: int | None = None,
+        callbacks: Sequence[Any] | None = None,
+        custom_data_transform_f: Callable[[Any], Any] | None = None,
+        steps: int | None = None,
+        learning_rate: float | None = None,
+        *,
+        train_map_f: Callable[[Any], Any] | None = None,
+        steps_per_dispatch: int | None = None,
+        resume: Any = None,
+    ) -> History:
+        """Trains for some epochs.
+
+        What is not given is taken from `changing_train_config`.
+
+        Args:
+            tf_dataset: see `polus.data.as_source` for what it may be. A batch that is a tuple or list
+                is spread over the step's arguments; anything else is one argument.
+            epochs: how often the data is gone through.
+            callbacks: `polus.callbacks` and `keras.callbacks` objects.
+            custom_data_transform_f: a Python function applied to each batch before the step.
+            steps: the number of steps of one epoch, for a dataset that is endless, longer, or can't
+                tell its length.
+            learning_rate: the optimizer's rate for this run; afterwards it is what it was before.
+            train_map_f: another name of `custom_data_transform_f`.
+            steps_per_dispatch: how many steps the backend runs in one call; by default it is measured
+                which number is the fastest.
+            resume: a folder of checkpoints to continue from and, with a `polus.checkpoint.Checkpoint`
+                among the callbacks, to save to.
+
+        Returns:
+            What happened: see `polus.history.History`.
+
+        Raises:
+            ValueError, TypeError: for arguments that can't be trained with; see the message.
+        """
+        given = {name: value for name, value in locals().items() if name != "self" and value is not None}
+        config = _checked_config({**self._train_config, **_one_name(given)})
+        feed = Feed(as_source(config["tf_dataset"]), config.get("custom_data_transform_f"), config.get("steps"))
+        if feed.num_batches is None and feed.source.endless:
+            raise ValueError(
+                "The dataset is endless. Say how many steps make an epoch: train(..., steps=1000)."
+            )
+        callbacks = config.get("callbacks", ())
+        run = CallbackCoordinator(callbacks, self, config["epochs"], feed)
+        self.early_stop = False
+        with self._rate(config.get("learning_rate")), run.running():
+            if (resume := config.get("resume")) is not None:
+                from polus.checkpoint import resume_run
+
+                resume_run(run, resume)
+            self._run(run, config.get("steps_per_dispatch"))
+        return run.history
+
+    def _run(self, run: CallbackCoordinator, steps_per_dispatch: int | None) -> None:
+        """The loop, from where the run stands."""
+        while run.epoch < run.epochs and not self.early_stop:
+            data = run.feed.epoch(run.epoch, start=run.step)
+            if run.step == 0:
+                for metric in self.metrics:
+                    metric.reset()
+                run.on_epoch_begin()
+            dispatch = self._dispatch(run, data, steps_per_dispatch)
+            with contextlib.closing(data.blocks(dispatch.capacity, run.next_due, run.poll)) as blocks:
+                for block in blocks:
+                    if block.count == 1:
+                        run.on_train_batch_begin()
+                    program, arguments = dispatch.prepare(block)
+                    # From here to the record of it nothing interrupts: signals wait for `run.poll`.
+                    outputs = program(*arguments)
+                    run.on_steps_end(block, outputs)
+                    run.poll()
+                    if self.early_stop:
+                        break
+            run.on_epoch_end(self._metric_results())
+
+    def lr_finder(
+        self,
+        tf_dataset: Any = None,
+        use_lr_found: bool = False,
+        *,
+        start_lr: float = 1e-7,
+        end_lr: float = 10.0,
+        num_steps: int = 100,
+        stop_factor: float = 4.0,
+        suggestion: str = "valley",
+        optimizer: keras.optimizers.Optimizer | None = None,
+    ) -> Any:
+        """The learning-rate range test."""
+        raise NotImplementedError("BaseTrainer.lr_finder is not there yet.")
+
+    def changing_train_config(self, **arguments: Any) -> None:
+        """Keeps arguments of `train` for later calls that don't give them.
+
+        So that a function can return a trainer that is ready to run:
+
+        ```python
+        def init_trainer():
+            trainer = ClassifierTrainer(model, optimizer, loss)
+            trainer.changing_train_config(tf_dataset=data, epochs=10)
+            return trainer
+
+        init_trainer().train()
+        ```
+
+        Raises:
+            TypeError: for a name that `train` doesn't take.
+        """
+        _check_names(arguments)
+        self._train_config |= _one_name(arguments)
+
+    def evaluate(
+        self,
+        dataset: Any,
+        custom_data_transform_f: Callable[[Any], Any] | None = None,
+        steps: int | None = None,
+    ) -> dict[str, Any]:
+        """The trainer's metrics over a dataset, and its loss where `evaluation_loss` gives one.
+
+        In inference mode. Training is not disturbed: its metrics, in the middle of an epoch too, and
+        the random generators are as before.
+
+        Args:
+            dataset: as for `train`.
+            custom_data_transform_f: a Python function applied to each batch.
+            steps: how many batches at most.
+
+        Returns:
+            Metric name to value, and "loss", weighted by the number of examples.
+        """
+        variables = [v for metric in self.metrics for v in metric.variables]
+        snapshot = Snapshot(variables)
+        losses, sizes = [], []
+        feed = Feed(as_source(dataset), custom_data_transform_f, steps)
+        try:
+            for metric in self.metrics:
+                metric.reset()
+            data = feed.epoch(0)
+            first = data.sample(1)
+            key = "evaluation", get_jit_compile()
+            dispatch = self._dispatches.get(key)
+            if dispatch is None:
+                dispatch = self._dispatches[key] = Dispatch(self._evaluation, self._jit_compile)
+                if not self.model.built:
+                    backend.trace(self._evaluation, _arguments_of(first))
+            capacity = min(self._capacity, feed.num_batches or self._capacity)
+            with contextlib.closing(data.blocks(capacity)) as blocks:
+                for block in blocks:
+                    program, arguments = dispatch.prepare(block)
+                    losses.append(Losses(program(*arguments), block.count))
+                    sizes += [block.batch_size] * block.count
+            results = {metric.name: metric.evaluate() for metric in self.metrics}
+        finally:
+            snapshot.restore()
+        loss = np.concatenate([np.asarray(row, np.float64) for row in losses])
+        return results if np.isnan(loss).all() else {"loss": float(np.average(loss, weights=sizes)), **results}
+
+    # ------------------------------------------------------------------ how it is done
+
+    def _one_update(self, *inputs: Any) -> Any:
+        self._build(inputs)
+        return self._compiled_step(*inputs)
+
+    def _evaluation(self, *inputs: Any) -> Any:
+        samples = self.evaluation_step(*inputs)
+        for metric in self.metrics:
+            metric.samples_from_batch(samples)
+        loss = self.evaluation_loss(*samples)
+        return ops.cast(np.float32("nan") if loss is None else _scalar_loss(loss), "float32")
+
+    def _build(self, inputs: tuple[Any, ...]) -> None:
+        """Builds what isn't built yet, from one batch. Nothing is trained."""
+        if self._built:
+            return
+        layers = [value for value in vars(self).values() if isinstance(value, keras.layers.Layer)]
+        if self._overridden or not all(layer.built for layer in layers):
+            self._survey(inputs)
+        elif not self.optimizer.built:
+            weights = self.trainable_weights
+            _check_some(weights)
+            self.optimizer.build(weights)
+        self._built = True
+
+    def _survey(self, inputs: tuple[Any, ...]) -> list[keras.Variable]:
+        """All variables that a step reads or assigns, in the order of their first meeting.
+
+        The step runs abstractly, with `minimize` computing only its loss; models and optimizers that
+        were unbuilt are built on the way. No value is changed.
+        """
+        for _ in range(2):  # the second time with the weights that the first one made
+            unbuilt = not self.model.built
+            self._surveyed = []
+            try:
+                met = backend.trace(self._step, inputs)
+            finally:
+                surveyed, self._surveyed = self._surveyed, None
+            if not unbuilt and all(variables for _, variables in surveyed):
+                break
+        together: dict[int, tuple[Any, dict[int, Any]]] = {}
+        for optimizer, variables in surveyed:
+            _, known = together.setdefault(id(optimizer), (optimizer, {}))
+            known.update((id(variable), variable) for variable in variables)
+        for optimizer, known in together.values():
+            _check_some(list(known.values()))
+            if not optimizer.built:
+                optimizer.build(list(known.values()))
+            met = [*met, *known.values(), *optimizer.variables]
+        return list({id(variable): variable for variable in met}.values())
+
+    def _dispatch(
+        self, run: CallbackCoordinator, data: Epoch, steps_per_dispatch: int | None
+    ) -> Dispatch:
+        """The compiled step, and how many at a time: measured once where nothing is said."""
+        if data.peek() is None:  # resumed behind the last step of an epoch
+            return Dispatch(self._step, None)
+        mode = get_jit_compile()
+        longest = run.longest_dispatch()
+        first = data.sample(1)
+        key = mode, steps_per_dispatch, longest > 1, str(first.signature)
+        dispatch = self._dispatches.get(key)
+        if dispatch is None:
+            inputs = _arguments_of(first)
+            self._build(inputs)
+            self._dispatches[key] = dispatch = Dispatch(self._step, None if mode == "auto" else mode)
+            if steps_per_dispatch is not None and mode != "auto":
+                dispatch.capacity = steps_per_dispatch
+            else:
+                choose(dispatch, data, lambda: self._survey(inputs), mode, longest, steps_per_dispatch)
+        self._jit_compile, self._capacity = dispatch.jit_compile, dispatch.capacity
+        return dispatch
+
+    def _metric_results(self) -> dict[str, Any]:
+        return {metric.name: metric.evaluate() for metric in self.metrics}
+
+    @contextlib.contextmanager
+    def _rate(self, learning_rate: float | None) -> Iterator[None]:
+        """The optimizer's rate for the length of the block."""
+        if learning_rate is None:
+            yield
+            return
+        before = float(ops.convert_to_numpy(self.optimizer.learning_rate))
+        try:
+            self.optimizer.learning_rate = learning_rate
+        except (TypeError, AttributeError):
+            raise ValueError(
+                f"learning_rate={learning_rate} was given to train, but the rate of this optimizer is a "
+                "schedule, which can't be set. Make the optimizer with a number, or leave it out here."
+            ) from None
+        try:
+            yield
+        finally:
+            self.optimizer.learning_rate = before
+
+
+class ClassifierTrainer(BaseTrainer):
+    """Classification and regression over batches (x, y) or (x, y, sample_weight).
+
+    ```python
+    trainer = ClassifierTrainer(
+        model, keras.optimizers.Adam(1e-3), keras.losses.SparseCategoricalCrossentropy()
+    )
+    history = trainer.train(polus.data.from_arrays((x, y), batch_size=32), epochs=5)
+    ```
+
+    The losses of the model itself (regularisation, `add_loss`) are part of the loss, as in Keras.
+
+    Args:
+        model: a `keras.Model`.
+        trainable_weights: the variables that are trained; all of the model's where it is None. The
+            optimizer may stand in this place: `ClassifierTrainer(model, optimizer, loss)`.
+        args, kwargs: as for `BaseTrainer`, from `optimizer` on.
+    """
+
+    def __init__(
+        self, model: keras.Model, trainable_weights: Any = None, *args: Any, **kwargs: Any
+    ) -> None:
+        if isinstance(trainable_weights, keras.optimizers.Optimizer):
+            args, trainable_weights = (trainable_weights, *args), None
+        super().__init__(model, *args, trainable_weights=trainable_weights, **kwargs)
+
+    def forward_with_grads(self, x: Any, y: Any, *sample_weight: Any) -> Any:
+        """The labels and the prediction: what a loss of Keras takes."""
+        return y, self.predicted(self.model(x, training=True)), *sample_weight
+
+    def metric_samples(self, *outputs: Any) -> tuple[Any, ...]:
+        """The labels and the prediction. Metrics are not weighted, as `metrics` in Keras."""
+        return outputs[:2]
+
+    def evaluation_loss(self, *samples: Any) -> Any:
+        """The loss over validation data, without sample weights."""
+        return self.loss(*samples) + sum(self.model.losses)
+
+
+# ---------------------------------------------------------------------- what can go wrong
+
+
+def _check_kinds(model: Any, optimizer: Any, loss: Any) -> None:
+    if not isinstance(model, keras.Model):
+        raise TypeError(
+            f"model is a keras.Model, and got {_kind(model)}. It has to come from this Keras "
+            f"(keras {keras.__version__} on {keras.config.backend()}), not from another library."
+        )
+    if not isinstance(optimizer, keras.optimizers.Optimizer):
+        raise TypeError(
+            f"optimizer is a keras.optimizers.Optimizer, and got {_kind(optimizer)}. Write, for example, "
+            "keras.optimizers.Adam(1e-3); an optimizer of a backend can't update Keras variables on "
+            "every backend."
+        )
+    if not callable(loss):
+        raise TypeError(
+            f"loss is a callable that returns a scalar, and got {_kind(loss)}: {loss!r}. Write, for "
+            "example, keras.losses.SparseCategoricalCrossentropy(from_logits=True)."
+        )
+
+
+def _kind(value: Any) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+def _loss_scaled(optimizer: Any, model: keras.Model) -> Any:
+    """Under mixed_float16 a plain optimizer is given loss scaling, as `compile` does."""
+    scaled = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
+    if not scaled and getattr(model.dtype_policy, "name", None) == "mixed_float16":
+        return keras.optimizers.LossScaleOptimizer(optimizer, name="loss_scale_optimizer")
+    return optimizer
+
+
+def _scalar_loss(result: Any) -> Any:
+    if isinstance(result, dict):
+        if "loss" not in result:
+            raise ValueError(
+                f"The loss returned the terms {sorted(result)}, and none is named 'loss'. Return "
+                '{"loss": total, ...}: that one is minimised, the others are recorded.'
+            )
+        result = result["loss"]
+    shape = getattr(result, "shape", None)
+    if shape is None or len(shape):
+        came = f"a {type(result).__name__}" if shape is None else f"a tensor of shape {tuple(shape)}"
+        raise ValueError(
+            f"The loss is a scalar tensor, and got {came}. Reduce it, for example with "
+            "keras.ops.mean(...). Keras' losses that are classes, such as "
+            "keras.losses.MeanSquaredError(), reduce by themselves; the functions give one value per "
+            "example."
+        )
+    return result
+
+
+def _check_some(variables: Sequence[Any]) -> None:
+    if not variables:
+        raise ValueError(
+            "There is nothing to train: the list of trainable variables is empty. Is the model frozen "
+            "(model.trainable = False), or was the list made before the layers were built?"
+        )
+
+
+def _check_connected(gradients: Sequence[Any], variables: Sequence[Any]) -> None:
+    _check_some(variables)
+    if all(gradient is None for gradient in gradients):
+        names = ", ".join(variable.path for variable in variables[:5])
+        raise ValueError(
+            f"The loss depends on none of the {len(variables)} trainable variables ({names}"
+            f"{', ...' if len(variables) > 5 else ''}). Is the model called in forward_with_grads, is "
+            "its output passed to the loss, and does everything between come from keras.ops?"
+        )
+
+
+TRAIN_NAMES = tuple(inspect.signature(BaseTrainer.train).parameters)[1:]
+
+
+def _check_names(arguments: dict[str, Any]) -> None:
+    import difflib
+
+    for name in arguments:
+        if name not in TRAIN_NAMES:
+            close = difflib.get_close_matches(name, TRAIN_NAMES, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise TypeError(f"train takes no argument {name!r}.{hint} It takes {', '.join(TRAIN_NAMES)}.")
+
+
+def _one_name(arguments: dict[str, Any]) -> dict[str, Any]:
+    arguments = dict(arguments)
+    if "train_map_f" in arguments:
+        arguments["custom_data_transform_f"] = arguments.pop("train_map_f")
+    return arguments
+
+
+def _checked_config(config: dict[str, Any]) -> dict[str, Any]:
+    for name in ("tf_dataset", "epochs"):
+        if config.get(name) is None:
+            raise ValueError(
+                f"train needs {name}: give it, or keep it with changing_train_config({name}=...)."
+            )
+    for name in ("epochs", "steps", "steps_per_dispatch"):
+        value = config.get(name)
+        if value is not None and (not isinstance(value, int | np.integer) or value < 1):
+            raise ValueError(f"{name} is a positive integer, and got {value!r}.")
+    return config
+
+
+def _arguments_of(block: Any) -> tuple[Any, ...]:
+    """The step's arguments out of a block of one batch."""
+    return as_arguments(block.payload) if block.fetch is None else block.fetch(block.payload, 0)
