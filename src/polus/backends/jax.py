@@ -127,6 +127,15 @@ def value_and_grad(
     return result, [g if c else None for g, c in zip(gradients, connected, strict=True)]
 
 
+def value_and_input_grad(fn: Callable[..., Any], inputs: Sequence[Any]) -> tuple[Any, list[Any]]:
+    """`fn(*inputs)`, a scalar, and its gradients by the inputs, which are tensors.
+
+    `fn` may read variables; it assigns none.
+    """
+    value, gradients = jax.value_and_grad(lambda tensors: fn(*tensors))(list(inputs))
+    return value, gradients
+
+
 def _watched(values: list[Any], connected: list[bool]) -> list[Any]:
     """`values`, and `connected` set where a gradient came back through them.
 

@@ -45,6 +45,17 @@ def value_and_grad(
     return result, tape.gradient(value, [variable.value for variable in variables])
 
 
+def value_and_input_grad(fn: Callable[..., Any], inputs: Sequence[Any]) -> tuple[Any, list[Any]]:
+    """`fn(*inputs)`, a scalar, and its gradients by the inputs, which are tensors.
+
+    `fn` may read variables; it assigns none.
+    """
+    with tf.GradientTape() as tape:
+        tape.watch(inputs)
+        value = fn(*inputs)
+    return value, tape.gradient(value, inputs, unconnected_gradients=tf.UnconnectedGradients.ZERO)
+
+
 def repeat(step: Callable[..., Tree], fetch: Callable[[Tree, Any], tuple[Any, ...]]) -> Any:
     """Many steps as one function `(count, capacity, payload) -> outputs`, to be given to `function`.
 

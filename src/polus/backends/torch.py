@@ -61,6 +61,23 @@ def value_and_grad(
     return result, list(gradients)
 
 
+def value_and_input_grad(fn: Callable[..., Any], inputs: Sequence[Any]) -> tuple[Any, list[Any]]:
+    """`fn(*inputs)`, a scalar, and its gradients by the inputs, which are tensors.
+
+    `fn` may read variables; it assigns none.
+    """
+    depth = getattr(_depth, "value", 0)
+    _depth.value = depth + 1
+    try:
+        with torch.enable_grad():
+            tensors = [tensor.detach().requires_grad_() for tensor in inputs]
+            value = fn(*tensors)
+            gradients = torch.autograd.grad(value, tensors, materialize_grads=True)
+    finally:
+        _depth.value = depth
+    return value.detach(), list(gradients)
+
+
 def _detached(leaf: Any) -> Any:
     return leaf.detach() if isinstance(leaf, torch.Tensor) else leaf
 
