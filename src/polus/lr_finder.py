@@ -7,28 +7,52 @@ Neural Networks", arXiv:1506.01186, section 3.3). A suggestion is a point of tha
     result = trainer.lr_finder(dataset)
     print(result.suggestion, result.suggestions)
     result.plot("lr_finder.png")
+
+or, for a function that returns a trainer with its training configuration,
+
+    python -m polus.lr_finder package.module:init_trainer
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import difflib
+import importlib
+import itertools
+import math
 import os
+import sys
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import keras
 import numpy as np
 import numpy.typing as npt
+from rich.console import Console
+from rich.progress import Progress
+
+from polus.data import Block, Feed, as_arguments
+from polus.data.replica import replica
+from polus.dispatch import Dispatch
+from polus.signals import Signals
+from polus.state import Snapshot, random_state_kept
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from polus.training import BaseTrainer
+
 Array = npt.NDArray[np.float64]
 
 
-def smooth(rates: Array, losses: Array, half_width: float = 0.5) -> Array:
+HALF_WIDTH = 0.5  # of the smoothing window, in powers of ten: 6 of 100 steps from 1e-7 to 10
+
+
+def smooth(rates: Array, losses: Array, half_width: float = HALF_WIDTH) -> Array:
     """Gives the losses, smoothed over the logarithm of the rate.
 
     At each rate a line is fitted to the losses around it, nearer ones weighing more, and read there
@@ -40,7 +64,7 @@ def smooth(rates: Array, losses: Array, half_width: float = 0.5) -> Array:
         rates: Positive and rising, shape `(n,)`.
         losses: Finite, shape `(n,)`.
         half_width: How far the window reaches to either side, in powers of ten; it is widened until
-            it holds two neighbours on each side. Half a decade is 6 of 100 steps from 1e-7 to 10.
+            it holds two neighbours on each side.
     """
     if len(losses) < 2:
         return losses.copy()
@@ -269,3 +293,205 @@ def check_suggestion(name: str) -> None:
         meant = difflib.get_close_matches(name, SUGGESTIONS, n=1)
         hint = f"did you mean {meant[0]!r}?" if meant else f"there are {', '.join(SUGGESTIONS)}"
         raise ValueError(f"there is no suggestion {name!r}: {hint}")
+
+
+# The sweep
+
+
+def find(
+    trainer: BaseTrainer,
+    dataset: Any,
+    use_lr_found: bool,
+    start_lr: float,
+    end_lr: float,
+    num_steps: int,
+    stop_factor: float,
+    suggestion: str,
+    optimizer: Any,
+) -> LRFinderResult:
+    """Runs the range test of `BaseTrainer.lr_finder`, which says what the arguments are.
+
+    Everything that the step meets is put back, whatever ends the sweep: signals wait meanwhile.
+    """
+    check_suggestion(suggestion)
+    _check_sweep(start_lr, end_lr, num_steps, stop_factor)
+    config = trainer._train_config
+    dataset = config.get("tf_dataset") if dataset is None else dataset
+    if dataset is None:
+        raise ValueError(
+            "lr_finder needs a dataset: give it, or keep one: changing_train_config(tf_dataset=...)"
+        )
+    optimizer = trainer.optimizer if optimizer is None else optimizer
+    if use_lr_found and not _settable(optimizer):
+        raise ValueError(
+            "use_lr_found=True sets the optimizer's rate to a number, and this one's rate is a "
+            "schedule. Leave use_lr_found out and build the schedule anew, for example "
+            "keras.optimizers.schedules.CosineDecay(result.suggestion, decay_steps=10_000)"
+        )
+    feed = Feed(replica(dataset), config.get("custom_data_transform_f"))
+    with random_state_kept():
+        first = feed.epoch(0).sample(1)
+    inputs = as_arguments(first.payload if first.fetch is None else first.fetch(first.payload, 0))
+    # Outside of random_state_kept: what building draws, training would have drawn.
+    trainer._build(inputs)
+    variables = trainer._survey(inputs)
+    if not {id(v) for v in optimizer.variables} & {id(v) for v in variables}:
+        raise ValueError(
+            f"the training step does not use the optimizer {optimizer.name!r}, so its rate changes "
+            f"nothing. Give the one to sweep: lr_finder(dataset, optimizer=trainer.d_optimizer)"
+        )
+    rates = np.geomspace(start_lr, end_lr, num_steps)
+    with Signals() as signals:
+        snapshot = Snapshot(variables)
+        try:
+            with _swept(optimizer) as set_rate:
+                losses = _sweep(trainer, feed, rates, set_rate, stop_factor, signals.check)
+        finally:
+            snapshot.restore()
+    result = LRFinderResult(rates[: len(losses)], np.array(losses), suggestion)
+    trainer.logger.info("%r", result)
+    if use_lr_found:
+        old = float(optimizer.learning_rate)
+        optimizer.learning_rate = result.suggestion
+        trainer.logger.info("Learning rate: %.3g before, %.3g found.", old, result.suggestion)
+    return result
+
+
+def _sweep(
+    trainer: BaseTrainer,
+    feed: Feed,
+    rates: Array,
+    set_rate: Callable[[float], Any],
+    stop_factor: float,
+    poll: Callable[[], None],
+) -> list[float]:
+    """Gives the loss of a step at each of `rates`, up to the divergence."""
+    # A dispatch of its own: in the one of the training a schedule may be compiled in.
+    dispatch = Dispatch(trainer._step, trainer._jit_compile)
+    # The curve is judged half a window behind, where smoothing sees both sides of it.
+    decades = math.log10(rates[1] / rates[0])
+    reach = max(3, math.ceil(HALF_WIDTH / decades))
+    losses: list[float] = []
+    smoothed: list[float] = []
+    console = Console(stderr=True)
+    with (
+        Progress(console=console, transient=True, disable=not console.is_terminal) as progress,
+        contextlib.closing(_endless(feed, poll)) as blocks,
+    ):
+        task = progress.add_task("", total=len(rates))
+        for rate, block in zip(rates, blocks, strict=False):
+            set_rate(rate)
+            program, arguments = dispatch.prepare(block)
+            outputs = program(*arguments)
+            outputs = outputs["loss"] if isinstance(outputs, dict) else outputs
+            losses.append(float(keras.ops.convert_to_numpy(outputs).item()))
+            progress.update(task, advance=1, description=f"rate {rate:.1e}, loss {losses[-1]:.4g}")
+            poll()
+            if not math.isfinite(losses[-1]):
+                break
+            if len(losses) > 2 * reach:
+                window = slice(len(losses) - 2 * reach - 1, len(losses))
+                smoothed.append(float(smooth(rates[window], np.array(losses[window]))[reach]))
+                if smoothed[-1] > highest_allowed(smoothed, stop_factor):
+                    break
+    return losses
+
+
+def highest_allowed(losses: list[float], stop_factor: float) -> float:
+    """Gives `stop_factor` times the best loss, or what corresponds to it for losses below zero.
+
+    These may rise by `stop_factor - 1` times what they had fallen by, or their size if it is more.
+    """
+    best = min(losses)
+    return best + (stop_factor - 1) * (best if best > 0 else max(-best, losses[0] - best))
+
+
+def _endless(feed: Feed, poll: Callable[[], None]) -> Generator[Block]:
+    """The batches one by one, from the start again where the dataset ends."""
+    for epoch in itertools.count():
+        data = feed.epoch(epoch)
+        data.peek()  # raises where there is nothing to read (any more)
+        with contextlib.closing(data.blocks(poll=poll)) as blocks:
+            yield from blocks
+
+
+def _settable(optimizer: Any) -> bool:
+    return isinstance(optimizer.learning_rate, keras.Variable)
+
+
+@contextlib.contextmanager
+def _swept(optimizer: Any) -> Iterator[Callable[[float], Any]]:
+    """Gives a function that sets the optimizer's rate; a schedule is put back at the end."""
+    if _settable(optimizer):
+        yield optimizer.learning_rate.assign
+        return
+    owner = getattr(optimizer, "inner_optimizer", optimizer)  # under loss scaling
+    # Keras' public property gives the schedule's value, not the schedule.
+    schedule = owner._learning_rate
+    # Named, so that Keras' counter of unnamed variables stays as it is.
+    rate = keras.Variable(0.0, dtype="float32", trainable=False, name="swept_learning_rate")
+    owner.learning_rate = _Swept(rate)
+    try:
+        yield rate.assign
+    finally:
+        owner.learning_rate = schedule
+
+
+class _Swept(keras.optimizers.schedules.LearningRateSchedule):
+    """A schedule that reads a variable, whatever the step: what a setter of the rate takes."""
+
+    def __init__(self, rate: keras.Variable) -> None:
+        self.rate = rate
+
+    def __call__(self, step: Any) -> Any:
+        return keras.ops.convert_to_tensor(self.rate)
+
+
+def _check_sweep(start_lr: float, end_lr: float, num_steps: int, stop_factor: float) -> None:
+    if not 0 < start_lr < end_lr < math.inf:
+        raise ValueError(
+            f"the sweep rises from start_lr to end_lr, but got {start_lr} and {end_lr}"
+        )
+    if not isinstance(num_steps, int) or num_steps < MIN_STEPS:
+        raise ValueError(f"num_steps is an integer of at least {MIN_STEPS}, but got {num_steps!r}")
+    if not stop_factor > 1:
+        raise ValueError(
+            f"stop_factor is above 1 (math.inf to stop at NaN only), but got {stop_factor}"
+        )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the range test for a function that returns a trainer; prints and draws what came out."""
+    parser = argparse.ArgumentParser(
+        prog="python -m polus.lr_finder",
+        description="The learning-rate range test.",
+        argument_default=argparse.SUPPRESS,  # what is not given is left to lr_finder
+    )
+    parser.add_argument(
+        "function",
+        help="package.module:init_trainer, which takes nothing and returns a trainer that knows "
+        "its data: trainer.changing_train_config(tf_dataset=...)",
+    )
+    parser.add_argument("--plot", default="lr_finder.png", help="where to write the picture")
+    parser.add_argument("--start-lr", type=float)
+    parser.add_argument("--end-lr", type=float)
+    parser.add_argument("--num-steps", type=int)
+    parser.add_argument("--stop-factor", type=float)
+    parser.add_argument("--suggestion", choices=SUGGESTIONS)
+    options = vars(parser.parse_args(arguments))
+    path = options.pop("plot")
+    module, _, name = options.pop("function").partition(":")
+    if not name:
+        parser.error(f"write package.module:function, not {module!r}")
+    result = getattr(importlib.import_module(module), name)().lr_finder(**options)
+    result.plot(path)
+    for method, rate in result.suggestions.items():
+        print(f"{method:8} {rate:.2e}{'  (suggested)' if method == result.method else ''}")
+    if result.why_none:
+        print(f"no learning rate to suggest: {result.why_none}", file=sys.stderr)
+    print(f"picture: {path}")
+    return bool(result.why_none)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

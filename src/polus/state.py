@@ -2,6 +2,7 @@
 
 import contextlib
 import random
+import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -30,8 +31,18 @@ class Snapshot:
 
 
 def random_state() -> dict[str, Any]:
-    """The states of Python's, NumPy's and the backend's global generators."""
-    return {"python": random.getstate(), "numpy": np.random.get_state(), "backend": backend.random_state()}
+    """The states of Python's, NumPy's and the backend's global generators.
+
+    And of PyTorch's, where it is imported: a `DataLoader` draws from it on every backend.
+    """
+    state: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "backend": backend.random_state(),
+    }
+    if (torch := sys.modules.get("torch")) is not None:
+        state["torch"] = torch.get_rng_state().numpy().copy()
+    return state
 
 
 def set_random_state(state: dict[str, Any]) -> None:
@@ -39,6 +50,8 @@ def set_random_state(state: dict[str, Any]) -> None:
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     backend.set_random_state(state["backend"])
+    if "torch" in state and (torch := sys.modules.get("torch")) is not None:
+        torch.set_rng_state(torch.from_numpy(state["torch"].copy()))
 
 
 @contextlib.contextmanager

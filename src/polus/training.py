@@ -356,8 +356,51 @@ class BaseTrainer(BaseLogger):
         suggestion: str = "valley",
         optimizer: keras.optimizers.Optimizer | None = None,
     ) -> Any:
-        """The learning-rate range test."""
-        raise NotImplementedError("BaseTrainer.lr_finder is not there yet.")
+        """Finds a learning rate by the range test, and leaves no trace on the training.
+
+        Runs `num_steps` steps at rates that grow exponentially, and reads the rate to train with
+        from the curve of their losses (Smith 2015, arXiv:1506.01186). Afterwards weights, optimizer,
+        metrics, generators and the dataset's shuffling are as before, also after an error or Ctrl-C;
+        no callback hears of it.
+
+        ```python
+        result = trainer.lr_finder(dataset)
+        result.plot("lr_finder.png")
+        trainer.train(dataset, epochs=10, learning_rate=result.suggestion)
+        ```
+
+        Args:
+            tf_dataset: as for `train`, but no bare iterator. It is repeated where it is shorter. Not
+                given, it is that of `changing_train_config`, whose `custom_data_transform_f` counts.
+            use_lr_found: whether the optimizer keeps the suggestion as its rate.
+            start_lr: the first rate; far too small is right.
+            end_lr: the last one; far too large is right, for the sweep stops when the loss diverges.
+            num_steps: 16 or more.
+            stop_factor: the sweep stops when the smoothed loss exceeds this many times its best, or
+                the loss is not finite.
+            suggestion: "valley", "steep", "slide" or "minimum": see `polus.lr_finder`.
+            optimizer: which one is swept, where the step uses several. Default: the trainer's own.
+
+        Returns:
+            The curve and the suggestions: see `polus.lr_finder.LRFinderResult`.
+
+        Raises:
+            ValueError: for arguments that make no sweep; with `use_lr_found`, for a curve that
+                suggests nothing, and for an optimizer whose rate is a schedule.
+        """
+        from polus.lr_finder import find
+
+        return find(
+            self,
+            tf_dataset,
+            use_lr_found,
+            start_lr=start_lr,
+            end_lr=end_lr,
+            num_steps=num_steps,
+            stop_factor=stop_factor,
+            suggestion=suggestion,
+            optimizer=optimizer,
+        )
 
     def changing_train_config(self, **arguments: Any) -> None:
         """Keeps arguments of `train` for later calls that don't give them.
