@@ -193,22 +193,18 @@ def _read(iterator: Any, first: list[Any], want: Any) -> Any:
             same = tf.constant(True)
             for value, reference in zip(values, first, strict=True):
                 same &= tf.reduce_all(tf.shape(value) == tf.shape(reference))
-            flows = tf.cond(
+            written = tf.cond(
                 same,
-                lambda: [row.write(i, value).flow for row, value in zip(rows, values, strict=True)],
-                lambda: [row.flow for row in rows],
+                lambda: [row.write(i, value) for row, value in zip(rows, values, strict=True)],
+                lambda: rows,
             )
-            return tf.cast(same, tf.int32), same, ~same, flows, values
+            return tf.cast(same, tf.int32), same, ~same, written, values
 
         def end() -> Any:
             no = tf.constant(False)
-            return tf.constant(0), no, no, [row.flow for row in rows], left
+            return tf.constant(0), no, no, rows, left
 
-        added, more, other, flows, left = tf.cond(item.has_value(), take, end)
-        rows = [
-            tf.TensorArray(row.dtype, flow=flow, infer_shape=False, element_shape=row.element_shape)
-            for row, flow in zip(rows, flows, strict=True)
-        ]
+        added, more, other, rows, left = tf.cond(item.has_value(), take, end)
         return i + added, more, other, rows, left
 
     count, _, other, rows, left = tf.while_loop(

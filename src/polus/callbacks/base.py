@@ -184,9 +184,19 @@ class CallbackCoordinator:
             self.exception = exception
             raise
         finally:
-            with contextlib.ExitStack() as ends:  # last in, first out; one's error stops no other
-                for callback in reversed(begun):
-                    ends.callback(callback.on_train_end)
+            first = self.exception
+            for callback in begun:
+                try:
+                    callback.on_train_end()
+                except BaseException as exception:  # the others have their end all the same
+                    if self.exception is None:
+                        self.exception = exception
+                    else:
+                        self.trainer.logger.error(
+                            "%s.on_train_end failed as well", type(callback).__name__, exc_info=exception
+                        )
+            if first is None and self.exception is not None:
+                raise self.exception
 
     def on_epoch_begin(self) -> None:
         self.batch_sizes = []

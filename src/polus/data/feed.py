@@ -93,7 +93,8 @@ class Epoch:
         self.number = epoch
         self.start = start
         self.reader = feed.source.batches(epoch, start)
-        self.batches = map(feed.transform, self.reader) if feed.transform else self.reader
+        batches = map(feed.transform, self.reader) if feed.transform else self.reader
+        self.batches = map(as_arguments, batches)
         self._first: list[Any] = []
 
     def peek(self) -> Any:

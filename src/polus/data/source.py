@@ -85,7 +85,9 @@ class _Once(Source):
             )
         if first is not _END:
             yield first
-            yield from self.dataset
+            # Not `yield from`, which would close the user's iterator at the end of an epoch.
+            for batch in self.dataset:  # noqa: UP028
+                yield batch
 
 
 _END = object()

@@ -1,0 +1,575 @@
+"""The documented trainer: its contract with users, compared with Keras' own fit."""
+
+import inspect
+import logging
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import polus.core
+import polus.data
+from polus.callbacks import Callback
+from polus.training import BaseTrainer, ClassifierTrainer
+
+X = np.random.default_rng(0).normal(size=(80, 6)).astype("float32")
+Y = (X[:, 0] > 0).astype("int32") + (X[:, 1] > 0)
+BATCHES = [(X[i : i + 16], Y[i : i + 16]) for i in range(0, 80, 16)]
+CROSS_ENTROPY = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+def to_float(tensor) -> float:
+    return float(ops.convert_to_numpy(tensor))
+
+
+def make_model(built: bool = True, **dense) -> keras.Model:
+    layers = [keras.layers.Dense(8, "relu", **dense), keras.layers.Dense(3)]
+    return keras.Sequential([keras.Input((6,)), *layers] if built else layers)
+
+
+def make_trainer(model=None, **kwargs) -> ClassifierTrainer:
+    model = model or make_model()
+    return ClassifierTrainer(model, keras.optimizers.Adam(1e-2), CROSS_ENTROPY, **kwargs)
+
+
+class Steps(Callback):
+    """Records what it hears; `after` is called after each step."""
+
+    def __init__(self, after=None):
+        super().__init__()
+        self.heard = []
+        self.after = after
+
+    def on_train_begin(self):
+        self.heard.append("begin")
+
+    def on_train_batch_end(self, epoch, step, loss):
+        self.heard.append((epoch, step, float(loss)))
+        if self.after:
+            self.after(self, epoch, step)
+
+    def on_train_end(self):
+        self.heard.append("end")
+
+
+@pytest.fixture
+def jit_compile_off():
+    """No XLA where it is a choice: on TensorFlow it draws other dropout masks from the same seed."""
+    setting = True if keras.config.backend() == "jax" else False
+    polus.core.set_jit_compile(setting)
+    yield setting
+    polus.core.set_jit_compile("auto")
+
+
+# ---------------------------------------------------------------------- it trains as Keras does
+
+
+@pytest.mark.parametrize("built", [True, False])
+@pytest.mark.parametrize("case", ["plain", "regularised", "dropout", "batch_norm", "weighted"])
+def test_same_weights_as_fit(case, built, jit_compile_off):
+    def make():
+        keras.utils.set_random_seed(1)
+        if case == "regularised":
+            return make_model(
+                built, kernel_regularizer="l2", activity_regularizer=keras.regularizers.L1(0.01)
+            )
+        model = make_model(built)
+        if case == "dropout":
+            model.add(keras.layers.Dropout(0.3, seed=5))
+        if case == "batch_norm":
+            model.add(keras.layers.BatchNormalization())
+        return model
+
+    weights = (np.linspace(0, 2, 80).astype("float32"),) if case == "weighted" else ()
+    ours, theirs = make(), make()
+    theirs.compile(keras.optimizers.Adam(1e-2), CROSS_ENTROPY, jit_compile=jit_compile_off)
+    expected = theirs.fit(
+        X, Y, 16, 3, shuffle=False, verbose=0, sample_weight=weights[0] if weights else None
+    )
+    data = polus.data.from_arrays((X, Y, *weights), 16, shuffle=False)
+    history = make_trainer(ours).train(data, epochs=3)
+    for mine, other in zip(ours.get_weights(), theirs.get_weights(), strict=True):
+        np.testing.assert_allclose(mine, other, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(history.to_dict()["loss"], expected.history["loss"], rtol=1e-4)
+
+
+def test_a_frozen_part_stays_and_the_rest_trains():
+    model = make_model()
+    trainer = ClassifierTrainer(
+        model, model.layers[1].trainable_weights, keras.optimizers.Adam(0.1), CROSS_ENTROPY
+    )
+    before = [w.copy() for w in model.get_weights()]
+    trainer.train(BATCHES, epochs=1)
+    changed = [not np.array_equal(a, b) for a, b in zip(before, model.get_weights(), strict=True)]
+    assert changed == [False, False, True, True]
+
+
+def test_all_weights_are_trained_and_a_log_line_says_so(caplog):
+    caplog.set_level(logging.INFO)
+    make_trainer().train(BATCHES, epochs=1)
+    assert "All 4 trainable weights" in caplog.text
+
+
+# ---------------------------------------------------------------------- what a user describes
+
+
+def test_the_distiller_of_the_docs_trains_towards_its_teacher():
+    class Distiller(BaseTrainer):
+        def __init__(self, student, teacher, **kwargs):
+            super().__init__(student, **kwargs)
+            self.teacher = teacher
+
+        def forward_without_grads(self, x, y):
+            return x, y, self.teacher(x, training=False)
+
+        def forward_with_grads(self, x, y, soft):
+            return y, soft, self.model(x, training=True)
+
+    teacher = make_model(built=False)  # built by the step, as the student is
+    trainer = Distiller(
+        make_model(built=False),
+        teacher,
+        optimizer=keras.optimizers.Adam(0.05),
+        loss=lambda y, soft, logits: ops.mean((soft - logits) ** 2),
+    )
+    history = trainer.train(BATCHES, epochs=30)
+    losses = history.to_dict()["loss"]
+    assert losses[-1] < 0.1 * losses[0]
+    assert not teacher.trainable_weights == [] and trainer.trainable_weights == (
+        trainer.model.trainable_weights
+    )
+
+
+@pytest.mark.parametrize("spelling", ["forward", "foward"])
+def test_both_spellings_can_be_overridden_and_called(spelling):
+    def without(self, x, y):
+        return x * 2.0, y
+
+    def with_grads(self, x, y):
+        return y, self.model(x, training=True)
+
+    cls = type(
+        "Spelled",
+        (BaseTrainer,),
+        {f"{spelling}_without_grads": without, f"{spelling}_with_grads": with_grads},
+    )
+    trainer = cls(make_model(), keras.optimizers.SGD(0.0), CROSS_ENTROPY)
+    history = trainer.train(BATCHES, epochs=1)
+    expected = to_float(CROSS_ENTROPY(Y[:16], trainer.model(X[:16] * 2)))
+    assert history.steps["loss"][0] == pytest.approx(expected, rel=1e-5)
+    for name in ("forward", "foward"):
+        assert getattr(trainer, f"{name}_without_grads")(X, Y)[0][0, 0] == X[0, 0] * 2
+
+    class Sub(cls):  # the other spelling overrides, and super() finds either
+        def foward_without_grads(self, x, y):
+            return super().forward_without_grads(x, y)
+
+    assert Sub.forward_without_grads is Sub.__dict__["foward_without_grads"]
+
+
+def test_two_spellings_of_one_method_in_one_class_is_an_error():
+    with pytest.raises(TypeError, match="two spellings"):
+        type(
+            "Both",
+            (BaseTrainer,),
+            {"forward_with_grads": lambda s: 1, "foward_with_grads": lambda s: 2},
+        )
+
+
+def test_loss_terms_are_recorded_and_the_total_is_minimised():
+    class Terms(ClassifierTrainer):
+        pass
+
+    def loss(y, logits):
+        main, size = CROSS_ENTROPY(y, logits), ops.mean(ops.abs(logits))
+        return {"loss": main + 0.1 * size, "main": main, "size": size}
+
+    history = Terms(make_model(), keras.optimizers.Adam(0.05), loss).train(BATCHES, epochs=4)
+    steps, epochs = history.steps, history.to_dict()
+    np.testing.assert_allclose(steps["loss"], steps["main"] + 0.1 * steps["size"], rtol=1e-5)
+    assert epochs["loss"][-1] < epochs["loss"][0]
+    assert set(epochs) == {"epoch", "loss", "main", "size"}
+
+
+@pytest.mark.parametrize("keyword", ["post_process_prediction", "post_process_logits"])
+def test_post_processing_of_predictions(keyword):
+    trainer = make_trainer(**{keyword: lambda logits: logits * 0.0})
+    history = trainer.train(BATCHES, epochs=1)
+    np.testing.assert_allclose(history.steps["loss"], np.log(3), rtol=1e-6)
+    assert trainer.post_process_logits is not None
+
+
+def test_post_processing_of_gradients():
+    model = make_model()
+    before = model.get_weights()
+    trainer = ClassifierTrainer(
+        model,
+        keras.optimizers.SGD(1.0),
+        CROSS_ENTROPY,
+        post_process_grads=lambda grads: [ops.ones_like(g) for g in grads],
+    )
+    trainer.train(BATCHES[:1], epochs=1)
+    for a, b in zip(before, model.get_weights(), strict=True):
+        np.testing.assert_allclose(a - b, 1.0, rtol=1e-5)
+
+
+def test_train_step_alone_is_one_update_and_counts():
+    model = make_model(built=False)
+    trainer = make_trainer(model)
+    first = float(trainer.train_step(*BATCHES[0]))
+    assert float(trainer.train_step(*BATCHES[0])) < first
+    assert int(ops.convert_to_numpy(trainer.step_counter.value)) == 2
+
+
+def test_step_counter_can_be_used_in_the_step():
+    class Warm(ClassifierTrainer):
+        def forward_with_grads(self, x, y):
+            return y, self.model(x) * ops.cast(self.step_counter, "float32")
+
+    trainer = Warm(make_model(), keras.optimizers.SGD(0.0), CROSS_ENTROPY)
+    losses = trainer.train(BATCHES[:1] * 3, epochs=1).steps["loss"]
+    assert losses[0] == pytest.approx(np.log(3), rel=1e-5)
+    assert len(set(losses.tolist())) == 3
+
+
+def test_train_step_can_be_overridden_and_its_terms_are_logged():
+    class Two(BaseTrainer):
+        def __init__(self, one, other, *args, **kwargs):
+            super().__init__(one, *args, **kwargs)
+            self.other = other
+            self.other_optimizer = keras.optimizers.SGD(0.1)
+            self.traced = 0
+
+        def train_step(self, x, y):
+            self.traced += 1
+            a = self.minimize(
+                lambda: CROSS_ENTROPY(y, self.model(x)),
+                self.model.trainable_weights,
+                self.optimizer,
+            )
+            b = self.minimize(
+                lambda: CROSS_ENTROPY(y, self.other(x)),
+                self.other.trainable_weights,
+                self.other_optimizer,
+            )
+            return {"loss": a, "other": b}
+
+    trainer = Two(make_model(False), make_model(False), keras.optimizers.Adam(0.01), CROSS_ENTROPY)
+    columns = trainer.train(BATCHES, epochs=6).to_dict()
+    assert columns["loss"][-1] < columns["loss"][0]
+    assert columns["other"][-1] < columns["other"][0]
+
+
+# ---------------------------------------------------------------------- datasets and batches
+
+
+def test_a_dict_and_a_single_tensor_are_one_argument():
+    class One(BaseTrainer):
+        def forward_with_grads(self, batch):
+            x = batch["x"] if isinstance(batch, dict) else batch
+            return (self.model(x),)
+
+    for batches in ([{"x": X[:16]}], [X[:16]]):
+        trainer = One(make_model(), keras.optimizers.SGD(0.1), lambda p: ops.mean(p**2))
+        assert len(trainer.train(batches, epochs=2).steps["loss"]) == 2
+
+
+def kinds_of_data():
+    class Batches(keras.utils.PyDataset):
+        def __init__(self):
+            super().__init__()
+
+        def __len__(self):
+            return len(BATCHES)
+
+        def __getitem__(self, i):
+            return BATCHES[i]
+
+    def generator():
+        yield from BATCHES
+
+    def tensorflow_data():
+        tf = pytest.importorskip("tensorflow")
+        return tf.data.Dataset.from_tensor_slices((X, Y)).batch(16)
+
+    def torch_data():
+        torch = pytest.importorskip("torch")
+        pairs = torch.utils.data.TensorDataset(torch.from_numpy(X), torch.from_numpy(Y))
+        return torch.utils.data.DataLoader(pairs, batch_size=16)
+
+    return {
+        "list": lambda: BATCHES,
+        "PyDataset": Batches,
+        "generator function": lambda: generator,
+        "tf.data": tensorflow_data,
+        "DataLoader": torch_data,
+        "arrays": lambda: polus.data.from_arrays((X, Y), 16, shuffle=False),
+    }
+
+
+@pytest.mark.parametrize("kind", kinds_of_data())
+@pytest.mark.parametrize("steps_per_dispatch", [1, 3])
+def test_every_kind_of_dataset_trains_alike(kind, steps_per_dispatch):
+    def losses(data):
+        keras.utils.set_random_seed(2)
+        return make_trainer().train(data, epochs=2, steps_per_dispatch=steps_per_dispatch).steps
+
+    expected, got = losses(BATCHES), losses(kinds_of_data()[kind]())
+    np.testing.assert_allclose(got["loss"], expected["loss"], rtol=1e-5)
+    assert got["step"].tolist() == [0, 1, 2, 3, 4] * 2
+
+
+def test_a_transform_is_applied_to_each_batch():
+    def negative(batch):
+        x, y = batch
+        return -x, y
+
+    keras.utils.set_random_seed(3)
+    expected = make_trainer().train([(-x, y) for x, y in BATCHES], epochs=1).steps["loss"]
+    for name in ("custom_data_transform_f", "train_map_f"):
+        keras.utils.set_random_seed(3)
+        got = make_trainer().train(BATCHES, epochs=1, **{name: negative}).steps["loss"]
+        np.testing.assert_allclose(got, expected, rtol=1e-6)
+
+
+def test_steps_bound_an_endless_dataset():
+    def endless():
+        while True:
+            yield BATCHES[0]
+
+    history = make_trainer().train(endless, epochs=2, steps=7)
+    assert history.steps["step"].tolist() == [*range(7)] * 2
+    # An iterator goes on where it stopped, for it is never read too far.
+    read = []
+    source = (read.append(i) or BATCHES[i % 5] for i in range(10))
+    make_trainer().train(source, epochs=2, steps=3)
+    assert read == [*range(6)]
+
+
+def test_an_exhausted_generator_is_an_error_at_epoch_2():
+    with pytest.raises(ValueError, match=r"exhausted before epoch 2.*without calling it"):
+        make_trainer().train((batch for batch in BATCHES), epochs=2)
+
+
+def test_the_epoch_loss_is_weighted_by_examples():
+    batches = [(X[:10], Y[:10]), (X[10:12], Y[10:12])]
+    trainer = ClassifierTrainer(make_model(), keras.optimizers.SGD(0.0), CROSS_ENTROPY)
+    history = trainer.train(batches, epochs=1)
+    expected = to_float(CROSS_ENTROPY(Y[:12], trainer.model(X[:12])))
+    assert history.epochs[0]["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+# ---------------------------------------------------------------------- the loop and its arguments
+
+
+def test_learning_rate_holds_for_its_run_only():
+    trainer = make_trainer()
+    seen = []
+    rate = Steps(lambda c, *_: seen.append(to_float(trainer.optimizer.learning_rate)))
+    trainer.train(BATCHES[:1], epochs=1, learning_rate=0.5, callbacks=[rate])
+    assert seen == [0.5]
+    assert to_float(trainer.optimizer.learning_rate) == pytest.approx(0.01)
+
+
+def test_early_stop_ends_after_the_step():
+    trainer = make_trainer()
+
+    def stop(callback, epoch, step):
+        trainer.early_stop = (epoch, step) == (1, 2)
+
+    recorder = Steps(stop)
+    history = trainer.train(BATCHES, epochs=9, callbacks=[recorder])
+    assert [h[:2] for h in recorder.heard[1:-1]] == [(0, s) for s in range(5)] + [
+        (1, s) for s in range(3)
+    ]
+    assert recorder.heard[-1] == "end"
+    assert len(history.epochs) == 2
+    trainer.train(BATCHES, epochs=1)  # and it does not stop the next run
+
+
+def test_kept_configuration_makes_a_trainer_ready_to_run():
+    trainer = make_trainer()
+    trainer.changing_train_config(tf_dataset=BATCHES, epochs=2)
+    assert len(trainer.train().epochs) == 2
+    assert len(trainer.train(epochs=1).epochs) == 1
+    assert len(trainer.train().epochs) == 2
+    with pytest.raises(TypeError, match="Did you mean 'epochs'"):
+        trainer.changing_train_config(epoch=3)
+
+
+def test_mutable_defaults_are_not_kept():
+    trainer, callback = make_trainer(), Steps()
+    trainer.train(BATCHES, epochs=1, callbacks=[callback])
+    trainer.train(BATCHES, epochs=1)
+    assert callback.heard.count("end") == 1
+
+
+def test_the_documented_signatures():
+    names = list(inspect.signature(BaseTrainer.__init__).parameters)
+    assert names[1:7] == [
+        "model",
+        "optimizer",
+        "loss",
+        "metrics",
+        "post_process_prediction",
+        "post_process_grads",
+    ]
+    assert list(inspect.signature(BaseTrainer.train).parameters)[1:7] == [
+        "tf_dataset",
+        "epochs",
+        "callbacks",
+        "custom_data_transform_f",
+        "steps",
+        "learning_rate",
+    ]
+    trainer = ClassifierTrainer(make_model(), None, keras.optimizers.SGD(), CROSS_ENTROPY)
+    assert trainer.trainable_weights == trainer.model.trainable_weights
+
+
+def test_an_error_in_a_step_ends_the_run_in_order():
+    def broken():
+        yield BATCHES[0]
+        raise RuntimeError("no more disk")
+
+    recorder = Steps()
+    with pytest.raises(RuntimeError, match="no more disk") as caught:
+        make_trainer().train(broken, epochs=1, callbacks=[recorder])
+    assert "broken" in [entry.name for entry in caught.traceback]
+    assert [recorder.heard[0], recorder.heard[-1]] == ["begin", "end"]
+
+
+def test_one_failing_callback_does_not_keep_others_from_their_end(caplog):
+    class Fails(Callback):
+        def on_epoch_end(self, epoch):
+            raise RuntimeError("mine")
+
+        def on_train_end(self):
+            raise ValueError("and at the end too")
+
+    recorders = [Steps(), Steps()]
+    with pytest.raises(RuntimeError, match="mine"):
+        make_trainer().train(BATCHES, epochs=1, callbacks=[recorders[0], Fails(), recorders[1]])
+    assert "on_train_end failed as well" in caplog.text
+    assert [r.heard[-1] for r in recorders] == ["end", "end"]
+
+
+# ---------------------------------------------------------------------- metrics and validation
+
+
+def test_training_metrics_and_an_undisturbed_evaluation():
+    metrics = [keras.metrics.SparseCategoricalAccuracy(name="accuracy")]
+    keras.utils.set_random_seed(4)
+    plain = make_trainer(metrics=metrics).train(BATCHES, epochs=2)
+
+    keras.utils.set_random_seed(4)
+    trainer = make_trainer(metrics=[keras.metrics.SparseCategoricalAccuracy(name="accuracy")])
+    seen = []
+    evaluating = Steps(lambda *_: seen.append(trainer.evaluate(BATCHES[:3])))
+    disturbed = trainer.train(BATCHES, epochs=2, callbacks=[evaluating])
+    np.testing.assert_allclose(
+        disturbed.to_dict()["accuracy"], plain.to_dict()["accuracy"], atol=1e-6
+    )
+    np.testing.assert_allclose(disturbed.steps["loss"], plain.steps["loss"], rtol=1e-5)
+    logits = ops.convert_to_numpy(trainer.model(X[:48]))
+    assert seen[-1]["accuracy"] == pytest.approx((logits.argmax(-1) == Y[:48]).mean())
+    assert seen[-1]["loss"] == pytest.approx(float(CROSS_ENTROPY(Y[:48], logits)), rel=1e-5)
+
+
+# ---------------------------------------------------------------------- bad input
+
+
+def test_the_base_is_extended_not_instantiated():
+    with pytest.raises(TypeError, match="extended, not instantiated"):
+        BaseTrainer(make_model(), keras.optimizers.SGD(), CROSS_ENTROPY)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (("model", keras.optimizers.SGD(), CROSS_ENTROPY), TypeError, "model is a keras.Model"),
+        ((None, "adam", CROSS_ENTROPY), TypeError, "keras.optimizers.Adam"),
+        ((None, keras.optimizers.SGD(), "mse"), TypeError, "loss is a callable"),
+    ],
+)
+def test_arguments_of_the_wrong_kind(arguments, error, message):
+    class Trainer(BaseTrainer):
+        pass
+
+    model, *rest = arguments
+    with pytest.raises(error, match=message):
+        Trainer(model or make_model(), *rest)
+
+
+@pytest.mark.parametrize(
+    ("train", "error", "message"),
+    [
+        ({"tf_dataset": [], "epochs": 1}, ValueError, "gave no batch in epoch 1"),
+        ({"tf_dataset": BATCHES, "epochs": 0}, ValueError, "epochs is a positive integer"),
+        ({"tf_dataset": BATCHES, "epochs": 1, "steps": 0}, ValueError, "steps is a positive"),
+        ({"tf_dataset": X, "epochs": 1}, TypeError, r"polus.data.from_arrays"),
+        ({"tf_dataset": (X, Y), "epochs": 1}, TypeError, r"polus.data.from_arrays"),
+        ({"tf_dataset": 3, "epochs": 1}, TypeError, "got a int"),
+        ({"epochs": 1}, ValueError, "train needs tf_dataset"),
+        ({"tf_dataset": BATCHES}, ValueError, "train needs epochs"),
+        ({"tf_dataset": BATCHES, "epochs": 1, "callbacks": [print]}, TypeError, "write a class"),
+        ({"tf_dataset": [(X,)], "epochs": 1}, TypeError, "forward_with_grads"),
+    ],
+)
+def test_bad_arguments_of_train(train, error, message):
+    with pytest.raises(error, match=message):
+        make_trainer().train(**train)
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (keras.losses.sparse_categorical_crossentropy, r"scalar tensor, and got .*shape \(16,\)"),
+        (lambda y, p: {"total": ops.mean(p)}, "none is named 'loss'"),
+        (
+            lambda y, p: ops.mean(ops.cast(y, "float32")) * 0 + ops.sum(ops.ones(2)),
+            "depends on none",
+        ),
+        (lambda y, p: 1.0, "got a float"),
+    ],
+)
+def test_a_loss_that_cannot_be_minimised(loss, message):
+    trainer = ClassifierTrainer(make_model(), keras.optimizers.SGD(), loss)
+    with pytest.raises(ValueError, match=message):
+        trainer.train(BATCHES, epochs=1)
+
+
+def test_nothing_to_train():
+    model = make_model()
+    model.trainable = False
+    with pytest.raises(ValueError, match="nothing to train"):
+        make_trainer(model).train(BATCHES, epochs=1)
+
+
+def test_a_schedule_is_not_overruled_by_a_number():
+    schedule = keras.optimizers.schedules.CosineDecay(0.1, 100)
+    trainer = ClassifierTrainer(make_model(), keras.optimizers.SGD(schedule), CROSS_ENTROPY)
+    with pytest.raises(ValueError, match="is a schedule"):
+        trainer.train(BATCHES, epochs=1, learning_rate=0.1)
+
+
+def test_a_loss_that_is_not_finite_is_said(caplog):
+    trainer = ClassifierTrainer(
+        make_model(), keras.optimizers.SGD(0.1), lambda y, p: ops.mean(p) * float("nan")
+    )
+    trainer.train(BATCHES, epochs=1)
+    assert "not finite from step 0 of epoch 1" in caplog.text
+
+
+def test_data_that_ends_early_is_said(caplog):
+    history = make_trainer().train(BATCHES, epochs=1, steps=9)
+    assert "ended after 5 of the 9 steps of epoch 1" in caplog.text
+    assert len(history.steps["loss"]) == 5
+
+
+def test_an_endless_tf_dataset_needs_steps():
+    tf = pytest.importorskip("tensorflow")
+    data = tf.data.Dataset.from_tensor_slices((X, Y)).batch(16).repeat()
+    with pytest.raises(ValueError, match="endless"):
+        make_trainer().train(data, epochs=1)
+    assert len(make_trainer().train(data, epochs=1, steps=8).steps["loss"]) == 8
