@@ -14,35 +14,11 @@ from safetensors.numpy import save_file
 
 from polus.core import BaseLogger, function
 from polus.files import atomic_write
+from polus.ir.data import Features
+from polus.ir.encoding import Vectors, encode, joined
 from polus.ir.models import TextTokenizer
 
 TEXTS_PER_FILE = 10_000  # what a crash can cost
-
-Vectors = np.ndarray[Any, np.dtype[np.float32]]
-
-
-def encode(
-    encoder: keras.Model, tokenizer: TextTokenizer, texts: Sequence[str], batch_size: int = 64
-) -> list[Vectors]:
-    """The encoder's vectors of texts, in inference mode: one array per text.
-
-    `(E,)`, or for an encoder of pairs (late interaction) `(tokens, E)` without padding. Texts are
-    encoded by falling length, which saves most of the padding.
-    """
-    compiled = function(lambda tokens: encoder(tokens, training=False))
-    vectors: dict[int, Vectors] = {}
-    order = np.argsort([-length for length in tokenizer.lengths(texts)], kind="stable")
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size].tolist()
-        # Filled up to a whole batch, so that one length is one compiled program.
-        filled = np.resize(rows, batch_size)
-        result = compiled(tokenizer([texts[int(row)] for row in filled]))
-        if isinstance(result, (tuple, list)):
-            found, mask = (ops.convert_to_numpy(each) for each in result)
-            vectors |= {row: found[i][mask[i] > 0] for i, row in enumerate(rows)}
-        else:
-            vectors |= dict(zip(rows, ops.convert_to_numpy(result), strict=False))
-    return [vectors[row].astype("float32") for row in range(len(texts))]
 
 
 class RepresentationStore(BaseLogger):
@@ -90,11 +66,17 @@ class RepresentationStore(BaseLogger):
             self.logger.info("Encoding %d texts, %d are in %s", len(new), len(known), folder)
         for start in range(0, len(new), TEXTS_PER_FILE):
             part = dict(list(new.items())[start : start + TEXTS_PER_FILE])
-            vectors = encode(self.encoder, self.tokenizer, list(part.values()), self.batch_size)
+            vectors = self._encode(list(part.values()))
             _write(folder, list(part), vectors)
             known |= dict(zip(part, vectors, strict=True))
             self.encoded += len(part)
-        return _joined([known[key] for key in keys])
+        return joined([known[key] for key in keys])
+
+    def _encode(self, texts: list[str]) -> list[Vectors]:
+        # By falling length, which saves most of the padding.
+        order = np.argsort([-length for length in self.tokenizer.lengths(texts)], kind="stable")
+        run = function(lambda tokens: self.encoder(tokens, training=False))
+        return encode(run, Features.of_texts(texts, self.tokenizer), self.batch_size, order)
 
     @property
     def fingerprint(self) -> str:
@@ -148,15 +130,3 @@ def _write(folder: Path, keys: list[str], vectors: list[Vectors]) -> None:
             },
             str(temporary),
         )
-
-
-def _joined(vectors: list[Vectors]) -> Any:
-    if vectors[0].ndim == 1:
-        return np.stack(vectors)
-    longest = max(len(each) for each in vectors)
-    padded = np.zeros((len(vectors), longest, vectors[0].shape[-1]), np.float32)
-    mask = np.zeros((len(vectors), longest), np.int32)
-    for row, each in enumerate(vectors):
-        padded[row, : len(each)] = each
-        mask[row, : len(each)] = 1
-    return padded, mask

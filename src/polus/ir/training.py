@@ -1,0 +1,464 @@
+"""Training a dual encoder with the other documents of the batch as negatives."""
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+from keras import ops
+
+from polus.backends import backend
+from polus.core import function
+from polus.ir.losses import MASKED
+from polus.ir.scores import without_diagonal
+from polus.training import BaseTrainer
+
+METHODS = ("encode_query", "encode_document", "query_projection", "document_projection")
+BESIDES = {"positive_ids", "relevant_ids", "negative_ids", "teacher_scores"}
+
+
+class EfficientDenseRetrievalTrainer(BaseTrainer):
+    """Trains `(query, document)` pairs: the documents of the other pairs are a query's negatives.
+
+    It is efficient because the encoders are frozen: they run in inference mode and without
+    gradients, and only the projections on top of them are trained.
+
+    A batch is `(query, positive)` or `(query, positive, negatives)`, each a tensor or a dict of
+    tensors, negatives with a second axis for the k negatives of each query. Last may stand a dict
+    with any of
+
+    - `"positive_ids"` (B,) int: which document each positive is; equal ones are never negatives;
+    - `"relevant_ids"` (B, R) int: all documents relevant to each query, filled up with -1. None of
+      them is a negative: its score is masked, in the batch and among the hard negatives;
+    - `"negative_ids"` (B, k) int: which documents the negatives are, -1 where there is none;
+    - `"teacher_scores"` (B, 1 + n): a third argument of the loss.
+
+    `polus.ir.data.PairBatches` makes such batches.
+
+    ```python
+    trainer = EfficientDenseRetrievalTrainer(
+        DualEncoder(encoder), cosine, optimizer=keras.optimizers.Adam(3e-4), loss=InfoNCE()
+    )
+    trainer.train(PairBatches(queries, documents, relevant), epochs=10)
+    ```
+
+    Args:
+        model: a `keras.Model` with `encode_query`, `encode_document`, `query_projection` and
+            `document_projection`; see `polus.ir.models.DualEncoder`.
+        compute_scores: `(queries, positives, *negatives) -> (positive_scores (B,), negative_scores
+            (B, B - 1 + k))`; see `polus.ir.scores`. The columns are the batch's other documents in
+            their order, then the query's own negatives.
+        k_negatives: the number of own negatives that each query should bring. Batches may differ:
+            all that came are used, and a batch without them is an error.
+        trainable_weights: what is trained, less what is frozen; by default the projections, or with
+            `freeze_encoder=False` all of the model.
+        args, kwargs: as for `BaseTrainer`, from `optimizer` on. `post_process_prediction` is
+            applied to each representation, `loss` is called with positive and negative scores.
+        freeze_encoder: False trains the encoders as well, with dropout.
+        encoded: whether batches hold what the encoders gave, from a `RepresentationStore`, so that
+            the encoders are not run.
+        micro_batch_size: with trained encoders, so many texts at a time are encoded, twice, and
+            the gradient is that of the whole batch all the same (gradient caching, Gao et al. 2021,
+            arXiv:2101.06983). Memory for activations is that of one such micro-batch. Losses that a
+            layer adds while it runs (`add_loss`) don't count.
+    """
+
+    def __init__(
+        self,
+        model: keras.Model,
+        compute_scores: Callable[..., tuple[Any, Any]],
+        k_negatives: int = 0,
+        trainable_weights: Sequence[keras.Variable] | None = None,
+        *args: Any,
+        freeze_encoder: bool = True,
+        encoded: bool = False,
+        micro_batch_size: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if missing := [name for name in METHODS if not callable(getattr(model, name, None))]:
+            raise TypeError(_without_methods(model, missing))
+        if not freeze_encoder and encoded:
+            raise ValueError(
+                "encoded=True runs no encoder, so freeze_encoder=False has none to train; "
+                "leave one of them out."
+            )
+        if micro_batch_size is not None and (freeze_encoder or micro_batch_size < 1):
+            raise ValueError(
+                f"micro_batch_size={micro_batch_size} with freeze_encoder={freeze_encoder}: it is "
+                "a positive number of texts, and saves memory where encoders are trained."
+            )
+        super().__init__(model, *args, trainable_weights=trainable_weights, **kwargs)
+        self.compute_scores = compute_scores
+        self.k_negatives = k_negatives
+        self.freeze_encoder = freeze_encoder
+        self.encoded = encoded
+        self.micro_batch_size = micro_batch_size
+        self._frozen: set[int] = set()
+        self._represent_queries = function(self._represented_query)
+        self._represent_documents = function(self._represented_document)
+        # Held as an attribute, so that a run's checkpoint has them.
+        self.loss_weights = list(getattr(self.loss, "trainable_variables", ()))
+
+    # ------------------------------------------------------------------ what is trained
+
+    @property
+    def trainable_weights(self) -> list[keras.Variable]:
+        """The variables that are trained; a frozen encoder's are never among them."""
+        if self._trainable_weights is not None:
+            weights = self._trainable_weights
+        elif self.freeze_encoder:
+            heads = [self.model.query_projection, self.model.document_projection]
+            if not all(isinstance(head, keras.layers.Layer) for head in heads):
+                if self.encoded:
+                    raise ValueError(
+                        "query_projection and document_projection are no layers, so what they "
+                        "train is not known; say trainable_weights=[...]."
+                    )
+                weights = self.model.trainable_weights
+            else:
+                weights = [weight for head in heads for weight in head.trainable_weights]
+        else:
+            weights = self.model.trainable_weights
+        unique = {id(weight): weight for weight in [*weights, *self.loss_weights]}
+        return [weight for key, weight in unique.items() if key not in self._frozen]
+
+    @trainable_weights.setter
+    def trainable_weights(self, weights: Sequence[keras.Variable] | None) -> None:
+        self._trainable_weights = None if weights is None else list(weights)
+
+    def _build(self, inputs: tuple[Any, ...]) -> None:
+        if not self._built and self.freeze_encoder:
+            met = backend.trace(self.forward_without_grads, inputs)
+            self._frozen = {id(variable) for variable in met}
+        super()._build(inputs)
+        if self.micro_batch_size is not None:
+            self._accumulators()
+
+    # ------------------------------------------------------------------ the step
+
+    def forward_without_grads(self, *inputs: Any) -> Any:
+        """The frozen encoders' vectors, or with trained encoders the batch as it is."""
+        *texts, besides = self._parts(inputs)
+        if self.freeze_encoder and not self.encoded:
+            encode = (self._encode_query, self._encode_document, self._encode_negatives)
+            texts = [f(text) for f, text in zip(encode, texts, strict=False)]
+        return *texts, besides
+
+    def forward_with_grads(self, *inputs: Any) -> Any:
+        """Positive and negative scores, what is relevant masked, and a teacher's if there are."""
+        *texts, besides = inputs
+        if not self.freeze_encoder:
+            encode = (self._encode_query, self._encode_document, self._encode_negatives)
+            texts = [f(text, True) for f, text in zip(encode, texts, strict=False)]
+        project = (self._project_query, self._project_document, self._project_document)
+        return self._scores(
+            [f(vectors) for f, vectors in zip(project, texts, strict=False)], besides
+        )
+
+    def train_step(self, *inputs: Any) -> Any:
+        """One update; with `micro_batch_size`, the same one in little memory."""
+        if self.micro_batch_size is None:
+            return super().train_step(*inputs)
+        if self._surveyed is not None:  # only looked at: a part of the batch meets all variables
+            few = self.micro_batch_size
+            return super().train_step(*keras.tree.map_structure(lambda x: x[:few], inputs))
+        loss, gradients = self._cached_gradients(inputs)
+        weights = self.trainable_weights
+
+        def surrogate() -> Any:
+            # Its gradients are those that were computed; its value adds nothing to the loss.
+            total = sum(
+                ops.sum(weight * gradient)
+                for weight, gradient in zip(weights, gradients, strict=True)
+                if gradient is not None
+            )
+            return loss + (total - ops.stop_gradient(total)) + sum(self.model.losses)
+
+        result = self.minimize(surrogate, weights, self.optimizer)
+        self.step_counter.assign_add(1)
+        return result
+
+    def metric_samples(self, *outputs: Any) -> tuple[Any, ...]:
+        """The positive's place, 0, and the scores with the positive's first: a classification."""
+        positive, negative, *_ = outputs
+        if len(positive.shape) == 2:  # Matryoshka: the last, longest representation
+            positive, negative = positive[..., -1], negative[..., -1]
+        scores = ops.concatenate([positive[:, None], negative], axis=1)
+        return ops.zeros_like(scores[:, 0], dtype="int32"), scores
+
+    def evaluation_step(self, *inputs: Any) -> tuple[Any, ...]:
+        """As `metric_samples`, of a batch in inference mode."""
+        *texts, besides = self._parts(inputs)
+        represent = (
+            self._represented_query,
+            self._represented_document,
+            self._represented_negatives,
+        )
+        return self.metric_samples(
+            *self._scores([f(text) for f, text in zip(represent, texts, strict=False)], besides)
+        )
+
+    # ------------------------------------------------------------------ for search
+
+    def represent_queries(self, inputs: Any) -> Any:
+        """The representations of a batch of queries, in inference mode."""
+        return self._represent_queries(inputs)
+
+    def represent_documents(self, inputs: Any) -> Any:
+        """The representations of a batch of documents, in inference mode."""
+        return self._represent_documents(inputs)
+
+    # ------------------------------------------------------------------ how it is done
+
+    def _parts(self, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Query, positive, perhaps negatives, and the dict of what stands besides."""
+        *texts, besides = inputs
+        if not (isinstance(besides, dict) and besides and BESIDES.issuperset(besides)):
+            texts, besides = list(inputs), {}
+        if len(texts) not in (2, 3):
+            raise ValueError(
+                f"A batch has {len(texts)} parts of texts; give (query, positive) or (query, "
+                f"positive, negatives), and last, if at all, a dict of {sorted(BESIDES)}."
+            )
+        if self.k_negatives and len(texts) == 2:
+            raise ValueError(
+                f"k_negatives is {self.k_negatives}, and a batch came without negatives; give "
+                "(query, positive, negatives), or leave k_negatives out."
+            )
+        return *texts, besides
+
+    def _encode_query(self, inputs: Any, training: bool = False) -> Any:
+        return _called(self.model.encode_query, inputs, training)
+
+    def _encode_document(self, inputs: Any, training: bool = False) -> Any:
+        return _called(self.model.encode_document, inputs, training)
+
+    def _encode_negatives(self, inputs: Any, training: bool = False) -> Any:
+        flat, shape = _flat(inputs)
+        return _unflat(self._encode_document(flat, training), shape)
+
+    def _project_query(self, vectors: Any) -> Any:
+        return self.predicted(self.model.query_projection(vectors))
+
+    def _project_document(self, vectors: Any) -> Any:
+        return self.predicted(self.model.document_projection(vectors))
+
+    def _represented_query(self, inputs: Any, training: bool = False) -> Any:
+        return self._project_query(inputs if self.encoded else self._encode_query(inputs, training))
+
+    def _represented_document(self, inputs: Any, training: bool = False) -> Any:
+        return self._project_document(
+            inputs if self.encoded else self._encode_document(inputs, training)
+        )
+
+    def _represented_negatives(self, inputs: Any) -> Any:
+        flat, shape = _flat(inputs)
+        return _unflat(self._represented_document(flat), shape)
+
+    def _scores(self, representations: Sequence[Any], besides: dict[str, Any]) -> tuple[Any, ...]:
+        positive, negative = self.compute_scores(*representations)
+        if (mask := _relevant(besides, negative.shape[1])) is not None:
+            if len(negative.shape) == 3:  # Matryoshka: one score for each length
+                mask = mask[..., None]
+            negative = ops.where(mask, MASKED, negative)
+        teacher = [besides["teacher_scores"]] if "teacher_scores" in besides else []
+        return positive, negative, *teacher
+
+    # ------------------------------------------------------------------ gradient caching
+
+    def _cached_gradients(self, inputs: tuple[Any, ...]) -> tuple[Any, list[Any]]:
+        """The loss of a batch and its gradients, one micro-batch of activations at a time.
+
+        First all representations are computed without gradients, then the loss and its gradients by
+        them. Then each micro-batch is computed again, in the same order and from the same random
+        state, hence with the same dropout, to carry these gradients on to the weights.
+        """
+        *texts, besides = self._parts(inputs)
+        shape = None
+        if len(texts) == 3:
+            texts[2], shape = _flat(texts[2])
+        represent = [
+            self._represented_query,
+            self._represented_document,
+            self._represented_document,
+        ]
+        # Batch statistics as well as seeds: the second pass finds what the first one found.
+        state = [(v, backend.copy(v)) for v in self.model.non_trainable_variables]
+        generators = backend.random_state()
+        representations = [
+            self._in_micro_batches(functools.partial(f, training=True), text)
+            for f, text in zip(represent, texts, strict=False)
+        ]
+        vectors = [_vectors(each) for each in representations]
+
+        def outputs(*vectors: Any) -> tuple[Any, ...]:
+            whole = [_with_vectors(r, v) for r, v in zip(representations, vectors, strict=True)]
+            if shape is not None:
+                whole[2] = _unflat(whole[2], shape)
+            return self._scores(whole, besides)
+
+        scale = self.optimizer.scale_loss
+        _, by_vectors = backend.value_and_input_grad(
+            lambda *vectors: scale(self.loss(*outputs(*vectors))), vectors
+        )
+        found = outputs(*vectors)
+        loss, by_loss_weights = self.loss(*found), []
+        if self.loss_weights:
+            _, by_loss_weights = backend.value_and_grad(
+                lambda: scale(self.loss(*found)), self.loss_weights
+            )
+        for metric in self.metrics:
+            metric.samples_from_batch(self.metric_samples(*found))
+
+        for variable, value in state:
+            variable.assign(value)
+        backend.set_random_state(generators)
+        weights, totals = self.trainable_weights, self._accumulators()
+        connected = [False] * len(weights)
+        for total in totals:
+            total.assign(ops.zeros(total.shape, total.dtype))
+
+        def carry_on(f: Callable[..., Any], micro_batch: tuple[Any, Any]) -> Any:
+            text, gradient = micro_batch
+
+            def product() -> Any:
+                return ops.sum(ops.cast(_vectors(f(text, True)) * gradient, "float32"))
+
+            value, gradients = backend.value_and_grad(product, weights)
+            for i, each in enumerate(gradients):
+                if each is not None:
+                    connected[i] = True
+                    totals[i].assign_add(ops.cast(ops.convert_to_tensor(each), totals[i].dtype))
+            return ops.reshape(value, (1,))  # something with a row for each micro-batch
+
+        for f, text, gradient in zip(represent, texts, by_vectors, strict=False):
+            self._in_micro_batches(functools.partial(carry_on, f), (text, gradient))
+        unscale = 1 / scale(ops.ones(()))
+        gradients = [
+            ops.cast(total * ops.cast(unscale, total.dtype), total.dtype) if there else None
+            for total, there in zip(totals, connected, strict=True)
+        ]
+        place = {id(weight): i for i, weight in enumerate(weights)}
+        for weight, gradient in zip(self.loss_weights, by_loss_weights, strict=False):
+            gradients[place[id(weight)]] = gradient * ops.cast(unscale, gradient.dtype)
+        return loss, gradients
+
+    def _accumulators(self) -> list[keras.Variable]:
+        weights = self.trainable_weights
+        known = self.__dict__.setdefault("_totals", {})
+        for weight in weights:
+            if id(weight) not in known:
+                known[id(weight)] = keras.Variable(
+                    ops.zeros(weight.shape), dtype=weight.dtype, trainable=False, name="gradient"
+                )
+        return [known[id(weight)] for weight in weights]
+
+    def _in_micro_batches(self, fn: Callable[[Any], Any], inputs: Any) -> Any:
+        """`fn` of each micro-batch of `inputs`, in a loop that holds one at a time; joined."""
+        size = self.micro_batch_size or 1
+        count = keras.tree.flatten(inputs)[0].shape[0]
+        whole = count // size
+        results = []
+        if whole:
+            payload = keras.tree.map_structure(
+                lambda x: ops.reshape(x[: whole * size], (whole, size, *x.shape[1:])), inputs
+            )
+            rows = backend.repeat(fn, _micro_batch)(whole, whole, payload)
+            results.append(
+                keras.tree.map_structure(lambda x: ops.reshape(x, (-1, *x.shape[2:])), rows)
+            )
+        if count % size:
+            results.append(fn(keras.tree.map_structure(lambda x: x[whole * size :], inputs)))
+        return keras.tree.map_structure(lambda *parts: ops.concatenate(parts), *results)
+
+
+def _micro_batch(payload: Any, i: Any) -> tuple[Any]:
+    return (keras.tree.map_structure(lambda x: backend.index(x, i), payload),)
+
+
+def _called(method: Callable[..., Any], inputs: Any, training: bool) -> Any:
+    """`method(inputs)` in the mode asked for; one without `training` runs as Keras has it."""
+    if "training" in inspect.signature(method).parameters:
+        return method(inputs, training=training)
+    if training:
+        raise TypeError(
+            f"{getattr(method, '__qualname__', method)} takes no argument training, so an encoder "
+            "that is trained would run in inference mode. Write def encode_query(self, inputs, "
+            "training=False): return self.encoder(inputs, training=training)"
+        )
+    return method(inputs)
+
+
+def _vectors(representation: Any) -> Any:
+    return representation[0] if isinstance(representation, (tuple, list)) else representation
+
+
+def _with_vectors(representation: Any, vectors: Any) -> Any:
+    if isinstance(representation, (tuple, list)):  # late interaction: the mask has no gradient
+        return vectors, representation[1]
+    return vectors
+
+
+def _flat(inputs: Any) -> tuple[Any, tuple[Any, Any]]:
+    """Negatives (B, k, ...) as (B * k, ...), and what `_unflat` needs."""
+    first = ops.shape(keras.tree.flatten(inputs)[0])
+    flat = keras.tree.map_structure(
+        lambda x: ops.reshape(x, (first[0] * first[1], *ops.shape(x)[2:])), inputs
+    )
+    return flat, (first[0], first[1])
+
+
+def _unflat(vectors: Any, shape: tuple[Any, Any]) -> Any:
+    return keras.tree.map_structure(lambda x: ops.reshape(x, (*shape, *ops.shape(x)[1:])), vectors)
+
+
+def _relevant(besides: dict[str, Any], columns: int | None) -> Any:
+    """Which of the negative scores belong to relevant documents; None where no id is known."""
+    if "positive_ids" not in besides:
+        if {"relevant_ids", "negative_ids"} & besides.keys():
+            raise ValueError(
+                f"A batch has {sorted(besides)} and no 'positive_ids', so it is not known which of "
+                "its documents are meant; add them."
+            )
+        return None
+    positive = besides["positive_ids"]
+    relevant = positive[:, None]
+    if "relevant_ids" in besides:
+        others = ops.cast(besides["relevant_ids"], relevant.dtype)
+        relevant = ops.concatenate([relevant, others], axis=1)
+    clash = ops.any(ops.equal(relevant[:, None, :], positive[None, :, None]), axis=-1)
+    masks = [without_diagonal(clash)]
+    if "negative_ids" in besides:
+        ids = ops.cast(besides["negative_ids"], relevant.dtype)
+        judged = ops.any(ops.equal(relevant[:, None, :], ids[:, :, None]), axis=-1)
+        masks.append(ops.logical_or(judged, ids < 0))
+    mask = ops.concatenate(masks, axis=1)
+    if columns is not None and columns < mask.shape[1]:
+        raise ValueError(
+            f"compute_scores returned {columns} negative scores per query, and the batch has "
+            f"{mask.shape[1]} negatives: B - 1 + k. Return the other documents' scores in their "
+            "order, then the query's own negatives'; polus.ir.scores.InBatchScores does so."
+        )
+    if columns is None or columns == mask.shape[1]:
+        return mask
+    missing = ops.zeros((mask.shape[0], columns - mask.shape[1]), "bool")
+    return ops.concatenate([mask, missing], axis=1)
+
+
+def _without_methods(model: Any, missing: list[str]) -> str:
+    return f"""{type(model).__name__} has no {", ".join(missing)}.
+Use polus.ir.models.DualEncoder, or write
+
+class MyDualEncoder(keras.Model):
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder = encoder
+        self.query_projection = polus.ir.models.IdentityProjection()
+        self.document_projection = polus.ir.models.IdentityProjection()
+
+    def encode_query(self, inputs, training=False):
+        return self.encoder(inputs, training=training)
+
+    def encode_document(self, inputs, training=False):
+        return self.encoder(inputs, training=training)"""
