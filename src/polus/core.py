@@ -26,8 +26,8 @@ LOG_NAME = _Default("polus.log")
 class BaseLogger:
     """Gives its descendants `self.logger`, a standard logger named after their class.
 
-    All of them are children of the logger `"polus"` and share its handlers: the console (from INFO on,
-    silent where the program configures logging itself), and a file where one is asked for.
+    All of them are children of the logger `"polus"` and share its handlers: the console (from INFO
+    on, silent where the program configures logging itself), and a file where one is asked for.
 
     Args:
         logging_level: from which level on messages reach the handlers, a level of `logging`.
@@ -61,7 +61,9 @@ class BaseLogger:
         handler = logging.FileHandler(self.log_name, delay=True)
         files = [h.baseFilename for h in shared.handlers if isinstance(h, logging.FileHandler)]
         if handler.baseFilename not in files:
-            handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+            handler.setFormatter(
+                logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+            )
             shared.addHandler(handler)
 
 
@@ -77,9 +79,9 @@ def set_jit_compile(mode: JitMode) -> None:
     """Sets whether steps are compiled with XLA (`torch.compile` on PyTorch).
 
     Args:
-        mode: True or False, or `"auto"` (the default): `train` measures on the model and batch at hand
-            and keeps what is faster. Outside `train`, `"auto"` is the backend's own habit: XLA on
-            JAX, a plain graph on TensorFlow, eager on PyTorch.
+        mode: True or False, or `"auto"` (the default): `train` measures on the model and batch at
+            hand and keeps what is faster. Outside `train`, `"auto"` is the backend's own habit: XLA
+            on JAX, a plain graph on TensorFlow, eager on PyTorch.
 
     Raises:
         ValueError: for anything else.
@@ -191,9 +193,9 @@ def value_and_grad(
         if (shape := getattr(value, "shape", None)) is None or len(shape):
             came = f"shape {tuple(shape)}" if shape is not None else f"a {type(value).__name__}"
             raise ValueError(
-                f"A gradient is taken of a scalar tensor, and the function returned {came}. Reduce it, "
-                "for example with keras.ops.mean(...); a keras.losses class does so by itself, where "
-                "the function of the same name returns one value per example."
+                f"A gradient is taken of a scalar tensor, and the function returned {came}. "
+                "Reduce it, for example with keras.ops.mean(...); a keras.losses class does so "
+                "by itself, where the function of the same name returns one value per example."
             )
         return result
 

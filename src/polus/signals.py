@@ -7,10 +7,10 @@ from typing import Any
 
 
 class Signals:
-    """Holds signals back until the loop asks, so that none falls between a step and its bookkeeping.
+    """Holds signals back until the loop asks: none falls between a step and its bookkeeping.
 
-    A second signal is not held back: it goes to whoever handled signals before. Where handlers can't
-    be set (outside the main thread) nothing is held back at all.
+    A second signal is not held back: it goes to whoever handled signals before. Where handlers
+    can't be set (outside the main thread) nothing is held back at all.
 
     Attributes:
         pending: the number of the signal that came, or None.

@@ -53,13 +53,13 @@ class BaseTrainer(BaseLogger):
     Args:
         model: a `keras.Model`, which may be unbuilt: it is built from the first batch.
         optimizer: a `keras.optimizers.Optimizer`.
-        loss: a callable of what `forward_with_grads` returns. It gives a scalar tensor, or a dict of
-            scalars of which the one named "loss" is minimised and all are recorded.
+        loss: a callable of what `forward_with_grads` returns. It gives a scalar tensor, or a dict
+            of scalars of which the one named "loss" is minimised and all are recorded.
         metrics: `polus.metrics.IMetric` or `keras.metrics.Metric` objects.
         post_process_prediction: applied to the model's output before the loss; kept as
             `post_process_logits`.
-        post_process_grads: takes and returns the list of gradients (None where there is none), before
-            the optimizer sees them. Under loss scaling it sees them unscaled.
+        post_process_grads: takes and returns the list of gradients (None where there is none),
+            before the optimizer sees them. Under loss scaling it sees them unscaled.
         trainable_weights: the variables that are trained; all of the model's where nothing is said.
         post_process_logits: another name of `post_process_prediction`.
 
@@ -78,8 +78,8 @@ class BaseTrainer(BaseLogger):
             given = [cls.__dict__[name] for name in (correct, documented) if name in cls.__dict__]
             if len(given) == 2 and given[0] is not given[1]:
                 raise TypeError(
-                    f"{cls.__name__} defines both {correct} and {documented}, which are two spellings of "
-                    "one method. Keep one."
+                    f"{cls.__name__} defines both {correct} and {documented}, which are two "
+                    "spellings of one method. Keep one."
                 )
             for method in given:
                 setattr(cls, correct, method)
@@ -99,8 +99,8 @@ class BaseTrainer(BaseLogger):
     ) -> None:
         if type(self) is BaseTrainer:
             raise TypeError(
-                "BaseTrainer is extended, not instantiated: write a class with forward_with_grads, or use "
-                "ClassifierTrainer for batches (x, y)."
+                "BaseTrainer is extended, not instantiated: write a class with "
+                "forward_with_grads, or use ClassifierTrainer for batches (x, y)."
             )
         super().__init__()
         _check_kinds(model, optimizer, loss)
@@ -130,15 +130,15 @@ class BaseTrainer(BaseLogger):
     # ------------------------------------------------------------------ what a user describes
 
     def forward_without_grads(self, *inputs: Any) -> Any:
-        """What needs no gradient: its result is passed to `forward_with_grads`. Default: the inputs."""
+        """What needs no gradient, passed on to `forward_with_grads`. Default: the inputs."""
         return inputs
 
     def forward_with_grads(self, *inputs: Any) -> Any:
         """What is trained: returns what is passed to the loss."""
         raise NotImplementedError(
-            f"{type(self).__name__} says no forward_with_grads(self, *inputs). It takes a batch (what "
-            "forward_without_grads makes of it) and returns what the loss takes, for example: return y, "
-            "self.model(x, training=True)"
+            f"{type(self).__name__} says no forward_with_grads(self, *inputs). It takes a batch "
+            "(what forward_without_grads makes of it) and returns what the loss takes, for "
+            "example: return y, self.model(x, training=True)"
         )
 
     foward_without_grads = forward_without_grads
@@ -152,12 +152,12 @@ class BaseTrainer(BaseLogger):
         return outputs if len(outputs) == 2 else None
 
     def evaluation_step(self, *inputs: Any) -> tuple[Any, ...]:
-        """What validation metrics take, in inference mode. Default: (x, y) gives (y, prediction)."""
+        """What validation metrics take, in inference mode. Default: (y, prediction) of (x, y)."""
         if len(inputs) < 2:
             raise NotImplementedError(
-                f"{type(self).__name__}.evaluation_step takes (x, y) by default, and the batch has "
-                f"{len(inputs)} part(s). Override evaluation_step(self, *inputs) to return what the "
-                "metrics take: (y_true, y_pred)."
+                f"{type(self).__name__}.evaluation_step takes (x, y) by default, and the batch "
+                f"has {len(inputs)} part(s). Override evaluation_step(self, *inputs) to return "
+                "what the metrics take: (y_true, y_pred)."
             )
         x, y = inputs[0], inputs[1]
         return y, self.predicted(self.model(x, training=False))
@@ -227,7 +227,8 @@ class BaseTrainer(BaseLogger):
         """One update of `variables` down the gradient of a closure.
 
         Args:
-            loss_fn: takes nothing and returns a scalar tensor, or a dict with a scalar named "loss".
+            loss_fn: takes nothing and returns a scalar tensor, or a dict with a scalar named
+                "loss".
             variables: what is updated.
             optimizer: the trainer's own where none is given.
 
@@ -284,8 +285,8 @@ class BaseTrainer(BaseLogger):
         What is not given is taken from `changing_train_config`.
 
         Args:
-            tf_dataset: see `polus.data.as_source` for what it may be. A batch that is a tuple or list
-                is spread over the step's arguments; anything else is one argument.
+            tf_dataset: see `polus.data.as_source` for what it may be. A batch that is a tuple or
+                list is spread over the step's arguments; anything else is one argument.
             epochs: how often the data is gone through.
             callbacks: `polus.callbacks` and `keras.callbacks` objects.
             custom_data_transform_f: a Python function applied to each batch before the step.
@@ -293,10 +294,10 @@ class BaseTrainer(BaseLogger):
                 tell its length.
             learning_rate: the optimizer's rate for this run; afterwards it is what it was before.
             train_map_f: another name of `custom_data_transform_f`.
-            steps_per_dispatch: how many steps the backend runs in one call; by default it is measured
-                which number is the fastest.
-            resume: a folder of checkpoints to continue from and, with a `polus.checkpoint.Checkpoint`
-                among the callbacks, to save to.
+            steps_per_dispatch: how many steps the backend runs in one call; by default it is
+                measured which number is the fastest.
+            resume: a folder of checkpoints to continue from and, with a
+                `polus.checkpoint.Checkpoint` among the callbacks, to save to.
 
         Returns:
             What happened: see `polus.history.History`.
@@ -304,9 +305,15 @@ class BaseTrainer(BaseLogger):
         Raises:
             ValueError, TypeError: for arguments that can't be trained with; see the message.
         """
-        given = {name: value for name, value in locals().items() if name != "self" and value is not None}
+        given = {
+            name: value for name, value in locals().items() if name != "self" and value is not None
+        }
         config = _checked_config({**self._train_config, **_one_name(given)})
-        feed = Feed(as_source(config["tf_dataset"]), config.get("custom_data_transform_f"), config.get("steps"))
+        feed = Feed(
+            as_source(config["tf_dataset"]),
+            config.get("custom_data_transform_f"),
+            config.get("steps"),
+        )
         if feed.num_batches is None and feed.source.endless:
             raise ValueError(
                 "The dataset is endless. Say how many steps make an epoch: train(..., steps=1000)."
@@ -331,7 +338,9 @@ class BaseTrainer(BaseLogger):
                     metric.reset()
                 run.on_epoch_begin()
             dispatch = self._dispatch(run, data, steps_per_dispatch)
-            with contextlib.closing(data.blocks(dispatch.capacity, run.next_due, run.poll)) as blocks:
+            with contextlib.closing(
+                data.blocks(dispatch.capacity, run.next_due, run.poll)
+            ) as blocks:
                 for block in blocks:
                     if block.count == 1:
                         run.on_train_batch_begin()
@@ -359,9 +368,9 @@ class BaseTrainer(BaseLogger):
         """Finds a learning rate by the range test, and leaves no trace on the training.
 
         Runs `num_steps` steps at rates that grow exponentially, and reads the rate to train with
-        from the curve of their losses (Smith 2015, arXiv:1506.01186). Afterwards weights, optimizer,
-        metrics, generators and the dataset's shuffling are as before, also after an error or Ctrl-C;
-        no callback hears of it.
+        from the curve of their losses (Smith 2015, arXiv:1506.01186). Afterwards weights,
+        optimizer, metrics, generators and the dataset's shuffling are as before, also after an
+        error or Ctrl-C; no callback hears of it.
 
         ```python
         result = trainer.lr_finder(dataset)
@@ -370,11 +379,13 @@ class BaseTrainer(BaseLogger):
         ```
 
         Args:
-            tf_dataset: as for `train`, but no bare iterator. It is repeated where it is shorter. Not
-                given, it is that of `changing_train_config`, whose `custom_data_transform_f` counts.
+            tf_dataset: as for `train`, but no bare iterator. It is repeated where it is shorter.
+                Not given, it is that of `changing_train_config`, whose `custom_data_transform_f`
+                counts.
             use_lr_found: whether the optimizer keeps the suggestion as its rate.
             start_lr: the first rate; far too small is right.
-            end_lr: the last one; far too large is right, for the sweep stops when the loss diverges.
+            end_lr: the last one; far too large is right, for the sweep stops when the loss
+                diverges.
             num_steps: 16 or more.
             stop_factor: the sweep stops when the smoothed loss exceeds this many times its best, or
                 the loss is not finite.
@@ -430,8 +441,8 @@ class BaseTrainer(BaseLogger):
     ) -> dict[str, Any]:
         """The trainer's metrics over a dataset, and its loss where `evaluation_loss` gives one.
 
-        In inference mode. Training is not disturbed: its metrics, in the middle of an epoch too, and
-        the random generators are as before.
+        In inference mode. Training is not disturbed: its metrics, in the middle of an epoch too,
+        and the random generators are as before.
 
         Args:
             dataset: as for `train`.
@@ -466,7 +477,11 @@ class BaseTrainer(BaseLogger):
         finally:
             snapshot.restore()
         loss = np.concatenate([np.asarray(row, np.float64) for row in losses])
-        return results if np.isnan(loss).all() else {"loss": float(np.average(loss, weights=sizes)), **results}
+        return (
+            results
+            if np.isnan(loss).all()
+            else {"loss": float(np.average(loss, weights=sizes)), **results}
+        )
 
     # ------------------------------------------------------------------ how it is done
 
@@ -497,8 +512,8 @@ class BaseTrainer(BaseLogger):
     def _survey(self, inputs: tuple[Any, ...]) -> list[keras.Variable]:
         """All variables that a step reads or assigns, in the order of their first meeting.
 
-        The step runs abstractly, with `minimize` computing only its loss; models and optimizers that
-        were unbuilt are built on the way. No value is changed.
+        The step runs abstractly, with `minimize` computing only its loss; models and optimizers
+        that were unbuilt are built on the way. No value is changed.
         """
         for _ in range(2):  # the second time with the weights that the first one made
             unbuilt = not self.model.built
@@ -534,11 +549,15 @@ class BaseTrainer(BaseLogger):
         if dispatch is None:
             inputs = _arguments_of(first)
             self._build(inputs)
-            self._dispatches[key] = dispatch = Dispatch(self._step, None if mode == "auto" else mode)
+            self._dispatches[key] = dispatch = Dispatch(
+                self._step, None if mode == "auto" else mode
+            )
             if steps_per_dispatch is not None and mode != "auto":
                 dispatch.capacity = steps_per_dispatch
             else:
-                choose(dispatch, data, lambda: self._survey(inputs), mode, longest, steps_per_dispatch)
+                choose(
+                    dispatch, data, lambda: self._survey(inputs), mode, longest, steps_per_dispatch
+                )
         self._jit_compile, self._capacity = dispatch.jit_compile, dispatch.capacity
         return dispatch
 
@@ -556,8 +575,9 @@ class BaseTrainer(BaseLogger):
             self.optimizer.learning_rate = learning_rate
         except (TypeError, AttributeError):
             raise ValueError(
-                f"learning_rate={learning_rate} was given to train, but the rate of this optimizer is a "
-                "schedule, which can't be set. Make the optimizer with a number, or leave it out here."
+                f"learning_rate={learning_rate} was given to train, but the rate of this "
+                "optimizer is a schedule, which can't be set. Make the optimizer with a number, "
+                "or leave it out here."
             ) from None
         try:
             yield
@@ -615,14 +635,14 @@ def _check_kinds(model: Any, optimizer: Any, loss: Any) -> None:
         )
     if not isinstance(optimizer, keras.optimizers.Optimizer):
         raise TypeError(
-            f"optimizer is a keras.optimizers.Optimizer, and got {_kind(optimizer)}. Write, for example, "
-            "keras.optimizers.Adam(1e-3); an optimizer of a backend can't update Keras variables on "
-            "every backend."
+            f"optimizer is a keras.optimizers.Optimizer, and got {_kind(optimizer)}. Write, for "
+            "example, keras.optimizers.Adam(1e-3); an optimizer of a backend can't update Keras "
+            "variables on every backend."
         )
     if not callable(loss):
         raise TypeError(
-            f"loss is a callable that returns a scalar, and got {_kind(loss)}: {loss!r}. Write, for "
-            "example, keras.losses.SparseCategoricalCrossentropy(from_logits=True)."
+            f"loss is a callable that returns a scalar, and got {_kind(loss)}: {loss!r}. Write, "
+            "for example, keras.losses.SparseCategoricalCrossentropy(from_logits=True)."
         )
 
 
@@ -648,12 +668,14 @@ def _scalar_loss(result: Any) -> Any:
         result = result["loss"]
     shape = getattr(result, "shape", None)
     if shape is None or len(shape):
-        came = f"a {type(result).__name__}" if shape is None else f"a tensor of shape {tuple(shape)}"
+        came = (
+            f"a {type(result).__name__}" if shape is None else f"a tensor of shape {tuple(shape)}"
+        )
         raise ValueError(
             f"The loss is a scalar tensor, and got {came}. Reduce it, for example with "
             "keras.ops.mean(...). Keras' losses that are classes, such as "
-            "keras.losses.MeanSquaredError(), reduce by themselves; the functions give one value per "
-            "example."
+            "keras.losses.MeanSquaredError(), reduce by themselves; the functions give one value "
+            "per example."
         )
     return result
 
@@ -661,8 +683,8 @@ def _scalar_loss(result: Any) -> Any:
 def _check_some(variables: Sequence[Any]) -> None:
     if not variables:
         raise ValueError(
-            "There is nothing to train: the list of trainable variables is empty. Is the model frozen "
-            "(model.trainable = False), or was the list made before the layers were built?"
+            "There is nothing to train: the list of trainable variables is empty. Is the model "
+            "frozen (model.trainable = False), or was the list made before the layers were built?"
         )
 
 
@@ -672,8 +694,9 @@ def _check_connected(gradients: Sequence[Any], variables: Sequence[Any]) -> None
         names = ", ".join(variable.path for variable in variables[:5])
         raise ValueError(
             f"The loss depends on none of the {len(variables)} trainable variables ({names}"
-            f"{', ...' if len(variables) > 5 else ''}). Is the model called in forward_with_grads, is "
-            "its output passed to the loss, and does everything between come from keras.ops?"
+            f"{', ...' if len(variables) > 5 else ''}). Is the model called in "
+            "forward_with_grads, is its output passed to the loss, and does everything between "
+            "come from keras.ops?"
         )
 
 
@@ -687,7 +710,9 @@ def _check_names(arguments: dict[str, Any]) -> None:
         if name not in TRAIN_NAMES:
             close = difflib.get_close_matches(name, TRAIN_NAMES, n=1)
             hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise TypeError(f"train takes no argument {name!r}.{hint} It takes {', '.join(TRAIN_NAMES)}.")
+            raise TypeError(
+                f"train takes no argument {name!r}.{hint} It takes {', '.join(TRAIN_NAMES)}."
+            )
 
 
 def _one_name(arguments: dict[str, Any]) -> dict[str, Any]:

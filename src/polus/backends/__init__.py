@@ -8,8 +8,8 @@ Every backend gives
 - ``repeat(step, fetch)``: many steps as one function to compile, batches fetched inside;
 - ``trace(fn, args)``: runs ``fn`` abstractly under a `Recorder`, to see what it would do;
 - ``apply_gradients(optimizer, gradients, variables)``: one update;
-- ``stack(batches, capacity)``, ``take``, ``to_device``, ``copy``, ``wait``: batches and arrays on the
-  device;
+- ``stack(batches, capacity)``, ``take``, ``to_device``, ``copy``, ``wait``: batches and arrays on
+  the device;
 - ``random_state()``, ``set_random_state(state)``: the backend's own generators.
 
 The rest of Polus imports `backend` from here and knows no other.

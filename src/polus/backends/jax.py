@@ -1,9 +1,9 @@
 """JAX: a stateful Keras function becomes one jitted pure function of the variables that it meets.
 
-A function is traced abstractly first, under a `Recorder` that sees which Keras variables it reads and
-which it assigns. The compiled program takes (assigned values, read values, arguments) and returns (new
-values, outputs); only the assigned values are donated. A variable that is only read is an argument,
-never a constant of the program.
+A function is traced abstractly first, under a `Recorder` that sees which Keras variables it reads
+and which it assigns. The compiled program takes (assigned values, read values, arguments) and
+returns (new values, outputs); only the assigned values are donated. A variable that is only read is
+an argument, never a constant of the program.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -75,8 +75,8 @@ class _Program:
         self.last: list[Any] = [None] * len(self.assigned)
 
         def pure(assigned: list[Any], read: list[Any], arrays: list[Any]) -> tuple[Tree, list[Any]]:
-            values = [*zip(self.assigned, assigned, strict=True), *zip(self.read, read, strict=True)]
-            with Recorder(values) as scope:
+            known = (*self.assigned, *self.read)
+            with Recorder(zip(known, (*assigned, *read), strict=True)) as scope:
                 outputs = call(arrays)
                 new = [scope.get_current_value(v) for v in self.assigned]
             if missed := [v.path for v in scope.met if id(v) not in met.read | met.assigned]:
@@ -164,7 +164,7 @@ def _watched(values: list[Any], connected: list[bool]) -> list[Any]:
 
 
 def repeat(step: Callable[..., Tree], fetch: Callable[[Tree, Any], tuple[Any, ...]]) -> Any:
-    """Many steps as one function `(count, capacity, payload) -> outputs`, to be given to `function`.
+    """Many steps as one function `(count, capacity, payload) -> outputs`, for `function`.
 
     The number of steps is an argument of a `while` loop, so that one compiled program serves every
     count up to `capacity`. Outputs are stacked to (capacity, ...); rows past `count` are zero.
@@ -212,7 +212,8 @@ def apply_gradients(optimizer: Any, gradients: Sequence[Any], variables: Sequenc
         weights, state = optimizer.stateless_apply(
             [v.value for v in optimizer.variables], gradients, [v.value for v in variables]
         )
-        for variable, value in zip([*variables, *optimizer.variables], [*weights, *state], strict=True):
+        updated = [*variables, *optimizer.variables]
+        for variable, value in zip(updated, [*weights, *state], strict=True):
             variable.assign(value)
     else:
         optimizer.apply(gradients, variables)

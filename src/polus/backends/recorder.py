@@ -12,9 +12,10 @@ _local = threading.local()
 class Recorder(keras.StatelessScope):  # type: ignore[misc]  # Keras ships no types
     """A scope in which assignments are recorded instead of carried out.
 
-    What is read is met in `read`, what is assigned in `assigned`: variables by identity, in the order
-    of the first meeting. A nested recorder starts from what the outer one holds, so that a value
-    assigned earlier in a step is seen inside a gradient; what it reads counts as read outside too.
+    What is read is met in `read`, what is assigned in `assigned`: variables by identity, in the
+    order of the first meeting. A nested recorder starts from what the outer one holds, so that a
+    value assigned earlier in a step is seen inside a gradient; what it reads counts as read outside
+    too.
 
     Args:
         values: pairs of a variable and the value that stands for it in the scope.

@@ -15,8 +15,8 @@ COMPILES = True  # a new shape costs a compilation
 def function(fn: Callable[..., Tree], jit_compile: bool | None = None) -> Callable[..., Tree]:
     """Compiles `fn` to a graph; with XLA where `jit_compile` is True.
 
-    Python control flow is not rewritten (no AutoGraph): what runs here runs on the other backends, and
-    an error shows the line as it was written.
+    Python control flow is not rewritten (no AutoGraph): what runs here runs on the other backends,
+    and an error shows the line as it was written.
     """
     compiled = tf.function(fn, jit_compile=bool(jit_compile), autograph=False)
 
@@ -57,7 +57,7 @@ def value_and_input_grad(fn: Callable[..., Any], inputs: Sequence[Any]) -> tuple
 
 
 def repeat(step: Callable[..., Tree], fetch: Callable[[Tree, Any], tuple[Any, ...]]) -> Any:
-    """Many steps as one function `(count, capacity, payload) -> outputs`, to be given to `function`.
+    """Many steps as one function `(count, capacity, payload) -> outputs`, for `function`.
 
     The number of steps is an argument of a `while` loop, so that one compiled program serves every
     count up to `capacity`. Outputs are stacked to (capacity, ...); rows past `count` are zero.
@@ -68,9 +68,11 @@ def repeat(step: Callable[..., Tree], fetch: Callable[[Tree, Any], tuple[Any, ..
             return step(*fetch(payload, i))
 
         # The structure of what a step returns, known without running it.
-        outputs = tf.function(one, autograph=False).get_concrete_function(
-            tf.TensorSpec((), tf.int32)
-        ).structured_outputs
+        outputs = (
+            tf.function(one, autograph=False)
+            .get_concrete_function(tf.TensorSpec((), tf.int32))
+            .structured_outputs
+        )
         flat = tf.nest.flatten(outputs)
         rows = [tf.TensorArray(o.dtype, capacity, element_shape=o.shape) for o in flat]
 
@@ -92,7 +94,9 @@ def repeat(step: Callable[..., Tree], fetch: Callable[[Tree, Any], tuple[Any, ..
 def trace(fn: Callable[..., Tree], args: Sequence[Any]) -> list[Any]:
     """Runs `fn(*args)` abstractly and returns the Keras variables it met. Nothing is changed."""
     with Recorder() as scope:
-        tf.function(fn, autograph=False).get_concrete_function(*tf.nest.map_structure(_tensor, args))
+        tf.function(fn, autograph=False).get_concrete_function(
+            *tf.nest.map_structure(_tensor, args)
+        )
     return scope.met
 
 
@@ -181,7 +185,8 @@ class _GraphBlocks:
 def _read(iterator: Any, first: list[Any], want: Any) -> Any:
     specs = tf.nest.flatten(iterator.element_spec)
     rows = [
-        tf.TensorArray(spec.dtype, want, infer_shape=False, element_shape=spec.shape) for spec in specs
+        tf.TensorArray(spec.dtype, want, infer_shape=False, element_shape=spec.shape)
+        for spec in specs
     ]
     rows = [row.write(0, value) for row, value in zip(rows, first, strict=True)]
 

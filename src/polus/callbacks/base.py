@@ -22,16 +22,16 @@ class ICallback:
 
     The loop hands the backend several steps at a time where every callback allows it: `every_steps`
     says when a callback next has to run *between* two steps. Events are delivered for each step all
-    the same, in order, each with its own number and loss; but the model is current only at the steps
-    that were asked for.
+    the same, in order, each with its own number and loss; but the model is current only at the
+    steps that were asked for.
     """
 
     @property
     def every_steps(self) -> int | None:
         """1: at every step; n: after each n-th step of an epoch; None: only between epochs.
 
-        A callback that overrides a batch event and says nothing is taken to need each step. Assign it
-        (`callback.every_steps = None`) to say otherwise.
+        A callback that overrides a batch event and says nothing is taken to need each step. Assign
+        it (`callback.every_steps = None`) to say otherwise.
         """
         overrides = any(
             getattr(type(self), event) is not getattr(ICallback, event)
@@ -155,8 +155,8 @@ class CallbackCoordinator:
                 continue
             if not isinstance(n, int) or n < 1:
                 raise ValueError(
-                    f"{type(callback).__name__}.every_steps is {n!r}; it takes a positive integer, or "
-                    "None for a callback that runs only between epochs."
+                    f"{type(callback).__name__}.every_steps is {n!r}; it takes a positive "
+                    "integer, or None for a callback that runs only between epochs."
                 )
             due = n - step % n if due is None else min(due, n - step % n)
         return due
@@ -193,7 +193,9 @@ class CallbackCoordinator:
                         self.exception = exception
                     else:
                         self.trainer.logger.error(
-                            "%s.on_train_end failed as well", type(callback).__name__, exc_info=exception
+                            "%s.on_train_end failed as well",
+                            type(callback).__name__,
+                            exc_info=exception,
                         )
             if first is None and self.exception is not None:
                 raise self.exception
@@ -212,7 +214,8 @@ class CallbackCoordinator:
         terms = outputs if isinstance(outputs, dict) else {"loss": outputs}
         if "loss" not in terms:
             raise ValueError(
-                f"train_step returned the terms {sorted(terms)}, and none is named 'loss'. Return a "
+                f"train_step returned the terms {sorted(terms)}, and none is named 'loss'. Return "
+                "a "
                 'scalar, or {"loss": ..., ...}.'
             )
         logs = {name: Losses(values, block.count) for name, values in terms.items()}
@@ -231,8 +234,8 @@ class CallbackCoordinator:
         wanted = self.feed.steps
         if wanted is not None and self.step < wanted and not self.trainer.early_stop:
             self.trainer.logger.warning(
-                "The dataset ended after %d of the %d steps of epoch %d. Give it more batches, repeat "
-                "it, or lower steps.",
+                "The dataset ended after %d of the %d steps of epoch %d. Give it more batches, "
+                "repeat it, or lower steps.",
                 self.step,
                 wanted,
                 self.epoch + 1,
@@ -259,8 +262,9 @@ class CallbackCoordinator:
         bad = np.flatnonzero(~np.isfinite(columns["loss"][rows]))
         if len(bad):
             self.trainer.logger.warning(
-                "The loss is not finite from step %d of epoch %d on (%s). Try a smaller learning rate "
-                "(trainer.lr_finder finds one), or clip gradients: keras.optimizers.Adam(clipnorm=1.0).",
+                "The loss is not finite from step %d of epoch %d on (%s). Try a smaller learning "
+                "rate (trainer.lr_finder finds one), or clip gradients: "
+                "keras.optimizers.Adam(clipnorm=1.0).",
                 bad[0],
                 self.epoch + 1,
                 columns["loss"][rows][bad[0]],
@@ -276,9 +280,9 @@ def _adapted(callback: Any) -> ICallback:
 
         return KerasCallback(callback)
     raise TypeError(
-        f"A callback is a polus.callbacks.Callback or a keras.callbacks.Callback, and got "
-        f"{type(callback).__name__}: {callback!r}. For a function, write a class with the event that "
-        "it should hear: class Report(Callback): def on_epoch_end(self, epoch): ..."
+        "A callback is a polus.callbacks.Callback or a keras.callbacks.Callback, and got "
+        f"{type(callback).__name__}: {callback!r}. For a function, write a class with the event "
+        "that it should hear: class Report(Callback): def on_epoch_end(self, epoch): ..."
     )
 
 

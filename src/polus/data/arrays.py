@@ -58,8 +58,8 @@ class ArrayDataset:
         lengths = sorted({len(leaf) for leaf in leaves})
         if len(lengths) != 1 or lengths[0] == 0:
             raise ValueError(
-                "from_arrays takes arrays with one equal, positive number of examples along the first "
-                f"axis, and got lengths {lengths or 'of no array at all'}."
+                "from_arrays takes arrays with one equal, positive number of examples along the "
+                f"first axis, and got lengths {lengths or 'of no array at all'}."
             )
         if not isinstance(batch_size, int | np.integer) or batch_size < 1:
             raise ValueError(f"batch_size is a positive integer, and got {batch_size!r}.")

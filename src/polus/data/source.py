@@ -23,19 +23,63 @@ class Source:
         dataset: what the user gave.
         num_batches: of one epoch; None where the dataset can't tell, or is endless.
         endless: whether an epoch never ends by itself.
+        seekable: whether an epoch is a function of its number, and skipping reads nothing.
     """
+
+    seekable = False
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
         self.num_batches: int | None = _length(dataset)
         self.endless = False
+        self._iterator: Any = None
 
     def batches(self, epoch: int, skip: int = 0) -> Iterator[Any]:
         """The batches of an epoch, from batch `skip` on."""
-        return itertools.islice(iter(self.dataset), skip, None)
+        self._iterator = iter(self.dataset)
+        return itertools.islice(self._iterator, skip, None)
+
+    def rewind(self, epoch: int, steps: int | None) -> None:
+        """Brings the dataset of a new process to where it was before `epoch`.
+
+        Earlier epochs had `steps` batches, all of them where it is None. By default they left
+        nothing behind but the state of generators.
+        """
+
+    def get_state(self) -> dict[str, Any]:
+        """The states of generators that belong to the dataset, as NumPy arrays."""
+        return {name: g.get_state().numpy().copy() for name, g in self._generators().items()}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Puts `get_state()` back."""
+        for name, generator in self._generators().items():
+            # What PyTorch's generators take is a tensor of its own.
+            generator.set_state(generator.get_state().new_tensor(state[name]))
+
+    def _generators(self) -> dict[str, Any]:
+        """A PyTorch loader's own generators."""
+        sampler = getattr(self.dataset, "sampler", None)
+        owners = {"loader": self.dataset, "sampler": sampler}
+        found = {name: getattr(owner, "generator", None) for name, owner in owners.items()}
+        return {name: g for name, g in found.items() if type(g).__module__.startswith("torch")}
+
+    def iterator_state(self) -> Any:
+        """The state of the iterator behind the batch that it gave last; None if it has none."""
+        if hasattr(self.dataset, "load_state_dict"):
+            return self.dataset.state_dict()
+        return self._iterator.get_state() if hasattr(self._iterator, "set_state") else None
+
+    def resume_from(self, state: Any) -> None:
+        """Lets the next `batches` go on where `iterator_state()` was taken."""
+        if hasattr(self.dataset, "load_state_dict"):
+            self.dataset.load_state_dict(state)
+        else:
+            self._state = state
 
 
 class _Arrays(Source):
+    seekable = True
+
     def batches(self, epoch: int, skip: int = 0) -> Iterator[Any]:
         return map(self.dataset.batch, self.dataset.rows(epoch, skip))
 
@@ -50,7 +94,15 @@ class _TensorFlowData(Source):
         self.num_batches = cardinality if cardinality >= 0 else None
 
     def batches(self, epoch: int, skip: int = 0) -> Iterator[Any]:
-        return backend.iterate(self.dataset.skip(skip) if skip else self.dataset)  # type: ignore[no-any-return]
+        dataset = self.dataset.skip(skip) if skip else self.dataset
+        return backend.iterate(dataset)  # type: ignore[no-any-return]
+
+    def rewind(self, epoch: int, steps: int | None) -> None:
+        for _ in range(epoch):
+            # Each iterator takes the next seeds of a shuffle. Where the dataset repeats itself the
+            # number of those that it took depends on how far it was read.
+            for _ in self.dataset.take(steps) if self.endless else [iter(self.dataset)]:
+                pass
 
 
 class _PyDataset(Source):
@@ -58,6 +110,10 @@ class _PyDataset(Source):
         for i in range(skip, len(self.dataset)):
             yield self.dataset[i]
         self.dataset.on_epoch_end()
+
+    def rewind(self, epoch: int, steps: int | None) -> None:
+        for _ in range(epoch if steps is None or steps > len(self.dataset) else 0):
+            self.dataset.on_epoch_end()
 
 
 class _Function(Source):
@@ -78,16 +134,20 @@ class _Once(Source):
         first = next(self.dataset, _END)
         if first is _END and epoch:
             raise ValueError(
-                f"The dataset is a {type(self.dataset).__name__}, which can be read only once, and it "
-                f"was exhausted before epoch {epoch + 1}. Give the function that makes it (without "
-                "calling it: train(batches, ...), not train(batches(), ...)), a list of batches, or "
-                "polus.data.from_arrays(...)."
+                f"The dataset is a {type(self.dataset).__name__}, which can be read only once, "
+                f"and it was exhausted before epoch {epoch + 1}. Give the function that makes it "
+                "(without calling it: train(batches, ...), not train(batches(), ...)), a list of "
+                "batches, or polus.data.from_arrays(...)."
             )
         if first is not _END:
             yield first
             # Not `yield from`, which would close the user's iterator at the end of an epoch.
             for batch in self.dataset:  # noqa: UP028
                 yield batch
+
+    def rewind(self, epoch: int, steps: int | None) -> None:
+        if steps is not None:
+            next(itertools.islice(self.dataset, epoch * steps, epoch * steps), None)
 
 
 _END = object()
@@ -122,9 +182,10 @@ def as_source(dataset: Any) -> Source:
     if not bare and (hasattr(dataset, "__iter__") or hasattr(dataset, "__getitem__")):
         return Source(dataset)
     raise TypeError(
-        f"A dataset gives batches one after the other, and got a {type(dataset).__name__}. For arrays in "
-        "memory write polus.data.from_arrays((x, y), batch_size=32); a tf.data.Dataset, a "
-        "keras.utils.PyDataset, a DataLoader, a list of batches or a generator function will do too."
+        f"A dataset gives batches one after the other, and got a {type(dataset).__name__}. For "
+        "arrays in memory write polus.data.from_arrays((x, y), batch_size=32); a "
+        "tf.data.Dataset, a keras.utils.PyDataset, a DataLoader, a list of batches or a "
+        "generator function will do too."
     )
 
 
