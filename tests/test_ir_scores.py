@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from keras import ops
 
+from polus.core import value_and_grad
 from polus.ir import losses, scores
 
 B, K, L, M, E = 5, 3, 4, 6, 8
@@ -69,6 +70,28 @@ def test_scores_equal_their_definition(name, with_negatives):
     np.testing.assert_allclose(
         ops.convert_to_numpy(negative), expected_negative, rtol=1e-4, atol=1e-5
     )
+
+
+def test_the_cosine_of_a_vector_of_zeros_has_a_gradient():
+    kernel = keras.Variable(np.zeros((E, E), "float32"))
+    documents = ops.convert_to_tensor(normal(B, E))
+
+    def loss():
+        return losses.InfoNCE()(*scores.cosine(ops.matmul(documents, kernel), documents))
+
+    _, (gradient,) = value_and_grad(loss, [kernel])
+    assert np.isfinite(ops.convert_to_numpy(gradient)).all()
+
+
+def test_a_text_without_tokens_scores_zero():
+    (queries, mask), (documents, _), _ = representations("max_sim")
+    nothing = np.zeros((B, M), bool)
+    tensors = keras.tree.map_structure(
+        ops.convert_to_tensor, ((queries, mask), (documents, nothing))
+    )
+    positive_scores, negative_scores = scores.max_sim(*tensors)
+    assert not ops.convert_to_numpy(positive_scores).any()
+    assert not ops.convert_to_numpy(negative_scores).any()
 
 
 def log_softmax(x):

@@ -7,6 +7,9 @@ from keras import ops
 
 from polus.core import function, value_and_grad
 from polus.ir import losses, scores
+from polus.ir.callbacks import HardNegativeMining, RetrievalValidation, mine
+from polus.ir.data import Features, PairBatches, relevant_rows
+from polus.ir.evaluation import evaluate
 from polus.ir.models import DualEncoder, IdentityProjection
 from polus.ir.training import EfficientDenseRetrievalTrainer
 
@@ -222,22 +225,21 @@ def in_portions(f, x, size):
 
 
 MODELS = {
-    "dropout": lambda: (DualEncoder(encoder(0.5)), scores.cosine, (3,)),
-    "seeded dropout": lambda: (DualEncoder(encoder(0.5, seed=1)), scores.cosine, (3,)),
-    "batch statistics": lambda: (
-        DualEncoder(encoder(normalization=True)),
+    # Seeded and unseeded dropout, batch statistics, an encoder that is used twice.
+    "one encoder": lambda: (DualEncoder(encoder(0.5, normalization=True)), scores.cosine, (3,)),
+    "two encoders": lambda: (
+        DualEncoder(encoder(0.5), encoder(0.5, seed=1)),
         scores.cosine,
         (3,),
     ),
-    "two encoders": lambda: (DualEncoder(encoder(0.5), encoder(0.5)), scores.cosine, (3,)),
     "late interaction": lambda: (DualEncoder(Tokens()), scores.max_sim, (4, 3)),
 }
 
 
-@pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("name", MODELS)
-def test_micro_batches_give_the_gradient_of_the_whole_batch(name, size):
+def test_micro_batches_give_the_gradient_of_the_whole_batch(name):
     """Against one gradient through all activations at once, encoded in the same portions."""
+    size = 4  # six pairs: a loop over whole portions and a rest
     model, compute_scores, shape = MODELS[name]()
     batch = [normal(B, *shape), normal(B, *shape), normal(B, K, *shape)]
     model((batch[0], batch[1]))
@@ -288,3 +290,218 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(name, size):
     assert temperature == pytest.approx(float(gradients[-1]), rel=1e-4)
     for variable, expected in zip(model.non_trainable_variables, after, strict=True):
         np.testing.assert_allclose(numpy(variable), expected, rtol=1e-5, err_msg=variable.path)
+
+
+def test_micro_batches_in_bfloat16():
+    """Each of the two passes rounds: the bound is 1% of the largest gradient of a weight."""
+    batch = normal(B, 3), normal(B, 3)
+    moved = {}
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        for size in (None, 2):
+            keras.utils.set_random_seed(0)
+            model = DualEncoder(encoder())
+            model(batch)
+            trainer = trainer_of(model, freeze_encoder=False, micro_batch_size=size)
+            moved[size] = changed(model, lambda trainer=trainer: trainer.train_step(*batch))
+    finally:
+        keras.config.set_dtype_policy("float32")
+    for ours, theirs in zip(moved[2], moved[None], strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=0.01 * np.abs(theirs).max())
+
+
+def test_micro_batches_train_in_the_loop():
+    """With the optimizer's own settings, several steps at a time, a smaller last batch."""
+    relevant = [[row] for row in range(10)]
+    weights = {}
+    for size in (None, 3):
+        keras.utils.set_random_seed(0)
+        model = DualEncoder(encoder())
+        model((np.zeros((1, 3)), np.zeros((1, 3))))
+        data = PairBatches(FEATURES[:10], FEATURES[10:], relevant, batch_size=4)
+        trainer = trainer_of(
+            model,
+            freeze_encoder=False,
+            micro_batch_size=size,
+            optimizer=keras.optimizers.Adam(1e-2),
+            post_process_grads=lambda gradients: [g * 0.5 for g in gradients],
+        )
+        trainer.train(data, epochs=2, steps_per_dispatch=2)
+        weights[size] = [numpy(weight) for weight in model.trainable_weights]
+    for ours, theirs in zip(weights[3], weights[None], strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+# ---------------------------------------------------------------------- data and callbacks
+
+FEATURES = normal(30, 3)
+
+
+def test_batches_hold_what_their_ids_say():
+    relevant = [[0, 1], [2], [], [3, 0]]
+    data = PairBatches(FEATURES[:4], FEATURES[10:], relevant, batch_size=2)
+    data.negatives = np.array([[4, 5], [6, -1], [7, 8], [9, 9], [5, 5]])
+    assert data.num_batches == 3
+    seen = []
+    for queries, positives, negatives, ids in data.batches(0):
+        np.testing.assert_array_equal(positives, FEATURES[10:][ids["positive_ids"]])
+        there = ids["negative_ids"] >= 0
+        np.testing.assert_array_equal(negatives[there], FEATURES[10:][ids["negative_ids"][there]])
+        for query, document, judged in zip(
+            queries, ids["positive_ids"], ids["relevant_ids"], strict=True
+        ):
+            row = int(np.flatnonzero((FEATURES[:4] == query).all(1))[0])
+            assert set(judged.tolist()) - {-1} == set(relevant[row])
+            seen.append((row, int(document)))
+    assert sorted(seen) == [(0, 0), (0, 1), (1, 2), (3, 0), (3, 3)]
+    first, again, other = (list(data.order(epoch)) for epoch in (0, 0, 1))
+    assert all(map(np.array_equal, first, again))
+    assert not all(map(np.array_equal, first, other))
+    _, _, _, skipped = next(data.batches(0, skip=2))
+    np.testing.assert_array_equal(skipped["positive_ids"], data.pairs[first[2]][:, 1])
+
+
+def test_no_batch_clashes_and_none_is_dropped():
+    relevant = [rng.choice(12, rng.integers(1, 4), replace=False).tolist() for _ in range(30)]
+    data = PairBatches(
+        Features.of_texts(["text"] * 30, lambda texts: {"ids": np.zeros((len(texts), 2))}),
+        FEATURES,
+        relevant,
+        batch_size=6,
+        avoid_clashes=True,
+    )
+    for epoch in range(3):
+        order = list(data.order(epoch))
+        assert sorted(np.concatenate(order).tolist()) == list(range(len(data.pairs)))
+        for places in order:
+            for one in places:
+                for other in places:
+                    query, document = data.pairs[one][0], data.pairs[other][1]
+                    assert one == other or document not in relevant[query]
+    assert len(order[0]) > 1
+    tokens, *_ = next(data.batches(0))
+    assert tokens["ids"].shape == (len(next(data.order(0))), 2)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda: PairBatches(FEATURES, FEATURES, [[0]]), "one list per query"),
+        (lambda: PairBatches(FEATURES[:1], FEATURES, [[30]]), "row numbers from 0"),
+        (lambda: Features(lambda rows: rows), "count=len"),
+        (lambda: HardNegativeMining(None, ranks=(5, 5)), "ranks="),
+        (lambda: RetrievalValidation(0, 0, {}, [], [], ["AP"]), "add it"),
+        (lambda: trainer_of(DualEncoder(encoder()), micro_batch_size=2), "encoders are trained"),
+        (lambda: trainer_of(DualEncoder(encoder()), encoded=True, freeze_encoder=False), "leave"),
+        (lambda: trainer_of(DualEncoder(encoder())).train_step(FEATURES), "1 parts of texts"),
+    ],
+)
+def test_bad_input_says_what_to_write(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        wrong()
+
+
+def test_a_model_without_the_methods_gets_the_class_to_write():
+    with pytest.raises(TypeError, match="class MyDualEncoder"):
+        trainer_of(encoder())
+
+
+def test_mined_negatives_are_the_best_unjudged_ones_below_the_margin():
+    queries, documents = normal(4, 5), normal(40, 5)
+    relevant = [np.array([0, 1]), np.array([2]), np.array([3]), np.array([4])]
+    pairs = np.array([(q, d) for q, rows in enumerate(relevant) for d in rows])
+    everything = queries @ documents.T
+    for ranks, margin in (((0, 40), 0.95), ((2, 6), None)):
+        found = mine(queries, documents, relevant, pairs, 3, ranks, margin)
+        for (query, document), row in zip(pairs, found, strict=True):
+            order = [d for d in np.argsort(-everything[query]) if d not in relevant[query]]
+            expected = order[slice(*ranks)]
+            if margin is not None:
+                limit = everything[query, document]
+                limit -= 0.05 * abs(limit)
+                expected = [d for d in expected if everything[query, d] < limit]
+            expected = (expected + [-1] * 3)[:3]
+            assert row.tolist() == expected
+
+
+def collection():
+    """Documents, and queries that are noisy, rotated copies of some of them."""
+    documents = normal(40, 8)
+    rotation = np.linalg.qr(normal(8, 8))[0]
+    queries = documents[:30] @ rotation + 0.1 * normal(30, 8)
+    ids = [f"d{row}" for row in range(40)]
+    qrels = {f"q{row}": {f"d{row}": 1} for row in range(30)}
+    return queries.astype("float32"), documents, ids, qrels
+
+
+def test_training_with_validation_and_mining_finds_the_documents():
+    queries, documents, document_ids, qrels = collection()
+    query_ids = list(qrels)
+    relevant = relevant_rows(qrels, query_ids, document_ids)
+    data = PairBatches(queries, documents, relevant, batch_size=15)
+    validation = RetrievalValidation(queries, documents, qrels, query_ids, document_ids)
+    mining = HardNegativeMining(data, k=2, every_epochs=2)
+    model = DualEncoder(keras.layers.Identity())
+    trainer = trainer_of(model, encoded=True, optimizer=keras.optimizers.Adam(0.05))
+    history = trainer.train(data, epochs=8, callbacks=[mining, validation])
+    values = [epoch["validation_nDCG@10"] for epoch in history.epochs]
+    assert values[0] < 0.8 < validation.best
+    assert validation.best == max(values)
+    assert validation.best_epoch == int(np.argmax(values))
+    assert (data.negatives >= 0).any()
+    for row, (query, _) in zip(data.negatives, data.pairs, strict=True):
+        assert not set(row.tolist()) & set(relevant[query].tolist())
+    # The best weights were put back, and a resumed run knows them and the negatives.
+    ids = [document_ids[row] for row in range(40)]
+    found = evaluate(qrels, validation.run(), ["nDCG@10"])["nDCG@10"]
+    assert found == pytest.approx(validation.best)
+    other = RetrievalValidation(queries, documents, qrels, query_ids, ids)
+    other.set_state(validation.get_state())
+    assert (other.best, other.best_epoch) == (validation.best, validation.best_epoch)
+    resumed = HardNegativeMining(PairBatches(queries, documents, relevant))
+    resumed.set_state(mining.get_state())
+    np.testing.assert_array_equal(resumed.batches.negatives, data.negatives)
+
+
+def test_training_metrics_and_validation_of_batches():
+    queries, documents, *_ = collection()
+    relevant = [[row] for row in range(30)]
+    data = PairBatches(queries, documents, relevant, batch_size=15)
+    trainer = trainer_of(
+        DualEncoder(keras.layers.Identity()),
+        compute_scores=scores.dot_product,
+        loss=losses.InfoNCE(1.0),
+        metrics=[keras.metrics.SparseCategoricalAccuracy(name="first")],
+    )
+    results = trainer.evaluate(data)
+    products = queries @ documents.T
+    order = list(data.order(0))
+    first = [
+        products[row, row] >= products[row, data.pairs[places][:, 1]].max()
+        for places in order
+        for row in data.pairs[places][:, 0]
+    ]
+    assert results["first"] == pytest.approx(np.mean(first))
+
+
+def test_scores_of_ones_own_need_a_similarity():
+    queries, documents, ids, qrels = collection()
+    validation = RetrievalValidation(queries, documents, qrels, list(qrels), ids)
+    data = PairBatches(queries, documents, [[row] for row in range(30)])
+    trainer = trainer_of(
+        DualEncoder(keras.layers.Identity()), compute_scores=lambda *x: scores.cosine(*x)
+    )
+    with pytest.raises(ValueError, match="similarity=polus"):
+        trainer.train(data, epochs=1, callbacks=[validation])
+
+
+def test_a_trained_model_is_saved_and_loaded(tmp_path):
+    model = DualEncoder(encoder())
+    trainer = trainer_of(model)
+    trainer.train_step(normal(B, 3), normal(B, 3))
+    inputs = (normal(2, 3), normal(2, 3))
+    expected = [numpy(x) for x in model(inputs)]
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    for ours, theirs in zip(loaded(inputs), expected, strict=True):
+        np.testing.assert_allclose(numpy(ours), theirs, rtol=1e-6)

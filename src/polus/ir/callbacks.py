@@ -213,7 +213,9 @@ def mine(
     negatives = np.full((len(pairs), k), -1, np.int64)
     if relative_margin is not None:
         chosen = [
-            keras.tree.map_structure(lambda x, rows=rows: x[rows][:, None], each)
+            keras.tree.map_structure(
+                lambda x, rows=rows: ops.convert_to_tensor(x[rows][:, None]), each
+            )
             for each, rows in ((queries, pairs[:, 0]), (documents, pairs[:, 1]))
         ]
         positive = ops.convert_to_numpy(similarity(*chosen))[:, 0, 0]

@@ -138,6 +138,8 @@ class PairBatches(Source):
             May be set at any time; it counts from the next epoch on.
     """
 
+    seekable = True
+
     def __init__(
         self,
         queries: Any,

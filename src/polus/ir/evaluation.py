@@ -10,7 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import keras
 import numpy as np
+from keras import ops
 from numpy.typing import ArrayLike, NDArray
 from safetensors import safe_open
 from safetensors.numpy import save_file
@@ -60,9 +62,8 @@ def top_k(
         if similarity is None:
             found = queries @ block.T
         else:
-            from keras import ops
-
-            found = ops.convert_to_numpy(similarity(queries, block))
+            tensors = keras.tree.map_structure(ops.convert_to_tensor, (queries, block))
+            found = ops.convert_to_numpy(similarity(*tensors))
         places = np.arange(start, start + found.shape[1])
         scores = np.concatenate([scores, found], axis=1)
         rows = np.concatenate([rows, np.broadcast_to(places, found.shape)], axis=1)

@@ -131,8 +131,7 @@ class TeacherKL(RetrievalLoss):
         target = ops.softmax(teacher / self.teacher_temperature, axis=1)
         log_target = ops.log_softmax(teacher / self.teacher_temperature, axis=1)
         log_student = ops.log_softmax(student / self.temperature, axis=1)
-        difference = ops.where(masked, 0.0, log_target - log_student)
-        return ops.mean(ops.sum(target * difference, axis=1))
+        return ops.mean(ops.sum(target * (log_target - log_student), axis=1))
 
 
 def _judged(negative_scores: Any, teacher_scores: Any) -> Any:

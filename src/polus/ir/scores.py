@@ -22,7 +22,14 @@ def _dot_product(queries: Any, documents: Any) -> Any:
 
 
 def _cosine(queries: Any, documents: Any) -> Any:
-    return _dot_product(ops.normalize(queries, axis=-1), ops.normalize(documents, axis=-1))
+    return _dot_product(_unit(queries), _unit(documents))
+
+
+def _unit(vectors: Any) -> Any:
+    # The maximum stands under the root: a vector of zeros, which dropout can make, has then a
+    # gradient of zero, where that of its length would be NaN.
+    squared = ops.sum(ops.square(vectors), axis=-1, keepdims=True)
+    return vectors * ops.rsqrt(ops.maximum(squared, 1e-12))
 
 
 def _max_sim(queries: Representation, documents: Representation) -> Any:
