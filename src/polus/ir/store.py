@@ -84,7 +84,7 @@ class RepresentationStore(BaseLogger):
         digest = hashlib.sha256(self.tokenizer.fingerprint.encode())
         digest.update(_description(self.encoder).encode())
         for weight in self.encoder.weights:
-            value = ops.convert_to_numpy(ops.cast(weight, "float32"))
+            value = ops.convert_to_numpy(weight)
             digest.update(str(value.shape).encode() + np.ascontiguousarray(value).tobytes())
         return digest.hexdigest()[:32]
 
