@@ -46,9 +46,10 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Puts `random_state()` back."""
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
+    """Puts `random_state()` back, also where its tuples have become lists on the way."""
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    np.random.set_state(tuple(state["numpy"]))
     backend.set_random_state(state["backend"])
     if "torch" in state and (torch := sys.modules.get("torch")) is not None:
         torch.set_rng_state(torch.from_numpy(state["torch"].copy()))

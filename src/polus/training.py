@@ -11,6 +11,7 @@ The loop, in five lines:
 
 import contextlib
 import inspect
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ from polus.backends import backend
 from polus.callbacks.base import CallbackCoordinator, Losses
 from polus.core import BaseLogger, function, get_jit_compile
 from polus.data import Feed, as_arguments, as_source
-from polus.data.feed import Epoch
+from polus.data.feed import Block, Epoch
 from polus.dispatch import Dispatch, choose
 from polus.history import History
 from polus.metrics import as_metric
@@ -118,6 +119,8 @@ class BaseTrainer(BaseLogger):
         self._surveyed: list[tuple[Any, list[Any]]] | None = None
         self._built = False
         self._dispatches: dict[Any, Dispatch] = {}
+        self._choices: dict[str, list[Any]] = {}  # of an earlier process: see `_dispatch`
+        self._example: Block | None = None
         mode = get_jit_compile()
         self._jit_compile: bool | None = None if mode == "auto" else mode
         self._capacity = 1
@@ -535,6 +538,20 @@ class BaseTrainer(BaseLogger):
             met = [*met, *known.values(), *optimizer.variables]
         return list({id(variable): variable for variable in met}.values())
 
+    def state_variables(self) -> list[keras.Variable]:
+        """All variables that make up a run, in an order that is the same in each process.
+
+        Those that a step meets, and those of the layers, optimizers and metrics that this object
+        holds. Known from the first batch of a run on.
+        """
+        assert self._example is not None
+        inputs = _arguments_of(self._example)
+        self._build(inputs)
+        held = keras.tree.flatten([v for v in vars(self).values() if isinstance(v, list | tuple)])
+        owned = [getattr(value, "variables", []) for value in (*vars(self).values(), *held)]
+        variables = [*self._survey(inputs), self.step_counter, *itertools.chain(*owned)]
+        return list({id(variable): variable for variable in variables}.values())
+
     def _dispatch(
         self, run: CallbackCoordinator, data: Epoch, steps_per_dispatch: int | None
     ) -> Dispatch:
@@ -544,6 +561,7 @@ class BaseTrainer(BaseLogger):
         mode = get_jit_compile()
         longest = run.longest_dispatch()
         first = data.sample(1)
+        self._example = first
         key = mode, steps_per_dispatch, longest > 1, str(first.signature)
         dispatch = self._dispatches.get(key)
         if dispatch is None:
@@ -554,6 +572,8 @@ class BaseTrainer(BaseLogger):
             )
             if steps_per_dispatch is not None and mode != "auto":
                 dispatch.capacity = steps_per_dispatch
+            elif str(key) in self._choices:
+                dispatch.jit_compile, dispatch.capacity = self._choices[str(key)]
             else:
                 choose(
                     dispatch, data, lambda: self._survey(inputs), mode, longest, steps_per_dispatch

@@ -10,6 +10,7 @@ Every backend gives
 - ``apply_gradients(optimizer, gradients, variables)``: one update;
 - ``stack(batches, capacity)``, ``take``, ``to_device``, ``copy``, ``wait``: batches and arrays on
   the device;
+- ``describe()``: devices and threads;
 - ``random_state()``, ``set_random_state(state)``: the backend's own generators.
 
 The rest of Polus imports `backend` from here and knows no other.

@@ -272,6 +272,11 @@ def candidates() -> tuple[bool, ...]:
     return (True,)
 
 
+def describe() -> dict[str, Any]:
+    """What the bits of a result depend on: devices. JAX doesn't say how many threads it has."""
+    return {"devices": [device.device_kind for device in jax.devices()]}
+
+
 def random_state() -> dict[str, Any]:
     """The state of the backend's own generators: JAX has none, its keys are values."""
     return {}

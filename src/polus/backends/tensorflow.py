@@ -107,7 +107,6 @@ def apply_gradients(optimizer: Any, gradients: Sequence[Any], variables: Sequenc
 
 def stack(batches: Sequence[Tree], capacity: int) -> Tree:
     """Batches of equal structure and shape as one tree of tensors (capacity, ...) on the device."""
-
     return pad(tf.nest.map_structure(lambda *rows: tf.stack(rows), *batches), capacity)
 
 
@@ -231,6 +230,13 @@ def _read(iterator: Any, first: list[Any], want: Any) -> Any:
 def candidates() -> tuple[bool, ...]:
     """The settings of `jit_compile` that are worth measuring here."""
     return (False, True)
+
+
+def describe() -> dict[str, Any]:
+    """What the bits of a result depend on: devices, and threads of one operation (0: by itself)."""
+    gpus = tf.config.list_physical_devices("GPU")
+    names = [tf.config.experimental.get_device_details(gpu).get("device_name", "") for gpu in gpus]
+    return {"devices": names, "threads": tf.config.threading.get_intra_op_parallelism_threads()}
 
 
 def random_state() -> dict[str, Any]:

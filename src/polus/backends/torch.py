@@ -159,6 +159,12 @@ def candidates() -> tuple[bool, ...]:
     return (False,)
 
 
+def describe() -> dict[str, Any]:
+    """What the bits of a result depend on: devices, and threads of one operation."""
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {"devices": names, "threads": torch.get_num_threads()}
+
+
 def random_state() -> dict[str, Any]:
     """The states of PyTorch's global generators, as NumPy arrays."""
     state = {"cpu": torch.get_rng_state().numpy().copy()}

@@ -167,8 +167,11 @@ class CallbackCoordinator:
         return min(limits, default=sys.maxsize)
 
     def poll(self) -> None:
-        """Raises KeyboardInterrupt if Ctrl-C came. Called where the run may be interrupted."""
-        self.signals.check()
+        """Lets a signal that came end the run. Called between steps, also while data is late."""
+        if self.signals.pending is not None:
+            for callback in self.callbacks:  # a checkpoint saves first
+                callback.on_boundary()
+            self.signals.check()
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:

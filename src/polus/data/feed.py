@@ -1,5 +1,6 @@
 """How batches reach the compiled step: in blocks of equal shape, read ahead by one thread."""
 
+import collections
 import contextlib
 import dataclasses
 import itertools
@@ -13,6 +14,7 @@ import keras
 import numpy as np
 
 from polus.backends import backend
+from polus.data import position
 from polus.data.source import Source, as_arguments
 
 Due = Callable[[int], int | None]
@@ -64,15 +66,23 @@ class Feed:
     Attributes:
         waited_secs: how long the loop has waited for data so far.
         num_batches: batches of an epoch, None where it isn't known.
+        tracked: whether epochs remember what the way back to a position needs (a checkpoint does).
+        current: the epoch that was begun last.
     """
 
     def __init__(
-        self, source: Source, transform: Callable[[Any], Any] | None = None, steps: int | None = None
+        self,
+        source: Source,
+        transform: Callable[[Any], Any] | None = None,
+        steps: int | None = None,
     ) -> None:
         self.source = source
         self.transform = transform
         self.steps = steps
         self.waited_secs = 0.0
+        self.tracked = False
+        self.current: Epoch | None = None
+        self._resumed: Epoch | None = None
         known = source.num_batches
         self.num_batches = known if steps is None else steps if known is None else min(steps, known)
         dataset = source.dataset
@@ -82,16 +92,34 @@ class Feed:
 
     def epoch(self, epoch: int, start: int = 0) -> "Epoch":
         """The batches of an epoch from batch `start` on."""
-        return Epoch(self, epoch, start)
+        resumed, self._resumed = self._resumed, None
+        self.current = resumed or Epoch(self, epoch, start)
+        return self.current
+
+    def resumed(self, epoch: int, start: int, begun: dict[str, Any]) -> "Epoch":
+        """The epoch that the next call of `epoch` gives, which began as `begun` says."""
+        self._resumed = self.current = Epoch(self, epoch, start, begun)
+        return self._resumed
 
 
 class Epoch:
-    """One pass over the data, from batch `start` on. Close it when done."""
+    """One pass over the data, from batch `start` on. Close it when done.
 
-    def __init__(self, feed: Feed, epoch: int, start: int) -> None:
+    Attributes:
+        begun, checksum, leaves, marks: see `polus.data.position`; kept where the feed is tracked.
+    """
+
+    def __init__(
+        self, feed: Feed, epoch: int, start: int, begun: dict[str, Any] | None = None
+    ) -> None:
         self.feed = feed
         self.number = epoch
         self.start = start
+        self.begun = begun or (position.beginning(feed) if feed.tracked else None)
+        self.checksum: int | None = None
+        self.leaves: list[list[Any]] | None = None
+        self.marks: collections.deque[tuple[int, Any]] = collections.deque(maxlen=8)
+        self._head: Any = None
         self.reader = feed.source.batches(epoch, start)
         batches = map(feed.transform, self.reader) if feed.transform else self.reader
         self.batches = map(as_arguments, batches)
@@ -110,11 +138,31 @@ class Epoch:
                 f"The dataset gave no batch in epoch {self.number + 1}: it is empty, or an iterator "
                 "that was exhausted before. Check what it yields; give a re-iterable, not an iterator."
             )
+        if self.feed.tracked and self.checksum is None and self.start == 0:
+            self._note(self._first[0])
         return self._first[0] if self._first else None
+
+    def drop(self) -> Any:
+        """Reads the next batch and goes on behind it; None if there is none."""
+        batch = self.peek()
+        if self._first:
+            self.start += 1
+            self._first = []
+        return batch
+
+    def remember(self, batch: Any) -> None:
+        """Takes this for the first batch of the epoch: one that starts later doesn't meet it."""
+        self._head = as_arguments(batch)
+        self._note(self._head)
+
+    def _note(self, batch: Any) -> None:
+        self.checksum, self.leaves = position.checksum(batch), position.leaves_of(batch)
 
     def sample(self, count: int) -> Block:
         """The first batch, `count` times over, to measure with."""
-        first = keras.tree.map_structure(_plain, self.peek())
+        # A resumed epoch is compiled for what it was compiled for in the first place.
+        first = self.peek() if self._head is None else self._head
+        first = keras.tree.map_structure(_plain, first)
         if self.feed._examples is not None:
             rows = np.zeros((count, self.feed.source.dataset.batch_size), np.int32)
             payload = (self.feed._examples, backend.to_device(rows))
@@ -125,7 +173,10 @@ class Epoch:
         return Block(count, _size(first), stacked, payload, count, _signature(first))
 
     def blocks(
-        self, capacity: int = 1, due: Due = lambda step: None, poll: Callable[[], None] = lambda: None
+        self,
+        capacity: int = 1,
+        due: Due = lambda step: None,
+        poll: Callable[[], None] = lambda: None,
     ) -> Iterator[Block]:
         """The batches in blocks of up to `capacity`, none longer than `due(step)` allows.
 
@@ -208,6 +259,7 @@ class Epoch:
         )
         step, pending = self.start, []
         while (count := want(step)) > 0:
+            self._mark(step + len(pending))
             group = pending or list(itertools.islice(batches, 1))
             if not group:
                 return
@@ -227,6 +279,11 @@ class Epoch:
                 yield Block(len(group), _size(group[0]), stacked, payload, capacity, signature)
             step += len(group)
 
+    def _mark(self, num_read: int) -> None:
+        """Notes the state of the dataset's iterator, behind `num_read` batches of the epoch."""
+        if self.feed.tracked and (state := self.feed.source.iterator_state()) is not None:
+            self.marks.append((num_read, state))
+
 
 def _single(batch: Any) -> Block:
     payload = keras.tree.map_structure(backend.to_device, batch)
@@ -243,7 +300,9 @@ def _plain(leaf: Any) -> Any:
 
 def _signature(batch: Any) -> Any:
     return [
-        (tuple(shape), str(leaf.dtype)) if (shape := getattr(leaf, "shape", None)) is not None else leaf
+        (tuple(shape), str(leaf.dtype))
+        if (shape := getattr(leaf, "shape", None)) is not None
+        else leaf
         for leaf in keras.tree.flatten(batch)
     ]
 

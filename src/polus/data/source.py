@@ -33,11 +33,20 @@ class Source:
         self.num_batches: int | None = _length(dataset)
         self.endless = False
         self._iterator: Any = None
+        self._resume_from: Any = None
 
     def batches(self, epoch: int, skip: int = 0) -> Iterator[Any]:
         """The batches of an epoch, from batch `skip` on."""
-        self._iterator = iter(self.dataset)
-        return itertools.islice(self._iterator, skip, None)
+        state, self._resume_from = self._resume_from, None
+        if state is not None and hasattr(self.dataset, "load_state_dict"):
+            self.dataset.load_state_dict(state)
+        self._iterator = self._iterate()
+        if state is not None and hasattr(self._iterator, "set_state"):
+            self._iterator.set_state(state)
+        return itertools.islice(self._iterator, skip if state is None else 0, None)
+
+    def _iterate(self) -> Iterator[Any]:
+        return iter(self.dataset)
 
     def rewind(self, epoch: int, steps: int | None) -> None:
         """Brings the dataset of a new process to where it was before `epoch`.
@@ -70,11 +79,8 @@ class Source:
         return self._iterator.get_state() if hasattr(self._iterator, "set_state") else None
 
     def resume_from(self, state: Any) -> None:
-        """Lets the next `batches` go on where `iterator_state()` was taken."""
-        if hasattr(self.dataset, "load_state_dict"):
-            self.dataset.load_state_dict(state)
-        else:
-            self._state = state
+        """Lets the next `batches` go on where `iterator_state()` gave this, and skip nothing."""
+        self._resume_from = state
 
 
 class _Arrays(Source):
@@ -123,8 +129,8 @@ class _Function(Source):
         super().__init__(dataset)
         self.num_batches = None
 
-    def batches(self, epoch: int, skip: int = 0) -> Iterator[Any]:
-        return itertools.islice(iter(self.dataset()), skip, None)
+    def _iterate(self) -> Iterator[Any]:
+        return iter(self.dataset())
 
 
 class _Once(Source):

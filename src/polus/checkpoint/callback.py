@@ -1,0 +1,203 @@
+"""The callback that saves a run, and ends it in order when a signal asks for that."""
+
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable as Function
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import filelock
+import keras
+
+from polus.callbacks.base import Callback, CallbackCoordinator
+from polus.checkpoint.run import Variables, environment, run_state
+from polus.checkpoint.store import CheckpointError, DamagedError, Snapshot, Store, take_apart
+
+logger = logging.getLogger("polus.checkpoint")
+
+# What schedulers send before they kill (SIGUSR1: Slurm's --signal); not every system has each.
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+
+
+class Checkpoint(Callback):
+    """Saves the whole run from time to time, for `train(..., resume=directory)` to go on from.
+
+    ```python
+    trainer.train(
+        data, epochs=10, callbacks=[Checkpoint("runs/a", every_secs=600)], resume="runs/a"
+    )
+    ```
+
+    The loop waits for a copy of the state; a thread writes it. On SIGTERM, SIGUSR1 and Ctrl-C the
+    run saves at the next step boundary, ends in order, and exits with 128 + the signal's number. A
+    save that fails (a full disk) is reported and tried again when the next one is due.
+
+    Args:
+        directory: the folder of this run's checkpoints; one run at a time writes there.
+        every_steps: saves after each n-th step of an epoch.
+        every_secs: saves at the first opportunity after so many seconds since the last save.
+        every_epochs: saves after each n-th epoch; None for only at the end of the run.
+        keep: how many checkpoints to keep; the others are the reserve for a damaged one.
+        clock: tells the time in seconds.
+
+    Raises:
+        CheckpointError: at the start if another run writes to the folder; at the end if not one
+            checkpoint could be written.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        every_steps: int | None = None,
+        every_secs: float | None = None,
+        every_epochs: int | None = 1,
+        keep: int = 3,
+        *,
+        clock: Function[[], float] = time.monotonic,
+    ) -> None:
+        super().__init__()
+        for name, value in (("every_epochs", every_epochs), ("keep", keep)):
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} is a positive integer, and got {value!r}.")
+        if every_secs is not None and every_secs < 0:
+            raise ValueError(f"every_secs is a number of seconds, and got {every_secs!r}.")
+        self.store = Store(Path(directory))
+        self.every_steps = every_steps
+        self.every_secs = every_secs
+        self.every_epochs = every_epochs
+        self.keep = keep
+        self.clock = clock
+        self._lock: filelock.BaseFileLock | None = None
+        self._writer: ThreadPoolExecutor | None = None
+
+    def add_coordinator(self, coordinator: CallbackCoordinator) -> None:
+        """Makes the data remember where an epoch began."""
+        super().add_coordinator(coordinator)
+        coordinator.feed.tracked = True
+
+    def on_train_begin(self) -> None:
+        """Takes the folder, and the signals."""
+        self._variables: Variables | None = None
+        self._writing: Future[None] | None = None
+        self._newest: Path | None = None
+        self._failure: Exception | None = None
+        self._last_time = self.clock()
+        self._position: tuple[int, int] | None = None
+        self._environment = environment()
+        try:
+            self._take_folder()
+        except OSError as error:
+            self._failed(error)
+        self._writer = ThreadPoolExecutor(1, "polus-checkpoint")
+        for number in SIGNALS:
+            self.coordinator.signals.listen(number)
+
+    def on_boundary(self) -> None:
+        """Saves if it is time, and ends the run if a signal came."""
+        number = self.coordinator.signals.pending
+        if number is not None or self._is_due():
+            self.save()
+        if number is None:
+            return
+        self._finish()
+        name, folder = signal.Signals(number).name, self.store.directory
+        if self._failure is None:
+            logger.warning(
+                "%s: the run is saved in %s, after epoch %d, step %d. To continue it, start the "
+                "same program again with train(..., resume=%r).",
+                name,
+                self._newest,
+                self.coordinator.epoch,
+                self.coordinator.step,
+                str(folder),
+            )
+        raise SystemExit(128 + number)
+
+    def on_train_end(self) -> None:
+        """Waits for what is being written, and gives the folder back.
+
+        Raises:
+            CheckpointError: if the run itself went well and not one checkpoint could be written.
+        """
+        try:
+            self._finish()
+        finally:
+            if self._writer is not None:
+                self._writer.shutdown()
+            if self._lock is not None:
+                self._lock.release()
+            self._lock = self._writer = None
+        if self._newest is None and self._failure and self.coordinator.exception is None:
+            raise CheckpointError(
+                f"Not one checkpoint could be written to {self.store.directory}: "
+                f"{self._failure!r}. The training itself is complete, and the model is as it "
+                "should be: save it now, elsewhere."
+            ) from self._failure
+
+    def save(self) -> None:
+        """Saves the run as it stands. Returns when it is copied; a thread writes it."""
+        run = self.coordinator
+        self._finish()  # one at a time: else the copies pile up in memory
+        self._last_time = self.clock()
+        if self._position == (run.epoch, run.step) and self._failure is None:
+            return
+        if self._variables is None:
+            self._variables = run.trainer.state_variables()
+        snapshot = take_apart(run_state(run, self._variables))
+        facts = {
+            "epoch": run.epoch,
+            "step": run.step,
+            "epochs": run.epochs,
+            "backend": keras.config.backend(),
+            "saved": time.strftime("%Y-%m-%d %H:%M:%S"),
+            "environment": self._environment,
+        }
+        self._position = run.epoch, run.step
+        assert self._writer is not None
+        self._writing = self._writer.submit(self._write, snapshot, facts)
+
+    def _is_due(self) -> bool:
+        run = self.coordinator
+        if run.step:
+            # A run that is stopping comes to the end of its epoch at once, and is saved there.
+            steps = self.every_steps is not None and run.step % self.every_steps == 0
+            return (steps or self._time_is_up()) and not run.trainer.early_stop
+        if run.epoch == 0:
+            return False
+        epochs = self.every_epochs is not None and run.epoch % self.every_epochs == 0
+        ended = run.epoch >= run.epochs or run.trainer.early_stop
+        return epochs or ended or self._time_is_up()
+
+    def _time_is_up(self) -> bool:
+        return self.every_secs is not None and self.clock() - self._last_time >= self.every_secs
+
+    def _write(self, snapshot: Snapshot, facts: dict[str, Any]) -> None:
+        try:
+            self._take_folder()
+            self._newest = self.store.write(snapshot, facts, self.keep)
+            self._failure = None
+        except (OSError, DamagedError) as error:
+            self._failed(error)
+
+    def _take_folder(self) -> None:
+        if self._lock is None:
+            self._lock = self.store.lock()
+
+    def _finish(self) -> None:
+        """Waits for what is being written."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def _failed(self, error: Exception) -> None:
+        self._failure = error
+        logger.error(
+            "NO CHECKPOINT WAS WRITTEN to %s: %s. Training goes on, and it is tried again when the "
+            "next one is due. %s",
+            self.store.directory,
+            error,
+            f"The newest one is {self._newest}." if self._newest else "There is none of this run.",
+        )
