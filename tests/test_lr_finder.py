@@ -1,14 +1,37 @@
 """The range test: right on curves with known answers, and without a trace on the training."""
 
+import contextlib
 import json
+import logging
+import math
+import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import keras
 import numpy as np
 import pytest
+from keras import ops
 
-from polus.lr_finder import SUGGESTIONS, LRFinderResult, minimum, slide, smooth, steep, valley
+from polus.callbacks.base import Callback
+from polus.core import get_jit_compile, set_jit_compile
+from polus.data import from_arrays
+from polus.lr_finder import (
+    SUGGESTIONS,
+    LRFinderResult,
+    highest_allowed,
+    main,
+    minimum,
+    slide,
+    smooth,
+    steep,
+    valley,
+)
+from polus.metrics import Accuracy
+from polus.state import random_state
+from polus.training import BaseTrainer, ClassifierTrainer
 
 RATES = np.geomspace(1e-7, 10, 81)  # ten steps per power of ten
 X = np.log10(RATES)
@@ -175,16 +198,370 @@ def test_plot_shows_and_names_everything(tmp_path):
 
 
 def test_plot_leaves_pyplot_alone():
-    program = (
-        "import sys, numpy as np; from polus.lr_finder import LRFinderResult\n"
-        "assert 'matplotlib' not in sys.modules\n"
-        "LRFinderResult(np.geomspace(1e-3, 1, 20), np.linspace(2, 1, 20)).plot()\n"
-        "assert 'matplotlib' in sys.modules and 'matplotlib.pyplot' not in sys.modules\n"
-    )
-    subprocess.run([sys.executable, "-c", program], check=True)
+    import matplotlib.pyplot as plt
+
+    before = plt.get_fignums(), plt.get_backend()
+    LRFinderResult(RATES, curve(-3, -0.5)).plot()
+    assert (plt.get_fignums(), plt.get_backend()) == before
 
 
 def test_plot_without_matplotlib_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"pip install polus\[plot\]"):
         LRFinderResult(RATES, X).plot()
+
+
+# The sweep
+
+
+class Slope(BaseTrainer):
+    """Its loss is its only weight: each step lowers it by the rate."""
+
+    def __init__(self, optimizer, start=0.0, power=1):
+        model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, use_bias=False)])
+        model.set_weights([np.full((1, 1), start)])
+        super().__init__(model, optimizer, lambda x, weight: weight**power)
+
+    def forward_with_grads(self, x):
+        return x, ops.sum(self.model.weights[0])
+
+
+ONES = [np.ones((2, 1), "float32")] * 3
+
+
+@pytest.mark.parametrize(
+    "rate",
+    [0.5, keras.optimizers.schedules.ExponentialDecay(0.5, 2, 0.5), lambda: 0.5],
+    ids=["number", "schedule", "callable"],
+)
+@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "loss scaling"])
+def test_each_step_is_made_at_its_rate(rate, scaled):
+    optimizer = inner = keras.optimizers.SGD(rate)
+    if scaled:
+        optimizer = keras.optimizers.LossScaleOptimizer(inner)
+    held = inner._learning_rate
+    result = Slope(optimizer).lr_finder(ONES, start_lr=1e-3, end_lr=1, num_steps=31)
+    np.testing.assert_allclose(result.rates, np.geomspace(1e-3, 1, 31))
+    expected = -np.append(0, np.cumsum(result.rates)[:-1])
+    np.testing.assert_allclose(result.losses, expected, rtol=1e-5)
+    assert inner._learning_rate is held
+    assert float(inner.learning_rate) == 0.5
+
+
+def test_a_schedule_decays_after_the_sweep_as_it_did_before():
+    schedule = keras.optimizers.schedules.ExponentialDecay(1.0, 1, 0.5)
+    trainer = Slope(keras.optimizers.SGD(schedule))
+    trainer.train_step(ONES[0])
+    trainer.lr_finder(ONES, num_steps=16)
+    for _ in range(3):
+        trainer.train_step(ONES[0])
+    assert trainer.model.get_weights()[0].item() == -1.875  # 1 + 1/2 + 1/4 + 1/8
+
+
+def test_the_sweep_stops_where_the_smoothed_loss_diverges():
+    # w**2 is multiplied by (1 - 2 rate)**2 at each step: it rises from the rate 1 on.
+    result = Slope(keras.optimizers.SGD(), 1.0, 2).lr_finder(ONES)
+    assert 1 < result.rates[-1] < 10
+    smoothed = result.smoothed_losses
+    first = np.argmax(smoothed > 4 * np.minimum.accumulate(smoothed))
+    assert 0 < len(smoothed) - 1 - first <= 7  # seen when the window has passed it
+
+
+def test_the_sweep_stops_at_a_loss_that_is_not_finite():
+    trainer = Slope(keras.optimizers.SGD(), 1.0, 2)
+    result = trainer.lr_finder(ONES, end_lr=1e30, stop_factor=math.inf)
+    assert not np.isfinite(result.losses[-1])
+    assert np.isfinite(result.losses[:-1]).all()
+    assert len(result.losses) < 100
+
+
+@pytest.mark.parametrize(
+    ("losses", "limit"),
+    [
+        ([3, 0.5, 1], 2.0),
+        ([-1], 2.0),  # its own size thrice
+        ([2, -1], 8.0),  # the fall of 3 thrice
+        ([-1, -5], 10.0),
+        ([0], 0.0),
+    ],
+)
+def test_a_loss_may_rise_by_the_stop_factor_also_below_zero(losses, limit):
+    assert highest_allowed(losses, stop_factor=4) == limit
+
+
+def test_use_lr_found_sets_the_rate_and_says_so(caplog):
+    trainer = Slope(keras.optimizers.SGD(0.25), 1.0, 2)
+    logging.getLogger("polus").propagate = True
+    with caplog.at_level(logging.INFO, logger="polus"):
+        result = trainer.lr_finder(ONES, use_lr_found=True, suggestion="steep")
+    rate = result.suggestion
+    assert float(trainer.optimizer.learning_rate) == pytest.approx(rate)
+    assert f"Learning rate: 0.25 before, {rate:.3g} found." in caplog.text
+    trainer.train(ONES, epochs=1)
+    assert trainer.model.get_weights()[0].item() == pytest.approx((1 - 2 * rate) ** 3, rel=1e-4)
+
+
+def test_use_lr_found_leaves_the_rate_where_the_curve_suggests_nothing():
+    trainer = Slope(keras.optimizers.SGD(0.25), 1.0, 2)
+    with pytest.raises(ValueError, match="no learning rate to suggest: the loss never fell"):
+        trainer.lr_finder(ONES, use_lr_found=True, start_lr=1e-12, end_lr=1e-10)
+    assert float(trainer.optimizer.learning_rate) == 0.25
+
+
+def test_a_rate_found_is_not_set_on_a_schedule():
+    trainer = Slope(keras.optimizers.SGD(keras.optimizers.schedules.CosineDecay(0.1, 10)))
+    with pytest.raises(ValueError, match=r"schedule\. .*CosineDecay\(result.suggestion"):
+        trainer.lr_finder(ONES, use_lr_found=True)
+
+
+class Pair(BaseTrainer):
+    """Two weights, two optimizers, a step of its own that returns terms."""
+
+    def __init__(self):
+        model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+        model.set_weights([np.zeros((1, 1)), np.zeros(1)])
+        super().__init__(model, keras.optimizers.SGD(0.5), lambda: 0)
+        self.second = keras.optimizers.SGD(0.25)
+
+    def train_step(self, x):
+        first, second = self.model.weights
+        a = self.minimize(lambda: ops.sum(first), [first])
+        b = self.minimize(lambda: ops.sum(second), [second], self.second)
+        return {"loss": a + b, "second": b}
+
+
+def test_any_of_several_optimizers_can_be_swept():
+    trainer = Pair()
+    rates = np.geomspace(1e-3, 1e-1, 16)
+    settings = {"start_lr": 1e-3, "end_lr": 1e-1, "num_steps": 16, "stop_factor": math.inf}
+    steps, swept = np.arange(16), np.append(0, np.cumsum(rates)[:-1])
+    default = trainer.lr_finder(ONES, **settings)
+    np.testing.assert_allclose(default.losses, -swept - 0.25 * steps, rtol=1e-5)
+    second = trainer.lr_finder(ONES, **settings, optimizer=trainer.second)
+    np.testing.assert_allclose(second.losses, -swept - 0.5 * steps, rtol=1e-5)
+    assert all(not weight.any() for weight in trainer.model.get_weights())
+    with pytest.raises(ValueError, match="does not use the optimizer 'adam'"):
+        trainer.lr_finder(ONES, optimizer=keras.optimizers.Adam())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "seen"),
+    [
+        ({"start_lr": 0}, "rises from start_lr to end_lr, but got 0 and 10"),
+        ({"start_lr": 1, "end_lr": 0.1}, "rises from start_lr to end_lr"),
+        ({"num_steps": 15}, "at least 16, but got 15"),
+        ({"num_steps": 20.5}, "integer of at least 16"),
+        ({"stop_factor": 1}, "stop_factor is above 1"),
+        ({"suggestion": "sharp"}, "no suggestion 'sharp': there are valley, steep"),
+        ({"tf_dataset": None}, "lr_finder needs a dataset"),
+        ({"tf_dataset": []}, "gave no batch"),
+        ({"tf_dataset": iter(ONES)}, "What is read from a list_iterator is gone"),
+    ],
+)
+def test_arguments_that_make_no_sweep_are_refused(arguments, seen):
+    with pytest.raises(ValueError, match=seen):
+        Slope(keras.optimizers.SGD()).lr_finder(**{"tf_dataset": ONES, **arguments})
+
+
+# No trace
+
+
+INPUTS = (
+    np.random.default_rng(0).normal(size=(44, 6)).astype("float32")
+)  # the last batch is smaller
+LABELS = (INPUTS.sum(axis=1) > 0).astype("int32")
+
+
+def tensorflow_data():
+    import tensorflow as tf
+
+    return tf.data.Dataset.from_tensor_slices((INPUTS, LABELS)).shuffle(40, seed=1).batch(8)
+
+
+def data_loader():
+    import torch
+
+    data = torch.utils.data.TensorDataset(torch.tensor(INPUTS), torch.tensor(LABELS))
+    torch.manual_seed(1)
+    return torch.utils.data.DataLoader(data, batch_size=8, shuffle=True)
+
+
+def generator_function():
+    def batches():
+        for _ in range(5):  # draws from NumPy's and Python's global generators
+            rows = np.random.permutation(40)[random.randrange(32) :][:8]
+            yield INPUTS[rows], LABELS[rows]
+
+    return batches
+
+
+DATASETS = {
+    "arrays": lambda: from_arrays((INPUTS, LABELS), 8),
+    "tf.data": tensorflow_data,
+    "DataLoader": data_loader,
+    "function": generator_function,
+}
+
+
+@contextlib.contextmanager
+def compiled_in_one_way():
+    """Measured, two runs might be compiled differently, and differ in the last bit."""
+    before = get_jit_compile()
+    set_jit_compile(keras.config.backend() == "jax")
+    yield
+    set_jit_compile(before)
+
+
+@pytest.fixture(autouse=True)
+def _one_way():
+    with compiled_in_one_way():
+        yield
+
+
+def classifier(built=True):
+    keras.utils.set_random_seed(7)
+    stack = [keras.layers.Dense(8, "relu"), keras.layers.BatchNormalization()]
+    stack += [keras.layers.Dropout(0.3), keras.layers.Dense(2, kernel_regularizer="l2")]
+    model = keras.Sequential([keras.Input((6,)), *stack] if built else stack)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    return ClassifierTrainer(model, keras.optimizers.Adam(0.01), loss, metrics=[Accuracy(2)])
+
+
+def everything(trainer) -> list[np.ndarray]:
+    metrics = [v for metric in trainer.metrics for v in metric.variables]
+    kept = [*trainer.model.variables, *trainer.optimizer.variables, *metrics, trainer.step_counter]
+    return [np.array(ops.convert_to_numpy(v)) for v in kept]
+
+
+def assert_equal(ours, theirs):
+    assert len(ours) == len(theirs)
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def flattened(state) -> list[np.ndarray]:
+    return [np.asarray(leaf) for leaf in keras.tree.flatten(state) if leaf is not None]
+
+
+class Searcher(Callback):
+    """Looks for a rate in the middle of an epoch and at its end; without data it does nothing."""
+
+    def __init__(self, dataset=None):
+        self.dataset = dataset
+
+    def on_train_batch_end(self, epoch, step, loss):
+        if self.dataset is not None and (epoch, step) == (0, 2):
+            self.coordinator.trainer.lr_finder(self.dataset, num_steps=16)
+
+    def on_epoch_end(self, epoch):
+        self.on_train_batch_end(0, 2, None)
+
+
+def trained(trainer, data, searcher) -> list[np.ndarray]:
+    """Everything that two epochs leave behind."""
+    history = trainer.train(data, 2, [searcher], steps_per_dispatch=1)
+    logs = [history.steps["loss"], history.to_dict()["accuracy"]]
+    return [*logs, *everything(trainer), *flattened(random_state())]
+
+
+@pytest.fixture(scope="module", params=DATASETS)
+def make(request):
+    return DATASETS[request.param]
+
+
+@pytest.fixture(scope="module")
+def alone(make):
+    with compiled_in_one_way():
+        return trained(classifier(), make(), Searcher())
+
+
+def test_training_is_the_same_with_sweeps_before_and_within(make, alone):
+    trainer, data = classifier(), make()
+    trainer.lr_finder(data, num_steps=20)  # longer than the data
+    assert_equal(trained(trainer, data, Searcher(data)), alone)
+
+
+def test_training_is_the_same_after_a_sweep_that_built_the_model(make, alone):
+    trainer, data = classifier(built=False), make()
+    trainer.lr_finder(data, num_steps=16)
+    assert_equal(trained(trainer, data, Searcher()), alone)
+
+
+def test_training_is_the_same_after_sweeps_that_an_error_and_ctrl_c_ended(make, alone):
+    def sweep(fails):
+        # The first batch is looked at once more, before the sweep.
+        batches = iter(range(100))
+        trainer.changing_train_config(
+            custom_data_transform_f=lambda batch: fails(batch) if next(batches) == 37 else batch
+        )
+        trainer.optimizer.build(trainer.model.trainable_variables)
+        before = [*everything(trainer), *flattened(random_state())]
+        with pytest.raises((RuntimeError, KeyboardInterrupt)) as caught:
+            trainer.lr_finder(data)
+        assert_equal([*everything(trainer), *flattened(random_state())], before)
+        assert next(batches) < 45
+        return caught.type
+
+    def broken(batch):
+        raise RuntimeError
+
+    def interrupted(batch):
+        signal.raise_signal(signal.SIGINT)
+        return batch
+
+    trainer, data = classifier(), make()
+    assert sweep(broken) is RuntimeError
+    assert sweep(interrupted) is KeyboardInterrupt
+    trainer.changing_train_config(custom_data_transform_f=None)
+    assert_equal(trained(trainer, data, Searcher()), alone)
+
+
+def test_no_callback_hears_of_a_sweep_and_no_file_is_written(tmp_path, monkeypatch):
+    class Deaf(Callback):
+        def __getattribute__(self, name):
+            raise AssertionError(name)
+
+    monkeypatch.chdir(tmp_path)
+    trainer = classifier()
+    trainer.changing_train_config(
+        tf_dataset=from_arrays((INPUTS, LABELS), 8), callbacks=[Deaf()], epochs=1
+    )
+    trainer.lr_finder(num_steps=20)
+    assert not list(tmp_path.iterdir())
+
+
+# From the shell
+
+
+PROGRAM = """
+import keras, numpy as np
+from polus.training import ClassifierTrainer
+
+def init_trainer():
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    x = np.random.default_rng(0).normal(size=(8, 2)).astype("float32")
+    trainer = ClassifierTrainer(model, keras.optimizers.SGD(), keras.losses.MeanSquaredError())
+    trainer.changing_train_config(tf_dataset=[(x, x.sum(axis=1, keepdims=True))])
+    return trainer
+"""
+
+
+def test_the_shell_gets_a_table_and_a_picture(tmp_path, monkeypatch, capsys):
+    (tmp_path / "lr_program.py").write_text(PROGRAM)
+    monkeypatch.syspath_prepend(tmp_path)
+    path = str(tmp_path / "lr.png")
+    assert main(["lr_program:init_trainer", "--plot", path, "--suggestion", "steep"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == [*SUGGESTIONS, "picture:"]
+    assert lines[1].endswith("(suggested)")
+    assert Path(path).read_bytes().startswith(b"\x89PNG")
+    flat = ["--start-lr", "1e-12", "--end-lr", "1e-10"]
+    assert main(["lr_program:init_trainer", "--plot", path, *flat]) == 1
+    assert "no learning rate to suggest: the loss never fell" in capsys.readouterr().err
+
+
+def test_the_module_runs(tmp_path):
+    command = [sys.executable, "-W", "error", "-m", "polus.lr_finder", "package.module"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 2
+    assert "write package.module:function, not 'package.module'" in done.stderr

@@ -161,10 +161,18 @@ class LRFinderResult:
 
     @cached_property
     def smoothed_losses(self) -> Array:
-        """The losses, smoothed as far as they are finite, and NaN from there on."""
+        """The losses, smoothed as far as they are finite, and NaN from there on.
+
+        A loss of thousands behind the minimum would lift its neighbours in the window as well, and
+        hide the minimum. So losses count only up to the highest before the minimum and once the
+        height of the descent above it.
+        """
         n = self._num_finite
-        rest = np.full(len(self.losses) - n, np.nan)
-        return np.concatenate([smooth(self.rates[:n], self.losses[:n]), rest])
+        known = self.losses[:n]
+        if n:
+            descent = known[: known.argmin() + 1]
+            known = np.minimum(known, descent.max() + np.ptp(descent))
+        return np.append(smooth(self.rates[:n], known), np.full(len(self.losses) - n, np.nan))
 
     @cached_property
     def suggestions(self) -> dict[str, float]:
@@ -207,14 +215,15 @@ class LRFinderResult:
                 f"rates {rates[0]:.1e} and {rates[-1]:.1e}, and fewer than {MIN_STEPS} show no "
                 f"curve: sweep from a smaller start_lr, and check the data for NaN"
             )
-        lowest, last = int(losses[:n].argmin()), losses[n - 1]
+        lowest = int(losses[:n].argmin())
         # The median step between neighbours is 0.954 standard deviations of normal noise; to that
         # comes the rounding of float32.
-        noise = np.median(np.abs(np.diff(self.losses[:n]))) / 0.954 + 1e-6 * abs(last)
+        noise = np.median(np.abs(np.diff(self.losses[:n]))) / 0.954 + 1e-6 * abs(losses[lowest])
         if np.median(losses[: lowest + 1]) - losses[lowest] > 2 * noise:
             return ""
+        last = self.losses[n - 1]
         seen = f"{losses[0]:.4g} at the rate {rates[0]:.1e}, {last:.4g} at {rates[n - 1]:.1e}"
-        if n < len(rates) or last - losses[0] > 2 * noise:
+        if n < len(rates) or last - losses[0] > 5 * noise:
             return (
                 f"the loss diverged before it fell ({seen}): sweep from a smaller start_lr, and "
                 f"check the model's initial weights and the scale of its inputs"
@@ -340,12 +349,15 @@ def find(
             f"the training step does not use the optimizer {optimizer.name!r}, so its rate changes "
             f"nothing. Give the one to sweep: lr_finder(dataset, optimizer=trainer.d_optimizer)"
         )
+    dispatch = Dispatch(trainer._step, trainer._jit_compile)
+    if _settable(optimizer):  # else a schedule is compiled into the programs
+        dispatch = trainer._dispatches.setdefault(("lr_finder", trainer._jit_compile), dispatch)
     rates = np.geomspace(start_lr, end_lr, num_steps)
     with Signals() as signals:
         snapshot = Snapshot(variables)
         try:
             with _swept(optimizer) as set_rate:
-                losses = _sweep(trainer, feed, rates, set_rate, stop_factor, signals.check)
+                losses = _sweep(dispatch, feed, rates, set_rate, stop_factor, signals.check)
         finally:
             snapshot.restore()
     result = LRFinderResult(rates[: len(losses)], np.array(losses), suggestion)
@@ -358,7 +370,7 @@ def find(
 
 
 def _sweep(
-    trainer: BaseTrainer,
+    dispatch: Dispatch,
     feed: Feed,
     rates: Array,
     set_rate: Callable[[float], Any],
@@ -366,8 +378,6 @@ def _sweep(
     poll: Callable[[], None],
 ) -> list[float]:
     """Gives the loss of a step at each of `rates`, up to the divergence."""
-    # A dispatch of its own: in the one of the training a schedule may be compiled in.
-    dispatch = Dispatch(trainer._step, trainer._jit_compile)
     # The curve is judged half a window behind, where smoothing sees both sides of it.
     decades = math.log10(rates[1] / rates[0])
     reach = max(3, math.ceil(HALF_WIDTH / decades))
@@ -426,25 +436,15 @@ def _swept(optimizer: Any) -> Iterator[Callable[[float], Any]]:
         yield optimizer.learning_rate.assign
         return
     owner = getattr(optimizer, "inner_optimizer", optimizer)  # under loss scaling
-    # Keras' public property gives the schedule's value, not the schedule.
+    # Private to Keras: its public property gives a schedule's value, and takes no variable for one.
     schedule = owner._learning_rate
     # Named, so that Keras' counter of unnamed variables stays as it is.
     rate = keras.Variable(0.0, dtype="float32", trainable=False, name="swept_learning_rate")
-    owner.learning_rate = _Swept(rate)
+    owner._learning_rate = rate
     try:
         yield rate.assign
     finally:
-        owner.learning_rate = schedule
-
-
-class _Swept(keras.optimizers.schedules.LearningRateSchedule):
-    """A schedule that reads a variable, whatever the step: what a setter of the rate takes."""
-
-    def __init__(self, rate: keras.Variable) -> None:
-        self.rate = rate
-
-    def __call__(self, step: Any) -> Any:
-        return keras.ops.convert_to_tensor(self.rate)
+        owner.learning_rate = schedule  # which also makes the variable no longer the optimizer's
 
 
 def _check_sweep(start_lr: float, end_lr: float, num_steps: int, stop_factor: float) -> None:
