@@ -106,8 +106,8 @@ class Checkpoint(Callback):
         name, folder = signal.Signals(number).name, self.store.directory
         if self._failure is None:
             logger.warning(
-                "%s: the run is saved in %s, after epoch %d, step %d. To continue it, start the "
-                "same program again with train(..., resume=%r).",
+                "%s: the run is saved in %s, %d epochs and %d steps are done. To continue it, "
+                "start the same program again with train(..., resume=%r).",
                 name,
                 self._newest,
                 self.coordinator.epoch,

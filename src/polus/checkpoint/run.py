@@ -28,7 +28,8 @@ Tree = dict[str, Any]
 PACKAGES = "polus keras numpy tensorflow tensorflow-cpu jax jaxlib torch".split()  # noqa: SIM905
 # Environment variables by which libraries are told how to compute.
 FLAGS = re.compile(
-    "(XLA|TF|JAX|TORCH|PYTORCH|KERAS|OMP|MKL|OPENBLAS|CUDA|CUBLAS|NVIDIA)_.*|PYTHONHASHSEED"
+    "XLA_FLAGS|TF_(XLA_FLAGS|ENABLE_ONEDNN_OPTS|DETERMINISTIC_OPS|NUM_.*)|JAX_.*|PYTHONHASHSEED"
+    "|(OMP|MKL|OPENBLAS)_.*|CUBLAS_WORKSPACE_CONFIG|NVIDIA_TF32_OVERRIDE|TORCH_ALLOW_TF32.*"
 )
 
 logger = logging.getLogger("polus.checkpoint")
@@ -83,11 +84,11 @@ def resume_run(run: "CallbackCoordinator", directory: str | os.PathLike[str]) ->
             "this run's own checkpoints, or another one to start from the beginning."
         ) from error
     logger.info(
-        "Continuing from %s: epoch %d of %d, step %d.",
+        "Continuing from %s: %d epochs and %d steps of %d epochs are done.",
         saved.path,
-        min(run.epoch + 1, run.epochs),
-        run.epochs,
+        run.epoch,
         run.step,
+        run.epochs,
     )
 
 
@@ -100,11 +101,9 @@ def _restore(run: "CallbackCoordinator", tree: Tree, same_backend: bool) -> None
     run.batch_sizes = progress["batch_sizes"].tolist()
     trainer._choices = tree["choices"] if same_backend else {}
     if not same_backend:  # whose generators are none of this one's
-        own = random_state()["backend"]
-        for random in (tree["random"], tree["data"]["begun"]["random"]):
-            random["backend"] = own
-    data, drawn = position.resume(run.feed, run.epoch, run.step, tree["data"])
-    began = random_state()
+        for state in (tree["random"], tree["data"]["begun"]["random"]):
+            state["backend"] = random_state()["backend"]
+    data, random = position.resume(run.feed, run.epoch, run.step, tree["data"], tree["random"])
     trainer._example = data.sample(1)
     # From here on nothing of the data is read any more, and what building draws is put back.
     variables = trainer.state_variables()
@@ -115,8 +114,7 @@ def _restore(run: "CallbackCoordinator", tree: Tree, same_backend: bool) -> None
     run.shared_dict |= tree["shared"]
     _restore_callbacks(run, tree["callbacks"])
     trainer.early_stop = progress["early_stop"]
-    # At the start of an epoch reading its first batch has moved the generators, as it would have.
-    set_random_state((tree["random"] if run.step else began) | drawn)
+    set_random_state(random)
 
 
 def _kinds(run: "CallbackCoordinator") -> dict[str, str]:

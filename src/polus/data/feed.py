@@ -132,11 +132,13 @@ class Epoch:
             ValueError: if there is none.
         """
         if not self._first:
-            self._first = list(itertools.islice(self.batches, 1))
+            ended = self.feed.steps is not None and self.start >= self.feed.steps
+            self._first = [] if ended else list(itertools.islice(self.batches, 1))
         if not self._first and self.start == 0:
             raise ValueError(
-                f"The dataset gave no batch in epoch {self.number + 1}: it is empty, or an iterator "
-                "that was exhausted before. Check what it yields; give a re-iterable, not an iterator."
+                f"The dataset gave no batch in epoch {self.number + 1}: it is empty, or an "
+                "iterator that was exhausted before. Check what it yields; give a re-iterable, not "
+                "an iterator."
             )
         if self.feed.tracked and self.checksum is None and self.start == 0:
             self._note(self._first[0])

@@ -51,12 +51,20 @@ def beginning(feed: "Feed") -> dict[str, Any]:
     return {"random": random_state(), "source": feed.source.get_state()}
 
 
-def resume(feed: "Feed", epoch: int, step: int, state: dict[str, Any]) -> tuple["Epoch", Any]:
+def resume(
+    feed: "Feed", epoch: int, step: int, state: dict[str, Any], random: dict[str, Any]
+) -> tuple["Epoch", dict[str, Any]]:
     """Makes `feed` go on before `step` of `epoch`.
 
+    Args:
+        feed: the data, not read yet.
+        epoch: where to go on.
+        step: where to go on.
+        state: what `get_state` gave there.
+        random: `random_state()` there. It may be ahead of the data: batches are read in advance.
+
     Returns:
-        The epoch, with its first batch read, and what the random generators were changed to by
-        reading each batch: None for those that only the start of an epoch draws from.
+        The epoch, with its next batch read, and the random state to train on with.
 
     Raises:
         ValueError: if the dataset is of another kind or shape, or ends before that step.
@@ -73,7 +81,7 @@ def resume(feed: "Feed", epoch: int, step: int, state: dict[str, Any]) -> tuple[
     source.set_state(state["begun"]["source"])
     set_random_state(state["begun"]["random"])
     mark = state.get("mark") if step else None
-    drawn: dict[str, Any] = {}
+    drawn = {}
     if mark is not None or (source.seekable and feed.transform is None):
         head = next(iter(source.batches(epoch)), None)
         if mark is not None:
@@ -87,9 +95,9 @@ def resume(feed: "Feed", epoch: int, step: int, state: dict[str, Any]) -> tuple[
             data.remember(head)
         first = random_state()
         _skip(data, step)
-        if step:
-            data.peek()
-            drawn = {k: v for k, v in random_state().items() if not _same(v, first[k])}
+        data.peek()
+        # A generator from which each batch is drawn is where the data has it now.
+        drawn = {k: v for k, v in random_state().items() if not _same(v, first[k])}
     if data.leaves is not None and state.get("leaves") not in (None, data.leaves):
         raise ValueError(
             f"The dataset is another one. The arrays of a batch (dtype, number of axes) were "
@@ -104,7 +112,8 @@ def resume(feed: "Feed", epoch: int, step: int, state: dict[str, Any]) -> tuple[
             "polus.data.from_arrays(...).",
             epoch + 1,
         )
-    return data, drawn
+    # At the start of an epoch reading the first batch moved the generators, as it would have.
+    return data, random | drawn if step else random_state()
 
 
 def _kind(feed: "Feed") -> str:
@@ -122,7 +131,7 @@ def _skip(data: "Epoch", step: int) -> None:
             logger.info("Reading up to where the run stood: batch %d of %d.", done, count)
         if data.drop() is None:
             raise ValueError(
-                f"The dataset is another one: it ended after {done + data.start} batches of epoch "
+                f"The dataset is another one: it ended after {data.start} batches of epoch "
                 f"{data.number + 1}, in which the run stood after {step}."
             )
 

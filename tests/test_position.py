@@ -1,0 +1,258 @@
+"""Where in the data a run stands: a new process reads on as if nothing had happened.
+
+Each source is read for three epochs, and again with an interruption: there everything is made anew,
+as in a new process, with generators that stand elsewhere, and goes on from a checkpoint.
+"""
+
+import contextlib
+import random
+
+import keras
+import numpy as np
+import pytest
+
+from polus.checkpoint.store import Store, take_apart
+from polus.data import Feed, as_source, from_arrays, position
+from polus.state import random_state, set_random_state
+
+torch = pytest.importorskip("torch")
+
+EPOCHS, EXAMPLES = 3, 22
+x = np.arange(EXAMPLES, dtype="float32")
+
+
+def batches(order, noise=lambda: 0.0):
+    for i in range(0, EXAMPLES, 4):
+        yield (x[order[i : i + 4]] + np.float32(noise()),)
+
+
+def drawn_at_the_start():
+    yield from batches(np.random.permutation(EXAMPLES))
+
+
+def drawn_for_each_batch():
+    yield from batches(np.random.permutation(EXAMPLES), random.random)
+
+
+def tensorflow_data(shuffled_again=True, repeat=False):
+    tf = pytest.importorskip("tensorflow")
+    dataset = tf.data.Dataset.from_tensor_slices(x)
+    dataset = dataset.shuffle(9, seed=3, reshuffle_each_iteration=shuffled_again)
+    return (dataset.repeat() if repeat else dataset).batch(4)
+
+
+def loader(**kwargs):
+    class Examples(torch.utils.data.Dataset):
+        def __len__(self):
+            return EXAMPLES
+
+        def __getitem__(self, i):
+            return torch.tensor(x[i]) + torch.rand(()) if kwargs.get("noisy") else x[i]
+
+    generator = torch.Generator().manual_seed(5) if kwargs.get("own_generator") else None
+    return torch.utils.data.DataLoader(Examples(), 4, shuffle=True, generator=generator)
+
+
+class Shuffled(keras.utils.PyDataset):
+    def __init__(self):
+        super().__init__()
+        self.order, self.generator = np.arange(EXAMPLES), np.random.default_rng(1)
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, i):
+        return x[self.order[4 * i : 4 * i + 4]]
+
+    def on_epoch_end(self):
+        self.generator.shuffle(self.order)
+
+
+class StatefulLoader:
+    """Has the interface of torchdata's StatefulDataLoader."""
+
+    def __init__(self):
+        self.position, self.resumed, self.num_read = 0, False, 0
+
+    def __len__(self):
+        return 6
+
+    def __iter__(self):
+        if not self.resumed:
+            self.position = 0
+            self.order = torch.randperm(EXAMPLES)
+        self.resumed = False
+        while self.position < len(self):
+            self.position += 1
+            self.num_read += 1
+            yield x[self.order[4 * self.position - 4 : 4 * self.position].numpy()]
+
+    def state_dict(self):
+        return {"position": self.position, "sampler": (self.order, None, b"\0\1")}
+
+    def load_state_dict(self, state):
+        self.order, none, binary = state["sampler"]
+        assert (none, binary) == (None, b"\0\1")
+        self.position, self.resumed = state["position"], True
+
+
+class StatefulIterable:
+    """Has the interface of grain's datasets: the iterator has the state."""
+
+    def __iter__(self):
+        return StatefulIterator()
+
+
+class StatefulIterator:
+    position = 0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if self.position == 6:
+            raise StopIteration
+        self.position += 1
+        return x[4 * self.position - 4 : 4 * self.position]
+
+    def get_state(self):
+        return b"%d" % self.position
+
+    def set_state(self, state):
+        self.position = int(state)
+
+
+def noisy(batch):
+    (batch,) = batch if isinstance(batch, tuple) else (batch,)
+    return np.asarray(batch) + np.float32(np.random.normal())
+
+
+# name -> (what makes the dataset, transform, steps)
+SOURCES = {
+    "from_arrays": (lambda: from_arrays((x,), 4, seed=1), None, None),
+    "from_arrays, less than all": (lambda: from_arrays((x,), 4, seed=1), None, 5),
+    "from_arrays, random transform": (lambda: from_arrays((x,), 4, seed=1), noisy, None),
+    "list": (lambda: [x[i : i + 4] for i in range(0, EXAMPLES, 4)], None, None),
+    "function, order from NumPy": (lambda: drawn_at_the_start, None, None),
+    "function, every batch from Python": (lambda: drawn_for_each_batch, None, None),
+    "iterator": (lambda: iter([x[i : i + 1] for i in range(EXAMPLES)]), None, 6),
+    "PyDataset": (Shuffled, None, None),
+    "tf.data": (tensorflow_data, None, None),
+    "tf.data, random transform": (tensorflow_data, noisy, None),
+    "tf.data, one order": (lambda: tensorflow_data(False), None, None),
+    "tf.data, endless": (lambda: tensorflow_data(repeat=True), None, 7),
+    "DataLoader": (loader, None, None),
+    "DataLoader, own generator": (lambda: loader(own_generator=True), None, None),
+    "DataLoader, random examples": (lambda: loader(noisy=True), None, None),
+    "StatefulDataLoader": (StatefulLoader, None, None),
+    "grain": (StatefulIterable, None, None),
+}
+PLACES = [(0, 1), (0, 3), (1, 0), (1, 2), (1, 5), (2, 6)]
+
+
+class Interrupted(Exception):
+    pass
+
+
+def read(feed, epoch=0, step=0, until=None, log=None):
+    """Reads on to the end as the loop does; says after each batch what is checkpointed there."""
+    feed.tracked = True
+    while epoch < EPOCHS:
+        data = feed.epoch(epoch, step)
+        data.peek()
+        with contextlib.closing(data.blocks(2)) as blocks:
+            for block in blocks:
+                for i in range(block.count):
+                    rows = block.payload if block.fetch is None else block.fetch(block.payload, i)
+                    log.append((epoch, step, position.checksum(rows)))
+                    step += 1
+                if until is not None and (epoch, step) >= until:
+                    return epoch, step
+        epoch, step = epoch + 1, 0
+        if until is not None and (epoch, step) >= until:
+            return epoch, step
+    return epoch, step
+
+
+def checkpointed(folder, epoch, step, feed):
+    """What was written and read again, as after a restart."""
+    state = {"data": position.get_state(feed, epoch, step), "random": random_state()}
+    store = Store(folder)
+    store.write(take_apart(state), {}, keep=1)
+    return store.read_newest().tree
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_a_new_process_reads_on_as_if_nothing_had_happened(tmp_path, name, caplog):
+    make, transform, steps = SOURCES[name]
+
+    def process(drawn):
+        keras.utils.set_random_seed(1)  # and TensorFlow's seed, which its shuffles start from
+        torch.manual_seed(1)  # Keras does so only on its own backend
+        for _ in range(drawn):
+            random.random(), np.random.random(), torch.rand(())
+        return Feed(as_source(make()), transform, steps)
+
+    expected: list = []
+    read(process(0), log=expected)
+    assert len({entry[2] for entry in expected}) > len(expected) // 3 - 1
+    for place in PLACES:
+        log: list = []
+        feed = process(0)
+        epoch, step = read(feed, until=place, log=log)
+        tree = checkpointed(tmp_path / str(place), epoch, step, feed)
+        again = process(2)
+        _, state = position.resume(again, epoch, step, tree["data"], tree["random"])
+        set_random_state(state)
+        read(again, epoch, step, log=log)
+        assert log == expected, place
+    assert "does not repeat" not in caplog.text
+
+
+def test_what_has_a_state_is_not_read_again(tmp_path):
+    feed = Feed(as_source(StatefulLoader()))
+    epoch, step = read(feed, until=(1, 4), log=[])
+    tree = checkpointed(tmp_path, epoch, step, feed)
+    dataset = StatefulLoader()
+    position.resume(Feed(as_source(dataset)), epoch, step, tree["data"], tree["random"])
+    assert dataset.num_read <= 1 + 2  # the first of the epoch, and what was read in advance
+
+
+def test_an_order_that_does_not_repeat_is_said(tmp_path, caplog):
+    def make():
+        return lambda: batches(np.random.default_rng().permutation(EXAMPLES))
+
+    feed = Feed(as_source(make()))
+    epoch, step = read(feed, until=(1, 2), log=[])
+    tree = checkpointed(tmp_path, epoch, step, feed)
+    feed = Feed(as_source(make()))
+    feed.tracked = True
+    position.resume(feed, epoch, step, tree["data"], tree["random"])
+    assert "The order of the data does not repeat: the first batch of epoch 2" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (lambda: from_arrays((x,), 5), r"num_batches: it was 6, and is 5"),
+        (lambda: [x[i : i + 4] for i in range(0, EXAMPLES, 4)], "kind: it was 'ArrayDataset'"),
+        (lambda: from_arrays((x.astype("int32"),), 4), r"were \[\['float32', 1\]\]"),
+    ],
+)
+def test_another_dataset_is_refused(tmp_path, other, message):
+    feed = Feed(as_source(from_arrays((x,), 4)))
+    epoch, step = read(feed, until=(1, 2), log=[])
+    tree = checkpointed(tmp_path, epoch, step, feed)
+    feed = Feed(as_source(other()))
+    feed.tracked = True
+    with pytest.raises(ValueError, match=message):
+        position.resume(feed, epoch, step, tree["data"], tree["random"])
+
+
+def test_a_dataset_that_became_shorter_is_refused(tmp_path):
+    feed = Feed(as_source(lambda: batches(np.arange(EXAMPLES))))
+    epoch, step = read(feed, until=(1, 4), log=[])
+    tree = checkpointed(tmp_path, epoch, step, feed)
+    feed = Feed(as_source(lambda: list(batches(np.arange(EXAMPLES)))[:3]))
+    with pytest.raises(ValueError, match="it ended after 3 batches of epoch 2"):
+        position.resume(feed, epoch, step, tree["data"], tree["random"])
