@@ -1,5 +1,21 @@
 """Callbacks: what runs between the steps. Keras' own callbacks work as they are."""
 
 from polus.callbacks.base import Callback, CallbackCoordinator, ICallback
+from polus.callbacks.console import ConsoleLogCallback
+from polus.callbacks.early_stop import EarlyStop
+from polus.callbacks.save_model import SaveModelCallback
+from polus.callbacks.smooth import LossSmoothCallback
+from polus.callbacks.timer import TimerCallback
+from polus.callbacks.validation import ValidationDataCallback
 
-__all__ = ["Callback", "CallbackCoordinator", "ICallback"]
+__all__ = [
+    "Callback",
+    "CallbackCoordinator",
+    "ConsoleLogCallback",
+    "EarlyStop",
+    "ICallback",
+    "LossSmoothCallback",
+    "SaveModelCallback",
+    "TimerCallback",
+    "ValidationDataCallback",
+]

@@ -26,6 +26,8 @@ class ICallback:
     steps that were asked for.
     """
 
+    order: int = 0  # callbacks of a lower order hear of each event first, else those named first
+
     @property
     def every_steps(self) -> int | None:
         """1: at every step; n: after each n-th step of an epoch; None: only between epochs.
@@ -132,7 +134,8 @@ class CallbackCoordinator:
         self.shared_dict: dict[str, Any] = {"validation": {}, "epoch_logs": {}}
         self.signals = Signals()
         self.exception: BaseException | None = None
-        self.callbacks = [_adapted(callback) for callback in callbacks]
+        adapted = [_adapted(callback) for callback in callbacks]
+        self.callbacks = sorted(adapted, key=lambda callback: callback.order)
         for callback in self.callbacks:
             callback.add_coordinator(self)
 
@@ -142,6 +145,21 @@ class CallbackCoordinator:
             isinstance(c, cls) or isinstance(getattr(c, "callback", None), cls)
             for c in self.callbacks
         )
+
+    @property
+    def logs(self) -> dict[str, Any]:
+        """The present epoch's logs, and the newest results of validations as `<set>_<metric>`."""
+        logs = dict(self.shared_dict["epoch_logs"])
+        for name, metrics in self.shared_dict["validation"].items():
+            logs |= {f"{name}_{metric}": values[-1] for metric, values in metrics.items() if values}
+        return logs
+
+    def add_validation(self, name: str, results: dict[str, Any]) -> None:
+        """Records what a validation on the set `name` gave, after the last step that ran."""
+        self.history.add_validation(self.epoch, self.step - 1, name, results)
+        values = self.shared_dict["validation"].setdefault(name, {})
+        for metric, value in results.items():
+            values.setdefault(metric, []).append(value)
 
     def next_due(self, step: int) -> int | None:
         """How many steps may run from `step` on before a callback has to; None for no limit.

@@ -1,0 +1,60 @@
+"""The end of training when it no longer helps."""
+
+import math
+from typing import Any
+
+from polus.callbacks.base import Callback
+from polus.callbacks.monitor import Monitor
+
+
+class EarlyStop(Callback):
+    """Ends training when a monitored value has not improved for some epochs, or is not finite.
+
+    Args:
+        monitor: a name of the logs: `"loss"`, `"val_macro_f1"`, ...
+        patience: how many epochs without improvement are waited for; at least 1.
+        min_delta: a change less than this is no improvement.
+        mode: `"min"`, `"max"` or `"auto"`; see `polus.callbacks.monitor.Monitor`.
+    """
+
+    def __init__(
+        self,
+        monitor: str = "loss",
+        patience: int = 3,
+        min_delta: float = 0.0,
+        mode: str = "auto",
+    ) -> None:
+        super().__init__()
+        if patience < 1:
+            raise ValueError(f"patience is a number of epochs, at least 1, and got {patience!r}.")
+        self.monitor = Monitor(monitor, mode, min_delta)
+        self.patience = patience
+        self.waited = 0
+
+    def on_train_begin(self) -> None:
+        self.waited = 0
+        self.monitor.best = None
+
+    def on_epoch_end(self, epoch: int) -> None:
+        value = self.monitor.value(self.coordinator)
+        name = self.monitor.name
+        if not math.isfinite(value):
+            self._stop(f"{name} is {value}")
+        elif self.monitor.improved(value):
+            self.waited = 0
+        else:
+            self.waited += 1
+            if self.waited >= self.patience:
+                self._stop(
+                    f"{name} did not improve on {self.monitor.best:.4g} for {self.waited} epochs"
+                )
+
+    def _stop(self, reason: str) -> None:
+        self.logger.info("Training stops after epoch %d: %s.", self.coordinator.epoch + 1, reason)
+        self.coordinator.trainer.early_stop = True
+
+    def get_state(self) -> dict[str, Any]:
+        return {"waited": self.waited, "best": self.monitor.best}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self.waited, self.monitor.best = state["waited"], state["best"]

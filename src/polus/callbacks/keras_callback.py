@@ -1,0 +1,113 @@
+"""Keras' own callbacks, as they work in `fit`."""
+
+from typing import Any
+
+import keras
+import numpy as np
+
+from polus.callbacks.base import Callback
+
+BATCH_EVENTS = (
+    "on_batch_begin",
+    "on_batch_end",
+    "on_train_batch_begin",
+    "on_train_batch_end",
+)
+MISSING = object()
+
+
+class KerasCallback(Callback):
+    """Delivers a run's events to a `keras.callbacks.Callback`.
+
+    The model has the trainer's optimizer as `model.optimizer` while it trains, and `stop_training`
+    ends the run. Logs are those of `fit`: of a batch the running means over the epoch, of an epoch
+    these and the validations', as `<set>_<metric>`.
+
+    Args:
+        callback: the Keras callback; it is kept as `callback`.
+    """
+
+    def __init__(self, callback: keras.callbacks.Callback) -> None:
+        super().__init__()
+        self.callback = callback
+        overrides = any(_overridden(callback, event) for event in BATCH_EVENTS)
+        # Keras' own that say they save or write only between epochs hear of the steps afterwards.
+        between_epochs = "epoch" in (
+            getattr(callback, "save_freq", None),
+            getattr(callback, "update_freq", None),
+        )
+        self.every_steps = 1 if overrides and not between_epochs else None
+        self._overrides = overrides
+
+    def on_train_begin(self) -> None:
+        run = self.coordinator
+        model = run.trainer.model
+        # Put back afterwards: the model may be compiled, with an optimizer of its own.
+        given = {"optimizer": run.trainer.optimizer, "stop_training": False}
+        self._before = {name: getattr(model, name, MISSING) for name in given}
+        for name, value in given.items():
+            object.__setattr__(model, name, value)  # not tracked as a part of the model
+        self.callback.set_params({"epochs": run.epochs, "steps": run.steps, "verbose": 0})
+        self.callback.set_model(model)
+        self.callback.on_train_begin({})
+
+    def on_epoch_begin(self, epoch: int) -> None:
+        self._sums: dict[str, float] = {}
+        self._examples = 0
+        self.callback.on_epoch_begin(epoch, {})
+        self._look()
+
+    def on_train_batch_begin(self, epoch: int, step: int) -> None:
+        if self._overrides:
+            self.callback.on_train_batch_begin(step, {})
+
+    def on_steps_end(self, epoch: int, steps: range, losses: Any) -> None:
+        if not self._overrides:
+            return
+        run = self.coordinator
+        sizes = run.batch_sizes[-len(steps) :]
+        terms = {name: np.asarray(values) for name, values in run.step_logs.items()}
+        metrics = {
+            metric.name: _number(metric.result())
+            for metric in (run.trainer.metrics if self.every_steps == 1 else ())
+        }
+        for i, step in enumerate(steps):
+            if len(steps) > 1:
+                self.callback.on_train_batch_begin(step, {})
+            self._examples += sizes[i]
+            for name, values in terms.items():
+                self._sums[name] = self._sums.get(name, 0.0) + float(values[i]) * sizes[i]
+            means = {name: total / self._examples for name, total in self._sums.items()}
+            self.callback.on_train_batch_end(step, {**means, **metrics})
+        self._look()
+
+    def on_epoch_end(self, epoch: int) -> None:
+        self.callback.on_epoch_end(epoch, dict(self.coordinator.logs))
+        self._look()
+
+    def on_train_end(self) -> None:
+        try:
+            self.callback.on_train_end(dict(self.coordinator.logs))
+        finally:
+            model = self.coordinator.trainer.model
+            for name, value in self._before.items():
+                if value is MISSING:
+                    model.__dict__.pop(name, None)
+                else:
+                    object.__setattr__(model, name, value)
+
+    def _look(self) -> None:
+        trainer = self.coordinator.trainer
+        trainer.early_stop = trainer.early_stop or bool(trainer.model.stop_training)
+
+
+def _overridden(callback: keras.callbacks.Callback, event: str) -> bool:
+    if isinstance(callback, keras.callbacks.LambdaCallback) and event in callback.__dict__:
+        # It sets each event it was given as an attribute, and a function of no use for the others.
+        return callback.__dict__[event].__qualname__ != "LambdaCallback.__init__.<locals>.<lambda>"
+    method = getattr(callback, event)
+    return getattr(method, "__func__", method) is not getattr(keras.callbacks.Callback, event)
+
+
+def _number(value: Any) -> Any:
+    return np.asarray(keras.ops.convert_to_numpy(value)).item()

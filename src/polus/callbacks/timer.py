@@ -1,0 +1,47 @@
+"""How long epochs and steps take."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from polus.callbacks.base import Callback
+
+
+class TimerCallback(Callback):
+    """Measures each epoch: `shared_dict["timer"]` is a list of dicts, one for each epoch.
+
+    `seconds` is the wall time of the epoch, what other callbacks do included; `seconds_per_step` the
+    same by its number of steps; `waited_seconds` is how long of it the loop waited for data.
+
+    Args:
+        clock: tells the time in seconds.
+    """
+
+    order = 1  # the epoch is over when the others are done with it
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        super().__init__()
+        self.clock = clock
+
+    def on_train_begin(self) -> None:
+        self.coordinator.shared_dict.setdefault("timer", [])
+        self._began, self._waited = self.clock(), self.coordinator.feed.waited_secs
+
+    def on_epoch_begin(self, epoch: int) -> None:
+        self._began, self._waited = self.clock(), self.coordinator.feed.waited_secs
+
+    def on_epoch_end(self, epoch: int) -> None:
+        seconds = self.clock() - self._began
+        self.coordinator.shared_dict["timer"].append(
+            {
+                "seconds": seconds,
+                "seconds_per_step": seconds / max(1, self.coordinator.step),
+                "waited_seconds": self.coordinator.feed.waited_secs - self._waited,
+            }
+        )
+
+    def get_state(self) -> dict[str, Any]:
+        return {"epochs": self.coordinator.shared_dict.get("timer", [])}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self.coordinator.shared_dict["timer"] = state["epochs"]
