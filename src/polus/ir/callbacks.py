@@ -133,7 +133,7 @@ class RetrievalValidation(_Search):
 class HardNegativeMining(_Search):
     """Gives each pair the documents that the present model takes for relevant, wrongly.
 
-    Exact search over all documents before the first epoch and every n epochs; from what is found
+    Exact search over all documents before the first epoch and after every n epochs; from what is found
     for a query, whatever is judged relevant to it is left out.
 
     Args:
@@ -171,27 +171,28 @@ class HardNegativeMining(_Search):
         self.relative_margin = relative_margin
         self.similarity, self.batch_size = similarity, batch_size
 
-    def on_epoch_begin(self, epoch: int) -> None:
-        if epoch % self.every_epochs == 0:
-            represented = self._represented(self.batches.queries, self.batches.documents)
-            self.batches.negatives = mine(
-                *represented,
-                self.batches.relevant,
-                self.batches.pairs,
-                self.k,
-                self.ranks,
-                self.relative_margin,
-                self._similarity(),
-            )
-            found = self.batches.negatives >= 0
-            self.logger.info("Mined %d hard negatives for %d pairs", found.sum(), len(found))
+    def on_train_begin(self) -> None:
+        self._mine()
 
-    def get_state(self) -> dict[str, Any]:
-        negatives = self.batches.negatives
-        return {} if negatives is None else {"negatives": negatives}
+    def on_epoch_end(self, epoch: int) -> None:
+        # Here and not where the next epoch begins: what a checkpoint keeps of the data is then new.
+        # After the last epoch too, for a run that is continued.
+        if (epoch + 1) % self.every_epochs == 0:
+            self._mine()
 
-    def set_state(self, state: dict[str, Any]) -> None:
-        self.batches.negatives = state.get("negatives")
+    def _mine(self) -> None:
+        represented = self._represented(self.batches.queries, self.batches.documents)
+        self.batches.negatives = mine(
+            *represented,
+            self.batches.relevant,
+            self.batches.pairs,
+            self.k,
+            self.ranks,
+            self.relative_margin,
+            self._similarity(),
+        )
+        found = self.batches.negatives >= 0
+        self.logger.info("Mined %d hard negatives for %d pairs", found.sum(), len(found))
 
 
 def mine(

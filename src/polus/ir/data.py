@@ -135,7 +135,7 @@ class PairBatches(Source):
     Attributes:
         pairs: `(P, 2)` rows of query and positive document.
         negatives: `(P, k)` rows of each pair's hard negatives, -1 for none; None for no negatives.
-            May be set at any time; it counts from the next epoch on.
+            Replaced, it counts from the next epoch on; a checkpoint keeps it.
     """
 
     seekable = True
@@ -182,6 +182,12 @@ class PairBatches(Source):
         for number, places in enumerate(self.order(epoch)):
             if number >= skip:
                 yield self._batch(places, negatives)
+
+    def get_state(self) -> dict[str, Any]:
+        return {} if self.negatives is None else {"negatives": self.negatives}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self.negatives = state.get("negatives")
 
     def order(self, epoch: int) -> Iterator[Rows]:
         """Which pairs make each batch of an epoch."""
