@@ -541,15 +541,16 @@ class BaseTrainer(BaseLogger):
     def state_variables(self) -> list[keras.Variable]:
         """All variables that make up a run, in an order that is the same in each process.
 
-        Those that a step meets, and those of the layers, optimizers and metrics that this object
-        holds. Known from the first batch of a run on.
+        Those of the layers, optimizers and metrics that this object holds, which have the same
+        order on each backend, and what a step meets besides. Known from the first batch of a run
+        on.
         """
         assert self._example is not None
         inputs = _arguments_of(self._example)
         self._build(inputs)
         held = keras.tree.flatten([v for v in vars(self).values() if isinstance(v, list | tuple)])
         owned = [getattr(value, "variables", []) for value in (*vars(self).values(), *held)]
-        variables = [*self._survey(inputs), self.step_counter, *itertools.chain(*owned)]
+        variables = [self.step_counter, *itertools.chain(*owned), *self._survey(inputs)]
         return list({id(variable): variable for variable in variables}.values())
 
     def _dispatch(

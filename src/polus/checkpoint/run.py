@@ -247,8 +247,8 @@ def _processor() -> str:
 def _say_what_changed(path: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
     if differing := _differences(saved, now):
         logger.warning(
-            "The run goes on in another environment than %s was saved in, so the results may "
-            "differ in their last bits from those of an uninterrupted run: %s.",
+            "The run goes on in another environment than %s was saved in, so the results may not "
+            "be bit by bit those of an uninterrupted run: %s.",
             path.name,
             differing,
         )

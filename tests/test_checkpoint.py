@@ -1,0 +1,409 @@
+"""A run that is interrupted and resumed equals one that was not.
+
+An interruption is an exception here, and a resumed run gets everything made anew, as in a new
+process. Processes that are really killed are in benchmarks/resilience.py.
+"""
+
+import errno
+import json
+import logging
+import os
+import signal
+import threading
+
+import keras
+import numpy as np
+import pytest
+
+import polus.core
+from polus.backends import backend
+from polus.callbacks import Callback
+from polus.checkpoint import Checkpoint, CheckpointError
+from polus.checkpoint import run as run_module
+from polus.checkpoint.__main__ import main
+from polus.checkpoint.store import Store, put_together, read, take_apart
+from polus.data import from_arrays
+from polus.metrics import Accuracy
+from polus.training import ClassifierTrainer
+
+generator = np.random.default_rng(0)
+x = generator.normal(size=(52, 8)).astype("float32")
+y = (x.sum(axis=1) > 0).astype("int32")
+
+
+@pytest.fixture(autouse=True)
+def _measured_already():
+    """Which compiler is the fastest is not the question here."""
+    before = polus.core.get_jit_compile()
+    polus.core.set_jit_compile(backend.candidates()[0])
+    yield
+    polus.core.set_jit_compile(before)
+
+
+def new_trainer(width=16, optimizer=None, loss=None):
+    """With all that has a state: dropout, batch norm, Adam, schedule, accumulation, EMA."""
+    keras.utils.clear_session()
+    keras.utils.set_random_seed(1)
+    model = keras.Sequential(
+        [
+            keras.layers.Dense(width, activation="relu"),
+            keras.layers.BatchNormalization(),
+            keras.layers.Dropout(0.3),
+            keras.layers.Dense(2),
+        ]
+    )
+    rate = keras.optimizers.schedules.CosineDecay(1e-2, 30)
+    return ClassifierTrainer(
+        model,
+        optimizer or keras.optimizers.Adam(rate, gradient_accumulation_steps=2, use_ema=True),
+        loss or keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=[Accuracy(num_classes=2)],
+    )
+
+
+def data():
+    return from_arrays((x, y), batch_size=8, seed=3)  # 7 steps, the last one smaller
+
+
+class Killed(BaseException):
+    """Not to be caught by anybody."""
+
+
+class Remembers(Callback):
+    """A callback of a user's, with a state, and draws of its own; ends the run at a place."""
+
+    def __init__(self, at=None, then=None):
+        super().__init__()
+        self.seen, self.at, self.then = [], at, then
+        self.every_steps = 1
+
+    def happened(self, *event):
+        self.seen.append([*event, np.random.random()])
+        if event == self.at:
+            self.then() if callable(self.then) else raise_(Killed)
+
+    def on_train_batch_end(self, epoch, step, loss):
+        self.happened("step", epoch, step)
+
+    def on_epoch_end(self, epoch):
+        self.coordinator.shared_dict["validation"].setdefault("val", {"f1": []})["f1"].append(epoch)
+        self.happened("epoch", epoch)
+
+    def get_state(self):
+        return {"seen": self.seen}
+
+    def set_state(self, state):
+        self.seen = state["seen"]
+
+
+def raise_(error):
+    raise error
+
+
+def train(folder, at=None, then=None, epochs=3, trainer=None, dataset=None, **kwargs):
+    trainer = trainer or new_trainer()
+    remembers = Remembers(at, then)
+    callbacks = [Checkpoint(folder, **{"every_steps": 2, **kwargs}), remembers]
+    history = trainer.train(
+        dataset or data(), epochs, callbacks, resume=folder, steps_per_dispatch=4
+    )
+    return result(trainer, history, remembers)
+
+
+def result(trainer, history, remembers):
+    return {
+        "losses": history.steps["loss"].tobytes(),
+        "steps": list(zip(history.steps["epoch"], history.steps["step"], strict=True)),
+        "epochs": history.epochs,
+        "weights": [keras.ops.convert_to_numpy(v).tobytes() for v in trainer.model.variables],
+        "optimizer": [keras.ops.convert_to_numpy(v).tobytes() for v in trainer.optimizer.variables],
+        "seen": remembers.seen,
+        "shared": remembers.coordinator.shared_dict["validation"],
+        "count": int(keras.ops.convert_to_numpy(trainer.step_counter.value)),
+    }
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    polus.core.set_jit_compile(backend.candidates()[0])
+    return train(str(tmp_path_factory.mktemp("uninterrupted")))
+
+
+def test_a_run_killed_again_and_again_equals_an_uninterrupted_one(tmp_path, uninterrupted, caplog):
+    caplog.set_level(logging.INFO)
+    folder = str(tmp_path)
+    # The last step of an epoch, its end, the first after, the one before the last, any.
+    for at in [("step", 0, 6), ("epoch", 0), ("step", 1, 0), ("step", 1, 5), ("step", 2, 3)]:
+        with pytest.raises(Killed):
+            train(folder, at)
+    assert train(folder) == uninterrupted
+    assert caplog.text.count("Continuing from") == 5
+
+    # What is finished is not trained again; more epochs go on from there.
+    assert train(folder, at=("step", 2, 6)) == uninterrupted
+    more = train(folder, epochs=4)
+    assert more["losses"][: len(uninterrupted["losses"])] == uninterrupted["losses"]
+    assert len(more["steps"]) == 4 * 7
+
+
+def test_a_damaged_checkpoint_costs_steps_but_no_bit(tmp_path, uninterrupted, caplog):
+    with pytest.raises(Killed):
+        train(str(tmp_path), ("step", 1, 5))
+    newest = Store(tmp_path).paths()[-1] / "state.safetensors"
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+    assert train(str(tmp_path)) == uninterrupted
+    assert "is damaged" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "moment"),
+    [
+        ("SIGTERM", ("step", 0, 0)),
+        ("SIGINT", ("step", 1, 3)),
+        ("SIGUSR1", ("epoch", 0)),  # where a validation runs
+    ],
+)
+def test_a_signal_saves_and_ends_in_order(tmp_path, uninterrupted, name, moment, caplog):
+    number = getattr(signal, name)
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    with pytest.raises(SystemExit) as exit_:
+        train(str(tmp_path), moment, lambda: signal.raise_signal(number), every_steps=None)
+    assert exit_.value.code == 128 + number
+    assert {n: signal.getsignal(n) for n in handlers} == handlers
+    assert f"{name}: the run is saved in" in caplog.text
+    assert f"train(..., resume={str(tmp_path)!r})" in caplog.text
+    saved = Store(tmp_path).read_newest()
+    assert saved.tree["callbacks"][1][1]["seen"][-1][:-1] == list(moment)
+    # No step is lost or repeated, and the bits are those of a run that saves at other times.
+    assert train(str(tmp_path), every_steps=None) == uninterrupted
+
+
+def test_a_signal_while_a_checkpoint_is_written(tmp_path, monkeypatch):
+    started = threading.Event()
+    write = Store.write
+
+    def slow(self, *arguments):
+        started.set()
+        assert signalled.wait(60)
+        return write(self, *arguments)
+
+    def term():
+        assert started.wait(60)
+        signal.raise_signal(signal.SIGTERM)
+        signalled.set()
+
+    signalled = threading.Event()
+    monkeypatch.setattr(Store, "write", slow)
+    with pytest.raises(SystemExit):
+        train(str(tmp_path), ("step", 0, 2), term)
+    assert [p["progress"]["step"] for p in trees(tmp_path)] == [2, 3]
+
+
+def trees(folder):
+    return [read(path).tree for path in Store(folder).paths()]
+
+
+def test_a_signal_while_the_data_is_late(tmp_path, monkeypatch):
+    late, save = threading.Event(), Checkpoint.save
+    monkeypatch.setattr(Checkpoint, "save", lambda self: (save(self), late.set()))
+
+    def slow_data():
+        yield x[:8], y[:8]
+        yield x[8:16], y[8:16]
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert late.wait(60)  # until the run has been saved
+        yield x[:8], y[:8]
+
+    with pytest.raises(SystemExit):
+        train(str(tmp_path), dataset=slow_data, every_steps=None)
+    assert [p["progress"]["step"] for p in trees(tmp_path)] in ([1], [2])
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    """Store.write fails as often as `full_disk.times` says."""
+    write = Store.write
+
+    def failing(self, *arguments):
+        if failing.times > 0:
+            failing.times -= 1
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(self, *arguments)
+
+    monkeypatch.setattr(Store, "write", failing)
+    return failing
+
+
+def test_a_full_disk_does_not_end_the_run(tmp_path, uninterrupted, full_disk, caplog):
+    full_disk.times = 8
+    assert train(str(tmp_path)) == uninterrupted
+    assert caplog.text.count("NO CHECKPOINT WAS WRITTEN") == 8
+    assert "No space left on device" in caplog.text
+    assert len(trees(tmp_path)) == 3
+
+
+def test_where_nothing_could_be_written_it_is_an_error_at_the_end(tmp_path, full_disk):
+    full_disk.times = 1000
+    trainer = new_trainer()
+    with pytest.raises(CheckpointError, match="Not one checkpoint could be written to"):
+        train(str(tmp_path), trainer=trainer, epochs=1)
+    assert int(keras.ops.convert_to_numpy(trainer.step_counter.value)) == 7
+
+
+def test_a_folder_that_cannot_be_made_is_tried_again(tmp_path, caplog):
+    file = tmp_path / "file"
+    file.write_text("in the way")
+    train(str(file / "run"), ("step", 0, 0), file.unlink, epochs=1)
+    assert "NO CHECKPOINT WAS WRITTEN" in caplog.text
+    assert len(trees(file / "run")) == 3
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path):
+    lock = Store(tmp_path).lock()
+    with pytest.raises(CheckpointError, match="Another run writes its checkpoints to"):
+        train(str(tmp_path))
+    lock.release()
+
+
+@pytest.fixture(scope="module")
+def one_epoch(tmp_path_factory):
+    polus.core.set_jit_compile(backend.candidates()[0])
+    folder = tmp_path_factory.mktemp("one_epoch")
+    train(str(folder), epochs=1)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        (
+            {"width": 20},
+            r"variable 0 was sequential/dense/kernel \(8, 16\) float32, and is .*\(8, 20\)",
+        ),
+        ({"optimizer": keras.optimizers.SGD}, "optimizer was 'Adam' and is 'SGD'"),
+        ({"loss": keras.losses.KLDivergence}, "loss was 'SparseCategoricalCrossentropy' and is"),
+        (
+            {"optimizer": lambda: keras.optimizers.Adam(1e-3)},
+            r"variable \d+ was adam/sequential_dense_kernel_average \(8, 16\) float32, and is adam",
+        ),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused_with_what_differs(one_epoch, kwargs, message):
+    kwargs = {name: v() if callable(v) else v for name, v in kwargs.items()}
+    with pytest.raises(CheckpointError, match=message):
+        train(one_epoch, trainer=new_trainer(**kwargs))
+
+
+def test_a_checkpoint_of_another_dataset_is_refused(one_epoch):
+    with pytest.raises(CheckpointError, match="num_batches: it was 7, and is 26"):
+        train(one_epoch, dataset=from_arrays((x, y), batch_size=2))
+
+
+def test_when_it_saves(tmp_path):
+    now = [0.0]
+
+    class Clock(Callback):
+        every_steps = 1
+
+        def on_train_batch_end(self, epoch, step, loss):
+            now[0] += 10.0
+
+    def saved_at(**kwargs):
+        folder = tmp_path / str(kwargs)
+        checkpoint = Checkpoint(folder, keep=99, clock=lambda: now[0], **kwargs)
+        trainer.train(data(), 3, [checkpoint, Clock()])
+        return [(t["progress"]["epoch"], t["progress"]["step"]) for t in trees(folder)]
+
+    trainer = new_trainer()
+    assert saved_at() == [(1, 0), (2, 0), (3, 0)]
+    assert saved_at(every_epochs=2) == [(2, 0), (3, 0)]  # and at the end
+    assert saved_at(every_epochs=None) == [(3, 0)]
+    assert saved_at(every_epochs=None, every_steps=3) == [
+        (e, s) for e in range(3) for s in (3, 6)
+    ] + [(3, 0)]
+    assert saved_at(every_epochs=None, every_secs=50) == [(0, 5), (1, 3), (2, 1), (2, 6), (3, 0)]
+
+
+@pytest.mark.parametrize("kwargs", [{"keep": 0}, {"every_epochs": 0}, {"every_secs": -1}])
+def test_wrong_arguments(kwargs):
+    with pytest.raises(ValueError, match=next(iter(kwargs))):
+        Checkpoint("anywhere", **kwargs)
+
+
+def test_the_choices_of_auto_are_part_of_a_run(tmp_path, monkeypatch):
+    from polus import training
+
+    polus.core.set_jit_compile("auto")
+    trainer = new_trainer()
+    checkpoint = Checkpoint(tmp_path)
+    trainer.train(data(), 1, [checkpoint], resume=tmp_path)
+    chosen = trainer._jit_compile, trainer._capacity
+    monkeypatch.setattr(training, "choose", lambda *_: pytest.fail("measured again"))
+    trainer = new_trainer()
+    trainer.train(data(), 2, [checkpoint], resume=tmp_path)
+    assert (trainer._jit_compile, trainer._capacity) == chosen
+
+
+def test_another_environment_is_said(one_epoch, monkeypatch, caplog):
+    monkeypatch.setattr(run_module, "_processor", lambda: "Difference Engine")
+    train(one_epoch, epochs=1)
+    assert "and is 'Difference Engine'" in caplog.text
+    assert "may not be bit by bit those" in caplog.text
+
+
+def test_a_callback_that_is_gone_is_said(one_epoch, caplog):
+    new_trainer().train(data(), 1, [], resume=one_epoch)
+    assert "the state of callbacks that are gone: ['Remembers']" in caplog.text
+
+
+def test_a_state_that_cannot_be_stored_says_where(tmp_path):
+    class Strange(Callback):
+        def get_state(self):
+            return {"model": object()}
+
+    with pytest.raises(TypeError, match="At callbacks/1/1/model the state has a object"):
+        new_trainer().train(data(), 1, [Checkpoint(tmp_path), Strange()])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8", "bool", "uint32"])
+def test_variables_of_each_dtype_come_back(dtype):
+    variable = keras.Variable(np.array([[0, 1], [1, 0]]).T, dtype=dtype, trainable=False)
+    state = json.loads(json.dumps(take_apart(run_module._variable_state(variable)).skeleton))
+    assert state["value"]["dtype"] == variable.dtype
+    value = put_together(take_apart(run_module._variable_state(variable)))["value"]
+    again = keras.Variable(np.zeros((2, 2)), dtype=dtype, trainable=False)
+    again.assign(value)
+    np.testing.assert_array_equal(
+        keras.ops.convert_to_numpy(again), keras.ops.convert_to_numpy(variable)
+    )
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "same"),
+    [
+        (["a/dense/kernel", "a/dense_1/kernel"], ["a/dense_4/kernel", "a/dense_7/kernel"], True),
+        (["a/dense/kernel", "a/dense_1/kernel"], ["a/dense_1/kernel", "a/dense/kernel"], False),
+        (["adam/a_1_dense_2_kernel_momentum"], ["adam/a_dense_kernel_momentum"], True),
+        (["a/dense/kernel"], ["a/dense/bias"], False),
+    ],
+)
+def test_layers_may_be_counted_from_elsewhere_but_not_exchanged(then, now, same):
+    assert (run_module._canonical(then) == run_module._canonical(now)) == same
+
+
+def test_the_command_line(one_epoch, capsys, tmp_path):
+    assert main(["ls", one_epoch]) == 0
+    assert "epoch 1 of 1, step 0" in capsys.readouterr().out
+    assert main(["verify", one_epoch]) == 0
+    assert capsys.readouterr().out.count("verified") == 3
+    assert main(["show", one_epoch]) == 0
+    shown = capsys.readouterr().out
+    assert "sequential/dense/kernel: float32 [8, 16]" in shown
+    assert f"version of keras: {keras.__version__}" in shown
+    assert main(["ls", str(tmp_path)]) == 1
+    assert "There is no checkpoint in" in capsys.readouterr().err
+    (tmp_path / "checkpoint-00000001").mkdir()
+    assert main(["verify", str(tmp_path)]) == 1
+    assert "DAMAGED" in capsys.readouterr().out
