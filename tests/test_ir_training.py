@@ -165,6 +165,10 @@ def test_what_is_relevant_is_masked():
     negatives = normal(B, K, 3)
     assert found(negatives, ids) == pytest.approx(weights[expected].sum(), rel=1e-4)
     assert found(negatives) == 0
+    there = expected.copy()
+    there[2, 2] = there[2, -1] = False  # what only relevant_ids tells
+    del ids["relevant_ids"]
+    assert found(negatives, ids) == pytest.approx(weights[there].sum(), rel=1e-4)
     with pytest.raises(ValueError, match="no 'positive_ids'"):
         found(negatives, {"relevant_ids": relevant_ids})
 
@@ -452,6 +456,8 @@ def test_training_with_validation_and_mining_finds_the_documents():
     assert (data.negatives >= 0).any()
     for row, (query, _) in zip(data.negatives, data.pairs, strict=True):
         assert not set(row.tolist()) & set(relevant[query].tolist())
+    model.query_projection.kernel.assign(np.zeros((8, 8)))
+    validation.on_train_end()
     # The best weights were put back, and a resumed run knows them.
     ids = [document_ids[row] for row in range(40)]
     found = evaluate(qrels, validation.run(), ["nDCG@10"])["nDCG@10"]
@@ -512,12 +518,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
     def run(epochs, folder):
         keras.utils.set_random_seed(0)
         data = PairBatches(queries, documents, [[row] for row in range(30)], batch_size=12)
-        model = DualEncoder(encoder(0.3))
-        model((queries, documents))
         trainer = trainer_of(
-            model,
+            DualEncoder(keras.layers.Identity()),
             losses.InfoNCE(0.1, learned=True),
-            freeze_encoder=False,
+            encoded=True,
             optimizer=keras.optimizers.Adam(1e-2),
         )
         callbacks = [
@@ -528,9 +532,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
         trainer.train(data, epochs=epochs, callbacks=callbacks, resume=tmp_path / folder)
         return [numpy(weight) for weight in trainer.trainable_weights], callbacks[1].best
 
-    expected = run(4, "whole")
-    for epochs in (1, 2, 4):
-        found = run(epochs, "parts")
+    expected = run(3, "whole")
+    run(2, "parts")
+    found = run(3, "parts")
     assert found[1] == expected[1]
     for ours, theirs in zip(found[0], expected[0], strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
