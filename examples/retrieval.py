@@ -73,23 +73,22 @@ class Table:
 
     def __init__(self, qrels: Any, training_qrels: Any) -> None:
         self.qrels = qrels
-        _, self.unseen = split_by_training(qrels, training_qrels)
-        print(
-            f"\n{len(qrels)} test queries; {len(self.unseen)} unseen: none of their documents was"
-        )
-        print("a training positive.\n")
-        print(f"{'':28}{'all':^32}{'unseen':^10}")
-        print(f"{'':28}{''.join(f'{m:>11}' for m in MEASURES)}{'nDCG@10':>10}{'seconds':>9}")
+        self.unseen = split_by_training(qrels, training_qrels)[1] if training_qrels else {}
+        print(f"\n{len(qrels)} test queries", end="")
+        if self.unseen:
+            print(f", {len(self.unseen)} unseen: none of their documents was a training positive")
+        print(f"\n\n{'':28}{''.join(f'{m:>11}' for m in MEASURES)}", end="")
+        print(f"{'unseen nDCG@10' if self.unseen else '':>16}{'seconds':>9}")
 
     def add(self, name: str, runs: list[Run], seconds: float) -> None:
         """Adds a line: the mean over runs (seeds)."""
         values = [np.mean([evaluate(self.qrels, run)[m] for run in runs]) for m in MEASURES]
-        unseen = "-"
+        unseen = ""
         if self.unseen:
             each = [evaluate(self.unseen, run, ["nDCG@10"])["nDCG@10"] for run in runs]
             unseen = f"{np.mean(each):.4f}"
         line = "".join(f"{value:>11.4f}" for value in values)
-        print(f"{name:28}{line}{unseen:>10}{seconds:>9.1f}", flush=True)
+        print(f"{name:28}{line}{unseen:>16}{seconds:>9.1f}", flush=True)
 
 
 # ---------------------------------------------------------------------- a given collection
@@ -142,13 +141,12 @@ def on_collection(folder: str, cache: str, epochs: int, seeds: int, seed: int) -
     began = time.perf_counter()
     fused = reciprocal_rank_fusion(lexical, best)
     table.add("fusion of BM25 and the last", [fused], time.perf_counter() - began)
-    print("\nnDCG@10, the last against MiniLM as it is (mean, 95% interval, p):")
-    for name, qrels in (("all", table.qrels), ("unseen", table.unseen)):
-        if qrels:
+    if train:
+        print("\nnDCG@10, trained (the first seed) against as it is: mean, 95% interval, p")
+        for name, qrels in (("all", table.qrels), ("unseen", table.unseen)):
             a, b = (per_query(qrels, run, ["nDCG@10"])["nDCG@10"] for run in (zero_shot, best))
             mean, low, high, p = paired_bootstrap(a, b)
             print(f"  {name:8}{mean:+.4f}  [{low:+.4f}, {high:+.4f}]  p = {p:.3f}")
-    if train and table.unseen:
         print(
             "\nRead the unseen column: what training adds over all queries beyond it is documents\n"
             "known by heart, since they were training positives of other queries."
