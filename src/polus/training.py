@@ -355,6 +355,9 @@ class BaseTrainer(BaseLogger):
                     if self.early_stop:
                         break
             run.on_epoch_end(self._metric_results())
+        if self.optimizer.built and not self._overridden:
+            # Where it keeps an average of the weights (EMA), they end as that, as in Keras.
+            self.optimizer.finalize_variable_values(self.trainable_weights)
 
     def lr_finder(
         self,

@@ -86,6 +86,12 @@ class ICallback:
     def on_epoch_end(self, epoch: int) -> None:
         """After the last step of an epoch. `coordinator.shared_dict["epoch_logs"]` has its logs."""
 
+    def on_validation_begin(self) -> None:
+        """Before a validation."""
+
+    def on_validation_end(self, results: dict[str, Any]) -> None:
+        """After a validation, with what it found."""
+
     def on_train_end(self) -> None:
         """At the end of training, also of one that ends in an error (`coordinator.exception`)."""
 
@@ -134,6 +140,7 @@ class CallbackCoordinator:
         self.shared_dict: dict[str, Any] = {"validation": {}, "epoch_logs": {}}
         self.signals = Signals()
         self.exception: BaseException | None = None
+        self.closing = contextlib.ExitStack()  # what callbacks want undone behind the last of them
         adapted = [_adapted(callback) for callback in callbacks]
         self.callbacks = sorted(adapted, key=lambda callback: callback.order)
         for callback in self.callbacks:
@@ -194,32 +201,33 @@ class CallbackCoordinator:
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """Begins the run, and ends it in order for each callback that began, whatever happens."""
-        begun: list[ICallback] = []
-        try:
-            with self.signals:
-                for callback in self.callbacks:
-                    callback.on_train_begin()
-                    begun.append(callback)
-                yield
-        except BaseException as exception:
-            self.exception = exception
-            raise
-        finally:
-            first = self.exception
-            for callback in begun:
-                try:
-                    callback.on_train_end()
-                except BaseException as exception:  # the others have their end all the same
-                    if self.exception is None:
-                        self.exception = exception
-                    else:
-                        self.trainer.logger.error(
-                            "%s.on_train_end failed as well",
-                            type(callback).__name__,
-                            exc_info=exception,
-                        )
-            if first is None and self.exception is not None:
-                raise self.exception
+        with self.closing:
+            begun: list[ICallback] = []
+            try:
+                with self.signals:
+                    for callback in self.callbacks:
+                        callback.on_train_begin()
+                        begun.append(callback)
+                    yield
+            except BaseException as exception:
+                self.exception = exception
+                raise
+            finally:
+                first = self.exception
+                for callback in begun:
+                    try:
+                        callback.on_train_end()
+                    except BaseException as exception:  # the others have their end all the same
+                        if self.exception is None:
+                            self.exception = exception
+                        else:
+                            self.trainer.logger.error(
+                                "%s.on_train_end failed as well",
+                                type(callback).__name__,
+                                exc_info=exception,
+                            )
+                if first is None and self.exception is not None:
+                    raise self.exception
 
     def on_epoch_begin(self) -> None:
         self.batch_sizes = []

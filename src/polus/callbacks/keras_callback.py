@@ -1,5 +1,7 @@
 """Keras' own callbacks, as they work in `fit`."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -42,11 +44,8 @@ class KerasCallback(Callback):
     def on_train_begin(self) -> None:
         run = self.coordinator
         model = run.trainer.model
-        # Put back afterwards: the model may be compiled, with an optimizer of its own.
-        given = {"optimizer": run.trainer.optimizer, "stop_training": False}
-        self._before = {name: getattr(model, name, MISSING) for name in given}
-        for name, value in given.items():
-            object.__setattr__(model, name, value)  # not tracked as a part of the model
+        if run.shared_dict.setdefault("keras", self) is self:  # once for all Keras callbacks
+            run.closing.enter_context(_as_in_fit(model, run.trainer.optimizer))
         self.callback.set_params({"epochs": run.epochs, "steps": run.steps, "verbose": 0})
         self.callback.set_model(model)
         self.callback.on_train_begin({})
@@ -86,19 +85,33 @@ class KerasCallback(Callback):
         self._look()
 
     def on_train_end(self) -> None:
-        try:
-            self.callback.on_train_end(dict(self.coordinator.logs))
-        finally:
-            model = self.coordinator.trainer.model
-            for name, value in self._before.items():
-                if value is MISSING:
-                    model.__dict__.pop(name, None)
-                else:
-                    object.__setattr__(model, name, value)
+        self.callback.on_train_end(dict(self.coordinator.logs))
+
+    def on_validation_begin(self) -> None:
+        self.callback.on_test_begin({})
+
+    def on_validation_end(self, results: dict[str, Any]) -> None:
+        self.callback.on_test_end(results)
 
     def _look(self) -> None:
         trainer = self.coordinator.trainer
         trainer.early_stop = trainer.early_stop or bool(trainer.model.stop_training)
+
+
+@contextlib.contextmanager
+def _as_in_fit(model: keras.Model, optimizer: keras.optimizers.Optimizer) -> Iterator[None]:
+    """Lends the model what callbacks look for there; a compiled one gets its own back."""
+    lent = {"optimizer": optimizer, "stop_training": False}
+    before = {name: model.__dict__.get(name, MISSING) for name in lent}
+    for name, value in lent.items():
+        object.__setattr__(model, name, value)  # not tracked as a part of the model
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            model.__dict__.pop(name, None)
+            if value is not MISSING:
+                object.__setattr__(model, name, value)
 
 
 def _overridden(callback: keras.callbacks.Callback, event: str) -> bool:

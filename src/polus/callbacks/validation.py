@@ -58,15 +58,18 @@ class ValidationDataCallback(Callback):
             self._validate()
 
     def _validate(self) -> None:
-        results = self.coordinator.trainer.evaluate(
-            self.dataset, self.custom_data_transform_f, self.steps
-        )
+        run = self.coordinator
+        for callback in run.callbacks:
+            callback.on_validation_begin()
+        results = run.trainer.evaluate(self.dataset, self.custom_data_transform_f, self.steps)
+        for callback in run.callbacks:
+            callback.on_validation_end(results)
         if not results:
             raise ValueError(
                 f"There is nothing to validate on {self.name!r}: the trainer has no metrics and no "
                 "evaluation_loss. Give it metrics=[...], or leave this callback out."
             )
-        self.coordinator.add_validation(self.name, results)
+        run.add_validation(self.name, results)
 
     def get_state(self) -> dict[str, Any]:
         return {"results": self.coordinator.shared_dict["validation"][self.name]}

@@ -1,0 +1,353 @@
+"""The callbacks of Polus: what they show, save, validate and stop."""
+
+import io
+import logging
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+from rich.console import Console
+
+from polus.callbacks import (
+    Callback,
+    ConsoleLogCallback,
+    EarlyStop,
+    LossSmoothCallback,
+    SaveModelCallback,
+    TimerCallback,
+    ValidationDataCallback,
+)
+from polus.callbacks.monitor import Monitor
+from polus.metrics import Accuracy
+from polus.training import ClassifierTrainer
+
+X = np.random.default_rng(0).normal(size=(80, 6)).astype("float32")
+Y = (X[:, 0] > 0).astype("int32") + (X[:, 1] > 0)
+BATCHES = [(X[i : i + 16], Y[i : i + 16]) for i in range(0, 80, 16)]
+CROSS_ENTROPY = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+def make_trainer(rate=1e-2, **kwargs):
+    model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(3)])
+    kwargs.setdefault("metrics", [Accuracy(3)])
+    return ClassifierTrainer(model, keras.optimizers.SGD(rate), CROSS_ENTROPY, **kwargs)
+
+
+class Shared(Callback):
+    """Keeps what the run shared at each epoch's end."""
+
+    order = 2
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def on_epoch_end(self, epoch):
+        self.seen.append({**self.coordinator.shared_dict, **self.coordinator.logs})
+
+
+class Falls(ClassifierTrainer):
+    """Training whose validation metric goes the way that it is told."""
+
+    def __init__(self, values):
+        trainer = make_trainer()
+        super().__init__(trainer.model, trainer.optimizer, CROSS_ENTROPY)
+        self.values = iter(values)
+
+    def evaluate(self, *args, **kwargs):
+        return {"f1": next(self.values)}
+
+
+# ---------------------------------------------------------------------- what needs the steps
+
+
+@pytest.mark.parametrize(
+    "callback",
+    [ConsoleLogCallback, LossSmoothCallback, TimerCallback, lambda: EarlyStop("loss")],
+)
+def test_our_own_need_no_step_by_itself(callback):
+    assert callback().every_steps is None
+
+
+def test_events_of_batches_need_each_step_unless_said_otherwise():
+    class Mine(Callback):
+        def on_train_batch_end(self, epoch, step, loss):
+            pass
+
+    mine = Mine()
+    assert mine.every_steps == 1
+    mine.every_steps = None
+    assert mine.every_steps is None
+    mine.every_steps = 0
+    with pytest.raises(ValueError, match="positive integer"):
+        make_trainer().train(BATCHES, epochs=1, callbacks=[mine])
+
+
+@pytest.mark.parametrize("steps_per_dispatch", [1, 2, 5])
+def test_each_step_is_told_once_in_order_with_its_loss(steps_per_dispatch):
+    class Recorder(Callback):
+        every_steps = None
+
+        def __init__(self):
+            super().__init__()
+            self.heard = []
+
+        def on_train_batch_begin(self, epoch, step):
+            self.heard.append(("begin", epoch, step))
+
+        def on_train_batch_end(self, epoch, step, loss):
+            self.heard.append(("end", epoch, step))
+            self.loss = float(loss)
+
+    recorder = Recorder()
+    history = make_trainer().train(
+        BATCHES, epochs=2, callbacks=[recorder], steps_per_dispatch=steps_per_dispatch
+    )
+    expected = [(event, e, s) for e in range(2) for s in range(5) for event in ("begin", "end")]
+    assert recorder.heard == expected
+    assert recorder.loss == history.steps["loss"][-1]
+
+
+# ---------------------------------------------------------------------- smooth loss and time
+
+
+def test_the_smooth_loss_is_a_bias_corrected_average():
+    smooth, shared = LossSmoothCallback(beta=0.8), Shared()
+    history = make_trainer().train(BATCHES, epochs=2, callbacks=[shared, smooth])
+    average = 0.0
+    for i, loss in enumerate(history.steps["loss"], start=1):
+        average = 0.8 * average + 0.2 * float(loss)
+        corrected = average / (1 - 0.8**i)
+    assert smooth.smooth_loss == pytest.approx(corrected, rel=1e-6)
+    assert shared.seen[-1]["smooth_loss"] == smooth.smooth_loss
+    with pytest.raises(ValueError, match="less than 1"):
+        LossSmoothCallback(1.0)
+
+
+def test_the_smooth_loss_goes_on_from_its_state():
+    whole, first, second = (LossSmoothCallback() for _ in range(3))
+    losses = np.linspace(3, 1, 9)
+    whole.on_steps_end(0, range(9), losses)
+    first.on_steps_end(0, range(4), losses[:4])
+    second.set_state(first.get_state())
+    second.on_steps_end(0, range(4, 9), losses[4:])
+    assert second.smooth_loss == pytest.approx(whole.smooth_loss, rel=1e-12)
+
+
+def test_the_timer_measures_epochs_by_its_clock():
+    time = iter(range(100))
+    shared = Shared()
+    timer = TimerCallback(clock=lambda: next(time))
+    make_trainer().train(BATCHES, epochs=2, callbacks=[timer, shared])
+    seconds = [(row["seconds"], row["seconds_per_step"]) for row in shared.seen[-1]["timer"]]
+    assert seconds == [(1, 0.2), (1, 0.2)]
+
+
+# ---------------------------------------------------------------------- validation
+
+
+def test_validation_sets_by_name_after_each_epoch():
+    shared = Shared()
+    sets = [ValidationDataCallback(BATCHES[:2], "dev"), ValidationDataCallback(BATCHES[2:], "test")]
+    trainer = make_trainer()
+    # First in the list: what validations found is there all the same.
+    history = trainer.train(BATCHES, epochs=2, callbacks=[shared, *sets])
+    logits = ops.convert_to_numpy(trainer.model(X[:32]))
+    accuracy = (logits.argmax(-1) == Y[:32]).mean()
+    assert history.epochs[-1]["dev_accuracy"] == pytest.approx(accuracy)
+    assert shared.seen[-1]["dev_accuracy"] == pytest.approx(accuracy)
+    assert len(shared.seen[-1]["validation"]["test"]["accuracy"]) == 2
+    assert len(history.validations) == 4
+
+
+def test_validation_every_n_steps_within_an_epoch():
+    validation = ValidationDataCallback(BATCHES, every_steps=2)
+    history = make_trainer().train(BATCHES, epochs=2, callbacks=[validation])
+    assert [(v.epoch, v.step) for v in history.validations] == [
+        (e, s) for e in range(2) for s in (1, 3, 4)
+    ]
+
+
+def test_two_validation_sets_of_one_name_are_an_error():
+    sets = [ValidationDataCallback(BATCHES), ValidationDataCallback(BATCHES)]
+    with pytest.raises(ValueError, match="Two validation sets are named 'val'"):
+        make_trainer().train(BATCHES, epochs=1, callbacks=sets)
+
+
+# ---------------------------------------------------------------------- monitors
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "values", "improved"),
+    [
+        ("val_loss", "auto", [3, 2, 2, 4, 1], [True, True, False, False, True]),
+        ("val_macro_f1", "auto", [0.5, 0.4, 0.6], [True, False, True]),
+        ("val_macro_f1", "min", [0.5, 0.4, 0.6], [True, True, False]),
+        ("accuracy", "max", [float("nan"), 0.1], [False, True]),
+    ],
+)
+def test_what_an_improvement_is(name, mode, values, improved):
+    monitor = Monitor(name, mode)
+    assert [monitor.improved(value) for value in values] == improved
+
+
+def test_a_change_below_the_minimum_is_no_improvement():
+    monitor = Monitor("loss", min_delta=0.1)
+    assert [monitor.improved(v) for v in (1.0, 0.95, 0.85)] == [True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: EarlyStop("loss", patience=0), "at least 1"),
+        (lambda: EarlyStop("loss", mode="up"), '"min", "max" or "auto"'),
+        (lambda: EarlyStop("loss", min_delta=-1), "at least 0"),
+        (lambda: SaveModelCallback("sometimes"), '"best", "every" or "end"'),
+        (lambda: SaveModelCallback("best", "model.pt"), "ends in .keras"),
+        (lambda: SaveModelCallback("every", "model.keras"), "needs the epoch's number"),
+    ],
+)
+def test_bad_arguments(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_an_unknown_name_to_monitor_says_what_there_is():
+    callbacks = [ValidationDataCallback(BATCHES), EarlyStop("val_acuracy")]
+    with pytest.raises(ValueError, match=r"Did you mean 'val_accuracy'\?.*There are accuracy, loss"):
+        make_trainer().train(BATCHES, epochs=1, callbacks=callbacks)
+
+
+# ---------------------------------------------------------------------- early stop
+
+
+def test_early_stop_waits_as_long_as_it_is_told(caplog):
+    caplog.set_level(logging.INFO)
+    trainer = Falls([0.1, 0.3, 0.2, 0.25, 0.9])
+    callbacks = [EarlyStop("val_f1", patience=2), ValidationDataCallback(BATCHES)]
+    history = trainer.train(BATCHES, epochs=5, callbacks=callbacks)
+    assert len(history.epochs) == 4
+    assert "stops after epoch 4: val_f1 did not improve on 0.3 for 2 epochs" in caplog.text
+
+
+def test_early_stop_at_a_loss_that_is_not_finite():
+    history = make_trainer(rate=float("nan")).train(BATCHES, epochs=9, callbacks=[EarlyStop()])
+    assert len(history.epochs) == 1
+
+
+# ---------------------------------------------------------------------- saving
+
+
+def test_the_best_model_is_saved_and_loads(tmp_path):
+    path = tmp_path / "made" / "best.keras"
+    trainer = Falls([0.1, 0.3, 0.2])
+    weights = []
+
+    class Weights(Callback):
+        def on_epoch_end(self, epoch):
+            weights.append(self.coordinator.trainer.model.get_weights())
+
+    save = SaveModelCallback("best", path, monitor="val_f1")
+    trainer.train(BATCHES, epochs=3, callbacks=[save, Weights(), ValidationDataCallback(BATCHES)])
+    loaded = keras.saving.load_model(path).get_weights()
+    for mine, expected, last in zip(loaded, weights[1], weights[2], strict=True):
+        np.testing.assert_array_equal(mine, expected)
+        assert not np.array_equal(mine, last)
+    assert [file.name for file in path.parent.iterdir()] == ["best.keras"]
+
+
+def test_every_epoch_and_the_end(tmp_path):
+    callbacks = [
+        SaveModelCallback("every", tmp_path / "{epoch:02d}.weights.h5"),
+        SaveModelCallback("end", tmp_path / "last.keras"),
+    ]
+    make_trainer().train(BATCHES, epochs=2, callbacks=callbacks)
+    names = sorted(file.name for file in tmp_path.iterdir())
+    assert names == ["01.weights.h5", "02.weights.h5", "last.keras"]
+
+
+def test_a_failing_save_leaves_the_older_file_whole(tmp_path, monkeypatch):
+    path = tmp_path / "model.keras"
+    trainer = make_trainer()
+    trainer.train(BATCHES, epochs=1, callbacks=[SaveModelCallback("end", path)])
+    before = path.read_bytes()
+
+    def fails(self, target, *args, **kwargs):
+        target.write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(type(trainer.model), "save", fails)
+    with pytest.raises(OSError, match="No space left"):
+        trainer.train(BATCHES, epochs=1, callbacks=[SaveModelCallback("end", path)])
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["model.keras"]
+
+
+def test_no_last_model_after_an_error(tmp_path):
+    class Fails(Callback):
+        def on_epoch_end(self, epoch):
+            raise RuntimeError
+
+    callbacks = [SaveModelCallback("end", tmp_path / "last.keras"), Fails()]
+    with pytest.raises(RuntimeError):
+        make_trainer().train(BATCHES, epochs=1, callbacks=callbacks)
+    assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------------- progress
+
+
+def shown(terminal: bool, callbacks=(), fails=False, clock=None) -> str:
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=terminal, width=120, color_system=None)
+    progress = ConsoleLogCallback(console, **({"clock": clock} if clock else {}))
+
+    def batches():
+        yield from BATCHES
+        if fails:
+            raise RuntimeError("broken")
+
+    trainer = make_trainer()
+    if fails:
+        with pytest.raises(RuntimeError, match="broken"):
+            trainer.train(batches, epochs=2, callbacks=[progress, *callbacks])
+    else:
+        trainer.train(batches, epochs=2, callbacks=[progress, *callbacks])
+    return out.getvalue()
+
+
+def test_plain_lines_where_there_is_no_terminal():
+    lines = shown(False, [ValidationDataCallback(BATCHES)]).splitlines()
+    assert [line.split("  ")[0] for line in lines[:2]] == ["epoch 1/2", "epoch 2/2"]
+    for part in ("loss ", "accuracy 0.", "val_accuracy 0.", " s"):
+        assert part in lines[1]
+    assert lines[2].startswith("2 epochs, 10 steps in ")
+    assert "steps/s" in lines[2]
+    assert "examples/s" in lines[2]
+
+
+def test_a_bar_in_a_terminal():
+    ticks = iter(range(10_000))
+    text = shown(True, [LossSmoothCallback()], clock=lambda: next(ticks))
+    for part in ("epoch 1/2 ━", "epoch 2/2 ━", "smooth loss", "steps/s", "5/5"):
+        assert part in text
+    assert text.count("\x1b[?25l") == text.count("\x1b[?25h") == 1  # the cursor comes back
+
+
+def test_the_bar_is_closed_after_an_error():
+    text = shown(True, fails=True)
+    assert text.count("\x1b[?25l") == text.count("\x1b[?25h") == 1
+
+
+def test_waiting_for_data_is_said():
+    seconds = iter(range(0, 100_000, 10))
+    slow = ConsoleLogCallback(Console(file=(out := io.StringIO())), clock=lambda: next(seconds))
+    trainer = make_trainer()
+
+    class Waits(Callback):
+        def on_epoch_end(self, epoch):
+            self.coordinator.feed.waited_secs += 43.0
+
+    trainer.train(BATCHES, epochs=1, callbacks=[slow, Waits()], steps_per_dispatch=1)
+    assert "input-bound: " in out.getvalue().replace("\n", " ")

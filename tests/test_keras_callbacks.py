@@ -1,0 +1,184 @@
+"""Keras' own callbacks do in `train` what they do in `fit`."""
+
+import csv
+
+import keras
+import numpy as np
+import pytest
+
+import polus.core
+from polus.callbacks import ValidationDataCallback
+from polus.data import from_arrays
+from polus.training import ClassifierTrainer
+
+X = np.random.default_rng(1).normal(size=(60, 5)).astype("float32")
+Y = (X[:, 0] > 0).astype("int32")
+CROSS_ENTROPY = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+@pytest.fixture(autouse=True)
+def _one_compiler():
+    polus.core.set_jit_compile(keras.config.backend() == "jax")
+    yield
+    polus.core.set_jit_compile("auto")
+
+
+def run(callbacks, how, epochs=4, rate=0.1, optimizer=None):
+    """Trains the same model on the same batches by `fit` or `train`; gives the model."""
+    keras.utils.set_random_seed(7)
+    model = keras.Sequential([keras.Input((5,)), keras.layers.Dense(2)])
+    optimizer = optimizer() if optimizer else keras.optimizers.SGD(rate)
+    if how == "fit":
+        jit = keras.config.backend() == "jax"
+        metrics = [keras.metrics.SparseCategoricalAccuracy(name="accuracy")]
+        model.compile(optimizer, CROSS_ENTROPY, metrics=metrics, jit_compile=jit)
+        model.fit(
+            X[:48],
+            Y[:48],
+            16,
+            epochs,
+            shuffle=False,
+            validation_data=(X[48:], Y[48:]),
+            validation_batch_size=12,
+            callbacks=callbacks,
+            verbose=0,
+        )
+    else:
+        metrics = [keras.metrics.SparseCategoricalAccuracy(name="accuracy")]
+        trainer = ClassifierTrainer(model, optimizer, CROSS_ENTROPY, metrics)
+        validation = ValidationDataCallback(from_arrays((X[48:], Y[48:]), 12, shuffle=False))
+        data = from_arrays((X[:48], Y[:48]), 16, shuffle=False)
+        trainer.train(data, epochs, [*callbacks, validation])
+        assert not hasattr(model, "stop_training")
+        assert not hasattr(model, "optimizer")
+    return model
+
+
+class Recorder(keras.callbacks.Callback):
+    """Everything that it hears."""
+
+    def __init__(self):
+        super().__init__()
+        self.heard = []
+
+    def __getattribute__(self, name):
+        if name.startswith("on_") and not name.startswith(("on_test", "on_predict")):
+            method = super().__getattribute__(name)
+
+            def heard(*args, **kwargs):
+                logs = kwargs.get("logs") or (args[-1] if isinstance(args[-1], dict) else {})
+                number = [arg for arg in args if isinstance(arg, int)]
+                self.heard.append((name, number, dict(logs)))
+                return method(*args, **kwargs)
+
+            return heard
+        return super().__getattribute__(name)
+
+    def on_train_batch_begin(self, batch, logs=None):
+        pass
+
+    def on_train_batch_end(self, batch, logs=None):
+        pass
+
+
+def test_the_same_events_and_logs_as_in_fit():
+    heard = {}
+    for how in ("fit", "train"):
+        recorder = Recorder()
+        run([recorder], how, epochs=2)
+        heard[how] = recorder.heard
+    names = [[(name, number) for name, number, _ in heard[how]] for how in ("fit", "train")]
+    assert names[0] == names[1]
+    for (name, _, expected), (_, _, got) in zip(heard["fit"], heard["train"], strict=True):
+        assert got.keys() == expected.keys(), name
+        for key, value in expected.items():
+            assert got[key] == pytest.approx(float(value), rel=1e-4, abs=1e-6), (name, key)
+
+
+CASES = {
+    "reduce on plateau": lambda path: keras.callbacks.ReduceLROnPlateau(
+        monitor="val_loss", patience=1, min_delta=1.0, factor=0.5
+    ),
+    "schedule": lambda path: keras.callbacks.LearningRateScheduler(lambda epoch: 0.1 / (epoch + 1)),
+    "early stopping": lambda path: keras.callbacks.EarlyStopping(
+        monitor="val_loss", patience=1, min_delta=1.0, restore_best_weights=True
+    ),
+    "swap EMA": lambda path: keras.callbacks.SwapEMAWeights(),
+    "checkpoint": lambda path: keras.callbacks.ModelCheckpoint(
+        path / "{epoch}.weights.h5", save_weights_only=True
+    ),
+    "nothing": lambda path: keras.callbacks.LambdaCallback(),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_same_model_as_in_fit(case, tmp_path):
+    def optimizer():
+        return keras.optimizers.SGD(0.1, use_ema=case == "swap EMA", ema_momentum=0.5)
+
+    models, files = {}, {}
+    for how in ("fit", "train"):
+        folder = tmp_path / how
+        folder.mkdir()
+        models[how] = run([CASES[case](folder)], how, optimizer=optimizer)
+        files[how] = sorted(file.name for file in folder.iterdir())
+    for got, expected in zip(
+        models["train"].get_weights(), models["fit"].get_weights(), strict=True
+    ):
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-6)
+    assert files["train"] == files["fit"]
+
+
+def test_a_csv_log_has_the_rows_of_fit(tmp_path):
+    rows = {}
+    for how in ("fit", "train"):
+        run([keras.callbacks.CSVLogger(tmp_path / how)], how)
+        with open(tmp_path / how) as file:
+            rows[how] = list(csv.DictReader(file))
+    assert len(rows["train"]) == len(rows["fit"]) == 4
+    for got, expected in zip(rows["train"], rows["fit"], strict=True):
+        assert got.keys() == expected.keys()
+        for name in got:
+            assert float(got[name]) == pytest.approx(float(expected[name]), rel=1e-4)
+
+
+def test_training_ends_at_a_loss_that_is_not_finite():
+    recorder = Recorder()
+    run([recorder, keras.callbacks.TerminateOnNaN()], "train", rate=float("nan"))
+    batches = [number for name, number, _ in recorder.heard if name == "on_train_batch_end"]
+    assert len(batches) == 2  # the first loss is of the weights before the first update
+
+
+def test_a_compiled_model_keeps_its_own_optimizer():
+    model = keras.Sequential([keras.Input((5,)), keras.layers.Dense(2)])
+    own = keras.optimizers.SGD()
+    model.compile(own, CROSS_ENTROPY)
+    trainer = ClassifierTrainer(model, keras.optimizers.Adam(), CROSS_ENTROPY)
+    trainer.train([(X, Y)], epochs=1, callbacks=[keras.callbacks.LambdaCallback()])
+    assert model.optimizer is own
+
+
+def test_keras_callbacks_that_need_no_step_do_not_ask_for_it(tmp_path):
+    from polus.callbacks.keras_callback import KerasCallback
+
+    every = {
+        "ModelCheckpoint": keras.callbacks.ModelCheckpoint(tmp_path / "a.keras"),
+        "by steps": keras.callbacks.ModelCheckpoint(tmp_path / "a.keras", save_freq=5),
+        "CSVLogger": keras.callbacks.CSVLogger(tmp_path / "log.csv"),
+        "lambda": keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: None),
+        "lambda by batch": keras.callbacks.LambdaCallback(on_train_batch_end=lambda b, logs: None),
+        "TerminateOnNaN": keras.callbacks.TerminateOnNaN(),
+    }
+    assert {name: KerasCallback(callback).every_steps for name, callback in every.items()} == {
+        "ModelCheckpoint": None,
+        "by steps": 1,
+        "CSVLogger": None,
+        "lambda": None,
+        "lambda by batch": 1,
+        "TerminateOnNaN": 1,
+    }
+
+
+def test_tensorboard_writes(tmp_path):
+    run([keras.callbacks.TensorBoard(tmp_path)], "train", epochs=1)
+    assert list(tmp_path.rglob("events*"))
