@@ -25,7 +25,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 DATA = ROOT.parent / "shared" / "data" / "scifact"
 BACKENDS = ("tensorflow", "jax", "torch")
-PAIRS, QUERIES, LENGTH, RATE, MICRO = 256, 100, 64, 2e-5, 8
+PAIRS, QUERIES, LENGTH, RATE, MICRO = 128, 100, 64, 2e-5, 8
 
 
 def peak_mib() -> float:
@@ -220,7 +220,7 @@ def main() -> None:
         print("| system | loss | batch | MiB |\n|---|---|---|---|")
         for system in systems:
             for way in ("plain", "cached"):
-                for batch in (16, 64, 256):
+                for batch in (16, 32, 64):
                     job = {"way": way, "batch": batch, "epochs": 2, "steps": 1}
                     line(system, way, batch, measured(system, **job, at_once=1), "mib")
     if arguments.part in (None, "frozen"):

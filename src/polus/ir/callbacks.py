@@ -133,8 +133,8 @@ class RetrievalValidation(_Search):
 class HardNegativeMining(_Search):
     """Gives each pair the documents that the present model takes for relevant, wrongly.
 
-    Exact search over all documents before the first epoch and after every n epochs; from what is found
-    for a query, whatever is judged relevant to it is left out.
+    Exact search over all documents before the first epoch and after every n epochs; from what is
+    found for a query, whatever is judged relevant to it is left out.
 
     Args:
         batches: gets its `negatives`.
