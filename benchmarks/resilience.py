@@ -1,0 +1,395 @@
+"""Runs that are killed again and again, and what comes out of them, bit by bit.
+
+    python benchmarks/resilience.py                                # writes the tables
+    python benchmarks/resilience.py --backend jax --source arrays  # a look at one
+
+Of each source of data one run goes through undisturbed. The same command is then started again and
+again, and its process killed with SIGKILL at a random moment, also while a checkpoint is written,
+until it comes to its end by itself. Compared as bits are the loss of each step that any of its
+processes ran, and at the end all losses, weights, validation results and what the callbacks
+remember. The model has dropout, batch norm, Adam with a schedule and accumulated gradients.
+
+The cost is measured in one process: with a checkpoint every 100 steps and without, and for how long
+a save holds the loop. Keras' BackupAndRestore is measured beside it; Orbax where it is installed.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+ROOT = Path(__file__).parent.parent
+TABLE = ROOT / "docs" / "benchmarks" / "resilience.md"
+BACKENDS = {"tensorflow": "TensorFlow", "jax": "JAX", "torch": "PyTorch"}
+SOURCES = ["arrays", "tf.data", "DataLoader", "generator", "retrieval"]
+EPOCHS, EXAMPLES, BATCH = 8, 150, 8
+PAUSE_SECS = 0.02  # after every few steps, so that a run is long enough to be killed
+
+
+# ---------------------------------------------------------------------- one process of a run
+
+
+def dataset(source: str, x: Any, y: Any) -> Any:
+    """Gives one of the sources of data, shuffled."""
+    import numpy as np
+
+    if source == "arrays":
+        from polus.data import from_arrays
+
+        return from_arrays((x, y), BATCH, seed=1)
+    if source == "tf.data":
+        import tensorflow as tf
+
+        return tf.data.Dataset.from_tensor_slices((x, y)).shuffle(64, seed=1).batch(BATCH)
+    if source == "DataLoader":
+        import torch
+
+        torch.manual_seed(1)
+        return torch.utils.data.DataLoader([*zip(x, y, strict=True)], BATCH, shuffle=True)
+
+    def generator() -> Any:  # draws its order and some noise from NumPy's global generator
+        order = np.random.permutation(len(x))
+        for i in range(0, len(x), BATCH):
+            rows = order[i : i + BATCH]
+            noise = np.random.normal(scale=0.1, size=(len(rows), x.shape[1]))
+            yield x[rows] + noise.astype("float32"), y[rows]
+
+    return generator
+
+
+def child(source: str, folder: Path, result: Path, log: Path) -> None:
+    """Starts or continues the run, says on stdout when it trains, and writes what came out."""
+    import keras
+    import numpy as np
+
+    from polus.callbacks import Callback, EarlyStop, ValidationDataCallback
+    from polus.checkpoint import Checkpoint
+    from polus.metrics import Accuracy
+    from polus.training import ClassifierTrainer
+
+    keras.utils.set_random_seed(1)
+    rng = np.random.default_rng(0)
+
+    class Logged(Callback):
+        """Every loss to a file, as soon as it is known, and slowly."""
+
+        def on_train_begin(self) -> None:
+            self.file = log.open("a")
+
+        def on_steps_end(self, epoch: int, steps: range, losses: Any) -> None:
+            print("trains", flush=True)
+            for step, loss in zip(steps, np.asarray(losses), strict=True):
+                self.file.write(f"{epoch} {step} {loss.tobytes().hex()}\n")
+            self.file.flush()
+            time.sleep(PAUSE_SECS)
+
+    layers = keras.layers
+    stack = [layers.Dense(32, "relu"), layers.BatchNormalization(), layers.Dropout(0.3)]
+    adam = keras.optimizers.Adam(
+        keras.optimizers.schedules.CosineDecay(1e-2, 100), gradient_accumulation_steps=2
+    )
+    checkpoint = Checkpoint(folder, every_steps=3)
+    trainer: Any
+    if source == "retrieval":
+        from polus.ir import losses, scores
+        from polus.ir.callbacks import HardNegativeMining
+        from polus.ir.data import PairBatches
+        from polus.ir.models import DualEncoder
+        from polus.ir.training import EfficientDenseRetrievalTrainer
+
+        queries = rng.normal(size=(EXAMPLES, 12)).astype("float32")
+        documents = (queries + rng.normal(size=queries.shape)).astype("float32")
+        data: Any = PairBatches(queries, documents, [[i] for i in range(EXAMPLES)], BATCH, seed=1)
+        trainer = EfficientDenseRetrievalTrainer(
+            DualEncoder(keras.Sequential([*stack, layers.Dense(8)])),
+            scores.cosine,
+            optimizer=adam,
+            loss=losses.InfoNCE(),
+            freeze_encoder=False,
+        )
+        callbacks = [HardNegativeMining(data, k=2, every_epochs=2)]
+    else:
+        x = rng.normal(size=(2 * EXAMPLES, 12)).astype("float32")
+        y = (x[:, :4].sum(axis=1) > 0).astype("int32") + (x[:, 4] > 1)
+        data = dataset(source, x[:EXAMPLES], y[:EXAMPLES].astype("int32"))
+        trainer = ClassifierTrainer(
+            keras.Sequential([*stack, layers.Dense(3)]),
+            adam,
+            keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+            metrics=[Accuracy(num_classes=3)],
+        )
+        held_out = [(x[EXAMPLES:], y[EXAMPLES:].astype("int32"))]
+        callbacks = [ValidationDataCallback(held_out), EarlyStop("loss", patience=EPOCHS)]
+    history = trainer.train(data, EPOCHS, [*callbacks, checkpoint, Logged()], resume=folder)
+    weights = [keras.ops.convert_to_numpy(v).tobytes() for v in trainer.state_variables()]
+    outcome = {
+        "losses": history.steps["loss"].tobytes().hex(),
+        "epochs": json.dumps(history.epochs),
+        "weights": hashlib.sha256(b"".join(weights)).hexdigest(),
+        "callbacks": repr([callback.get_state() for callback in callbacks]),
+    }
+    result.write_text(json.dumps(outcome))
+
+
+# ---------------------------------------------------------------------- killing it
+
+
+def start(backend: str, source: str, folder: Path) -> subprocess.Popen[bytes]:
+    """Starts one process of a run."""
+    command = [sys.executable, __file__, "--backend", backend, "--source", source]
+    environment = os.environ | {"KERAS_BACKEND": backend}
+    return subprocess.Popen(
+        [*command, "--child", str(folder)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=(folder / "stderr").open("ab"),
+    )
+
+
+def survive(backend: str, source: str, longest_secs: float) -> dict[str, int]:
+    """Kills a run until it is done, and counts what is the same as in an undisturbed one."""
+    with tempfile.TemporaryDirectory() as temporary:
+        whole, parts = Path(temporary) / "whole", Path(temporary) / "parts"
+        for folder in (whole, parts):
+            folder.mkdir()
+        finish(start(backend, source, whole), whole)
+        expected = dict(read_log(whole))
+        kills = in_save = 0
+        while not (parts / "result").exists():
+            process = start(backend, source, parts)
+            assert process.stdout is not None
+            if process.stdout.readline():  # it trains
+                killer = threading.Thread(target=kill, args=(process, parts, longest_secs))
+                killer.start()
+                process.stdout.read()
+                killer.join()
+            if process.wait() == -9:
+                kills += 1
+                in_save += any(parts.glob("checkpoints/.tmp-*"))
+            elif process.returncode:
+                raise SystemExit((parts / "stderr").read_text())
+        ran = read_log(parts)
+        first, second = (json.loads((folder / "result").read_text()) for folder in (whole, parts))
+        return {
+            "kills": kills,
+            "in_save": in_save,
+            "steps": len(ran),
+            "same": sum(expected.get(place) == loss for place, loss in ran),
+            "results": len(first),
+            "same_results": sum(first[name] == second[name] for name in first),
+        }
+
+
+def kill(process: subprocess.Popen[bytes], folder: Path, longest_secs: float) -> None:
+    """Kills at a random moment; every second time not before a save has begun after it."""
+    time.sleep(random.uniform(0, longest_secs))
+    saving = random.random() < 0.5
+    while saving and process.poll() is None and not any(folder.glob("checkpoints/.tmp-*")):
+        pass
+    process.kill()
+
+
+def finish(process: subprocess.Popen[bytes], folder: Path) -> None:
+    """Waits for a process that nobody kills."""
+    process.communicate()
+    if process.returncode:
+        raise SystemExit((folder / "stderr").read_text())
+
+
+def read_log(folder: Path) -> list[tuple[str, str]]:
+    """Gives the place and the bits of the loss of each step that was run."""
+    lines = (folder / "log").read_text().splitlines()
+    found = [line.rsplit(" ", 1) for line in lines]
+    return [(place, loss) for place, loss in found if len(loss) == 8]  # the last may be cut off
+
+
+# ---------------------------------------------------------------------- what it costs
+
+
+def costs(megabytes: int) -> dict[str, float]:
+    """Steps per second with a save every 100 steps and without; seconds that a save holds."""
+    import keras
+    import numpy as np
+
+    from polus.callbacks import Callback
+    from polus.checkpoint import Checkpoint
+    from polus.data import from_arrays
+    from polus.training import ClassifierTrainer
+
+    # Adam keeps three times the weights: of W bytes of weights the state has 3 W.
+    width = int((megabytes * 1e6 / 3 / 4) ** 0.5)
+    steps = 400 if megabytes < 10 else 200
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(8 * steps, width)).astype("float32"), np.zeros(8 * steps, "int32")
+
+    def model() -> Any:
+        return keras.Sequential([keras.layers.Dense(width, "relu"), keras.layers.Dense(2)])
+
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    trainer = ClassifierTrainer(model(), keras.optimizers.Adam(1e-3), loss)
+    data = from_arrays((x, y), 8)
+
+    class Every100(Callback):
+        """Bounds the dispatches alike, so that only the saving is measured."""
+
+        every_steps = 100
+
+        def on_steps_end(self, epoch: int, steps: range, losses: Any) -> None:
+            np.asarray(losses)
+
+    def seconds(callbacks: list[Any]) -> float:
+        began = time.perf_counter()
+        trainer.train(data, 1, [Every100(), *callbacks])
+        return time.perf_counter() - began
+
+    held: list[float] = []
+
+    class Timed(Checkpoint):
+        def save(self) -> None:
+            began = time.perf_counter()
+            super().save()
+            held.append(time.perf_counter() - began)
+
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        seconds([])  # compiles
+        seconds([Timed(folder, every_steps=100)])
+        rounds = [(seconds([]), seconds([Timed(folder, every_steps=100)])) for _ in range(3)]
+        keras_model = model()
+        keras_model.compile(keras.optimizers.Adam(1e-3), loss)
+        backup = keras.callbacks.BackupAndRestore(
+            Path(folder) / "keras", save_freq=100, delete_checkpoint=False
+        )
+        keras_held: list[float] = []
+        save = backup._save_model
+
+        def timed_save(*arguments: Any, **named: Any) -> None:
+            began = time.perf_counter()
+            save(*arguments, **named)
+            keras_held.append(time.perf_counter() - began)
+
+        backup._save_model = timed_save
+        keras_model.fit(x, y, batch_size=8, verbose=0, callbacks=[backup])
+        result = {
+            "without": statistics.median(steps / a for a, _ in rounds),
+            "with": statistics.median(steps / b for _, b in rounds),
+            "held": statistics.median(held),
+            "first": held[0],
+            "keras_held": statistics.median(keras_held),
+        }
+        try:
+            import orbax.checkpoint as ocp
+        except ImportError:
+            return result
+        values = [keras.ops.convert_to_numpy(v) for v in trainer.state_variables()]
+        times = []
+        with ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            for i in range(4):
+                began = time.perf_counter()
+                checkpointer.save(Path(folder).absolute() / f"orbax{i}", values)
+                times.append(time.perf_counter() - began)
+        return result | {"orbax_held": statistics.median(times)}
+
+
+# ---------------------------------------------------------------------- the tables
+
+
+def survival_table(rows: list[tuple[str, str, dict[str, int]]]) -> str:
+    """Gives the table of what was killed."""
+    lines = [
+        "| backend | data | kills | of them in a save | steps run, with repeated ones "
+        "| same bits | results the same |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for backend, source, n in rows:
+        lines.append(
+            f"| {BACKENDS[backend]} | {source} | {n['kills']} | {n['in_save']} | {n['steps']} "
+            f"| {n['same']} | {n['same_results']} of {n['results']} |"
+        )
+    total = {name: sum(row[2][name] for row in rows) for name in rows[0][2]}
+    lines.append(
+        f"| **all** | | **{total['kills']}** | **{total['in_save']}** | **{total['steps']}** "
+        f"| **{total['same']}** | **{total['same_results']} of {total['results']}** |"
+    )
+    return "\n".join(lines)
+
+
+def cost_table(rows: list[tuple[str, int, dict[str, float]]]) -> str:
+    """Gives the table of what saving costs."""
+    lines = [
+        "| backend | state | steps/s without | with a save every 100 steps | a save holds the loop "
+        "| Keras BackupAndRestore | Orbax |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for backend, megabytes, n in rows:
+        orbax = f"{n['orbax_held'] * 1000:,.0f} ms" if "orbax_held" in n else "not installed"
+        lines.append(
+            f"| {BACKENDS[backend]} | {megabytes} MB | {n['without']:,.0f} | {n['with']:,.0f} "
+            f"| {n['held'] * 1000:,.0f} ms | {n['keras_held'] * 1000:,.0f} ms | {orbax} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Runs what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--backend", choices=BACKENDS, action="append")
+    parser.add_argument("--source", choices=SOURCES, action="append")
+    parser.add_argument("--rounds", type=int, default=1, help="runs of each source")
+    parser.add_argument("--longest", type=float, default=2.0, help="seconds to a kill at most")
+    parser.add_argument("--no-costs", action="store_true")
+    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--costs", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        folder = options.child
+        child(options.source[0], folder / "checkpoints", folder / "result", folder / "log")
+        return
+    if options.costs:
+        print(json.dumps(costs(options.costs)))
+        return
+    backends = options.backend or list(BACKENDS)
+    rows = []
+    for backend in backends:
+        for source in options.source or SOURCES:
+            for _ in range(options.rounds):
+                rows.append((backend, source, survive(backend, source, options.longest)))
+                print(rows[-1], flush=True)
+    merged = [
+        (b, s, {k: sum(r[2][k] for r in rows if r[:2] == (b, s)) for k in rows[0][2]})
+        for b, s in dict.fromkeys(row[:2] for row in rows)
+    ]
+    text = survival_table(merged)
+    if not options.no_costs:
+        measured = []
+        for backend in backends:
+            for megabytes in (1, 500):
+                output = subprocess.run(
+                    [sys.executable, __file__, "--costs", str(megabytes)],
+                    env=os.environ | {"KERAS_BACKEND": backend},
+                    check=True,
+                    stdout=subprocess.PIPE,
+                ).stdout
+                measured.append((backend, megabytes, json.loads(output.splitlines()[-1])))
+                print(measured[-1], flush=True)
+        text += "\n\n" + cost_table(measured)
+    print(text)
+    if not options.backend and not options.source:
+        TABLE.parent.mkdir(parents=True, exist_ok=True)
+        TABLE.write_text(
+            "# Runs that are killed\n\nWritten by `python benchmarks/resilience.py`, which says "
+            f"what is measured, on {os.cpu_count()} cores.\n\n{text}\n"
+        )
+
+
+if __name__ == "__main__":
+    main()
