@@ -72,12 +72,17 @@ def child(source: str, folder: Path, result: Path, log: Path) -> None:
     import keras
     import numpy as np
 
+    import polus.core
+    from polus.backends import backend
     from polus.callbacks import Callback, EarlyStop, ValidationDataCallback
     from polus.checkpoint import Checkpoint
     from polus.metrics import Accuracy
     from polus.training import ClassifierTrainer
 
     keras.utils.set_random_seed(1)
+    # Measured anew, "auto" may choose otherwise: a choice is part of a run from its first save on,
+    # and here processes are killed before it as well.
+    polus.core.set_jit_compile(backend.candidates()[0])
     rng = np.random.default_rng(0)
 
     class Logged(Callback):
@@ -130,7 +135,9 @@ def child(source: str, folder: Path, result: Path, log: Path) -> None:
         )
         held_out = [(x[EXAMPLES:], y[EXAMPLES:].astype("int32"))]
         callbacks = [ValidationDataCallback(held_out), EarlyStop("loss", patience=EPOCHS)]
-    history = trainer.train(data, EPOCHS, [*callbacks, checkpoint, Logged()], resume=folder)
+    history = trainer.train(
+        data, EPOCHS, [*callbacks, checkpoint, Logged()], resume=folder, steps_per_dispatch=3
+    )
     weights = [keras.ops.convert_to_numpy(v).tobytes() for v in trainer.state_variables()]
     outcome = {
         "losses": history.steps["loss"].tobytes().hex(),
