@@ -89,12 +89,13 @@ def main(data: Path | None = None, epochs: int | None = None, runs: Path = Path(
     history.plot(folder / "history.png")
 
     scores = history.to_dict()["val_macro_f1"]
+    score, epoch = max(scores), np.argmax(scores) + 1
     print(f"""
 Trained     {best.count_params():,} weights on {len(x):,} images, {keras.backend.backend()}
-How well    macro-F1 {max(scores):.4f} on {len(x_test):,} held-out images, epoch {np.argmax(scores) + 1}
+How well    macro-F1 {score:.4f} on {len(x_test):,} held-out images, after epoch {epoch}
 How fast    {len(scores)} epochs in {seconds:.1f} s, compilation included
 Files       {folder}/model.keras, history.png, confusion_matrix.png""")
-    return max(scores)
+    return score
 
 
 if __name__ == "__main__":

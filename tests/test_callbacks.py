@@ -1,6 +1,7 @@
 """The callbacks of Polus: what they show, save, validate and stop."""
 
 import io
+import itertools
 import logging
 
 import keras
@@ -135,6 +136,20 @@ def test_the_smooth_loss_goes_on_from_its_state():
     assert second.smooth_loss == pytest.approx(whole.smooth_loss, rel=1e-12)
 
 
+def test_the_smooth_loss_waits_for_no_step_until_it_is_read():
+    class Unread:
+        def __array__(self, dtype=None, copy=None):
+            reads.append(self)
+            return np.ones(2, dtype)
+
+    reads, smooth = [], LossSmoothCallback()
+    for _ in range(3):
+        smooth.on_steps_end(0, range(2), Unread())
+    assert not reads
+    assert smooth.smooth_loss == pytest.approx(1)
+    assert len(reads) == 3
+
+
 def test_the_timer_measures_epochs_by_its_clock():
     time = iter(range(100))
     shared = Shared()
@@ -215,7 +230,9 @@ def test_bad_arguments(make, message):
 
 def test_an_unknown_name_to_monitor_says_what_there_is():
     callbacks = [ValidationDataCallback(BATCHES), EarlyStop("val_acuracy")]
-    with pytest.raises(ValueError, match=r"Did you mean 'val_accuracy'\?.*There are accuracy, loss"):
+    with pytest.raises(
+        ValueError, match=r"Did you mean 'val_accuracy'\?.*There are accuracy, loss"
+    ):
         make_trainer().train(BATCHES, epochs=1, callbacks=callbacks)
 
 
@@ -298,9 +315,9 @@ def test_no_last_model_after_an_error(tmp_path):
 # ---------------------------------------------------------------------- progress
 
 
-def shown(terminal: bool, callbacks=(), fails=False, clock=None) -> str:
+def shown(terminal: bool, callbacks=(), fails=False, clock=None, width=120) -> str:
     out = io.StringIO()
-    console = Console(file=out, force_terminal=terminal, width=120, color_system=None)
+    console = Console(file=out, force_terminal=terminal, width=width, color_system=None)
     progress = ConsoleLogCallback(console, **({"clock": clock} if clock else {}))
 
     def batches():
@@ -335,13 +352,57 @@ def test_a_bar_in_a_terminal():
     assert text.count("\x1b[?25l") == text.count("\x1b[?25h") == 1  # the cursor comes back
 
 
+def test_a_narrow_terminal_keeps_what_matters():
+    ticks = iter(range(10_000))
+    text = shown(True, [LossSmoothCallback()], clock=lambda: next(ticks), width=60)
+    bars = [line for line in text.replace("\x1b[2K", "\n").splitlines() if "━" in line]
+    assert any(line.startswith("epoch 2/2 ━") and "  loss " in line for line in bars)
+    assert all(len(line) <= 60 for line in bars)
+
+
+def test_long_epochs_without_a_terminal_say_that_they_are_alive():
+    ticks = iter(range(0, 100_000, 20))
+
+    class TwoTerms(ClassifierTrainer):
+        def train_step(self, x, y):
+            loss = super().train_step(x, y)
+            return {"loss": loss, "half[1]": loss / 2}
+
+    trainer = make_trainer()
+    trainer = TwoTerms(trainer.model, trainer.optimizer, CROSS_ENTROPY)
+    console = Console(file=(out := io.StringIO()), width=200)
+    progress = ConsoleLogCallback(console, clock=lambda: next(ticks))
+    history = trainer.train(BATCHES, epochs=1, callbacks=[progress], steps_per_dispatch=1)
+    lines = out.getvalue().splitlines()
+    loss = history.steps["loss"][4]
+    assert lines[-3].startswith(f"  step 5/5  loss {loss:.4g}  half[1] {loss / 2:.4g}  ")
+
+
 def test_the_bar_is_closed_after_an_error():
     text = shown(True, fails=True)
     assert text.count("\x1b[?25l") == text.count("\x1b[?25h") == 1
+    assert "0 epochs, 5 steps in " in text.splitlines()[-1]
+
+
+def test_an_error_in_a_callback_ends_the_others_in_order():
+    class Fails(Callback):
+        def on_epoch_end(self, epoch):
+            raise RuntimeError("mine")
+
+    class Ends(Callback):
+        ended = None
+
+        def on_train_end(self):
+            self.ended = self.coordinator.exception
+
+    ends = [Ends(), Ends()]
+    with pytest.raises(RuntimeError, match="mine") as error:
+        make_trainer().train(BATCHES, epochs=1, callbacks=[ends[0], Fails(), ends[1]])
+    assert [end.ended for end in ends] == [error.value] * 2
 
 
 def test_waiting_for_data_is_said():
-    seconds = iter(range(0, 100_000, 10))
+    seconds = itertools.chain([0], itertools.repeat(100))
     slow = ConsoleLogCallback(Console(file=(out := io.StringIO())), clock=lambda: next(seconds))
     trainer = make_trainer()
 
@@ -350,4 +411,4 @@ def test_waiting_for_data_is_said():
             self.coordinator.feed.waited_secs += 43.0
 
     trainer.train(BATCHES, epochs=1, callbacks=[slow, Waits()], steps_per_dispatch=1)
-    assert "input-bound: " in out.getvalue().replace("\n", " ")
+    assert "input-bound: 43%" in out.getvalue().replace("\n", " ")

@@ -28,7 +28,7 @@ def test_a_folder_gets_its_name_with_all_that_is_in_it(tmp_path):
 def test_an_error_leaves_the_old_content_and_no_rest(tmp_path, error):
     target = tmp_path / "best.keras"
     target.write_text("old")
-    with pytest.raises(error), atomic_write(target) as temporary:
+    with pytest.raises(error), atomic_write(target) as temporary:  # noqa: PT012
         temporary.write_text("half")
         raise error
     assert target.read_text() == "old"

@@ -1,6 +1,8 @@
 """Runs a step over blocks of batches, in the way that was measured to be the fastest."""
 
+import itertools
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -10,11 +12,12 @@ import numpy as np
 
 from polus.backends import backend
 from polus.core import JitMode
-from polus.data.feed import Block, Epoch, stacked
+from polus.data.feed import Block, Epoch, row
 from polus.data.source import as_arguments
 from polus.state import Snapshot
 
-DISPATCH_SECS = 0.04  # progress still moves, Ctrl-C still works, and the dispatch itself is lost in it
+# Progress still moves, Ctrl-C still works, and the dispatch itself is lost in it.
+DISPATCH_SECS = 0.04
 MAX_STEPS = 512  # beyond it nothing is won, and the stacked batches take memory
 MAX_BYTES = 2**26  # of stacked batches per dispatch
 MANY_SHAPES = 8
@@ -31,12 +34,20 @@ class Dispatch:
     Attributes:
         jit_compile: the setting for programs made from now on.
         capacity: how many steps one call may run; 1 for step by step.
+        measured: (jit_compile, steps per call) -> seconds per step.
+        compile_secs: the longest compilation so far.
+        settled: whether no more is to be measured.
     """
 
-    def __init__(self, step: Callable[..., Any], jit_compile: bool | None, capacity: int = 1) -> None:
+    def __init__(
+        self, step: Callable[..., Any], jit_compile: bool | None, capacity: int = 1
+    ) -> None:
         self.step = step
         self.jit_compile = jit_compile
         self.capacity = capacity
+        self.settled = False
+        self.measured: dict[tuple[bool, int], float] = {}
+        self.compile_secs = 0.0
         self._programs: dict[Any, Callable[..., Any]] = {}
         self._shapes: list[Any] = []
 
@@ -46,8 +57,8 @@ class Dispatch:
             self._shapes.append(block.signature)
             if len(self._shapes) == MANY_SHAPES and backend.COMPILES:
                 logger.warning(
-                    "Batches of %d different shapes came so far, and each is compiled by itself: %s. "
-                    "Pad the batches to few lengths, or drop the last, smaller one.",
+                    "Batches of %d different shapes came so far, and each is compiled by itself: "
+                    "%s. Pad the batches to few lengths, or drop the last, smaller one.",
                     MANY_SHAPES,
                     "; ".join(str(shape) for shape in self._shapes),
                 )
@@ -55,24 +66,20 @@ class Dispatch:
         key = (self.jit_compile, block.fetch, many)
         program = self._programs.get(key)
         if program is None:
-            fetch, step = block.fetch, self.step
-            if many:
-                fn = backend.repeat(step, fetch)
-            elif fetch is None:
-                fn = step
-            else:
-                fn = _one(step, fetch)
+            fn = _many(self.step, block.fetch) if many else _one(self.step, block.fetch)
             program = self._programs[key] = backend.function(fn, self.jit_compile)
         if many:
             return program, (np.int32(block.count), block.capacity, block.payload)
         return program, (block.payload,) if block.fetch else as_arguments(block.payload)
 
 
-def _one(step: Callable[..., Any], fetch: Callable[..., Any]) -> Callable[..., Any]:
-    def one(payload: Any) -> Any:
-        return step(*fetch(payload, 0))
+def _many(step: Callable[..., Any], fetch: Any) -> Callable[..., Any]:
+    steps = backend.repeat(step, row)
+    return lambda count, capacity, payload: steps(count, capacity, fetch(payload))
 
-    return one
+
+def _one(step: Callable[..., Any], fetch: Any) -> Callable[..., Any]:
+    return step if fetch is None else lambda payload: step(*row(fetch(payload), 0))
 
 
 def choose(
@@ -82,35 +89,59 @@ def choose(
     jit_mode: JitMode,
     longest: int,
     fixed: int | None = None,
+    steps: float = math.inf,
 ) -> None:
     """Measures on the first batch and sets the fastest way. No variable or random state is changed.
 
+    Each compiler step by step, then each of them many steps at a time; but nothing that can't win,
+    and nothing that takes longer to compile than all the steps take that are to be run.
+
     Args:
-        dispatch: gets its `jit_compile` and `capacity`.
+        dispatch: gets its `jit_compile` and `capacity`, and keeps what was measured.
         epoch: the data; its first batch is measured on, and stays.
         survey: gives all variables that the step may assign; asked only where something is measured.
         jit_mode: True or False to measure under this setting only, or "auto".
         longest: the number of steps that may run in one call at most.
         fixed: the number of steps in one call where it is not to be chosen.
+        steps: the number of steps to be run.
     """
-    modes = backend.candidates() if jit_mode == "auto" else (jit_mode,)
-    single = epoch.sample(1)
-    longest = min(longest, MAX_STEPS, max(1, MAX_BYTES // max(1, _num_bytes(single))))
+    modes = list(backend.candidates()) if jit_mode == "auto" else [jit_mode]
+    longest = min(longest, MAX_STEPS, max(1, MAX_BYTES // max(1, _num_bytes(epoch.sample(1)))))
     if len(modes) == 1 and (longest == 1 or fixed is not None):
-        dispatch.jit_compile, dispatch.capacity = modes[0], fixed or 1
+        dispatch.jit_compile, dispatch.capacity, dispatch.settled = modes[0], fixed or 1, True
+    measured = dispatch.measured
+
+    def too_short() -> bool:
+        return bool(measured) and dispatch.compile_secs > steps * min(measured.values())
+
+    if dispatch.settled or too_short():
         return
     began = time.perf_counter()
     snapshot = Snapshot(survey())
-    measured: dict[tuple[bool, int], float] = {}
+    dispatch.settled = True
     try:
-        for mode in modes:
+        for many, mode in itertools.product((False, True), list(modes)):
+            count = _count(measured, mode, longest, fixed) if many else fixed or 1
+            if mode not in modes or count == 0 or (mode, count) in measured:
+                continue
+            if too_short():
+                dispatch.settled = False
+                break
             dispatch.jit_compile = mode
             try:
-                _measure(dispatch, epoch, longest, fixed, measured)
+                seconds = _seconds(dispatch, epoch.sample(count))
             except Exception as error:
-                if not any(m == mode for m, _ in measured) and mode == modes[-1] and not measured:
+                if not measured:
                     raise  # the step itself is at fault, not a compiler
-                logger.warning("jit_compile=%s can't compile this step: %s", mode, _first_line(error))
+                modes.remove(mode)
+                logger.warning(
+                    "jit_compile=%s can't compile this step%s: %s",
+                    mode,
+                    " in a loop" * many,
+                    _first_line(error),
+                )
+            else:
+                measured[mode, count] = seconds / count
     finally:
         snapshot.restore()
     ways = sorted(measured, key=lambda way: measured[way])
@@ -118,28 +149,25 @@ def choose(
     logger.info(
         "Measured in %.1f s, fastest first: %s",
         time.perf_counter() - began,
-        "; ".join(f"jit_compile={m}, {n} at a time: {1 / measured[m, n]:,.0f} steps/s" for m, n in ways),
+        "; ".join(
+            f"jit_compile={m}, {n} at a time: {1 / measured[m, n]:,.0f} steps/s" for m, n in ways
+        ),
     )
 
 
-def _measure(
-    dispatch: Dispatch,
-    epoch: Epoch,
-    longest: int,
-    fixed: int | None,
-    measured: dict[tuple[bool, int], float],
-) -> None:
-    """Adds to `measured` the seconds per step of one setting, by itself and several at a time."""
-    mode = bool(dispatch.jit_compile)
-    if fixed is not None:
-        measured[mode, fixed] = _seconds(dispatch, epoch.sample(fixed)) / fixed
-        return
-    one = measured[mode, 1] = _seconds(dispatch, epoch.sample(1))
-    # Room for twice what single steps suggest: a loop is faster than they are.
-    count = min(longest, int(2 * DISPATCH_SECS / one))
-    # A program whose single steps take three times as long won't win by its loop.
-    if count > 1 and one < 3 * min(measured.values()):
-        measured[mode, count] = _seconds(dispatch, epoch.sample(count)) / count
+def _count(
+    measured: dict[tuple[bool, int], float], mode: bool, longest: int, fixed: int | None
+) -> int:
+    """How many steps at a time are worth measuring under this setting; 0 for none."""
+    if fixed is not None or (one := measured.get((mode, 1))) is None:
+        return 0
+    # Of compilers that differ so much step by step, the slower one does not win by its loop.
+    if one > 3 * min(seconds for (_, count), seconds in measured.items() if count == 1):
+        return 0
+    # Room for more than single steps suggest: a loop is faster than they are.
+    count = int(2.5 * DISPATCH_SECS / one)
+    # Of long steps, what a loop saves is nothing, and it compiles as long again.
+    return 0 if count < 4 or longest == 1 else min(longest, count)
 
 
 def _first_line(error: Exception) -> str:
@@ -148,8 +176,10 @@ def _first_line(error: Exception) -> str:
 
 def _seconds(dispatch: Dispatch, block: Block) -> float:
     """The shortest of some runs, after one that compiles."""
+    began = time.perf_counter()
     program, arguments = dispatch.prepare(block)
     backend.wait(program(*arguments))
+    dispatch.compile_secs = max(dispatch.compile_secs, time.perf_counter() - began)
     times: list[float] = []
     while len(times) < 3 or (sum(times) < DISPATCH_SECS and len(times) < 20):
         began = time.perf_counter()
@@ -162,5 +192,4 @@ def _seconds(dispatch: Dispatch, block: Block) -> float:
 
 def _num_bytes(block: Block) -> int:
     """The bytes of what one step adds to a dispatch."""
-    moved = block.payload[1] if block.fetch is not None and block.fetch is not stacked else block.payload
-    return sum(int(np.prod(leaf.shape)) * 8 for leaf in keras.tree.flatten(moved))
+    return sum(int(np.prod(leaf.shape)) * 8 for leaf in keras.tree.flatten(block.first))

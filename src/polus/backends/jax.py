@@ -160,19 +160,19 @@ def _watched(values: list[Any], connected: list[bool]) -> list[Any]:
         return ([used(i, c) for i, c in enumerate(cotangents)],)
 
     identity.defvjp(forward, backward, symbolic_zeros=True)
-    return identity(values)  # type: ignore[no-any-return]
+    return identity(values)
 
 
-def repeat(step: Callable[..., Tree], fetch: Callable[[Tree, Any], tuple[Any, ...]]) -> Any:
-    """Many steps as one function `(count, capacity, payload) -> outputs`, for `function`.
+def repeat(step: Callable[..., Tree], row: Callable[[Tree, Any], tuple[Any, ...]]) -> Any:
+    """Many steps as one function `(count, capacity, batches) -> outputs`, for `function`.
 
     The number of steps is an argument of a `while` loop, so that one compiled program serves every
     count up to `capacity`. Outputs are stacked to (capacity, ...); rows past `count` are zero.
     """
 
-    def many(count: Any, capacity: int, payload: Tree) -> Tree:
+    def many(count: Any, capacity: int, batches: Tree) -> Tree:
         def one(i: Any) -> Tree:
-            return step(*fetch(payload, i))
+            return step(*row(batches, i))
 
         outer = current()
         with Recorder((), outer) as met:

@@ -9,7 +9,7 @@ import keras
 _local = threading.local()
 
 
-class Recorder(keras.StatelessScope):  # type: ignore[misc]  # Keras ships no types
+class Recorder(keras.StatelessScope):
     """A scope in which assignments are recorded instead of carried out.
 
     What is read is met in `read`, what is assigned in `assigned`: variables by identity, in the

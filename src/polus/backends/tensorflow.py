@@ -56,16 +56,16 @@ def value_and_input_grad(fn: Callable[..., Any], inputs: Sequence[Any]) -> tuple
     return value, tape.gradient(value, inputs, unconnected_gradients=tf.UnconnectedGradients.ZERO)
 
 
-def repeat(step: Callable[..., Tree], fetch: Callable[[Tree, Any], tuple[Any, ...]]) -> Any:
-    """Many steps as one function `(count, capacity, payload) -> outputs`, for `function`.
+def repeat(step: Callable[..., Tree], row: Callable[[Tree, Any], tuple[Any, ...]]) -> Any:
+    """Many steps as one function `(count, capacity, batches) -> outputs`, for `function`.
 
     The number of steps is an argument of a `while` loop, so that one compiled program serves every
     count up to `capacity`. Outputs are stacked to (capacity, ...); rows past `count` are zero.
     """
 
-    def many(count: Any, capacity: int, payload: Tree) -> Tree:
+    def many(count: Any, capacity: int, batches: Tree) -> Tree:
         def one(i: Any) -> Tree:
-            return step(*fetch(payload, i))
+            return step(*row(batches, i))
 
         # The structure of what a step returns, known without running it.
         outputs = (
@@ -180,7 +180,7 @@ class _GraphBlocks:
         return int(count), pack(first, stacked), pack(first, left) if bool(other) else None
 
 
-@tf.function(autograph=False, reduce_retracing=True)  # type: ignore[untyped-decorator]
+@tf.function(autograph=False, reduce_retracing=True)
 def _read(iterator: Any, first: list[Any], want: Any) -> Any:
     specs = tf.nest.flatten(iterator.element_spec)
     rows = [

@@ -82,11 +82,11 @@ def _detached(leaf: Any) -> Any:
     return leaf.detach() if isinstance(leaf, torch.Tensor) else leaf
 
 
-def repeat(step: Callable[..., Tree], fetch: Callable[[Tree, Any], tuple[Any, ...]]) -> Any:
-    """Many steps as one function `(count, capacity, payload) -> outputs`: a plain loop."""
+def repeat(step: Callable[..., Tree], row: Callable[[Tree, Any], tuple[Any, ...]]) -> Any:
+    """Many steps as one function `(count, capacity, batches) -> outputs`: a plain loop."""
 
-    def many(count: Any, capacity: int, payload: Tree) -> Tree:
-        outputs = [step(*fetch(payload, i)) for i in range(int(count))]
+    def many(count: Any, capacity: int, batches: Tree) -> Tree:
+        outputs = [step(*row(batches, i)) for i in range(int(count))]
         return keras.tree.map_structure(lambda *rows: torch.stack(rows), *outputs)
 
     return many
@@ -113,8 +113,10 @@ def apply_gradients(optimizer: Any, gradients: Sequence[Any], variables: Sequenc
 
 
 def stack(batches: Sequence[Tree], capacity: int) -> Tree:
-    """The batches as they are, on the device: the loop over them is Python's."""
-    return [keras.tree.map_structure(to_device, batch) for batch in batches]
+    """Batches of equal structure and shape as one tree of tensors (steps, ...) on the device."""
+    return keras.tree.map_structure(
+        lambda *rows: torch.stack([to_device(row) for row in rows]), *batches
+    )
 
 
 def to_device(array: Any) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from polus.callbacks.base import Callback
 from polus.callbacks.smooth import LossSmoothCallback
@@ -39,8 +40,9 @@ class ConsoleLogCallback(Callback):
 
     def on_train_begin(self) -> None:
         self._out = self.console or Console(highlight=False, soft_wrap=True)
-        self._began = self.clock()
-        self._first: tuple[float, int, int] | None = None  # when the first steps were done, and what
+        self._began = self._epoch_began = self._shown = self.clock()
+        # When the first steps were done, how many they were, and their examples.
+        self._first: tuple[float, int, int] | None = None
         self._waited = self.coordinator.feed.waited_secs
         self._steps = self._examples = self._epochs = 0
         self._smooth = next(
@@ -48,23 +50,30 @@ class ConsoleLogCallback(Callback):
         )
         if self._out.is_terminal:
             self._progress = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=20),
-                TextColumn("{task.fields[report]}"),
+                TextColumn("{task.description}", markup=False),
+                BarColumn(bar_width=20, table_column=Column(no_wrap=True)),
                 TimeRemainingColumn(compact=True),
+                # Takes what is left of the line: a narrow terminal cuts it at its end.
+                TextColumn(
+                    "{task.fields[report]}",
+                    markup=False,
+                    table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"),
+                ),
                 console=self._out,
                 auto_refresh=False,  # no thread: the loop says when
                 transient=True,
+                expand=True,
             )
             self._progress.start()
             self._task = self._progress.add_task("", report="")
 
     def on_epoch_begin(self, epoch: int) -> None:
-        run = self.coordinator
         self._epoch_began = self._shown = self.clock()
         if self._progress is not None:
-            title = f"epoch {epoch + 1}/{run.epochs}"
-            self._progress.reset(self._task, total=run.steps, description=title, report="")
+            report = "" if self._first else "preparing the first step"
+            title, total = self._title(epoch), self.coordinator.steps
+            self._progress.reset(self._task, total=total, description=title, report=report)
+            self._progress.refresh()
 
     def on_steps_end(self, epoch: int, steps: range, losses: Any) -> None:
         run = self.coordinator
@@ -82,41 +91,58 @@ class ConsoleLogCallback(Callback):
         report = [f"{name} {np.asarray(values)[-1]:.4g}" for name, values in run.step_logs.items()]
         if self._smooth is not None:
             report.append(f"smooth loss {self._smooth.smooth_loss:.4g}")
-        report.append(self._rates(now))
+        if rates := self._rates(now):
+            report.append(rates)
         total = f"/{run.steps}" if run.steps else ""
         if self._progress is None:
-            self._out.print(f"  step {steps.stop}{total}  {'  '.join(report)}")
+            self._print(f"  step {steps.stop}{total}  {'  '.join(report)}")
             return
-        text = f"{steps.stop}{total}  {'  '.join(report)}"
-        self._progress.update(self._task, completed=steps.stop, report=text, refresh=True)
+        self._progress.update(
+            self._task,
+            description=self._title(epoch),
+            total=run.steps,
+            completed=steps.stop,
+            report=f"{steps.stop}{total}  {'  '.join(report)}",
+            refresh=True,
+        )
 
     def on_epoch_end(self, epoch: int) -> None:
         run = self.coordinator
         self._epochs += 1
         seconds = self.clock() - self._epoch_began
         values = "  ".join(f"{name} {_short(value)}" for name, value in run.logs.items())
-        width = len(str(run.epochs))
-        self._out.print(f"epoch {epoch + 1:{width}}/{run.epochs}  {values}  {seconds:.1f} s")
+        self._print(f"{self._title(epoch)}  {values}  {seconds:.1f} s")
 
     def on_train_end(self) -> None:
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
-        if not self._epochs:
+        if self._first is None:
             return
         now = self.clock()
         seconds = now - self._began
-        first = self._first[0] - self._began if self._first is not None else 0.0
+        first = self._first[0] - self._began
         epochs = f"{self._epochs} epoch{'s' * (self._epochs != 1)}, {self._steps:,} steps"
-        summary = f"{epochs} in {seconds:.1f} s: {first:.1f} s to the first, then {self._rates(now)}"
+        summary = f"{epochs} in {seconds:.1f} s: {first:.1f} s to the first"
+        if rates := self._rates(now):
+            summary += f", then {rates}"
         waited = (self.coordinator.feed.waited_secs - self._waited) / seconds
         if waited >= 0.05:
             summary += f"; input-bound: {waited:.0%} of the time went into waiting for data"
-        self._out.print(summary)
+        self._print(summary)
+
+    def _print(self, line: str) -> None:
+        self._out.print(line, markup=False)  # a name may have brackets
+
+    def _title(self, epoch: int) -> str:
+        epochs = self.coordinator.epochs
+        return f"epoch {epoch + 1:{len(str(epochs))}}/{epochs}"
 
     def _rates(self, now: float) -> str:
-        """Steps and examples per second since the first steps were done."""
-        began, *before = self._first or (now, 0, 0)
+        """Steps and examples per second since the first steps were done; empty before the next."""
+        if self._first is None or self._steps == self._first[1]:
+            return ""
+        began, *before = self._first
         counts = (self._steps - before[0], self._examples - before[1])
         rates = [count / max(now - began, 1e-9) for count in counts]
         shown = [f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}" for rate in rates]
@@ -124,4 +150,6 @@ class ConsoleLogCallback(Callback):
 
 
 def _short(value: Any) -> str:
-    return f"{value:.4g}" if np.ndim(value) == 0 else np.array2string(np.asarray(value), precision=4)
+    if np.ndim(value) == 0:
+        return f"{value:.4g}"
+    return np.array2string(np.asarray(value), precision=4)

@@ -15,6 +15,7 @@ BATCH_EVENTS = (
     "on_train_batch_begin",
     "on_train_batch_end",
 )
+OF_KERAS = vars(keras.callbacks.Callback())
 MISSING = object()
 
 
@@ -23,7 +24,8 @@ class KerasCallback(Callback):
 
     The model has the trainer's optimizer as `model.optimizer` while it trains, and `stop_training`
     ends the run. Logs are those of `fit`: of a batch the running means over the epoch, of an epoch
-    these and the validations', as `<set>_<metric>`.
+    these and the validations', as `<set>_<metric>`. A resumed run gives it back what changed of its
+    attributes, such as `wait` and `best`.
 
     Args:
         callback: the Keras callback; it is kept as `callback`.
@@ -40,19 +42,24 @@ class KerasCallback(Callback):
         )
         self.every_steps = 1 if overrides and not between_epochs else None
         self._overrides = overrides
+        self._given = dict(vars(callback))
+        self._sums: dict[str, float] = {}
+        self._examples = 0
 
     def on_train_begin(self) -> None:
         run = self.coordinator
         model = run.trainer.model
-        if run.shared_dict.setdefault("keras", self) is self:  # once for all Keras callbacks
+        self._sums, self._examples = {}, 0
+        if self is next(c for c in run.callbacks if isinstance(c, KerasCallback)):  # once for all
             run.closing.enter_context(_as_in_fit(model, run.trainer.optimizer))
         self.callback.set_params({"epochs": run.epochs, "steps": run.steps, "verbose": 0})
         self.callback.set_model(model)
         self.callback.on_train_begin({})
+        # Where BackupAndRestore leaves the epoch that it restored.
+        run.epoch = model._initial_epoch or run.epoch
 
     def on_epoch_begin(self, epoch: int) -> None:
-        self._sums: dict[str, float] = {}
-        self._examples = 0
+        self._sums, self._examples = {}, 0
         self.callback.on_epoch_begin(epoch, {})
         self._look()
 
@@ -85,6 +92,9 @@ class KerasCallback(Callback):
         self._look()
 
     def on_train_end(self) -> None:
+        failed = self.coordinator.exception is not None
+        if failed and isinstance(self.callback, keras.callbacks.BackupAndRestore):
+            return  # it would delete what the next run is to restore
         self.callback.on_train_end(dict(self.coordinator.logs))
 
     def on_validation_begin(self) -> None:
@@ -92,6 +102,23 @@ class KerasCallback(Callback):
 
     def on_validation_end(self, results: dict[str, Any]) -> None:
         self.callback.on_test_end(results)
+
+    def get_state(self) -> dict[str, Any]:
+        from polus.checkpoint.store import take_apart
+
+        changed = {}
+        for name, value in vars(self.callback).items():
+            scalar = isinstance(value, bool | int | float | str | None)
+            if name in OF_KERAS or (scalar and value == self._given.get(name, MISSING)):
+                continue
+            with contextlib.suppress(TypeError):  # files, functions: it makes them anew
+                take_apart(value)
+                changed[name] = value
+        return {"changed": changed, "sums": self._sums, "examples": self._examples}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        vars(self.callback).update(state["changed"])
+        self._sums, self._examples = state["sums"], state["examples"]
 
     def _look(self) -> None:
         trainer = self.coordinator.trainer
@@ -101,7 +128,7 @@ class KerasCallback(Callback):
 @contextlib.contextmanager
 def _as_in_fit(model: keras.Model, optimizer: keras.optimizers.Optimizer) -> Iterator[None]:
     """Lends the model what callbacks look for there; a compiled one gets its own back."""
-    lent = {"optimizer": optimizer, "stop_training": False}
+    lent = {"optimizer": optimizer, "stop_training": False, "_initial_epoch": None}
     before = {name: model.__dict__.get(name, MISSING) for name in lent}
     for name, value in lent.items():
         object.__setattr__(model, name, value)  # not tracked as a part of the model
@@ -117,10 +144,12 @@ def _as_in_fit(model: keras.Model, optimizer: keras.optimizers.Optimizer) -> Ite
 def _overridden(callback: keras.callbacks.Callback, event: str) -> bool:
     if isinstance(callback, keras.callbacks.LambdaCallback) and event in callback.__dict__:
         # It sets each event it was given as an attribute, and a function of no use for the others.
-        return callback.__dict__[event].__qualname__ != "LambdaCallback.__init__.<locals>.<lambda>"
+        name: str = callback.__dict__[event].__qualname__
+        return name != "LambdaCallback.__init__.<locals>.<lambda>"
     method = getattr(callback, event)
     return getattr(method, "__func__", method) is not getattr(keras.callbacks.Callback, event)
 
 
 def _number(value: Any) -> Any:
-    return np.asarray(keras.ops.convert_to_numpy(value)).item()
+    array = np.asarray(keras.ops.convert_to_numpy(value))
+    return array if array.ndim else array.item()

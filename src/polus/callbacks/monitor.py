@@ -44,8 +44,9 @@ class Monitor:
 
             close = difflib.get_close_matches(self.name, logs, n=1)
             hint = f"Did you mean {close[0]!r}? " if close else ""
+            names = ", ".join(sorted(logs))
             raise ValueError(
-                f"There is no {self.name!r} to monitor. {hint}There are {', '.join(sorted(logs))}; a "
+                f"There is no {self.name!r} to monitor. {hint}There are {names}; a "
                 "ValidationDataCallback adds those of its set, <name>_<metric>."
             )
         return float(logs[self.name])

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable
-from typing import Any
 
 from polus.callbacks.base import Callback
 
@@ -10,8 +9,8 @@ from polus.callbacks.base import Callback
 class TimerCallback(Callback):
     """Measures each epoch: `shared_dict["timer"]` is a list of dicts, one for each epoch.
 
-    `seconds` is the wall time of the epoch, what other callbacks do included; `seconds_per_step` the
-    same by its number of steps; `waited_seconds` is how long of it the loop waited for data.
+    `seconds` is the wall time of the epoch, what other callbacks do included; `seconds_per_step`
+    the same by its number of steps; `waited_seconds` is how long of it the loop waited for data.
 
     Args:
         clock: tells the time in seconds.
@@ -39,9 +38,3 @@ class TimerCallback(Callback):
                 "waited_seconds": self.coordinator.feed.waited_secs - self._waited,
             }
         )
-
-    def get_state(self) -> dict[str, Any]:
-        return {"epochs": self.coordinator.shared_dict.get("timer", [])}
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        self.coordinator.shared_dict["timer"] = state["epochs"]

@@ -9,9 +9,10 @@ from polus.callbacks.base import Callback, CallbackCoordinator
 class ValidationDataCallback(Callback):
     """Evaluates on a data set after every epoch, or every n steps within one.
 
-    Results go to `history`, to `shared_dict["validation"][name][metric]` (a list, one value for each
-    validation), and count as the epoch's logs under `<name>_<metric>`, e.g. `val_macro_f1`. Several
-    sets are several callbacks with a name each. Training is not disturbed, its metrics neither.
+    Results go to `history`, to `shared_dict["validation"][name][metric]` (a list, one value for
+    each validation), and count as the epoch's logs under `<name>_<metric>`, e.g. `val_macro_f1`.
+    Several sets are several callbacks with a name each. Training is not disturbed, its metrics
+    neither.
 
     Args:
         dataset: as for `train`.
@@ -70,9 +71,3 @@ class ValidationDataCallback(Callback):
                 "evaluation_loss. Give it metrics=[...], or leave this callback out."
             )
         run.add_validation(self.name, results)
-
-    def get_state(self) -> dict[str, Any]:
-        return {"results": self.coordinator.shared_dict["validation"][self.name]}
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        self.coordinator.shared_dict["validation"][self.name] = state["results"]

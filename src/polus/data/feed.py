@@ -7,7 +7,7 @@ import itertools
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import keras
@@ -26,8 +26,8 @@ class Block:
 
     Attributes:
         count: how many batches. batch_size: the examples of each (1 where there is no such axis).
-        fetch: takes a batch out of the payload inside the compiled step; None where the payload is
-            one batch itself.
+        fetch: takes the batches out of the payload inside the compiled step, stacked along a new
+            first axis; None where the payload is one batch itself.
         payload: what goes to the device.
         capacity: how many batches the payload has room for.
         signature: shapes and dtypes of a batch.
@@ -35,24 +35,36 @@ class Block:
 
     count: int
     batch_size: int
-    fetch: Callable[..., tuple[Any, ...]] | None
+    fetch: Callable[[Any], Any] | None
     payload: Any
     capacity: int
     signature: Any
 
+    @property
+    def first(self) -> tuple[Any, ...]:
+        """The step's arguments out of the first batch."""
+        if self.fetch is None:
+            return as_arguments(self.payload)
+        return row(self.fetch(self.payload), 0)
 
-def stacked(payload: Any, i: Any) -> tuple[Any, ...]:
-    """Batch `i` of batches stacked along a new first axis."""
-    if isinstance(payload, list):  # a backend whose loop is Python's keeps the batches apart
-        return as_arguments(payload[i])
-    return as_arguments(keras.tree.map_structure(lambda a: backend.index(a, i), payload))
+
+def stacked(payload: Any) -> Any:
+    """Batches that are stacked already."""
+    return payload
 
 
-def gathered(payload: tuple[Any, Any], i: Any) -> tuple[Any, ...]:
-    """Batch `i` of examples that live on the device; the payload is (examples, row numbers)."""
+def gathered(payload: tuple[Any, Any]) -> Any:
+    """Batches of examples that live on the device; the payload is (examples, row numbers).
+
+    All at once: a gather inside of the loop over steps makes XLA's loop up to twice as slow.
+    """
     examples, rows = payload
-    rows = backend.index(rows, i)
-    return as_arguments(keras.tree.map_structure(lambda a: backend.take(a, rows), examples))
+    return keras.tree.map_structure(lambda a: backend.take(a, rows), examples)
+
+
+def row(batches: Any, i: Any) -> tuple[Any, ...]:
+    """The step's arguments out of batch `i` of stacked batches."""
+    return as_arguments(keras.tree.map_structure(lambda a: backend.index(a, i), batches))
 
 
 class Feed:
@@ -179,7 +191,7 @@ class Epoch:
         capacity: int = 1,
         due: Due = lambda step: None,
         poll: Callable[[], None] = lambda: None,
-    ) -> Iterator[Block]:
+    ) -> Generator[Block]:
         """The batches in blocks of up to `capacity`, none longer than `due(step)` allows.
 
         Args:
@@ -204,7 +216,7 @@ class Epoch:
 
     def _made(
         self, want: Callable[[int], int], capacity: int, poll: Callable[[], None]
-    ) -> Iterator[Block]:
+    ) -> Generator[Block]:
         if self.feed._examples is not None:
             return self._gathered(want, capacity)
         graph = backend.graph_blocks(self.reader) if self.feed.transform is None else None
@@ -212,7 +224,7 @@ class Epoch:
             return self._in_graph(graph, want, capacity)
         return _ahead(self._stacked(want, capacity), poll)
 
-    def _gathered(self, want: Callable[[int], int], capacity: int) -> Iterator[Block]:
+    def _gathered(self, want: Callable[[int], int], capacity: int) -> Generator[Block]:
         dataset, step = self.feed.source.dataset, self.start
         order = dataset.order(self.number)
         size, end = dataset.batch_size, len(dataset)
@@ -231,7 +243,7 @@ class Epoch:
             yield Block(count, width, gathered, payload, len(table), (width,))
             step += count
 
-    def _in_graph(self, graph: Any, want: Callable[[int], int], capacity: int) -> Iterator[Block]:
+    def _in_graph(self, graph: Any, want: Callable[[int], int], capacity: int) -> Generator[Block]:
         pending, step = self._first or list(itertools.islice(self.batches, 1)), self.start
         while pending and (count := want(step)) > 0:
             first = pending.pop()
@@ -254,12 +266,13 @@ class Epoch:
             elif want(step) > 0:
                 pending = list(itertools.islice(self.batches, 1))
 
-    def _stacked(self, want: Callable[[int], int], capacity: int) -> Iterator[Block]:
+    def _stacked(self, want: Callable[[int], int], capacity: int) -> Generator[Block]:
         batches = (
             keras.tree.map_structure(_plain, batch)
             for batch in itertools.chain(self._first, self.batches)
         )
-        step, pending = self.start, []
+        step = self.start
+        pending: list[Any] = []
         while (count := want(step)) > 0:
             self._mark(step + len(pending))
             group = pending or list(itertools.islice(batches, 1))
@@ -312,12 +325,12 @@ def _signature(batch: Any) -> Any:
 def _size(batch: Any) -> int:
     """The number of examples: the length of the first axis of the first array, else 1."""
     for leaf in keras.tree.flatten(batch):
-        shape = getattr(leaf, "shape", ())
+        shape: tuple[int, ...] = getattr(leaf, "shape", ())
         return int(shape[0]) if len(shape) else 1
     return 1
 
 
-def _ahead(blocks: Iterator[Block], poll: Callable[[], None], depth: int = 2) -> Iterator[Block]:
+def _ahead(blocks: Iterator[Block], poll: Callable[[], None], depth: int = 2) -> Generator[Block]:
     """`blocks`, made by a thread that is `depth` ahead at most and ends with this generator."""
     made: queue.Queue[Any] = queue.Queue(maxsize=depth)
     stopped = threading.Event()

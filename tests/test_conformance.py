@@ -1,0 +1,80 @@
+"""One step on every backend: it computes what the loop by hand computes, and what the others do."""
+
+import json
+
+import numpy as np
+import pytest
+from conformance import RECORDED, ROWS, build, plain_losses
+from keras import ops
+
+from polus import core
+from polus.backends import backend
+from polus.callbacks import Callback
+
+REFERENCE = json.loads(RECORDED.read_text())
+# What may be compiled in several ways is held to the same in each.
+MODES = backend.candidates() if backend.COMPILES else (False,)
+
+
+@pytest.fixture
+def jit(request):
+    core.set_jit_compile(request.param)
+    yield request.param
+    core.set_jit_compile("auto")
+
+
+class Traces(Callback):
+    """Notes after each call how often the step's Python was run so far."""
+
+    def __init__(self, every_steps):
+        super().__init__()
+        self.every_steps = every_steps
+        self.counts = []
+
+    def on_steps_end(self, epoch, steps, losses):
+        self.counts.append(self.coordinator.trainer.traces)
+
+
+def trained(case, steps_per_dispatch):
+    counter = Traces(steps_per_dispatch)
+    history = case.trainer.train(
+        case.batches, epochs=1, callbacks=[counter], steps_per_dispatch=steps_per_dispatch
+    )
+    return history.steps["loss"], np.diff(counter.counts)
+
+
+def values(case):
+    return [ops.convert_to_numpy(variable) for variable in case.variables]
+
+
+# XLA on TensorFlow draws other numbers from the same seed than the plain loop.
+CASES = [(name, mode) for name in ROWS for mode in MODES if mode == MODES[0] or name in REFERENCE]
+
+
+@pytest.mark.parametrize(("name", "jit"), CASES, indirect=["jit"])
+def test_a_step_equals_the_loop_by_hand(name, jit):
+    plain, single, several = build(name), build(name), build(name)
+    expected = plain_losses(plain)
+    assert len(set(expected)) == len(expected)  # something is trained
+    losses, traces = trained(single, 1)
+    np.testing.assert_allclose(losses, expected, rtol=plain.rtol)
+    # Each step after the second does as many gradients in Python: none where steps are compiled.
+    assert len(set(traces[1:])) == 1
+    assert (traces[-1] == 0) == backend.COMPILES
+
+    in_blocks, traces = trained(several, 5)
+    np.testing.assert_allclose(in_blocks, expected, rtol=plain.rtol)
+    assert (traces[-1] == 0) == backend.COMPILES
+
+    for ours in (single, several):  # and so are all variables: weights, statistics, slots, seeds
+        for variable, got, wanted in zip(ours.variables, values(ours), values(plain), strict=True):
+            assert got.dtype == wanted.dtype
+            np.testing.assert_allclose(
+                got, wanted, rtol=10 * plain.rtol, atol=10 * plain.rtol, err_msg=variable.path
+            )
+    if plain.deterministic:
+        np.testing.assert_allclose(losses, REFERENCE[name], rtol=1e-4)
+
+
+def test_each_deterministic_row_has_its_reference():
+    assert set(REFERENCE) == {name for name in ROWS if build(name).deterministic}
