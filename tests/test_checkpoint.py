@@ -9,7 +9,10 @@ import json
 import logging
 import os
 import signal
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -144,6 +147,35 @@ def test_a_run_killed_again_and_again_equals_an_uninterrupted_one(tmp_path, unin
     more = train(folder, epochs=4)
     assert more["losses"][: len(uninterrupted["losses"])] == uninterrupted["losses"]
     assert len(more["steps"]) == 4 * 7
+
+
+KILLED_IN_A_SAVE = """
+import os, signal, sys
+import polus.core, test_checkpoint
+from polus.backends import backend
+
+replace, saves = os.replace, []
+
+def dies(*arguments):
+    saves.append(arguments)
+    if len(saves) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(*arguments)
+
+os.replace = dies
+polus.core.set_jit_compile(backend.candidates()[0])
+test_checkpoint.train(sys.argv[1])
+"""
+
+
+def test_a_process_killed_in_a_save(tmp_path, uninterrupted):
+    command = [sys.executable, "-c", KILLED_IN_A_SAVE, str(tmp_path)]
+    child = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True)
+    assert child.returncode == -signal.SIGKILL, child.stderr.decode()
+    assert [p["progress"]["step"] for p in trees(tmp_path)] == [2, 4]
+    assert list(tmp_path.glob(".tmp-*"))
+    assert train(str(tmp_path)) == uninterrupted
+    assert not list(tmp_path.glob(".tmp-*"))
 
 
 def test_a_damaged_checkpoint_costs_steps_but_no_bit(tmp_path, uninterrupted, caplog):
