@@ -32,7 +32,7 @@ class LargestSlope(IMetric):
 
 
 class GradientPenalty(BaseTrainer):
-    """Keeps the loss flat around the training inputs (Drucker & LeCun 1992, double backpropagation).
+    """Keeps the loss flat around the training inputs (Drucker & LeCun 1992, double backprop).
 
     Args:
         model: inputs (n, features) -> logits.
@@ -42,7 +42,9 @@ class GradientPenalty(BaseTrainer):
     """
 
     def __init__(self, model, penalty, input_shape, **kwargs):
-        super().__init__(model, metrics=[Accuracy(10), LargestSlope(name="largest_slope")], **kwargs)
+        super().__init__(
+            model, metrics=[Accuracy(10), LargestSlope(name="largest_slope")], **kwargs
+        )
         self.penalty = penalty
         # Gradients are taken by variables: that by the input is that by something added to it.
         self.shift = keras.Variable(np.zeros(input_shape, "float32"), trainable=False)
@@ -70,7 +72,7 @@ class GradientPenalty(BaseTrainer):
         return result
 
 
-def main(epochs: int = 30, penalty: float = 3.0, noise: float = 0.4) -> dict[float, list[float]]:
+def main(epochs: int = 30, penalty: float = 0.5, noise: float = 0.3) -> dict[float, list[float]]:
     """Returns, of a model without and one with the penalty: [accuracy, the same under noise]."""
     images, labels = load_digits(return_X_y=True)
     images, labels = images.astype("float32") / 16, labels.astype("int32")
@@ -109,5 +111,5 @@ def main(epochs: int = 30, penalty: float = 3.0, noise: float = 0.4) -> dict[flo
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, default=30)
-    parser.add_argument("--penalty", type=float, default=3.0)
+    parser.add_argument("--penalty", type=float, default=0.5)
     main(**vars(parser.parse_args()))
