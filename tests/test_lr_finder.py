@@ -122,12 +122,12 @@ def test_smoothing_takes_noise_away():
 
 def test_result_suggests_from_the_smoothed_curve_and_is_readable():
     result = LRFinderResult(RATES, curve(-3, -0.5, noise=0.05))
-    assert result.suggestion == result.suggestions["valley"]
-    assert list(result.suggestions) == ["valley", "steep", "slide", "minimum"]
+    assert result.suggestion == result.suggestions["steep"]
+    assert list(result.suggestions) == ["steep", "valley", "slide", "minimum"]
     assert 3e-4 < result.suggestion < 3e-3
-    assert 3e-4 < result.suggestions["steep"] < 3e-3
+    assert 3e-4 < result.suggestions["valley"] < 3e-3
     assert repr(result).startswith("LRFinderResult(81 steps from 1.0e-07 to 1.0e+01, suggestion=")
-    assert f"steep={result.suggestions['steep']:.2e}" in repr(result)
+    assert f"valley={result.suggestions['valley']:.2e}" in repr(result)
 
 
 def test_result_suggests_by_the_method_that_was_asked_for():
@@ -149,7 +149,7 @@ def test_result_reads_a_curve_up_to_the_first_loss_that_is_not_finite(last):
     assert len(cut.smoothed_losses) == 71
     values = json.loads(json.dumps(cut.to_dict(), allow_nan=False))
     assert values["losses"] == [*losses[:70], None]
-    assert values["method"] == "valley"
+    assert values["method"] == "steep"
     assert values["suggestions"] == cut.suggestions
     assert values["rates"] == RATES[:71].tolist()
 
@@ -188,7 +188,7 @@ def test_plot_shows_and_names_everything(tmp_path):
         "raw",
         "smoothed",
         *(
-            f"{name} {rate:.1e}" + " (chosen)" * (name == "valley")
+            f"{name} {rate:.1e}" + " (chosen)" * (name == "steep")
             for name, rate in result.suggestions.items()
         ),
     ]
@@ -293,7 +293,7 @@ def test_use_lr_found_sets_the_rate_and_says_so(caplog):
     trainer = Slope(keras.optimizers.SGD(0.25), 1.0, 2)
     logging.getLogger("polus").propagate = True
     with caplog.at_level(logging.INFO, logger="polus"):
-        result = trainer.lr_finder(ONES, use_lr_found=True, suggestion="steep")
+        result = trainer.lr_finder(ONES, use_lr_found=True, suggestion="valley")
     rate = result.suggestion
     assert float(trainer.optimizer.learning_rate) == pytest.approx(rate)
     assert f"Learning rate: 0.25 before, {rate:.3g} found." in caplog.text
@@ -352,7 +352,7 @@ def test_any_of_several_optimizers_can_be_swept():
         ({"num_steps": 15}, "at least 16, but got 15"),
         ({"num_steps": 20.5}, "integer of at least 16"),
         ({"stop_factor": 1}, "stop_factor is above 1"),
-        ({"suggestion": "sharp"}, "no suggestion 'sharp': there are valley, steep"),
+        ({"suggestion": "sharp"}, "no suggestion 'sharp': there are steep, valley"),
         ({"tf_dataset": None}, "lr_finder needs a dataset"),
         ({"tf_dataset": []}, "gave no batch"),
         ({"tf_dataset": iter(ONES)}, "What is read from a list_iterator is gone"),
@@ -550,7 +550,7 @@ def test_the_shell_gets_a_table_and_a_picture(tmp_path, monkeypatch, capsys):
     (tmp_path / "lr_program.py").write_text(PROGRAM)
     monkeypatch.syspath_prepend(tmp_path)
     path = str(tmp_path / "lr.png")
-    assert main(["lr_program:init_trainer", "--plot", path, "--suggestion", "steep"]) == 0
+    assert main(["lr_program:init_trainer", "--plot", path, "--suggestion", "valley"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == [*SUGGESTIONS, "picture:"]
     assert lines[1].endswith("(suggested)")

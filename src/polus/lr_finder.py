@@ -35,7 +35,7 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.progress import Progress
 
-from polus.data import Block, Feed, as_arguments
+from polus.data import Block, Feed
 from polus.data.replica import replica
 from polus.dispatch import Dispatch
 from polus.signals import Signals
@@ -132,7 +132,7 @@ def slide(rates: Array, losses: Array, interval: int = 15, threshold: float = 0.
 MIN_STEPS = 16  # what slide needs; less of a curve is not worth reading either
 
 SUGGESTIONS: dict[str, Callable[[Array, Array], float]] = {
-    f.__name__: f for f in (valley, steep, slide, minimum)
+    f.__name__: f for f in (steep, valley, slide, minimum)
 }
 
 
@@ -143,7 +143,8 @@ class LRFinderResult:
     Args:
         rates: The swept learning rates, positive and rising, shape `(n,)`.
         losses: The loss of the step at each, as it came; the last may be NaN or infinite.
-        method: Which of `suggestions` is `suggestion`.
+        method: Which of `suggestions` is `suggestion`. The default was the best of four in a
+            benchmark: see docs/learning_rate.md.
 
     Raises:
         ValueError: For an unknown `method`.
@@ -151,7 +152,7 @@ class LRFinderResult:
 
     rates: Array
     losses: Array
-    method: str = "valley"
+    method: str = "steep"
 
     def __post_init__(self) -> None:
         """Checks the name early: it would be a pity to find a typo after the sweep."""
@@ -340,7 +341,7 @@ def find(
     feed = Feed(replica(dataset), config.get("custom_data_transform_f"))
     with random_state_kept():
         first = feed.epoch(0).sample(1)
-    inputs = as_arguments(first.payload if first.fetch is None else first.fetch(first.payload, 0))
+    inputs = first.first
     # Outside of random_state_kept: what building draws, training would have drawn.
     trainer._build(inputs)
     variables = trainer._survey(inputs)

@@ -13,7 +13,7 @@ import contextlib
 import inspect
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import keras
 import numpy as np
@@ -28,6 +28,9 @@ from polus.dispatch import Dispatch, choose
 from polus.history import History
 from polus.metrics import as_metric
 from polus.state import Snapshot
+
+if TYPE_CHECKING:
+    from polus.lr_finder import LRFinderResult
 
 SPELLINGS = {
     "foward_without_grads": "forward_without_grads",
@@ -368,9 +371,9 @@ class BaseTrainer(BaseLogger):
         end_lr: float = 10.0,
         num_steps: int = 100,
         stop_factor: float = 4.0,
-        suggestion: str = "valley",
+        suggestion: str = "steep",
         optimizer: keras.optimizers.Optimizer | None = None,
-    ) -> Any:
+    ) -> "LRFinderResult":
         """Finds a learning rate by the range test, and leaves no trace on the training.
 
         Runs `num_steps` steps at rates that grow exponentially, and reads the rate to train with
@@ -395,7 +398,7 @@ class BaseTrainer(BaseLogger):
             num_steps: 16 or more.
             stop_factor: the sweep stops when the smoothed loss exceeds this many times its best, or
                 the loss is not finite.
-            suggestion: "valley", "steep", "slide" or "minimum": see `polus.lr_finder`.
+            suggestion: "steep", "valley", "slide" or "minimum": see `polus.lr_finder`.
             optimizer: which one is swept, where the step uses several. Default: the trainer's own.
 
         Returns:

@@ -1,0 +1,228 @@
+"""Is the suggested rate right? Two epochs at it, beside two epochs at each rate of a grid.
+
+    KERAS_BACKEND=torch python benchmarks/lr_finder.py --peers > peers.json  # may be left out
+    KERAS_BACKEND=jax python benchmarks/lr_finder.py --with peers.json > table.md
+
+Three tasks (an MLP on scikit-learn's digits, a CNN on 10,000 digits of MNIST, a transformer on SMS
+messages), Adam and SGD, three seeds: 18 rows. What is compared is the mean loss over the training
+examples after two epochs, in inference mode. A suggestion is right (bold) where it is within a
+factor of 3 of the grid's best rate, or its loss within 10 % of the grid's best.
+
+`--peers` lets fastai and Lightning search rates for the same models by their own range tests: on
+the PyTorch backend a Keras model is a PyTorch module. Neither is needed otherwise.
+"""
+
+import argparse
+import csv
+import gzip
+import itertools
+import json
+import logging
+import math
+import tempfile
+import warnings
+import zlib
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+from keras import layers
+
+from polus.data import from_arrays
+from polus.lr_finder import SUGGESTIONS
+from polus.state import Snapshot
+from polus.training import ClassifierTrainer
+
+SHARED_DATA = Path(__file__).parent.parent.parent / "shared" / "data"
+GRID = 10.0 ** np.arange(-5, 1.01, 0.5)
+EPOCHS = 2
+BATCH_SIZE = 32
+
+
+Task = tuple[np.ndarray, np.ndarray, list[layers.Layer]]
+
+
+def digits() -> Task:
+    """Examples, labels and layers."""
+    from sklearn.datasets import load_digits
+
+    x, y = load_digits(return_X_y=True)
+    return x / 16, y, [layers.Dense(128, "relu"), layers.Dense(128, "relu"), layers.Dense(10)]
+
+
+def mnist() -> Task:
+    """Examples, labels and layers."""
+    with np.load(SHARED_DATA / "mnist" / "mnist.npz") as data:
+        x, y = data["x_train"][:10_000, ..., None] / 255, data["y_train"][:10_000]
+    blocks = [
+        layer
+        for filters in (8, 16)
+        for layer in (
+            layers.Conv2D(filters, 3, strides=2),
+            layers.BatchNormalization(),
+            layers.ReLU(),
+        )
+    ]
+    return x, y, [*blocks, layers.Flatten(), layers.Dense(10)]
+
+
+class Block(layers.Layer):
+    """One block of a transformer, with the normalisation before each part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = layers.MultiHeadAttention(2, 16)
+        self.norms = [layers.LayerNormalization(), layers.LayerNormalization()]
+        self.dense = [layers.Dense(64, "gelu"), layers.Dense(32)]
+
+    def call(self, x: Any) -> Any:
+        """The outputs, of the shape of the inputs."""
+        normed = self.norms[0](x)
+        x = x + self.attention(normed, normed)
+        return x + self.dense[1](self.dense[0](self.norms[1](x)))
+
+
+def sms() -> Task:
+    """Examples, labels and layers."""
+    path = SHARED_DATA / "sms_spam" / "SMSSpamCollection.tsv.gz"
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        rows = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+    x = np.zeros((len(rows), 32), np.int32)
+    for i, (_, text) in enumerate(rows):
+        words = text.lower().split()[:32]
+        x[i, : len(words)] = [1 + zlib.crc32(word.encode()) % 4095 for word in words]
+    y = np.array([label == "spam" for label, _ in rows], np.int32)
+    embedding = layers.Embedding(4096, 32)
+    return x, y, [embedding, Block(), Block(), layers.GlobalAveragePooling1D(), layers.Dense(2)]
+
+
+TASKS = {"digits MLP": digits, "MNIST CNN": mnist, "SMS transformer": sms}
+OPTIMIZERS = {"Adam": keras.optimizers.Adam, "SGD": keras.optimizers.SGD}
+
+
+def prepared(task: str, seed: int) -> tuple[keras.Model, np.ndarray, np.ndarray]:
+    """A built model, its examples and its labels."""
+    keras.utils.set_random_seed(seed)
+    x, y, stack = TASKS[task]()
+    model = keras.Sequential(stack)
+    model.build((None, *x.shape[1:]))
+    return model, x.astype("float32") if x.dtype == np.float64 else x, y
+
+
+def lightning_rate(task: str, optimizer: str, seed: int) -> float:
+    """What Lightning's range test suggests."""
+    import lightning.pytorch as pl
+    import torch
+    from lightning.pytorch.tuner import Tuner
+
+    model, x, y = prepared(task, seed)
+
+    class Module(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model, self.learning_rate = model, 1e-3
+
+        def training_step(self, batch: Any, _: int) -> Any:
+            return torch.nn.functional.cross_entropy(self.model(batch[0], training=True), batch[1])
+
+        def configure_optimizers(self) -> Any:
+            return getattr(torch.optim, optimizer)(self.parameters(), lr=self.learning_rate)
+
+    data = torch.utils.data.TensorDataset(torch.tensor(x), torch.tensor(y).long())
+    loader = torch.utils.data.DataLoader(data, batch_size=BATCH_SIZE, shuffle=True)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = pl.Trainer(
+            accelerator="cpu", logger=False, default_root_dir=folder, enable_progress_bar=False
+        )
+        return Tuner(trainer).lr_find(Module(), loader).suggestion()
+
+
+def fastai_rate(task: str, optimizer: str, seed: int) -> float:
+    """What fastai's range test suggests: its valley."""
+    import fastai.callback.progress
+    import fastai.callback.schedule
+    import fastai.optimizer
+    import torch
+    from fastai.basics import DataLoader, DataLoaders, Learner
+
+    model, x, y = prepared(task, seed)
+    samples = list(zip(torch.tensor(x), torch.tensor(y).long(), strict=True))
+    loaders = DataLoaders(*[DataLoader(samples, bs=BATCH_SIZE, shuffle=True, num_workers=0)] * 2)
+    function = getattr(fastai.optimizer, optimizer)
+    with tempfile.TemporaryDirectory() as folder:
+        loss = torch.nn.CrossEntropyLoss()
+        learner = Learner(loaders, model, loss_func=loss, opt_func=function, path=folder)
+        with learner.no_bar():
+            return float(learner.lr_find(show_plot=False).valley)
+
+
+PEERS = {"fastai": fastai_rate, "lightning": lightning_rate}
+
+
+def row(
+    task: str, optimizer: str, seed: int, peers: dict[str, float]
+) -> dict[str, tuple[float, float]]:
+    """Rate and loss of the grid's best, of each suggestion, and of the peers'."""
+    model, x, y = prepared(task, seed)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    trainer = ClassifierTrainer(model, OPTIMIZERS[optimizer](), loss)
+    trainer.optimizer.build(model.trainable_variables)
+    start = Snapshot([*model.variables, *trainer.optimizer.variables, trainer.step_counter])
+    batches = from_arrays((x, y), BATCH_SIZE, seed=seed)
+    everything = from_arrays((x, y), 512, shuffle=False)
+
+    def loss_at(rate: float) -> float:
+        start.restore()
+        trainer.train(batches, epochs=EPOCHS, learning_rate=float(rate))
+        value = trainer.evaluate(everything).get("loss", math.inf)  # NaN is left out there
+        return value if math.isfinite(value) else math.inf
+
+    best = min((loss_at(rate), rate) for rate in GRID)[::-1]
+    start.restore()
+    suggestions = trainer.lr_finder(batches).suggestions | peers
+    return {"grid": best, **{name: (rate, loss_at(rate)) for name, rate in suggestions.items()}}
+
+
+def right(found: tuple[float, float], best: tuple[float, float]) -> bool:
+    """Whether a rate, or its loss, is as good as the grid's best."""
+    near = max(found[0] / best[0], best[0] / found[0]) <= 3
+    return near or found[1] <= 1.1 * best[1]
+
+
+def main() -> None:
+    """Prints the table, or with --peers what the others suggest."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--task", choices=TASKS, action="append")
+    parser.add_argument("--peers", action="store_true", help="only search with fastai, Lightning")
+    parser.add_argument("--with", dest="known", type=Path, help="the file that --peers gave")
+    options = parser.parse_args()
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    rows = list(itertools.product(options.task or TASKS, OPTIMIZERS, options.seeds))
+    if options.peers:
+        found = {str(r): {name: search(*r) for name, search in PEERS.items()} for r in rows}
+        print(json.dumps(found, indent=1))
+        return
+    peers = json.loads(options.known.read_text()) if options.known else {}
+    names = [*SUGGESTIONS, *(PEERS if peers else [])]
+    count = dict.fromkeys(names, 0)
+    print(f"| task | optimizer | seed | grid's best | {' | '.join(names)} |")
+    print("|---" * (4 + len(names)) + "|")
+    for task, optimizer, seed in rows:
+        key = str((task, optimizer, seed))
+        found = row(task, optimizer, seed, peers.get(key, {}))
+        best = found["grid"]
+        cells = ["{:.1e} ({:.3g})".format(*best)]
+        for name in names:
+            good = name in found and right(found[name], best)
+            count[name] += good
+            shown = "{:.1e} ({:.3g})".format(*found[name]) if name in found else "none"
+            cells.append(f"**{shown}**" if good else shown)
+        print(f"| {task} | {optimizer} | {seed} | {' | '.join(cells)} |", flush=True)
+    print(f"| right | | | | {' | '.join(f'{n} of {len(rows)}' for n in count.values())} |")
+
+
+if __name__ == "__main__":
+    main()
