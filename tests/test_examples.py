@@ -1,40 +1,58 @@
-"""The examples run, shrunk."""
+"""The examples, shrunk: they run on each backend, and do what they say."""
 
 import importlib.util
 from pathlib import Path
 
-import keras
 import numpy as np
+import pytest
 
-ROOT = Path(__file__).parent.parent
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+@pytest.fixture(autouse=True)
+def _plots_need_no_screen(monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "agg")
 
 
 def load(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(f"{name}_example", EXAMPLES / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
 def test_digits(tmp_path, capsys):
-    score = load("digits").main(epochs=3, runs=tmp_path)
-    assert score > 0.8
-    out = capsys.readouterr().out
-    for part in ("epoch 3/3  loss ", "val_macro_f1 0.", "3 epochs, 135 steps", "How well    macro"):
-        assert part in out
-    folder = tmp_path / "digits"
-    assert {p.name for p in folder.iterdir()} == {
-        "model.keras",
-        "history.png",
-        "confusion_matrix.png",
-    }
-    assert keras.saving.load_model(folder / "model.keras").count_params() == 19_466
+    assert load("digits").main(epochs=1, runs=tmp_path) > 0.3, "one in ten is chance"
+    printed = capsys.readouterr().out
+    files = ("model.keras", "history.png", "confusion_matrix.png")
+    assert all((tmp_path / "digits" / name).stat().st_size for name in files)
+    assert all(name in printed for name in files)
 
 
-def test_mnist_files_are_read_the_same_way(tmp_path):
-    digits = load("digits")
+def test_digits_from_the_files_of_mnist(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (40, 28, 28), np.uint8)
     labels = np.arange(40, dtype=np.uint8) % 10
-    np.savez(tmp_path / "mnist.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
-    digits.main(data=tmp_path, epochs=1, runs=tmp_path / "runs")
-    assert (tmp_path / "runs" / "mnist" / "model.keras").exists()
+    arrays = {"x_train": images, "y_train": labels, "x_test": images, "y_test": labels}
+    np.savez(tmp_path / "mnist.npz", **arrays)
+    load("digits").main(data=tmp_path, epochs=1, runs=tmp_path)
+    assert (tmp_path / "mnist" / "model.keras").stat().st_size
+
+
+def test_gan(tmp_path, capsys):
+    load("gan").main(epochs=1, runs=tmp_path)
+    assert (tmp_path / "gan" / "digits.png").stat().st_size
+    assert "generated" in capsys.readouterr().out
+
+
+def test_distillation(capsys):
+    results = load("distillation").main(epochs=4)
+    assert len(results) == 3
+    assert min(results.values()) > 0.3, "one in ten is chance"
+    assert "distilled" in capsys.readouterr().out
+
+
+def test_custom_step(capsys):
+    results = load("custom_step").main(epochs=4)
+    assert len(results) == 2
+    assert all(clean > 0.3 for clean, _ in results.values()), "one in ten is chance"
+    assert "largest slope" in capsys.readouterr().out
