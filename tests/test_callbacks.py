@@ -1,5 +1,6 @@
 """The callbacks of Polus: what they show, save, validate and stop."""
 
+import contextlib
 import io
 import itertools
 import logging
@@ -315,22 +316,12 @@ def test_no_last_model_after_an_error(tmp_path):
 # ---------------------------------------------------------------------- progress
 
 
-def shown(terminal: bool, callbacks=(), fails=False, clock=None, width=120) -> str:
+def shown(terminal: bool, callbacks=(), clock=None, width=120, error=None) -> str:
     out = io.StringIO()
     console = Console(file=out, force_terminal=terminal, width=width, color_system=None)
     progress = ConsoleLogCallback(console, **({"clock": clock} if clock else {}))
-
-    def batches():
-        yield from BATCHES
-        if fails:
-            raise RuntimeError("broken")
-
-    trainer = make_trainer()
-    if fails:
-        with pytest.raises(RuntimeError, match="broken"):
-            trainer.train(batches, epochs=2, callbacks=[progress, *callbacks])
-    else:
-        trainer.train(batches, epochs=2, callbacks=[progress, *callbacks])
+    with pytest.raises(error) if error else contextlib.nullcontext():
+        make_trainer().train(BATCHES, epochs=2, callbacks=[progress, *callbacks])
     return out.getvalue()
 
 
@@ -379,7 +370,11 @@ def test_long_epochs_without_a_terminal_say_that_they_are_alive():
 
 
 def test_the_bar_is_closed_after_an_error():
-    text = shown(True, fails=True)
+    class Fails(Callback):
+        def on_epoch_end(self, epoch):
+            raise RuntimeError
+
+    text = shown(True, [Fails()], error=RuntimeError)
     assert text.count("\x1b[?25l") == text.count("\x1b[?25h") == 1
     assert "0 epochs, 5 steps in " in text.splitlines()[-1]
 

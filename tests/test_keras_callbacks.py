@@ -1,13 +1,23 @@
 """Keras' own callbacks do in `train` what they do in `fit`."""
 
 import csv
+import logging
 
 import keras
 import numpy as np
 import pytest
 
 import polus.core
-from polus.callbacks import ValidationDataCallback
+from polus.callbacks import (
+    ConsoleLogCallback,
+    EarlyStop,
+    LossSmoothCallback,
+    SaveModelCallback,
+    TimerCallback,
+    ValidationDataCallback,
+)
+from polus.callbacks.keras_callback import KerasCallback
+from polus.checkpoint import Checkpoint
 from polus.data import from_arrays
 from polus.training import ClassifierTrainer
 
@@ -23,7 +33,7 @@ def _one_compiler():
     polus.core.set_jit_compile("auto")
 
 
-def run(callbacks, how, epochs=4, rate=0.1, optimizer=None):
+def run(callbacks, how, epochs=4, rate=0.1, optimizer=None, **arguments):
     """Trains the same model on the same batches by `fit` or `train`; gives the model."""
     keras.utils.set_random_seed(7)
     model = keras.Sequential([keras.Input((5,)), keras.layers.Dense(2)])
@@ -48,7 +58,7 @@ def run(callbacks, how, epochs=4, rate=0.1, optimizer=None):
         trainer = ClassifierTrainer(model, optimizer, CROSS_ENTROPY, metrics)
         validation = ValidationDataCallback(from_arrays((X[48:], Y[48:]), 12, shuffle=False))
         data = from_arrays((X[:48], Y[:48]), 16, shuffle=False)
-        trainer.train(data, epochs, [*callbacks, validation])
+        trainer.train(data, epochs, [*callbacks, validation], **arguments)
         assert not hasattr(model, "stop_training")
         assert not hasattr(model, "optimizer")
     return model
@@ -103,9 +113,15 @@ CASES = {
     "early stopping": lambda path: keras.callbacks.EarlyStopping(
         monitor="val_loss", patience=1, min_delta=1.0, restore_best_weights=True
     ),
+    "early stopping by a metric": lambda path: keras.callbacks.EarlyStopping(
+        monitor="val_accuracy", patience=1, restore_best_weights=True
+    ),
     "swap EMA": lambda path: keras.callbacks.SwapEMAWeights(),
     "checkpoint": lambda path: keras.callbacks.ModelCheckpoint(
         path / "{epoch}.weights.h5", save_weights_only=True
+    ),
+    "best checkpoint": lambda path: keras.callbacks.ModelCheckpoint(
+        path / "{epoch}.keras", save_best_only=True, monitor="val_loss"
     ),
     "nothing": lambda path: keras.callbacks.LambdaCallback(),
 }
@@ -127,6 +143,77 @@ def test_the_same_model_as_in_fit(case, tmp_path):
     ):
         np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-6)
     assert files["train"] == files["fit"]
+    if case == "best checkpoint":
+        name = files["fit"][-1]
+        saved = (keras.saving.load_model(tmp_path / how / name) for how in ("train", "fit"))
+        for got, expected in zip(*(model.get_weights() for model in saved), strict=True):
+            np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_same_history_as_in_fit():
+    histories = {how: keras.callbacks.History() for how in ("fit", "train")}
+    for how, history in histories.items():
+        run([history], how)
+    got, expected = histories["train"].history, histories["fit"].history
+    assert got.keys() == expected.keys()
+    for name, values in expected.items():
+        assert got[name] == pytest.approx(values, rel=1e-4), name
+
+
+def test_a_backup_is_restored_as_in_fit(tmp_path):
+    models, epochs = {}, {}
+    for how in ("fit", "train"):
+        epochs[how] = []
+
+        def begin(epoch, logs, seen=epochs[how]):
+            seen.append(epoch)
+            if seen == [0, 1, 2]:
+                raise RuntimeError("broken")
+
+        def callbacks(folder=tmp_path / how, begin=begin):
+            events = keras.callbacks.LambdaCallback(on_epoch_begin=begin)
+            return [keras.callbacks.BackupAndRestore(folder), events]
+
+        with pytest.raises(RuntimeError, match="broken"):
+            run(callbacks(), how)
+        models[how] = run(callbacks(), how)
+    assert epochs["train"] == epochs["fit"] == [0, 1, 2, 2, 3]
+    weights = (models[how].get_weights() for how in ("train", "fit"))
+    for got, expected in zip(*weights, strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-6)
+    assert not list(tmp_path.iterdir())  # it was needed no more
+
+
+def test_a_resumed_run_goes_on_with_what_keras_callbacks_know(tmp_path, caplog):
+    """Interrupted within an epoch, with every callback in the list, it ends as it would have."""
+
+    def callbacks(folder, fails=False):
+        def end(step, logs):
+            heard.append(logs)
+            if fails and len(heard) == 8:
+                raise RuntimeError("broken")
+
+        heard = []
+        stopping = keras.callbacks.EarlyStopping("val_loss", 1.0, 3, restore_best_weights=True)
+        rates = keras.callbacks.ReduceLROnPlateau("val_loss", 0.5, patience=2, min_delta=1.0)
+        own = [ConsoleLogCallback(), TimerCallback(), LossSmoothCallback(), EarlyStop("val_loss")]
+        saved = SaveModelCallback("best", folder / "best.keras")
+        events = keras.callbacks.LambdaCallback(on_train_batch_end=end)
+        checkpoint = Checkpoint(folder, every_steps=1)
+        return heard, [*own, saved, stopping, rates, events, checkpoint]
+
+    caplog.set_level(logging.WARNING)
+    whole, given = callbacks(tmp_path / "whole")
+    expected = run(given, "train", 6)
+    _, given = callbacks(tmp_path / "parts", fails=True)
+    with pytest.raises(RuntimeError, match="broken"):
+        run(given, "train", 6)
+    parts, given = callbacks(tmp_path / "parts")
+    model = run(given, "train", 6, resume=tmp_path / "parts")
+    assert parts == whole[7:]
+    for got, weights in zip(model.get_weights(), expected.get_weights(), strict=True):
+        np.testing.assert_array_equal(got, weights)
+    assert not caplog.records
 
 
 def test_a_csv_log_has_the_rows_of_fit(tmp_path):
@@ -142,11 +229,15 @@ def test_a_csv_log_has_the_rows_of_fit(tmp_path):
             assert float(got[name]) == pytest.approx(float(expected[name]), rel=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 def test_training_ends_at_a_loss_that_is_not_finite():
-    recorder = Recorder()
-    run([recorder, keras.callbacks.TerminateOnNaN()], "train", rate=float("nan"))
-    batches = [number for name, number, _ in recorder.heard if name == "on_train_batch_end"]
-    assert len(batches) == 2  # the first loss is of the weights before the first update
+    batches = {}
+    for how in ("fit", "train"):
+        recorder = Recorder()
+        run([recorder, keras.callbacks.TerminateOnNaN()], how, rate=float("nan"))
+        batches[how] = [n for name, n, _ in recorder.heard if name == "on_train_batch_end"]
+    # The first loss is of the weights before the first update.
+    assert batches["train"] == batches["fit"] == [[0], [1]]
 
 
 def test_a_compiled_model_keeps_its_own_optimizer():
@@ -159,8 +250,6 @@ def test_a_compiled_model_keeps_its_own_optimizer():
 
 
 def test_keras_callbacks_that_need_no_step_do_not_ask_for_it(tmp_path):
-    from polus.callbacks.keras_callback import KerasCallback
-
     every = {
         "ModelCheckpoint": keras.callbacks.ModelCheckpoint(tmp_path / "a.keras"),
         "by steps": keras.callbacks.ModelCheckpoint(tmp_path / "a.keras", save_freq=5),

@@ -247,6 +247,7 @@ class CallbackCoordinator:
                 "a "
                 'scalar, or {"loss": ..., ...}.'
             )
+        terms = {"loss": terms["loss"], **terms}  # JAX sorts them by name
         logs = {name: Losses(values, block.count) for name, values in terms.items()}
         steps = range(self.step, self.step + block.count)
         self.history.add_steps(self.epoch, self.step, logs)

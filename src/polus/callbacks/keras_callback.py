@@ -8,6 +8,7 @@ import keras
 import numpy as np
 
 from polus.callbacks.base import Callback
+from polus.callbacks.monitor import falls
 
 BATCH_EVENTS = (
     "on_batch_begin",
@@ -15,7 +16,9 @@ BATCH_EVENTS = (
     "on_train_batch_begin",
     "on_train_batch_end",
 )
-OF_KERAS = vars(keras.callbacks.Callback())
+# What is no state of a callback. Keras turns the sign of min_delta when it chooses the direction,
+# in every process anew.
+NO_STATE = {*vars(keras.callbacks.Callback()), "min_delta"}
 MISSING = object()
 
 
@@ -52,6 +55,8 @@ class KerasCallback(Callback):
         self._sums, self._examples = {}, 0
         if self is next(c for c in run.callbacks if isinstance(c, KerasCallback)):  # once for all
             run.closing.enter_context(_as_in_fit(model, run.trainer.optimizer))
+        if getattr(self.callback, "mode", None) == "auto":  # which asks metrics of a compiled model
+            self.callback.mode = "min" if falls(self.callback.monitor) else "max"
         self.callback.set_params({"epochs": run.epochs, "steps": run.steps, "verbose": 0})
         self.callback.set_model(model)
         self.callback.on_train_begin({})
@@ -109,7 +114,7 @@ class KerasCallback(Callback):
         changed = {}
         for name, value in vars(self.callback).items():
             scalar = isinstance(value, bool | int | float | str | None)
-            if name in OF_KERAS or (scalar and value == self._given.get(name, MISSING)):
+            if name in NO_STATE or (scalar and value == self._given.get(name, MISSING)):
                 continue
             with contextlib.suppress(TypeError):  # files, functions: it makes them anew
                 take_apart(value)

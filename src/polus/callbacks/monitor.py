@@ -5,7 +5,15 @@ import math
 from polus.callbacks.base import CallbackCoordinator
 
 # A name with one of these parts is better when it is lower.
-LOWER = ("loss", "error", "mse", "mae", "divergence", "perplexity")
+LOWER = (
+    *("loss", "error", "mse", "mae", "divergence", "perplexity"),
+    *("entropy", "hinge", "poisson", "cosh"),
+)
+
+
+def falls(name: str) -> bool:
+    """Whether a value of this name is better when it is lower."""
+    return any(part in name.lower() for part in LOWER)
 
 
 class Monitor:
@@ -27,8 +35,7 @@ class Monitor:
         if min_delta < 0:
             raise ValueError(f"min_delta is at least 0, and got {min_delta!r}.")
         self.name = name
-        falls = mode == "min" or (mode == "auto" and any(part in name.lower() for part in LOWER))
-        self.sign = -1 if falls else 1
+        self.sign = -1 if mode == "min" or (mode == "auto" and falls(name)) else 1
         self.min_delta = min_delta
         self.best: float | None = None
 
