@@ -13,6 +13,7 @@ import pytest
 
 from polus.checkpoint.store import Store, take_apart
 from polus.data import Feed, as_source, from_arrays, position
+from polus.data.feed import row
 from polus.state import random_state, set_random_state
 
 torch = pytest.importorskip("torch")
@@ -163,7 +164,9 @@ def read(feed, epoch=0, step=0, until=None, log=None):
         with contextlib.closing(data.blocks(2)) as blocks:
             for block in blocks:
                 for i in range(block.count):
-                    rows = block.payload if block.fetch is None else block.fetch(block.payload, i)
+                    rows = (
+                        block.payload if block.fetch is None else row(block.fetch(block.payload), i)
+                    )
                     log.append((epoch, step, position.checksum(rows)))
                     step += 1
                 if until is not None and (epoch, step) >= until:
