@@ -4,8 +4,8 @@
     python benchmarks/resilience.py --backend jax --source arrays  # a look at one
 
 Of each source of data one run goes through undisturbed. The same command is then started again and
-again, and its process killed with SIGKILL at a random moment, also while a checkpoint is written,
-until it comes to its end by itself. Compared as bits are the loss of each step that any of its
+again, and its process killed with SIGKILL at a random moment, every second time while a checkpoint
+is written; after eight kills it may come to its end. Compared as bits are the loss of each step that any of its
 processes ran, and at the end all losses, weights, validation results and what the callbacks
 remember. The model has dropout, batch norm, Adam with a schedule and accumulated gradients.
 
@@ -22,7 +22,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ TABLE = ROOT / "docs" / "benchmarks" / "resilience.md"
 BACKENDS = {"tensorflow": "TensorFlow", "jax": "JAX", "torch": "PyTorch"}
 SOURCES = ["arrays", "tf.data", "DataLoader", "generator", "retrieval"]
 EPOCHS, EXAMPLES, BATCH = 8, 150, 8
+MOST_BLOCKS = 12  # of three steps, of which a run has 56, from the start of a process to its end
 PAUSE_SECS = 0.02  # after every few steps, so that a run is long enough to be killed
 
 
@@ -163,8 +163,8 @@ def start(backend: str, source: str, folder: Path) -> subprocess.Popen[bytes]:
     )
 
 
-def survive(backend: str, source: str, longest_secs: float) -> dict[str, int]:
-    """Kills a run until it is done, and counts what is the same as in an undisturbed one."""
+def survive(backend: str, source: str, most_kills: int) -> dict[str, int]:
+    """Kills a run again and again, and counts what is the same as in an undisturbed one."""
     with tempfile.TemporaryDirectory() as temporary:
         whole, parts = Path(temporary) / "whole", Path(temporary) / "parts"
         for folder in (whole, parts):
@@ -175,11 +175,11 @@ def survive(backend: str, source: str, longest_secs: float) -> dict[str, int]:
         while not (parts / "result").exists():
             process = start(backend, source, parts)
             assert process.stdout is not None
-            if process.stdout.readline():  # it trains
-                killer = threading.Thread(target=kill, args=(process, parts, longest_secs))
-                killer.start()
-                process.stdout.read()
-                killer.join()
+            for _ in range(random.randrange(1, MOST_BLOCKS) if kills < most_kills else 10**9):
+                if not process.stdout.readline():
+                    break
+            else:
+                kill(process, parts)
             if process.wait() == -9:
                 kills += 1
                 in_save += any(parts.glob("checkpoints/.tmp-*"))
@@ -197,12 +197,12 @@ def survive(backend: str, source: str, longest_secs: float) -> dict[str, int]:
         }
 
 
-def kill(process: subprocess.Popen[bytes], folder: Path, longest_secs: float) -> None:
-    """Kills at a random moment; every second time not before a save has begun after it."""
-    time.sleep(random.uniform(0, longest_secs))
+def kill(process: subprocess.Popen[bytes], folder: Path) -> None:
+    """Kills at a random moment within two blocks of steps; every second time while one is saved."""
+    time.sleep(random.uniform(0, 2 * PAUSE_SECS))
     saving = random.random() < 0.5
     while saving and process.poll() is None and not any(folder.glob("checkpoints/.tmp-*")):
-        pass
+        time.sleep(0.0005)
     process.kill()
 
 
@@ -352,7 +352,7 @@ def main() -> None:
     parser.add_argument("--backend", choices=BACKENDS, action="append")
     parser.add_argument("--source", choices=SOURCES, action="append")
     parser.add_argument("--rounds", type=int, default=1, help="runs of each source")
-    parser.add_argument("--longest", type=float, default=2.0, help="seconds to a kill at most")
+    parser.add_argument("--kills", type=int, default=8, help="of each run at most")
     parser.add_argument("--no-costs", action="store_true")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--costs", type=int, help=argparse.SUPPRESS)
@@ -369,7 +369,7 @@ def main() -> None:
     for backend in backends:
         for source in options.source or SOURCES:
             for _ in range(options.rounds):
-                rows.append((backend, source, survive(backend, source, options.longest)))
+                rows.append((backend, source, survive(backend, source, options.kills)))
                 print(rows[-1], flush=True)
     merged = [
         (b, s, {k: sum(r[2][k] for r in rows if r[:2] == (b, s)) for k in rows[0][2]})
