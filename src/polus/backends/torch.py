@@ -131,7 +131,7 @@ def index(array: Any, i: Any) -> Any:
 
 def take(array: Any, indices: Any) -> Any:
     """The rows `indices` of `array`, which are within its bounds."""
-    return array.index_select(0, indices)
+    return array[indices]
 
 
 def copy(variable: Any) -> Any:
