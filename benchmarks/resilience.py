@@ -5,9 +5,10 @@
 
 Of each source of data one run goes through undisturbed. The same command is then started again and
 again, and its process killed with SIGKILL at a random moment, every second time while a checkpoint
-is written; after eight kills it may come to its end. Compared as bits are the loss of each step that
-any of its processes ran, and at the end all losses, weights, validation results and what the
-callbacks remember. The model has dropout, batch norm, Adam with a schedule and accumulated gradients.
+is written; after eight kills it may come to its end. Compared as bits are the loss of each step
+that any of its processes ran, and at the end all losses, weights, validation results and what the
+callbacks remember. The model has dropout, batch norm, Adam with a schedule and accumulated
+gradients.
 
 The cost is measured in one process: with a checkpoint every 100 steps and without, and for how long
 a save holds the loop. Keras' BackupAndRestore is measured beside it; Orbax where it is installed.
