@@ -47,7 +47,7 @@ class GradientPenalty(BaseTrainer):
         )
         self.penalty = penalty
         # Gradients are taken by variables: that by the input is that by something added to it.
-        self.shift = keras.Variable(np.zeros(input_shape, "float32"), trainable=False)
+        self.shift = keras.Variable(np.zeros(input_shape, "float32"))
 
     def train_step(self, x, y):
         def forward():
