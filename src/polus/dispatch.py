@@ -99,7 +99,7 @@ def choose(
     Args:
         dispatch: gets its `jit_compile` and `capacity`, and keeps what was measured.
         epoch: the data; its first batch is measured on, and stays.
-        survey: gives all variables that the step may assign; asked only where something is measured.
+        survey: gives all variables that the step may assign; asked only where it is measured.
         jit_mode: True or False to measure under this setting only, or "auto".
         longest: the number of steps that may run in one call at most.
         fixed: the number of steps in one call where it is not to be chosen.

@@ -12,6 +12,7 @@ The loop, in five lines:
 import contextlib
 import inspect
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -124,6 +125,7 @@ class BaseTrainer(BaseLogger):
         self._dispatches: dict[Any, Dispatch] = {}
         self._choices: dict[str, list[Any]] = {}  # of an earlier process: see `_dispatch`
         self._example: Block | None = None
+        self._num_steps = 0.0  # that all calls of `train` were to run
         mode = get_jit_compile()
         self._jit_compile: bool | None = None if mode == "auto" else mode
         self._capacity = 1
@@ -326,6 +328,7 @@ class BaseTrainer(BaseLogger):
             )
         callbacks = config.get("callbacks", ())
         run = CallbackCoordinator(callbacks, self, config["epochs"], feed)
+        self._num_steps += config["epochs"] * (feed.num_batches or math.inf)
         self.early_stop = False
         with self._rate(config.get("learning_rate")), run.running():
             if (resume := config.get("resume")) is not None:
@@ -475,7 +478,7 @@ class BaseTrainer(BaseLogger):
             if dispatch is None:
                 dispatch = self._dispatches[key] = Dispatch(self._evaluation, self._jit_compile)
                 if not self.model.built:
-                    backend.trace(self._evaluation, _arguments_of(first))
+                    backend.trace(self._evaluation, first.first)
             capacity = min(self._capacity, feed.num_batches or self._capacity)
             with contextlib.closing(data.blocks(capacity)) as blocks:
                 for block in blocks:
@@ -552,7 +555,7 @@ class BaseTrainer(BaseLogger):
         on.
         """
         assert self._example is not None
-        inputs = _arguments_of(self._example)
+        inputs = self._example.first
         self._build(inputs)
         held = keras.tree.flatten([v for v in vars(self).values() if isinstance(v, list | tuple)])
         owned = [getattr(value, "variables", []) for value in (*vars(self).values(), *held)]
@@ -572,19 +575,23 @@ class BaseTrainer(BaseLogger):
         key = mode, steps_per_dispatch, longest > 1, str(first.signature)
         dispatch = self._dispatches.get(key)
         if dispatch is None:
-            inputs = _arguments_of(first)
-            self._build(inputs)
+            self._build(first.first)
             self._dispatches[key] = dispatch = Dispatch(
                 self._step, None if mode == "auto" else mode
             )
-            if steps_per_dispatch is not None and mode != "auto":
-                dispatch.capacity = steps_per_dispatch
-            elif str(key) in self._choices:
+            if str(key) in self._choices:
                 dispatch.jit_compile, dispatch.capacity = self._choices[str(key)]
-            else:
-                choose(
-                    dispatch, data, lambda: self._survey(inputs), mode, longest, steps_per_dispatch
-                )
+                dispatch.settled = True
+        if not dispatch.settled:
+            choose(
+                dispatch,
+                data,
+                lambda: self._survey(first.first),
+                mode,
+                longest,
+                steps_per_dispatch,
+                self._num_steps,
+            )
         self._jit_compile, self._capacity = dispatch.jit_compile, dispatch.capacity
         return dispatch
 
@@ -760,8 +767,3 @@ def _checked_config(config: dict[str, Any]) -> dict[str, Any]:
         if value is not None and (not isinstance(value, int | np.integer) or value < 1):
             raise ValueError(f"{name} is a positive integer, and got {value!r}.")
     return config
-
-
-def _arguments_of(block: Any) -> tuple[Any, ...]:
-    """The step's arguments out of a block of one batch."""
-    return as_arguments(block.payload) if block.fetch is None else block.fetch(block.payload, 0)

@@ -1,0 +1,396 @@
+"""The seam: `core.function` and `core.value_and_grad`, alone and under a trainer."""
+
+import os
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import polus
+from polus import core
+from polus.backends import backend
+from polus.training import BaseTrainer, ClassifierTrainer
+
+X = np.random.default_rng(0).normal(size=(8, 4)).astype("float32")
+HERE = str(Path(__file__))
+SOURCE = str(Path(polus.__file__).parent)
+CROSS_ENTROPY = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+def number(tensor) -> float:
+    return float(ops.convert_to_numpy(tensor))
+
+
+def variable(value, **kwargs) -> keras.Variable:
+    return keras.Variable(np.asarray(value, "float32"), **kwargs)
+
+
+# ---------------------------------------------------------------------- function
+
+
+def test_variables_are_found_and_updated():
+    total, rate = variable(0.0), variable(2.0)
+
+    @core.function
+    def add(x):
+        total.assign_add(rate * ops.sum(x))
+        return {"now": total.value, "twice": (2 * total,)}
+
+    outputs = [add(np.float32([1, 2])) for _ in range(3)]
+    assert number(total) == 18
+    # What was returned stays as it was, though the variable went on.
+    assert [number(o["now"]) for o in outputs] == [6, 12, 18]
+    assert [number(o["twice"][0]) for o in outputs] == [12, 24, 36]
+    rate.assign(0.0)  # only read, and still not a constant
+    assert number(add(np.float32([1, 2]))["now"]) == 18
+
+
+def test_a_variable_can_be_returned():
+    total = variable(0.0)
+
+    @core.function
+    def add():
+        total.assign_add(1.0)
+        return total
+
+    outputs = [add() for _ in range(3)]
+    assert [number(o) for o in outputs] == [1, 2, 3]
+
+
+def test_python_runs_once_per_signature_and_each_constant():
+    seen = []
+
+    @core.function
+    def power(x, n, scale=1.0):
+        seen.append(n)
+        return scale * x**n
+
+    for _ in range(3):
+        assert number(power(np.float32(3), 2)) == 9
+        assert number(power(np.float32(3), 3)) == 27
+        assert number(power(np.float32(3), n=2, scale=2.0)) == 18
+    assert len(seen) == (3 if backend.COMPILES else 9)
+    assert power(np.ones(5, "float32"), 2).shape == (5,)
+    if backend.COMPILES:
+        assert len(seen) == 4
+
+
+def test_methods_are_compiled_once_per_instance():
+    class Counter:
+        traces = 0
+
+        def __init__(self, by):
+            self.by = by
+            self.total = variable(0.0)
+
+        @core.function
+        def count(self, x):
+            type(self).traces += 1
+            self.total.assign_add(self.by * x)
+            return self.total + 0.0
+
+        @core.function(jit_compile=keras.backend.backend() == "jax")
+        def twice(self, x):
+            return self.count(x) + self.count(x)
+
+    ones, tens = Counter(1.0), Counter(10.0)
+    for _ in range(3):
+        ones.count(np.float32(1))
+        tens.count(np.float32(1))
+    assert (number(ones.total), number(tens.total)) == (3, 30)
+    if backend.COMPILES:
+        assert Counter.traces == 2
+    assert number(ones.twice(np.float32(1))) == 4 + 5
+    assert Counter.count.__name__ == "count"
+
+
+def test_an_error_in_a_step_shows_the_line_of_the_user():
+    class Wrong(ClassifierTrainer):
+        def forward_with_grads(self, x, y):
+            return y, ops.reshape(self.model(x), (7, 7))  # the line
+
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+    trainer = Wrong(model, keras.optimizers.SGD(), keras.losses.MeanSquaredError())
+    for run in (trainer.train_step, lambda *batch: trainer.train([batch], epochs=1)):
+        with pytest.raises(Exception, match=r"7") as caught:
+            run(X, X[:, :2])
+        lines = [str(f.line) for f in traceback.extract_tb(caught.tb) if f.filename == HERE]
+        assert lines[-1].endswith("# the line")
+        assert "7" in str(caught.value)
+
+
+# ---------------------------------------------------------------------- value_and_grad
+
+
+def both(fn):
+    """Run as it is and inside of a compiled function."""
+    return [fn(), core.function(fn)()]
+
+
+def test_gradients_are_those_of_calculus():
+    a, b = variable([1.0, -2.0]), variable(3.0)
+
+    def run():
+        return core.value_and_grad(lambda: ops.sum(a**2) * b, [a, b])
+
+    for value, (by_a, by_b) in both(run):
+        assert number(value) == 15
+        np.testing.assert_allclose(ops.convert_to_numpy(by_a), [6, -12])
+        assert number(by_b) == 5
+
+
+def test_gradients_in_gradients():
+    a = variable(2.0)
+
+    def run():
+        def slope():
+            return core.value_and_grad(lambda: a**4, [a])[1][0]
+
+        def curvature():
+            return core.value_and_grad(slope, [a])[1][0]
+
+        return core.value_and_grad(curvature, [a])
+
+    for value, (gradient,) in both(run):
+        assert (number(value), number(gradient)) == (48, 48)  # 12 a^2, 24 a
+
+
+def test_a_closure_may_assign_and_return_more():
+    a, seen = variable(3.0), variable(0.0, trainable=False)
+
+    def run():
+        def closure():
+            seen.assign_add(a * 2)
+            return a**2 + seen, {"seen": seen + 0.0, "fixed": ops.ones(2)}
+
+        before = seen + 1.0  # what was assigned before is seen inside, and after
+        result = core.value_and_grad(closure, [a], has_aux=True)
+        return before, seen + 0.0, *result
+
+    for i, (before, after, (value, more), (gradient,)) in enumerate(both(run)):
+        assert (number(before), number(after)) == (6 * i + 1, 6 * i + 6)
+        assert number(value) == 9 + 6 * (i + 1)
+        assert number(more["seen"]) == 6 * (i + 1)
+        assert number(gradient) == 6 + 2
+    assert number(seen) == 12
+
+
+def test_no_gradient_is_none():
+    used, unused = variable(1.0), variable([1.0, 2.0])
+    kinds = []
+
+    def run():
+        value, gradients = core.value_and_grad(lambda: used * 2, [unused, used])
+        kinds.append([gradient is None for gradient in gradients])
+        return value
+
+    both(run)
+    assert kinds == [[True, False]] * len(kinds)
+    constant = core.value_and_grad(lambda: ops.ones(()), [used, unused])
+    assert constant[1] == [None, None]
+
+
+def test_a_gradient_by_an_embedding_has_its_shape_and_updates_as_any_other():
+    table = variable(np.ones((4, 2)))
+    rows = np.int32([1, 1, 3])
+
+    def run():
+        return core.value_and_grad(
+            lambda: ops.sum(ops.take(table, rows, axis=0) * np.float32([[1], [2], [3]])), [table]
+        )
+
+    for _, (gradient,) in both(run):
+        expected = np.float32([[0, 0], [3, 3], [0, 0], [3, 3]])
+        np.testing.assert_array_equal(ops.convert_to_numpy(gradient), expected)
+
+    # An optimizer that squares gradients has to square the sum over a repeated row.
+    layer = keras.layers.Embedding(4, 2, embeddings_initializer="ones")
+    model = keras.Sequential([keras.Input((3,), dtype="int32"), layer])
+    trainer = ClassifierTrainer(
+        model,
+        keras.optimizers.Adam(0.1, beta_2=0.5),
+        lambda y, p: ops.sum(p * y),
+        post_process_grads=lambda grads: [g * 1.0 for g in grads],
+    )
+    y = np.float32([[[1], [2], [3]]])
+    for _ in range(2):
+        trainer.train_step(rows[None], y)
+    reference = keras.Variable(np.ones((4, 2), "float32"))
+    optimizer = keras.optimizers.Adam(0.1, beta_2=0.5)
+    optimizer.build([reference])
+    for _ in range(2):
+        optimizer.apply([ops.convert_to_tensor(expected)], [reference])
+    np.testing.assert_allclose(
+        ops.convert_to_numpy(layer.embeddings), ops.convert_to_numpy(reference), rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    ("fn", "came"), [(lambda a: a * 2, r"shape \(2,\)"), (lambda a: 1.0, "a float")]
+)
+def test_a_value_that_is_no_scalar(fn, came):
+    a = variable([1.0, 2.0])
+    with pytest.raises(ValueError, match=f"scalar tensor, and the function returned {came}"):
+        core.value_and_grad(lambda: fn(a), [a])
+
+
+# ---------------------------------------------------------------------- buffers and their owners
+
+
+class Following(BaseTrainer):
+    """Its target is a copy of the model's kernel, from before the update."""
+
+    def __init__(self):
+        model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1, use_bias=False)])
+        super().__init__(model, keras.optimizers.SGD(1.0), loss=ops.mean)
+        self.source = model.trainable_variables[0]
+        self.target = variable(np.zeros((4, 1)), trainable=False)
+
+    def train_step(self, x):
+        self.target.assign(self.source)
+        return self.minimize(
+            lambda: ops.mean(self.model(x)), self.model.trainable_variables, self.optimizer
+        )
+
+
+def test_variables_that_share_a_buffer_go_their_own_ways():
+    trainer = Following()
+    slope = X.mean(axis=0)[:, None]
+    start = ops.convert_to_numpy(trainer.source).copy()
+    held = trainer.source.value
+    trainer.target.assign(trainer.source)  # one buffer from here on, on some backends
+    for steps_per_dispatch in (1, 3):
+        trainer.source.assign(start)
+        trainer.target.assign(trainer.source)
+        trainer.train([(X,)] * 6, epochs=1, steps_per_dispatch=steps_per_dispatch)
+        np.testing.assert_allclose(trainer.source, start - 6 * slope, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(trainer.target, start - 5 * slope, rtol=1e-4, atol=1e-5)
+    # A value that the user took before is not torn away by a donated buffer.
+    assert ops.convert_to_numpy(held).shape == (4, 1)
+
+
+def test_what_the_user_sets_between_steps_is_seen():
+    trainer = Following()
+    trainer.train_step(X)
+    trainer.source.assign(np.full((4, 1), 7.0))
+    trainer.train_step(X)
+    np.testing.assert_allclose(trainer.target, np.full((4, 1), 7.0))
+    saved = trainer.model.get_weights()
+    trainer.train_step(X)
+    trainer.model.set_weights(saved)
+    trainer.train_step(X)
+    np.testing.assert_allclose(trainer.target, saved[0])
+
+
+# ---------------------------------------------------------------------- as Keras' own fit
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "policy"),
+    [
+        ({"gradient_accumulation_steps": 3}, "float32"),
+        ({"use_ema": True, "ema_momentum": 0.8, "ema_overwrite_frequency": 4}, "float32"),
+        ({"clipnorm": 0.02}, "float32"),
+        ({"global_clipnorm": 0.05}, "float32"),
+        ({"clipvalue": 0.01, "weight_decay": 0.1}, "float32"),
+        ({}, "mixed_bfloat16"),
+        ({}, "mixed_float16"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else next(iter(value), "plain"),
+)
+@pytest.mark.parametrize("steps_per_dispatch", [1, 4])
+def test_optimizers_do_what_they_do_in_fit(optimizer, policy, steps_per_dispatch):
+    y = (X[:, :1] > 0).astype("int32")
+
+    def make():
+        keras.utils.set_random_seed(1)
+        model = keras.Sequential(
+            [
+                keras.Input((4,)),
+                keras.layers.Dense(8, "tanh", dtype=policy),
+                keras.layers.Dense(2, dtype="float32"),
+            ]
+        )
+        return model, keras.optimizers.Adam(0.02, **optimizer), CROSS_ENTROPY
+
+    theirs, their_optimizer, loss = make()
+    scaled = policy == "mixed_float16"
+    if scaled:  # a layer's policy is not a model's, which both of us look at
+        their_optimizer = keras.optimizers.LossScaleOptimizer(their_optimizer, initial_scale=64.0)
+    theirs.compile(their_optimizer, loss, jit_compile=False)
+    theirs.fit(X, y, batch_size=4, epochs=5, shuffle=False, verbose=0)
+
+    ours, our_optimizer, loss = make()
+    if scaled:
+        our_optimizer = keras.optimizers.LossScaleOptimizer(our_optimizer, initial_scale=64.0)
+    trainer = ClassifierTrainer(ours, our_optimizer, loss)
+    batches = [(X[i : i + 4], y[i : i + 4]) for i in (0, 4)] * 5
+    core.set_jit_compile(backend.candidates()[0])
+    try:
+        trainer.train(batches, epochs=1, steps_per_dispatch=steps_per_dispatch)
+    finally:
+        core.set_jit_compile("auto")
+    # Compilers may keep more bits between two operations than a 16-bit type has.
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if policy == "float32" else {"atol": 2e-2}
+    moved = 0.0
+    keras.utils.set_random_seed(1)
+    for mine, other, start in zip(
+        ours.get_weights(), theirs.get_weights(), make()[0].get_weights(), strict=True
+    ):
+        np.testing.assert_allclose(mine, other, **tolerance)
+        moved = max(moved, np.abs(mine - start).max())
+    assert moved > 0.02
+
+
+# -------------------------------------------------------- what is loaded, and how deep
+
+
+def test_importing_and_training_loads_one_backend_and_no_extras():
+    code = """
+import sys
+import polus.core, polus.callbacks, polus.metrics, polus.data, polus.training
+import keras, numpy as np
+model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+loss = keras.losses.MeanSquaredError()
+trainer = polus.training.ClassifierTrainer(model, keras.optimizers.SGD(), loss)
+x = np.ones((4, 2), "float32")
+trainer.train([(x, x[:, :1])], epochs=1, steps_per_dispatch=1)
+others = {"tensorflow", "jax", "torch"} - {keras.backend.backend()}
+found = (others | {"matplotlib", "pandas", "sklearn", "ir_measures"}) & set(sys.modules)
+assert not found, found
+"""
+    environment = {**os.environ, "PYTHONPATH": str(Path(SOURCE).parent)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+
+
+def test_the_way_from_train_to_the_gradient():
+    """A longer list is a deeper library: each name is one that a reader has to know."""
+    frames = []
+
+    def loss(y, p):
+        frames.append([(f.filename, f.name) for f in traceback.extract_stack()])
+        return ops.mean((y - p) ** 2)
+
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    trainer = ClassifierTrainer(model, keras.optimizers.SGD(), loss)
+    trainer.train([(X, X[:, :1])], epochs=1, steps_per_dispatch=1)
+    ours = [(f[len(SOURCE) + 1 :], name) for f, name in frames[-1] if f.startswith(SOURCE)]
+    path = [name for file, name in ours if not file.startswith("backends")]
+    # `scaled` and `forward` are the closures whose gradient is taken.
+    assert path == [*PATH, "scaled", "forward"]
+    below = [name for file, name in ours if file.startswith("backends")]
+    assert below == BACKEND_PATH[keras.backend.backend()]
+
+
+PATH = ["train", "_run", "train_step", "minimize"]
+BACKEND_PATH = {
+    "tensorflow": ["call", "value_and_grad"],
+    "jax": ["__call__", "__call__", "pure", "call", "value_and_grad", "pure"],
+    "torch": ["call", "value_and_grad"],
+}
