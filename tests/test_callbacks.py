@@ -149,6 +149,9 @@ def test_the_smooth_loss_waits_for_no_step_until_it_is_read():
     assert not reads
     assert smooth.smooth_loss == pytest.approx(1)
     assert len(reads) == 3
+    for _ in range(5000):  # but does not keep them all
+        smooth.on_steps_end(0, range(2), Unread())
+    assert len(reads) > 2000
 
 
 def test_the_timer_measures_epochs_by_its_clock():

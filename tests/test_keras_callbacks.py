@@ -250,8 +250,13 @@ def test_a_compiled_model_keeps_its_own_optimizer():
 
 
 def test_keras_callbacks_that_need_no_step_do_not_ask_for_it(tmp_path):
+    class Mine(keras.callbacks.ModelCheckpoint):
+        def on_train_batch_end(self, batch, logs=None):
+            pass
+
     every = {
         "ModelCheckpoint": keras.callbacks.ModelCheckpoint(tmp_path / "a.keras"),
+        "of one's own": Mine(tmp_path / "a.keras"),
         "by steps": keras.callbacks.ModelCheckpoint(tmp_path / "a.keras", save_freq=5),
         "CSVLogger": keras.callbacks.CSVLogger(tmp_path / "log.csv"),
         "lambda": keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: None),
@@ -260,6 +265,7 @@ def test_keras_callbacks_that_need_no_step_do_not_ask_for_it(tmp_path):
     }
     assert {name: KerasCallback(callback).every_steps for name, callback in every.items()} == {
         "ModelCheckpoint": None,
+        "of one's own": 1,
         "by steps": 1,
         "CSVLogger": None,
         "lambda": None,

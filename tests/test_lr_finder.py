@@ -340,7 +340,7 @@ def test_any_of_several_optimizers_can_be_swept():
     second = trainer.lr_finder(ONES, **settings, optimizer=trainer.second)
     np.testing.assert_allclose(second.losses, -swept - 0.5 * steps, rtol=1e-5)
     assert all(not weight.any() for weight in trainer.model.get_weights())
-    with pytest.raises(ValueError, match="does not use the optimizer 'adam'"):
+    with pytest.raises(ValueError, match="does not use the optimizer 'adam"):
         trainer.lr_finder(ONES, optimizer=keras.optimizers.Adam())
 
 

@@ -145,6 +145,8 @@ def test_a_replica_has_the_examples_of_its_dataset():
     assert replica(data).dataset.dataset is data.dataset  # shared, not copied
 
 
+# JAX, where another test has imported it, warns of every fork, and a loader's workers are forks.
+@pytest.mark.filterwarnings("ignore:os.fork", "ignore::pytest.PytestUnraisableExceptionWarning")
 def test_workers_that_persist_stay_with_their_loader():
     data = loader(shuffle=True, num_workers=1, persistent_workers=True)
     epoch(data, 0)

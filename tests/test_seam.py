@@ -62,6 +62,10 @@ def test_a_variable_can_be_returned():
     assert [number(o) for o in outputs] == [1, 2, 3]
 
 
+# On JAX a program is traced twice: first to meet the variables, which are then its arguments.
+TRACES = 2 if keras.backend.backend() == "jax" else 1
+
+
 def test_python_runs_once_per_signature_and_each_constant():
     seen = []
 
@@ -74,10 +78,10 @@ def test_python_runs_once_per_signature_and_each_constant():
         assert number(power(np.float32(3), 2)) == 9
         assert number(power(np.float32(3), 3)) == 27
         assert number(power(np.float32(3), n=2, scale=2.0)) == 18
-    assert len(seen) == (3 if backend.COMPILES else 9)
+    assert len(seen) == (3 * TRACES if backend.COMPILES else 9)
     assert power(np.ones(5, "float32"), 2).shape == (5,)
     if backend.COMPILES:
-        assert len(seen) == 4
+        assert len(seen) == 4 * TRACES
 
 
 def test_methods_are_compiled_once_per_instance():
@@ -104,7 +108,7 @@ def test_methods_are_compiled_once_per_instance():
         tens.count(np.float32(1))
     assert (number(ones.total), number(tens.total)) == (3, 30)
     if backend.COMPILES:
-        assert Counter.traces == 2
+        assert Counter.traces == 2 * TRACES
     assert number(ones.twice(np.float32(1))) == 4 + 5
     assert Counter.count.__name__ == "count"
 
@@ -165,7 +169,7 @@ def test_a_closure_may_assign_and_return_more():
 
     def run():
         def closure():
-            seen.assign_add(a * 2)
+            seen.assign_add(ops.stop_gradient(a * 2))  # on TensorFlow none flows through it
             return a**2 + seen, {"seen": seen + 0.0, "fixed": ops.ones(2)}
 
         before = seen + 1.0  # what was assigned before is seen inside, and after
@@ -176,7 +180,7 @@ def test_a_closure_may_assign_and_return_more():
         assert (number(before), number(after)) == (6 * i + 1, 6 * i + 6)
         assert number(value) == 9 + 6 * (i + 1)
         assert number(more["seen"]) == 6 * (i + 1)
-        assert number(gradient) == 6 + 2
+        assert number(gradient) == 6
     assert number(seen) == 12
 
 
@@ -198,10 +202,11 @@ def test_no_gradient_is_none():
 def test_a_gradient_by_an_embedding_has_its_shape_and_updates_as_any_other():
     table = variable(np.ones((4, 2)))
     rows = np.int32([1, 1, 3])
+    factors = ops.convert_to_tensor(np.float32([[1], [2], [3]]))
 
     def run():
         return core.value_and_grad(
-            lambda: ops.sum(ops.take(table, rows, axis=0) * np.float32([[1], [2], [3]])), [table]
+            lambda: ops.sum(ops.take(table, rows, axis=0) * factors), [table]
         )
 
     for _, (gradient,) in both(run):
@@ -353,15 +358,19 @@ def test_optimizers_do_what_they_do_in_fit(optimizer, policy, steps_per_dispatch
 def test_importing_and_training_loads_one_backend_and_no_extras():
     code = """
 import sys
-import polus.core, polus.callbacks, polus.metrics, polus.data, polus.training
 import keras, numpy as np
 model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
 loss = keras.losses.MeanSquaredError()
-trainer = polus.training.ClassifierTrainer(model, keras.optimizers.SGD(), loss)
 x = np.ones((4, 2), "float32")
+model.compile("sgd", loss)
+model.fit(x, x[:, :1], verbose=0)
+by_keras = set(sys.modules)
+import polus.core, polus.callbacks, polus.metrics, polus.data, polus.training
+trainer = polus.training.ClassifierTrainer(model, keras.optimizers.SGD(), loss)
 trainer.train([(x, x[:, :1])], epochs=1, steps_per_dispatch=1)
 others = {"tensorflow", "jax", "torch"} - {keras.backend.backend()}
-found = (others | {"matplotlib", "pandas", "sklearn", "ir_measures"}) & set(sys.modules)
+unwanted = others | {"matplotlib", "pandas", "sklearn", "ir_measures"}
+found = unwanted & (set(sys.modules) - by_keras)
 assert not found, found
 """
     environment = {**os.environ, "PYTHONPATH": str(Path(SOURCE).parent)}
@@ -379,7 +388,11 @@ def test_the_way_from_train_to_the_gradient():
 
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
     trainer = ClassifierTrainer(model, keras.optimizers.SGD(), loss)
-    trainer.train([(X, X[:, :1])], epochs=1, steps_per_dispatch=1)
+    core.set_jit_compile(keras.backend.backend() == "jax")  # nothing is measured, and so traced
+    try:
+        trainer.train([(X, X[:, :1])], epochs=1, steps_per_dispatch=1)
+    finally:
+        core.set_jit_compile("auto")
     ours = [(f[len(SOURCE) + 1 :], name) for f, name in frames[-1] if f.startswith(SOURCE)]
     path = [name for file, name in ours if not file.startswith("backends")]
     # `scaled` and `forward` are the closures whose gradient is taken.

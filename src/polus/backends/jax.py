@@ -65,7 +65,10 @@ class _Program:
             for slot, array in zip(slots, arrays, strict=True):
                 filled[slot] = array
             args, kwargs = jax.tree_util.tree_unflatten(structure, filled)
-            return fn(*args, **kwargs)
+            return jax.tree_util.tree_map(
+                lambda leaf: leaf.value if isinstance(leaf, keras.Variable) else leaf,
+                fn(*args, **kwargs),
+            )
 
         with Recorder() as met:
             # Outside the trace this scope ends, so variables that `fn` creates get real values.

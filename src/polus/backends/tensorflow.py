@@ -1,5 +1,6 @@
 """TensorFlow: `tf.function`, with XLA where it is asked for. Variables are captured as usual."""
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -20,6 +21,9 @@ def function(fn: Callable[..., Tree], jit_compile: bool | None = None) -> Callab
     """
     compiled = tf.function(fn, jit_compile=bool(jit_compile), autograph=False)
     programs: dict[Any, Callable[..., Tree]] = {}
+    parameters = inspect.signature(fn).parameters.values()
+    # A program takes what it was traced with, Python values and defaults included.
+    plain = all(p.default is p.empty and p.kind is not p.KEYWORD_ONLY for p in parameters)
 
     def call(*args: Any, **kwargs: Any) -> Tree:
         if tf.inside_function() or current() is not None:
@@ -31,7 +35,7 @@ def function(fn: Callable[..., Tree], jit_compile: bool | None = None) -> Callab
         program = programs.get(key)
         if program is None:
             program = programs[key] = compiled.get_concrete_function(*args, **kwargs)
-        return program(*args, **kwargs)
+        return program(*args) if plain and not kwargs else compiled(*args, **kwargs)
 
     return call
 

@@ -23,7 +23,8 @@ def function(fn: Callable[..., Tree], jit_compile: bool | None = None) -> Callab
         if getattr(_depth, "value", 0):
             return fn(*args, **kwargs)  # inside a gradient: part of it
         with torch.no_grad():
-            return compiled(*keras.tree.map_structure(_tensor, args), **kwargs)
+            result = compiled(*keras.tree.map_structure(_tensor, args), **kwargs)
+            return keras.tree.map_structure(_own, result)
 
     return call
 
@@ -76,6 +77,13 @@ def value_and_input_grad(fn: Callable[..., Any], inputs: Sequence[Any]) -> tuple
     finally:
         _depth.value = depth
     return value.detach(), list(gradients)
+
+
+def _own(leaf: Any) -> Any:
+    """A variable's tensor as a copy: later assignments are written into it in place."""
+    if isinstance(leaf, keras.Variable):
+        leaf = leaf.value
+    return leaf.detach().clone() if isinstance(leaf, torch.nn.Parameter) else leaf
 
 
 def _detached(leaf: Any) -> Any:

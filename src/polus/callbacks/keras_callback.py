@@ -19,6 +19,11 @@ BATCH_EVENTS = (
 # What is no state of a callback. Keras turns the sign of min_delta when it chooses the direction,
 # in every process anew.
 NO_STATE = {*vars(keras.callbacks.Callback()), "min_delta"}
+COUNTERS = (
+    keras.callbacks.BackupAndRestore,
+    keras.callbacks.ModelCheckpoint,
+    keras.callbacks.TensorBoard,
+)
 MISSING = object()
 
 
@@ -37,14 +42,13 @@ class KerasCallback(Callback):
     def __init__(self, callback: keras.callbacks.Callback) -> None:
         super().__init__()
         self.callback = callback
-        overrides = any(_overridden(callback, event) for event in BATCH_EVENTS)
-        # Keras' own that say they save or write only between epochs hear of the steps afterwards.
-        between_epochs = "epoch" in (
+        self._overrides = any(_overridden(callback, event) for event in BATCH_EVENTS)
+        # Keras' own that save or write only between epochs just count the steps.
+        self._counts = type(callback) in COUNTERS and "epoch" in (
             getattr(callback, "save_freq", None),
             getattr(callback, "update_freq", None),
         )
-        self.every_steps = 1 if overrides and not between_epochs else None
-        self._overrides = overrides
+        self.every_steps = 1 if self._overrides and not self._counts else None
         self._given = dict(vars(callback))
         self._sums: dict[str, float] = {}
         self._examples = 0
@@ -75,13 +79,16 @@ class KerasCallback(Callback):
     def on_steps_end(self, epoch: int, steps: range, losses: Any) -> None:
         if not self._overrides:
             return
+        if self._counts:
+            for step in steps:
+                if len(steps) > 1:
+                    self.callback.on_train_batch_begin(step, {})
+                self.callback.on_train_batch_end(step, {})  # waits for no loss
+            return
         run = self.coordinator
         sizes = run.batch_sizes[-len(steps) :]
         terms = {name: np.asarray(values) for name, values in run.step_logs.items()}
-        metrics = {
-            metric.name: _number(metric.result())
-            for metric in (run.trainer.metrics if self.every_steps == 1 else ())
-        }
+        metrics = {metric.name: _number(metric.result()) for metric in run.trainer.metrics}
         for i, step in enumerate(steps):
             if len(steps) > 1:
                 self.callback.on_train_batch_begin(step, {})

@@ -6,6 +6,8 @@ import numpy as np
 
 from polus.callbacks.base import Callback
 
+MAX_UNREAD = 4096  # blocks of losses left on the device; then the older half is read
+
 
 class LossSmoothCallback(Callback):
     """Keeps an exponential moving average of every step's loss, corrected for its start.
@@ -35,6 +37,8 @@ class LossSmoothCallback(Callback):
 
     def on_steps_end(self, epoch: int, steps: range, losses: Any) -> None:
         self._unread.append(losses)
+        if len(self._unread) > MAX_UNREAD:
+            self._read(MAX_UNREAD // 2)
 
     def on_epoch_end(self, epoch: int) -> None:
         self.coordinator.shared_dict["smooth_loss"] = self.smooth_loss
@@ -42,14 +46,18 @@ class LossSmoothCallback(Callback):
     @property
     def smooth_loss(self) -> float:
         """The smoothed loss after the last step; NaN before the first. Waits for the device."""
-        unread, self._unread = self._unread, []
-        if unread:
-            losses = np.concatenate([np.asarray(each, np.float64) for each in unread])
+        self._read(len(self._unread))
+        return self._sum / self._weight if self._weight else float("nan")
+
+    def _read(self, count: int) -> None:
+        """Adds the oldest `count` blocks of losses."""
+        blocks, self._unread = self._unread[:count], self._unread[count:]
+        if blocks:
+            losses = np.concatenate([np.asarray(block, np.float64) for block in blocks])
             powers = self.beta ** np.arange(len(losses) - 1, -1, -1.0)
             rest = self.beta ** len(losses)
             self._sum = rest * self._sum + float(powers @ losses)
             self._weight = rest * self._weight + float(powers.sum())
-        return self._sum / self._weight if self._weight else float("nan")
 
     def get_state(self) -> dict[str, Any]:
         _ = self.smooth_loss

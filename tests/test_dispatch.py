@@ -1,0 +1,231 @@
+"""Several steps in one call: chosen by measuring without a trace, and told as if one by one."""
+
+import contextlib
+import logging
+import math
+import signal
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import polus.dispatch
+from polus.backends import backend
+from polus.callbacks import Callback
+from polus.data import Feed, as_source, from_arrays
+from polus.dispatch import Dispatch, choose
+from polus.state import random_state
+from polus.training import ClassifierTrainer
+
+X = np.random.default_rng(0).normal(size=(80, 6)).astype("float32")
+Y = (X[:, 0] > 0).astype("int32") + (X[:, 1] > 0)
+BATCHES = [(X[i : i + 8], Y[i : i + 8]) for i in range(0, 80, 8)]
+CROSS_ENTROPY = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+class Traced(ClassifierTrainer):
+    """Counts how often the step's Python runs."""
+
+    runs = 0
+
+    def forward_with_grads(self, x, y):
+        self.runs += 1
+        return super().forward_with_grads(x, y)
+
+
+def make_trainer(cls=ClassifierTrainer, *more_layers):
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((6,)), *more_layers, keras.layers.Dense(3)])
+    return cls(model, keras.optimizers.Adam(1e-2), CROSS_ENTROPY)
+
+
+class Blocks(Callback):
+    """Records how many steps came at a time, and each one's number and loss."""
+
+    def __init__(self, every_steps=None):
+        super().__init__()
+        self.every_steps = every_steps
+        self.counts, self.heard = [], []
+
+    def on_steps_end(self, epoch, steps, losses):
+        self.counts.append(len(steps))
+        self.heard += [(epoch, step, float(losses[i])) for i, step in enumerate(steps)]
+
+
+def number(tensor) -> float:
+    return float(ops.convert_to_numpy(tensor))
+
+
+# ---------------------------------------------------------------------- what runs together
+
+
+@pytest.mark.parametrize(
+    ("steps_per_dispatch", "every_steps", "counts"),
+    [
+        (1, None, [1] * 10),
+        (4, None, [4, 4, 2]),
+        (4, 3, [3, 3, 3, 1]),
+        (100, None, [10]),
+        (100, 1, [1] * 10),
+    ],
+)
+@pytest.mark.parametrize("kind", ["batches", "arrays"])
+def test_blocks_are_as_long_as_asked_for_and_allowed(kind, steps_per_dispatch, every_steps, counts):
+    data = BATCHES if kind == "batches" else from_arrays((X, Y), 8, shuffle=False)
+    reference, heard = Blocks(), Blocks(every_steps)
+    make_trainer().train(data, 2, [reference], steps_per_dispatch=1)
+    make_trainer().train(data, 2, [heard], steps_per_dispatch=steps_per_dispatch)
+    assert heard.counts == 2 * counts
+    assert [h[:2] for h in heard.heard] == [h[:2] for h in reference.heard]
+    losses = [[h[2] for h in callback.heard] for callback in (heard, reference)]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+def test_who_hears_of_batches_finds_the_model_as_it_was_then():
+    class Mine(Callback):
+        def on_train_batch_end(self, epoch, step, loss):
+            counted.append(number(self.coordinator.trainer.step_counter))
+
+    counted = []
+    make_trainer().train(BATCHES, 1, [Mine()])
+    assert counted == list(range(1, 11))
+
+
+def test_a_shape_is_compiled_once():
+    shapes = [BATCHES[0]] * 3 + [(X[:4], Y[:4])] * 3 + [BATCHES[0]] * 2 + [(X[:4], Y[:4])]
+    trainer = make_trainer(Traced)
+    trainer.train(shapes, 1, steps_per_dispatch=3)
+    runs = trainer.runs
+    trainer.train(shapes, 3, steps_per_dispatch=3)
+    again = trainer.runs - runs
+    assert again == (0 if backend.COMPILES else 3 * len(shapes))
+
+
+def test_many_shapes_are_named_once(caplog):
+    shapes = [(X[:n], Y[:n]) for n in range(3, 14)]
+    with caplog.at_level(logging.WARNING, "polus"):
+        make_trainer().train(shapes, 2)
+    said = [r.getMessage() for r in caplog.records if "different shapes" in r.getMessage()]
+    assert len(said) == (1 if backend.COMPILES else 0)
+    assert all(f"({n}, 6)" in said[0] for n in range(3, 10) if said)
+
+
+def test_an_interruption_falls_between_two_steps():
+    class Interrupt(Callback):
+        def on_train_batch_begin(self, epoch, step):
+            if step == 3:
+                signal.raise_signal(signal.SIGINT)
+
+        def on_train_end(self):
+            self.ended = True
+
+    interrupt, later = Interrupt(), Blocks()
+    trainer = make_trainer()
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train(BATCHES, 2, [interrupt, later])
+    run = later.coordinator
+    assert interrupt.ended
+    assert (run.epoch, run.step) == (0, 4)
+    assert number(trainer.step_counter) == len(later.heard) == len(run.history.steps["loss"]) == 4
+
+
+# ---------------------------------------------------------------------- how it is chosen
+
+
+def measured_on(trainer, dispatch, **kwargs):
+    """Chooses for ten batches of a list."""
+    data = Feed(as_source(BATCHES)).epoch(0)
+    inputs = data.sample(1).first
+    trainer._build(inputs)
+    arguments = {"jit_mode": "auto", "longest": 64, **kwargs}
+    choose(dispatch, data, lambda: trainer._survey(inputs), **arguments)
+    return data
+
+
+def test_measuring_leaves_no_trace():
+    layers = keras.layers.BatchNormalization(), keras.layers.Dropout(0.5)
+    trainer = make_trainer(ClassifierTrainer, *layers)
+    trainer._example = Feed(as_source(BATCHES)).epoch(0).sample(1)
+    variables = trainer.state_variables()
+    before = [np.array(variable) for variable in variables]
+    generators = random_state()
+    dispatch = Dispatch(trainer._step, None)
+    data = measured_on(trainer, dispatch)
+    assert dispatch.measured
+    for variable, value in zip(variables, before, strict=True):
+        np.testing.assert_array_equal(np.array(variable), value, err_msg=variable.path)
+    assert str(random_state()) == str(generators)
+    with contextlib.closing(data.blocks(3)) as blocks:
+        assert sum(block.count for block in blocks) == len(BATCHES)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Two compilers: (jit_compile, steps) -> the seconds that a call takes, and what was asked."""
+    taken, asked = {}, []
+
+    def seconds(dispatch, block):
+        key = dispatch.jit_compile, block.count
+        asked.append(key)
+        dispatch.compile_secs = 1.0
+        if isinstance(result := taken[key], Exception):
+            raise result
+        return result
+
+    monkeypatch.setattr(polus.dispatch, "_seconds", seconds)
+    monkeypatch.setattr(backend, "candidates", lambda: (False, True))
+    return taken, asked
+
+
+def test_of_a_short_run_less_is_measured_and_of_a_longer_one_the_rest(clock):
+    taken, asked = clock
+    taken.update({(False, 1): 5e-3, (True, 1): 4e-3, (False, 20): 20e-3, (True, 25): 10e-3})
+    trainer, dispatch = make_trainer(), Dispatch(None, None)
+    measured_on(trainer, dispatch, steps=100)  # half a second, and to compile takes one
+    measured_on(trainer, dispatch, steps=100)
+    assert asked == [(False, 1)]
+    assert (dispatch.jit_compile, dispatch.capacity) == (False, 1)
+    measured_on(trainer, dispatch, steps=math.inf)
+    measured_on(trainer, dispatch, steps=math.inf)
+    assert sorted(asked) == sorted(taken)
+    assert (dispatch.jit_compile, dispatch.capacity) == (True, 25)
+
+
+def test_an_error_of_the_step_is_no_compilers_fault(caplog):
+    class Broken(ClassifierTrainer):
+        def forward_with_grads(self, x, y):
+            raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"), caplog.at_level(logging.WARNING, "polus"):
+        make_trainer(Broken).train(BATCHES, 1)
+    assert not [r for r in caplog.records if "compile" in r.getMessage()]
+
+
+def test_what_was_measured_is_logged(caplog):
+    trainer = make_trainer()
+    dispatch = Dispatch(trainer._step, None)
+    with caplog.at_level(logging.INFO, "polus"):
+        measured_on(trainer, dispatch)
+    (said,) = [r.getMessage() for r in caplog.records if "Measured" in r.getMessage()]
+    assert said.count("steps/s") == len(dispatch.measured) > 1
+
+
+@pytest.mark.skipif(
+    keras.config.backend() != "tensorflow", reason="only TensorFlow has steps that XLA refuses"
+)
+def test_a_step_that_xla_refuses_runs_without(caplog):
+    class Host(ClassifierTrainer):
+        def forward_without_grads(self, x, y):
+            import tensorflow as tf
+
+            x = tf.ensure_shape(tf.numpy_function(lambda a: a, [x], tf.float32), (8, 6))
+            return x, y
+
+    trainer = make_trainer(Host)
+    dispatch = Dispatch(trainer._step, None)
+    with caplog.at_level(logging.WARNING, "polus"):
+        measured_on(trainer, dispatch)
+    assert dispatch.jit_compile is False
+    (said,) = [r.getMessage() for r in caplog.records if "can't compile" in r.getMessage()]
+    assert "\n" not in said

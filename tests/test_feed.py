@@ -1,0 +1,235 @@
+"""Batches reach the step as the dataset gives them: all of them, once, in order, in blocks."""
+
+import contextlib
+import itertools
+import threading
+import traceback
+
+import keras
+import numpy as np
+import pytest
+
+from polus.data import Feed, as_source, from_arrays
+
+X = np.arange(44, dtype="float32").reshape(22, 2)
+Y = np.arange(22, dtype="int32")
+
+
+def ragged(size=4):
+    """Batches (x, y), the last one smaller."""
+    return [(X[i : i + size], Y[i : i + size]) for i in range(0, 22, size)]
+
+
+class Sequence(keras.utils.PyDataset):
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, i):
+        return ragged()[i]
+
+
+def loader():
+    torch = pytest.importorskip("torch")
+    examples = torch.utils.data.TensorDataset(torch.tensor(X), torch.tensor(Y))
+    return torch.utils.data.DataLoader(examples, 4)
+
+
+def tensorflow_data(arrays=(X, Y)):
+    tf = pytest.importorskip("tensorflow")
+    return tf.data.Dataset.from_tensor_slices(arrays).batch(4)
+
+
+def changing_shapes():
+    for length in (3, 3, 3, 5, 3, 5, 5, 1):
+        yield (np.full((2, length), length, "float32"),)
+
+
+def growing():
+    for length in (1, 1, 2, 2, 2, 1):
+        yield np.ones((2, length), "float32") * length
+
+
+def tensorflow_growing():
+    tf = pytest.importorskip("tensorflow")
+    spec = tf.TensorSpec((2, None), tf.float32)
+    return tf.data.Dataset.from_generator(growing, output_signature=spec)
+
+
+# Name -> the dataset, and the batches that it holds.
+KINDS = {
+    "list": (ragged, ragged),
+    "lists of lists": (lambda: [list(b) for b in ragged()], ragged),
+    "generator function": (lambda: lambda: iter(ragged()), ragged),
+    "iterator": (lambda: iter(ragged()), ragged),
+    "PyDataset": (lambda: Sequence(), ragged),
+    "DataLoader": (loader, ragged),
+    "tf.data": (tensorflow_data, ragged),
+    "tf.data of dicts": (
+        lambda: tensorflow_data({"a": X, "b": Y}),
+        lambda: [{"a": x, "b": y} for x, y in ragged()],
+    ),
+    "tf.data of growing shapes": (tensorflow_growing, lambda: list(growing())),
+    "single arrays": (lambda: [x for x, _ in ragged()], lambda: [x for x, _ in ragged()]),
+    "dicts": (
+        lambda: [{"a": x, "b": y} for x, y in ragged()],
+        lambda: [{"a": x, "b": y} for x, y in ragged()],
+    ),
+    "nested": (
+        lambda: [((x, [x]), y) for x, y in ragged()],
+        lambda: [((x, [x]), y) for x, y in ragged()],
+    ),
+    "changing shapes": (lambda: changing_shapes, lambda: list(changing_shapes())),
+    "arrays on the device": (lambda: from_arrays((X, Y), 4, shuffle=False), ragged),
+    "list of arrays on the device": (lambda: from_arrays([X, Y], 4, shuffle=False), ragged),
+    "arrays on the host": (
+        lambda: from_arrays((X, Y), 4, shuffle=False, device_bytes=0),
+        ragged,
+    ),
+}
+
+
+def rows(block) -> list:
+    """The batches of a block, as NumPy arrays."""
+    if block.fetch is None:
+        found = [block.payload]
+    else:
+        batches = block.fetch(keras.tree.map_structure(keras.ops.convert_to_tensor, block.payload))
+        found = [keras.tree.map_structure(lambda a, i=i: a[i], batches) for i in range(block.count)]
+    return [keras.tree.map_structure(keras.ops.convert_to_numpy, batch) for batch in found]
+
+
+def read(dataset, capacity, transform=None, steps=None, due=lambda step: None) -> tuple[list, list]:
+    """All batches of an epoch, and the sizes of the blocks they came in."""
+    data = Feed(as_source(dataset), transform, steps).epoch(0)
+    with contextlib.closing(data.blocks(capacity, due)) as blocks:
+        found = [(block.count, rows(block)) for block in blocks]
+    return list(itertools.chain(*(batches for _, batches in found))), [count for count, _ in found]
+
+
+def assert_same(batches, expected):
+    assert len(batches) == len(expected)
+    for batch, reference in zip(batches, expected, strict=True):
+        found, wanted = keras.tree.flatten(batch), keras.tree.flatten(reference)
+        assert [a.dtype for a in found] == [a.dtype for a in wanted]
+        for a, b in zip(found, wanted, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def feeding_threads() -> list:
+    return [thread for thread in threading.enumerate() if thread.name == "polus-feed"]
+
+
+# ---------------------------------------------------------------------- what comes
+
+
+@pytest.mark.parametrize("capacity", [1, 3, 64])
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_gives_its_batches_in_order(kind, capacity):
+    make, expected = KINDS[kind]
+    batches, counts = read(make(), capacity)
+    assert_same(batches, expected())
+    assert max(counts) == 1 if capacity == 1 else 1 < max(counts) <= capacity
+    assert not feeding_threads()
+
+
+def test_blocks_hold_one_shape_each():
+    _, counts = read(changing_shapes, 64)
+    assert counts == [3, 1, 1, 2, 1]
+
+
+@pytest.mark.parametrize("kind", ["generator function", "tf.data", "arrays on the device"])
+def test_no_block_is_longer_than_a_callback_allows(kind):
+    _, counts = read(KINDS[kind][0](), 64, due=lambda step: 2 - step % 2)
+    assert counts == [2, 2, 1, 1]  # the last batch is smaller
+
+
+@pytest.mark.parametrize("kind", ["list", "tf.data", "arrays on the device"])
+def test_steps_bound_an_epoch(kind):
+    batches, _ = read(KINDS[kind][0](), 3, steps=4)
+    assert_same(batches, ragged()[:4])
+
+
+def test_a_transform_sees_the_batches_as_they_are():
+    def double(batch):
+        assert isinstance(batch, tuple)
+        return batch[0] * 2, batch[1]
+
+    batches, _ = read(ragged(), 3, transform=double)
+    assert_same(batches, [(2 * x, y) for x, y in ragged()])
+
+
+# ---------------------------------------------------------------------- the order of arrays
+
+
+def test_an_epoch_that_begins_in_the_middle_goes_on_in_its_order():
+    dataset = from_arrays(np.arange(10), 3, seed=7)
+    with contextlib.closing(Feed(as_source(dataset)).epoch(3, start=2).blocks(2)) as blocks:
+        found = [batch.tolist() for block in blocks for batch in rows(block)]
+    assert found == [[6, 8, 4], [1]]
+
+
+# ---------------------------------------------------------------------- the thread that reads
+
+
+def broken_after(count):
+    yield from ragged()[:count]
+    raise OSError("the disk is gone")
+
+
+def test_an_exception_of_the_dataset_comes_after_its_batches_and_shows_the_line():
+    seen: list = []
+    data = Feed(as_source(lambda: broken_after(3))).epoch(0)
+    blocks = data.blocks(1)
+    with pytest.raises(OSError, match="the disk is gone") as caught:
+        seen.extend(batch for block in blocks for batch in rows(block))
+    assert_same(seen, ragged()[:3])
+    lines = [frame.line for frame in traceback.extract_tb(caught.value.__traceback__)]
+    assert 'raise OSError("the disk is gone")' in lines
+    assert not feeding_threads()
+
+
+def test_an_exception_of_the_transform_shows_its_line():
+    def transform(batch):
+        return batch[2]
+
+    with pytest.raises(IndexError) as caught:
+        read(ragged(), 4, transform)
+    lines = [frame.line for frame in traceback.extract_tb(caught.value.__traceback__)]
+    assert "return batch[2]" in lines
+
+
+def test_reading_ahead_is_bounded_and_ends_with_the_reader():
+    taken = []
+
+    def endless():
+        for i in itertools.count():
+            taken.append(i)
+            yield np.zeros((1,), "float32")
+
+    blocks = Feed(as_source(endless)).epoch(0).blocks(capacity=5)
+    next(blocks)
+    assert len(feeding_threads()) == 1
+    blocks.close()
+    assert not feeding_threads()
+    # The block that was taken, two that wait, one in the thread's hands, one being read.
+    assert len(taken) <= 5 * 5
+
+
+def test_what_waits_for_data_can_be_interrupted():
+    released = threading.Event()
+
+    def slow():
+        yield np.zeros((1,), "float32")
+        released.wait()
+        yield np.zeros((1,), "float32")
+
+    def poll():
+        if released.is_set():
+            raise KeyboardInterrupt
+
+    blocks = Feed(as_source(slow)).epoch(0).blocks(1, poll=poll)
+    next(blocks)
+    released.set()
+    with pytest.raises(KeyboardInterrupt):
+        next(blocks)
+    assert not feeding_threads()
