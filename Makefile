@@ -43,7 +43,7 @@ check: .venv/.setup
 	.venv/bin/mypy
 
 bench: .venv/.setup
-	.venv/bin/python benchmarks/run.py
+	.venv/bin/python benchmarks/speed.py
 
 docs: .venv/.setup
 	KERAS_BACKEND=$(BACKEND) .venv/bin/python -m pytest tests/test_docs.py
