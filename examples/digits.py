@@ -84,8 +84,10 @@ def main(data: Path | None = None, epochs: int | None = None, runs: Path = Path(
     # The best model, as anybody would load it.
     best = keras.saving.load_model(folder / "model.keras")
     predicted = best.predict(x_test, batch_size=256, verbose=0).argmax(-1)
-    display = ConfusionMatrixDisplay.from_predictions(y_test, predicted, colorbar=False)
-    display.figure_.savefig(folder / "confusion_matrix.png")
+    display = ConfusionMatrixDisplay.from_predictions(
+        y_test, predicted, colorbar=False, cmap="Blues"
+    )
+    display.figure_.savefig(folder / "confusion_matrix.png", bbox_inches="tight")
     history.plot(folder / "history.png")
 
     scores = history.to_dict()["val_macro_f1"]

@@ -346,10 +346,47 @@ def test_a_bar_in_a_terminal():
     assert text.count("\x1b[?25l") == text.count("\x1b[?25h") == 1  # the cursor comes back
 
 
+class Clock(Callback):
+    """Told by hand: each step takes so many seconds."""
+
+    every_steps = 1
+
+    def __init__(self, secs_per_step):
+        super().__init__()
+        self.secs_per_step = secs_per_step
+        self.steps = 0
+
+    def __call__(self):
+        return self.steps * self.secs_per_step
+
+    def on_train_batch_begin(self, epoch, step):
+        self.steps += 1
+
+
+def bars_of(text):
+    return [line for line in text.replace("\x1b[2K", "\n").splitlines() if "━" in line]
+
+
+def test_the_bar_tells_the_remaining_time_of_all_epochs():
+    clock = Clock(20 * 60)
+    bars = bars_of(shown(True, [clock], clock=clock))
+    left = [bar.split("━ ")[-1].split()[0] for bar in bars if "steps/s" in bar]
+    assert list(dict.fromkeys(left)) == [
+        *("2:40:00", "2:20:00", "2:00:00", "1:40:00", "1:20:00"),
+        *("1:00:00", "40:00", "20:00", "0:00"),
+    ]
+
+
+def test_epochs_shorter_than_the_time_between_two_drawings_are_shown_too():
+    clock = Clock(0.03)
+    bars = bars_of(shown(True, [clock], clock=clock))
+    assert any(bar.startswith("epoch 2/2") and " 2/5  loss " in bar for bar in bars)
+
+
 def test_a_narrow_terminal_keeps_what_matters():
     ticks = iter(range(10_000))
     text = shown(True, [LossSmoothCallback()], clock=lambda: next(ticks), width=60)
-    bars = [line for line in text.replace("\x1b[2K", "\n").splitlines() if "━" in line]
+    bars = bars_of(text)
     assert any(line.startswith("epoch 2/2 ━") and "  loss " in line for line in bars)
     assert all(len(line) <= 60 for line in bars)
 

@@ -10,7 +10,8 @@ from keras import ops
 
 import polus.core
 import polus.data
-from polus.callbacks import Callback
+from polus.callbacks import Callback, ValidationDataCallback
+from polus.metrics import Accuracy
 from polus.training import BaseTrainer, ClassifierTrainer
 
 X = np.random.default_rng(0).normal(size=(80, 6)).astype("float32")
@@ -166,6 +167,18 @@ def test_both_spellings_can_be_overridden_and_called(spelling):
 
     assert Sub.forward_without_grads is Sub.__dict__["foward_without_grads"]
 
+    class Mixin:  # knows nothing of trainers
+        pass
+
+    setattr(Mixin, f"{spelling}_with_grads", lambda self, x, y: (y, self.model(x) * 0.0))
+
+    class Mixed(Mixin, Sub):
+        pass
+
+    trainer = Mixed(make_model(), keras.optimizers.SGD(0.0), CROSS_ENTROPY)
+    losses = trainer.train(BATCHES, epochs=1).steps["loss"]
+    np.testing.assert_allclose(losses, np.log(3), rtol=1e-6)
+
 
 def test_two_spellings_of_one_method_in_one_class_is_an_error():
     with pytest.raises(TypeError, match="two spellings"):
@@ -177,18 +190,23 @@ def test_two_spellings_of_one_method_in_one_class_is_an_error():
 
 
 def test_loss_terms_are_recorded_and_the_total_is_minimised():
-    class Terms(ClassifierTrainer):
-        pass
-
     def loss(y, logits):
         main, size = CROSS_ENTROPY(y, logits), ops.mean(ops.abs(logits))
         return {"loss": main + 0.1 * size, "main": main, "size": size}
 
-    history = Terms(make_model(), keras.optimizers.Adam(0.05), loss).train(BATCHES, epochs=4)
+    model = make_model(kernel_regularizer="l2")
+    trainer = ClassifierTrainer(model, keras.optimizers.Adam(0.05), loss)
+    validation = ValidationDataCallback(BATCHES[:2])
+    history = trainer.train(BATCHES, epochs=4, callbacks=[validation])
     steps, epochs = history.steps, history.to_dict()
-    np.testing.assert_allclose(steps["loss"], steps["main"] + 0.1 * steps["size"], rtol=1e-5)
+    assert (steps["loss"] > steps["main"] + 0.1 * steps["size"]).all()  # and regularisation
     assert epochs["loss"][-1] < epochs["loss"][0]
-    assert set(epochs) == {"epoch", "loss", "main", "size"}
+    terms = ["loss", "main", "size"]
+    assert set(epochs) == {"epoch", *terms, *(f"val_{term}" for term in terms)}
+    y, logits = Y[:32], model(X[:32])
+    assert epochs["val_main"][-1] == pytest.approx(to_float(CROSS_ENTROPY(y, logits)), rel=1e-5)
+    total = to_float(loss(y, logits)["loss"] + sum(model.losses))
+    assert epochs["val_loss"][-1] == pytest.approx(total, rel=1e-5)
 
 
 @pytest.mark.parametrize("keyword", ["post_process_prediction", "post_process_logits"])
@@ -258,6 +276,49 @@ def test_train_step_can_be_overridden_and_its_terms_are_logged():
     columns = trainer.train(BATCHES, epochs=6).to_dict()
     assert columns["loss"][-1] < columns["loss"][0]
     assert columns["other"][-1] < columns["other"][0]
+
+
+def test_parts_can_be_replaced_between_two_runs():
+    model = make_model()
+    head = model.layers[1].trainable_weights
+    trainer = ClassifierTrainer(model, head, keras.optimizers.SGD(0.1), CROSS_ENTROPY)
+
+    def changed(run):
+        before = model.get_weights()
+        run()
+        after = model.get_weights()
+        return [not np.array_equal(a, b) for a, b in zip(before, after, strict=True)]
+
+    def epoch():
+        return trainer.train(BATCHES, epochs=1).steps["loss"]
+
+    assert changed(epoch) == [False, False, True, True]
+    trainer.trainable_weights, trainer.optimizer = None, keras.optimizers.SGD(0.1)
+    assert changed(lambda: trainer.train_step(*BATCHES[0])) == [True] * 4
+    model.layers[1].trainable, trainer.optimizer = False, keras.optimizers.SGD(0.1)
+    assert changed(epoch) == [True, True, False, False]
+    trainer.post_process_logits = lambda logits: logits * 0.0
+    trainer.post_process_grads = lambda gradients: gradients
+    np.testing.assert_allclose(epoch(), np.log(3), rtol=1e-6)
+    assert trainer.evaluate(BATCHES)["loss"] == pytest.approx(np.log(3), rel=1e-6)
+    trainer.loss = lambda y, logits: ops.mean(logits) + 7.0
+    np.testing.assert_allclose(epoch(), 7.0, rtol=1e-6)
+
+
+def test_an_average_of_the_weights_ends_as_in_keras_whatever_the_step():
+    class Overridden(ClassifierTrainer):
+        def train_step(self, *inputs):
+            return super().train_step(*inputs)
+
+    weights = []
+    for cls in (ClassifierTrainer, Overridden):
+        keras.utils.set_random_seed(5)
+        optimizer = keras.optimizers.SGD(0.1, use_ema=True, ema_momentum=0.5)
+        trainer = cls(make_model(), optimizer, CROSS_ENTROPY)
+        trainer.train(BATCHES, epochs=2)
+        weights.append(trainer.model.get_weights())
+    for one, other in zip(*weights, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5)
 
 
 # ---------------------------------------------------------------------- datasets and batches
@@ -475,6 +536,44 @@ def test_training_metrics_and_an_undisturbed_evaluation():
     assert seen[-1]["loss"] == pytest.approx(float(CROSS_ENTROPY(Y[:48], logits)), rel=1e-5)
 
 
+def test_metrics_that_a_step_gives_nothing_to_are_left_out():
+    class Three(BaseTrainer):
+        def forward_with_grads(self, x, y):
+            return y, self.model(x), x
+
+    trainer = Three(
+        make_model(),
+        keras.optimizers.SGD(0.1),
+        lambda y, logits, x: CROSS_ENTROPY(y, logits),
+        metrics=[Accuracy(3), keras.metrics.SparseCategoricalAccuracy(name="theirs")],
+    )
+    heard = keras.callbacks.History()
+    validation = ValidationDataCallback(BATCHES)
+    history = trainer.train(BATCHES, epochs=2, callbacks=[validation, heard])
+    expected = {"loss", "val_accuracy", "val_theirs"}
+    assert set(history.to_dict()) - {"epoch"} == set(heard.history) == expected
+
+
+def test_a_layer_that_draws_numbers_in_inference_mode_goes_on_in_training_as_before():
+    class Noise(keras.layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.generator = keras.random.SeedGenerator(1)
+
+        def call(self, x):
+            return x + keras.random.normal(ops.shape(x), seed=self.generator)
+
+    losses = []
+    for callbacks in ([], [ValidationDataCallback(BATCHES, every_steps=2)]):
+        keras.utils.set_random_seed(6)
+        model = make_model()
+        model.add(Noise())
+        trainer = make_trainer(model)
+        history = trainer.train(BATCHES, epochs=2, callbacks=callbacks, steps_per_dispatch=1)
+        losses.append(history.steps["loss"])
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
 # ---------------------------------------------------------------------- bad input
 
 
@@ -489,6 +588,8 @@ def test_the_base_is_extended_not_instantiated():
         (("model", keras.optimizers.SGD(), CROSS_ENTROPY), TypeError, "model is a keras.Model"),
         ((None, "adam", CROSS_ENTROPY), TypeError, "keras.optimizers.Adam"),
         ((None, keras.optimizers.SGD(), "mse"), TypeError, "loss is a callable"),
+        ((None, keras.optimizers.SGD, CROSS_ENTROPY), TypeError, "got the class SGD"),
+        ((None, keras.optimizers.SGD(), keras.losses.Loss), TypeError, "got the class Loss"),
     ],
 )
 def test_arguments_of_the_wrong_kind(arguments, error, message):
@@ -512,7 +613,10 @@ def test_arguments_of_the_wrong_kind(arguments, error, message):
         ({"epochs": 1}, ValueError, "train needs tf_dataset"),
         ({"tf_dataset": BATCHES}, ValueError, "train needs epochs"),
         ({"tf_dataset": BATCHES, "epochs": 1, "callbacks": [print]}, TypeError, "write a class"),
-        ({"tf_dataset": [(X,)], "epochs": 1}, TypeError, "forward_with_grads"),
+        ({"tf_dataset": [(X,)], "epochs": 1}, TypeError, r"argument: 'y'\n.*1 part: float32 \(80"),
+        ({"tf_dataset": [{"a": X}], "epochs": 1}, TypeError, "a dict of 'a'.*custom_data_transf"),
+        ({"tf_dataset": [X, Y], "epochs": 1}, TypeError, "are no batches: write polus.data.from"),
+        ({"tf_dataset": [(X, Y, Y, Y)], "epochs": 1}, TypeError, "5 were given\n.* 4 parts"),
     ],
 )
 def test_bad_arguments_of_train(train, error, message):
@@ -524,7 +628,8 @@ def test_bad_arguments_of_train(train, error, message):
     ("loss", "message"),
     [
         (keras.losses.sparse_categorical_crossentropy, r"scalar tensor, and got .*shape \(16,\)"),
-        (lambda y, p: {"total": ops.mean(p)}, "none is named 'loss'"),
+        (lambda y, p: {"total": ops.mean(p)}, "The loss has .*none is named 'loss'"),
+        (lambda y, p: {"loss": ops.mean(p), "p": p}, r"shape \(16, 3\) as its term 'p'"),
         (
             lambda y, p: ops.mean(ops.cast(y, "float32")) * 0 + ops.sum(ops.ones(2)),
             "depends on none",
@@ -536,6 +641,29 @@ def test_a_loss_that_cannot_be_minimised(loss, message):
     trainer = ClassifierTrainer(make_model(), keras.optimizers.SGD(), loss)
     with pytest.raises(ValueError, match=message):
         trainer.train(BATCHES, epochs=1)
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (lambda loss: None, "train_step returns is a scalar tensor, and got a NoneType"),
+        (lambda loss: (loss, loss), "got a tuple"),
+        (lambda loss: {"loss": loss, "v": ops.ones(4)}, r"shape \(4,\) as its term 'v'"),
+        (lambda loss: {"total": loss}, "train_step returns has .*none is named 'loss'"),
+    ],
+)
+def test_a_step_that_returns_no_losses(returned, message):
+    class Step(ClassifierTrainer):
+        def train_step(self, x, y):
+            return returned(super().train_step(x, y))
+
+    with pytest.raises(ValueError, match=message):
+        Step(make_model(), keras.optimizers.SGD(), CROSS_ENTROPY).train(BATCHES, epochs=1)
+
+
+def test_two_metrics_of_one_name():
+    with pytest.raises(ValueError, match=r"2 metrics are named 'accuracy'.*Accuracy\(\.\.\., name"):
+        make_trainer(metrics=[Accuracy(3), Accuracy(3)])
 
 
 def test_nothing_to_train():

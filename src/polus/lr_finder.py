@@ -343,6 +343,7 @@ def find(
         first = feed.epoch(0).sample(1)
     inputs = first.first
     # Outside of random_state_kept: what building draws, training would have drawn.
+    trainer._refresh()
     trainer._build(inputs)
     variables = trainer._survey(inputs)
     if not {id(v) for v in optimizer.variables} & {id(v) for v in variables}:

@@ -40,6 +40,9 @@ class IMetric(keras.metrics.Metric, ABC):
     It is a `keras.metrics.Metric` as well: `update_state(*samples)`, `result()` and
     `reset_state()` are the same three things under the names that Keras calls.
 
+    Attributes:
+        has_samples: Whether a batch was ever added, be it in a step that is only being compiled.
+
     Args:
         reduce_f: Applied to the samples of a batch first. It takes the tuple of samples and
             returns the tuple that `_samples_from_batch` takes, e.g. `lambda s: (s[0],
@@ -52,6 +55,7 @@ class IMetric(keras.metrics.Metric, ABC):
     ) -> None:
         super().__init__(name=name)
         self.reduce_f = reduce_f
+        self.has_samples = False
 
     @abstractmethod
     def _samples_from_batch(self, *samples: Any) -> None:
@@ -67,6 +71,7 @@ class IMetric(keras.metrics.Metric, ABC):
         Args:
             samples: The tuple `(y_true, y_pred)` of tensors, or whatever tuple `reduce_f` takes.
         """
+        self.has_samples = True
         if self.reduce_f is not None:
             samples = self.reduce_f(samples)
         if not isinstance(samples, tuple | list):

@@ -13,6 +13,8 @@ import contextlib
 import inspect
 import itertools
 import math
+import operator
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -80,15 +82,17 @@ class BaseTrainer(BaseLogger):
         super().__init_subclass__(**kwargs)
         # Both spellings are one method, in every class: either can be called and overridden.
         for documented, correct in SPELLINGS.items():
-            given = [cls.__dict__[name] for name in (correct, documented) if name in cls.__dict__]
+            for base in cls.__mro__:  # a mixin need not know of the spellings
+                given = [vars(base)[name] for name in (correct, documented) if name in vars(base)]
+                if given:
+                    break
             if len(given) == 2 and given[0] is not given[1]:
                 raise TypeError(
-                    f"{cls.__name__} defines both {correct} and {documented}, which are two "
+                    f"{base.__name__} defines both {correct} and {documented}, which are two "
                     "spellings of one method. Keep one."
                 )
-            for method in given:
-                setattr(cls, correct, method)
-                setattr(cls, documented, method)
+            setattr(cls, correct, given[0])
+            setattr(cls, documented, given[0])
 
     def __init__(
         self,
@@ -113,6 +117,7 @@ class BaseTrainer(BaseLogger):
         self.optimizer = _loss_scaled(optimizer, model)
         self.loss = loss
         self.metrics = [as_metric(metric) for metric in metrics]
+        _check_names_differ(self.metrics)
         self.post_process_logits = post_process_prediction or post_process_logits
         self.post_process_grads = post_process_grads
         self.step_counter = keras.Variable(0, dtype="int32", trainable=False, name="step_counter")
@@ -122,6 +127,8 @@ class BaseTrainer(BaseLogger):
         self._train_config: dict[str, Any] = {}
         self._surveyed: list[tuple[Any, list[Any]]] | None = None
         self._built = False
+        self._built_of: list[Any] = []  # see `_refresh`
+        self._updates: list[tuple[Any, list[Any]]] = []  # each optimizer, and what it updates
         self._dispatches: dict[Any, Dispatch] = {}
         self._choices: dict[str, list[Any]] = {}  # of an earlier process: see `_dispatch`
         self._example: Block | None = None
@@ -210,12 +217,7 @@ class BaseTrainer(BaseLogger):
 
         def forward() -> Any:
             outputs = as_arguments(self.forward_with_grads(*inputs))
-            result = self.loss(*outputs)
-            if penalties := self.model.losses:
-                if isinstance(result, dict):
-                    result = {**result, "loss": result["loss"] + sum(penalties)}
-                else:
-                    result = result + sum(penalties)
+            result = _sum(self.loss(*outputs), self.model.losses)
             if self.metrics and (samples := self.metric_samples(*outputs)) is not None:
                 samples = keras.tree.map_structure(ops.stop_gradient, samples)
                 for metric in self.metrics:
@@ -250,13 +252,17 @@ class BaseTrainer(BaseLogger):
         variables = list(variables)
         if self._surveyed is not None:  # only looked at: see `_survey`
             self._surveyed.append((optimizer, variables))
-            return loss_fn()
+            result = loss_fn()
+            _scalar_loss(result)
+            return result
 
         def scaled() -> tuple[Any, Any]:
             result = loss_fn()
             return optimizer.scale_loss(_scalar_loss(result)), result
 
-        (_, result), gradients = backend.value_and_grad(scaled, variables, has_aux=True)
+        # As the optimizer is given them in `fit`; but the user's function takes tensors.
+        sparse = self.post_process_grads is None
+        (_, result), gradients = backend.value_and_grad(scaled, variables, True, sparse)
         _check_connected(gradients, variables)
         if self.post_process_grads is not None:
             scale = optimizer.scale_loss(ops.ones(()))
@@ -330,7 +336,7 @@ class BaseTrainer(BaseLogger):
         run = CallbackCoordinator(callbacks, self, config["epochs"], feed)
         self._num_steps += config["epochs"] * (feed.num_batches or math.inf)
         self.early_stop = False
-        with self._rate(config.get("learning_rate")), run.running():
+        with self._rate(config.get("learning_rate")), run.running(), self._misfits_explained():
             if (resume := config.get("resume")) is not None:
                 from polus.checkpoint import resume_run
 
@@ -361,9 +367,9 @@ class BaseTrainer(BaseLogger):
                     if self.early_stop:
                         break
             run.on_epoch_end(self._metric_results())
-        if self.optimizer.built and not self._overridden:
+        for optimizer, weights in self._updates:
             # Where it keeps an average of the weights (EMA), they end as that, as in Keras.
-            self.optimizer.finalize_variable_values(self.trainable_weights)
+            optimizer.finalize_variable_values(weights)
 
     def lr_finder(
         self,
@@ -454,7 +460,7 @@ class BaseTrainer(BaseLogger):
         """The trainer's metrics over a dataset, and its loss where `evaluation_loss` gives one.
 
         In inference mode. Training is not disturbed: its metrics, in the middle of an epoch too,
-        and the random generators are as before.
+        and all random generators are as before.
 
         Args:
             dataset: as for `train`.
@@ -462,11 +468,16 @@ class BaseTrainer(BaseLogger):
             steps: how many batches at most.
 
         Returns:
-            Metric name to value, and "loss", weighted by the number of examples.
+            Metric name to value, and "loss" and its terms, weighted by the number of examples.
         """
-        variables = [v for metric in self.metrics for v in metric.variables]
-        snapshot = Snapshot(variables)
-        losses, sizes = [], []
+        self._refresh()
+        variables = {id(v): v for metric in self.metrics for v in metric.variables}
+        # A layer may draw random numbers in inference mode too; its generator's state is integers.
+        variables |= {id(v): v for v in self._owned_variables() if "int" in v.dtype}
+        snapshot = Snapshot(variables.values())
+        fed = [metric.has_samples for metric in self.metrics]
+        losses: list[dict[str, Losses]] = []
+        sizes: list[int] = []
         feed = Feed(as_source(dataset), custom_data_transform_f, steps)
         try:
             for metric in self.metrics:
@@ -483,21 +494,25 @@ class BaseTrainer(BaseLogger):
             with contextlib.closing(data.blocks(capacity)) as blocks:
                 for block in blocks:
                     program, arguments = dispatch.prepare(block)
-                    losses.append(Losses(program(*arguments), block.count))
+                    terms = program(*arguments)
+                    losses.append({k: Losses(values, block.count) for k, values in terms.items()})
                     sizes += [block.batch_size] * block.count
             results = {metric.name: metric.evaluate() for metric in self.metrics}
         finally:
             snapshot.restore()
-        loss = np.concatenate([np.asarray(row, np.float64) for row in losses])
-        return (
-            results
-            if np.isnan(loss).all()
-            else {"loss": float(np.average(loss, weights=sizes)), **results}
-        )
+            for metric, was_fed in zip(self.metrics, fed, strict=True):
+                metric.has_samples = was_fed
+        columns = {
+            name: np.concatenate([np.asarray(row[name], np.float64) for row in losses])
+            for name in sorted(losses[0], key=lambda name: name != "loss")
+        }
+        means = {name: float(np.average(column, weights=sizes)) for name, column in columns.items()}
+        return means | results
 
     # ------------------------------------------------------------------ how it is done
 
     def _one_update(self, *inputs: Any) -> Any:
+        self._refresh()
         self._build(inputs)
         return self._compiled_step(*inputs)
 
@@ -506,20 +521,37 @@ class BaseTrainer(BaseLogger):
         for metric in self.metrics:
             metric.samples_from_batch(samples)
         loss = self.evaluation_loss(*samples)
-        return ops.cast(np.float32("nan") if loss is None else _scalar_loss(loss), "float32")
+        return {} if loss is None else _terms(loss)
+
+    def _refresh(self) -> None:
+        """Forgets what is compiled where it was made of other parts than there are now.
+
+        So the optimizer, the loss, what is trained and the like can be replaced between two runs.
+        """
+        if self._built and not _same(self._made_of(), self._built_of):
+            self._built = False
+            self._dispatches.clear()
+            self._compiled_step = function(self._step)
+
+    def _made_of(self) -> list[Any]:
+        processing = (self.post_process_logits, self.post_process_grads)
+        return [self.optimizer, self.loss, *processing, *self.metrics, *self.trainable_weights]
 
     def _build(self, inputs: tuple[Any, ...]) -> None:
         """Builds what isn't built yet, from one batch. Nothing is trained."""
         if self._built:
             return
+        self.optimizer = _loss_scaled(self.optimizer, self.model)
         layers = [value for value in vars(self).values() if isinstance(value, keras.layers.Layer)]
         if self._overridden or not all(layer.built for layer in layers):
             self._survey(inputs)
-        elif not self.optimizer.built:
+        else:
             weights = self.trainable_weights
             _check_some(weights)
-            self.optimizer.build(weights)
-        self._built = True
+            if not self.optimizer.built:
+                self.optimizer.build(weights)
+            self._updates = [(self.optimizer, weights)]
+        self._built, self._built_of = True, self._made_of()
 
     def _survey(self, inputs: tuple[Any, ...]) -> list[keras.Variable]:
         """All variables that a step reads or assigns, in the order of their first meeting.
@@ -527,11 +559,17 @@ class BaseTrainer(BaseLogger):
         The step runs abstractly, with `minimize` computing only its loss; models and optimizers
         that were unbuilt are built on the way. No value is changed.
         """
+
+        def step(*inputs: Any) -> Any:
+            result = self._step(*inputs)
+            _scalar_loss(result, "What train_step returns")
+            return result
+
         for _ in range(2):  # the second time with the weights that the first one made
             unbuilt = not self.model.built
             self._surveyed = []
             try:
-                met = backend.trace(self._step, inputs)
+                met = backend.trace(step, inputs)
             finally:
                 surveyed, self._surveyed = self._surveyed, None
             if not unbuilt and all(variables for _, variables in surveyed):
@@ -540,11 +578,12 @@ class BaseTrainer(BaseLogger):
         for optimizer, variables in surveyed:
             _, known = together.setdefault(id(optimizer), (optimizer, {}))
             known.update((id(variable), variable) for variable in variables)
-        for optimizer, known in together.values():
-            _check_some(list(known.values()))
+        self._updates = [(optimizer, list(v.values())) for optimizer, v in together.values()]
+        for optimizer, weights in self._updates:
+            _check_some(weights)
             if not optimizer.built:
-                optimizer.build(list(known.values()))
-            met = [*met, *known.values(), *optimizer.variables]
+                optimizer.build(weights)
+            met = [*met, *weights, *optimizer.variables]
         return list({id(variable): variable for variable in met}.values())
 
     def state_variables(self) -> list[keras.Variable]:
@@ -557,15 +596,20 @@ class BaseTrainer(BaseLogger):
         assert self._example is not None
         inputs = self._example.first
         self._build(inputs)
+        variables = [self.step_counter, *self._owned_variables(), *self._survey(inputs)]
+        return list({id(variable): variable for variable in variables}.values())
+
+    def _owned_variables(self) -> list[keras.Variable]:
+        """Those of the layers, optimizers and metrics that stand in attributes of this object."""
         held = keras.tree.flatten([v for v in vars(self).values() if isinstance(v, list | tuple)])
         owned = [getattr(value, "variables", []) for value in (*vars(self).values(), *held)]
-        variables = [self.step_counter, *itertools.chain(*owned), *self._survey(inputs)]
-        return list({id(variable): variable for variable in variables}.values())
+        return list(itertools.chain(*owned))
 
     def _dispatch(
         self, run: CallbackCoordinator, data: Epoch, steps_per_dispatch: int | None
     ) -> Dispatch:
         """The compiled step, and how many at a time: measured once where nothing is said."""
+        self._refresh()
         if data.peek() is None:  # resumed behind the last step of an epoch
             return Dispatch(self._step, None)
         mode = get_jit_compile()
@@ -596,7 +640,20 @@ class BaseTrainer(BaseLogger):
         return dispatch
 
     def _metric_results(self) -> dict[str, Any]:
-        return {metric.name: metric.evaluate() for metric in self.metrics}
+        return {metric.name: metric.evaluate() for metric in self.metrics if metric.has_samples}
+
+    @contextlib.contextmanager
+    def _misfits_explained(self) -> Iterator[None]:
+        """Says of a call that failed for its arguments what the batch was that led to it."""
+        try:
+            yield
+        except TypeError as error:
+            *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+            # The call itself failed, in our code: no frame of the user's is below.
+            ours = str(frame.f_globals.get("__name__")).startswith("polus.")
+            if ours and self._example is not None:
+                error.add_note(_explanation(self._example.first))
+            raise
 
     @contextlib.contextmanager
     def _rate(self, learning_rate: float | None) -> Iterator[None]:
@@ -655,7 +712,7 @@ class ClassifierTrainer(BaseTrainer):
 
     def evaluation_loss(self, *samples: Any) -> Any:
         """The loss over validation data, without sample weights."""
-        return self.loss(*samples) + sum(self.model.losses)
+        return _sum(self.loss(*samples), self.model.losses)
 
 
 # ---------------------------------------------------------------------- what can go wrong
@@ -673,7 +730,7 @@ def _check_kinds(model: Any, optimizer: Any, loss: Any) -> None:
             "example, keras.optimizers.Adam(1e-3); an optimizer of a backend can't update Keras "
             "variables on every backend."
         )
-    if not callable(loss):
+    if not callable(loss) or isinstance(loss, type):
         raise TypeError(
             f"loss is a callable that returns a scalar, and got {_kind(loss)}: {loss!r}. Write, "
             "for example, keras.losses.SparseCategoricalCrossentropy(from_logits=True)."
@@ -681,6 +738,8 @@ def _check_kinds(model: Any, optimizer: Any, loss: Any) -> None:
 
 
 def _kind(value: Any) -> str:
+    if isinstance(value, type):
+        return f"the class {value.__qualname__}, of which an object is meant"
     return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
@@ -692,26 +751,46 @@ def _loss_scaled(optimizer: Any, model: keras.Model) -> Any:
     return optimizer
 
 
-def _scalar_loss(result: Any) -> Any:
+def _sum(result: Any, penalties: list[Any]) -> Any:
+    """What the loss returned, with the losses of the model itself."""
+    if not penalties or (isinstance(result, dict) and "loss" not in result):
+        return result  # of which `_scalar_loss` complains
     if isinstance(result, dict):
-        if "loss" not in result:
-            raise ValueError(
-                f"The loss returned the terms {sorted(result)}, and none is named 'loss'. Return "
-                '{"loss": total, ...}: that one is minimised, the others are recorded.'
-            )
-        result = result["loss"]
-    shape = getattr(result, "shape", None)
-    if shape is None or len(shape):
-        came = (
-            f"a {type(result).__name__}" if shape is None else f"a tensor of shape {tuple(shape)}"
-        )
+        return {**result, "loss": result["loss"] + sum(penalties)}
+    return result + sum(penalties)
+
+
+def _terms(result: Any) -> dict[str, Any]:
+    """What the loss returned as named terms in float32."""
+    _scalar_loss(result)
+    terms = result if isinstance(result, dict) else {"loss": result}
+    return {name: ops.cast(value, "float32") for name, value in terms.items()}
+
+
+def _scalar_loss(result: Any, what: str = "The loss") -> Any:
+    """The loss out of a scalar, or of a dict of scalars."""
+    terms = result if isinstance(result, dict) else {"loss": result}
+    if "loss" not in terms:
         raise ValueError(
-            f"The loss is a scalar tensor, and got {came}. Reduce it, for example with "
-            "keras.ops.mean(...). Keras' losses that are classes, such as "
-            "keras.losses.MeanSquaredError(), reduce by themselves; the functions give one value "
-            "per example."
+            f"{what} has the terms {sorted(terms)}, and none is named 'loss'. Return "
+            '{"loss": total, ...}: that one is minimised, the others are recorded.'
         )
-    return result
+    for name, value in terms.items():
+        term = "" if name == "loss" else f" as its term {name!r}"
+        shape = getattr(value, "shape", None)
+        if shape is None:
+            raise ValueError(
+                f"{what} is a scalar tensor, and got a {type(value).__name__}{term}. Return a "
+                'tensor, or a dict of tensors: {"loss": total, ...}.'
+            )
+        if len(shape):
+            raise ValueError(
+                f"{what} is a scalar tensor, and got a tensor of shape {tuple(shape)}{term}. "
+                "Reduce it, for example with keras.ops.mean(...). Keras' losses that are classes, "
+                "such as keras.losses.MeanSquaredError(), reduce by themselves; the functions give "
+                "one value per example."
+            )
+    return terms["loss"]
 
 
 def _check_some(variables: Sequence[Any]) -> None:
@@ -732,6 +811,41 @@ def _check_connected(gradients: Sequence[Any], variables: Sequence[Any]) -> None
             "forward_with_grads, is its output passed to the loss, and does everything between "
             "come from keras.ops?"
         )
+
+
+def _check_names_differ(metrics: Sequence[Any]) -> None:
+    names = [metric.name for metric in metrics]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(
+                f"{names.count(name)} metrics are named {name!r}, and results are told apart by "
+                f"name. Give each its own: {type(metrics[names.index(name)]).__name__}(..., "
+                "name=...)."
+            )
+
+
+def _explanation(batch: Sequence[Any]) -> str:
+    parts = ", ".join(map(_described, batch))
+    return (
+        f"The first batch has {len(batch)} part{'s' * (len(batch) != 1)}: {parts}. A batch that is "
+        "a tuple or list is spread over the arguments of the step, anything else (a dict, one "
+        "tensor) is one argument. What forward_without_grads returns is spread over "
+        "forward_with_grads, and what that returns over the loss. To bring batches into another "
+        "form: train(..., custom_data_transform_f=lambda batch: (batch['x'], batch['y'])). Arrays "
+        "in memory are no batches: write polus.data.from_arrays((x, y), batch_size=32)."
+    )
+
+
+def _described(part: Any) -> str:
+    if isinstance(part, dict):
+        return f"a dict of {', '.join(map(repr, part))}"
+    if hasattr(part, "shape") and hasattr(part, "dtype"):
+        return f"{keras.backend.standardize_dtype(part.dtype)} {tuple(part.shape)}"
+    return f"a {type(part).__name__}"
+
+
+def _same(parts: Sequence[Any], others: Sequence[Any]) -> bool:
+    return len(parts) == len(others) and all(map(operator.is_, parts, others))
 
 
 TRAIN_NAMES = tuple(inspect.signature(BaseTrainer.train).parameters)[1:]

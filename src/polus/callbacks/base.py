@@ -241,12 +241,6 @@ class CallbackCoordinator:
     def on_steps_end(self, block: Block, outputs: Any) -> None:
         """Records the steps of a block, and tells of them."""
         terms = outputs if isinstance(outputs, dict) else {"loss": outputs}
-        if "loss" not in terms:
-            raise ValueError(
-                f"train_step returned the terms {sorted(terms)}, and none is named 'loss'. Return "
-                "a "
-                'scalar, or {"loss": ..., ...}.'
-            )
         terms = {"loss": terms["loss"], **terms}  # JAX sorts them by name
         logs = {name: Losses(values, block.count) for name, values in terms.items()}
         steps = range(self.step, self.step + block.count)

@@ -1,12 +1,13 @@
 """Progress that can be watched: a bar in a terminal, plain lines elsewhere."""
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 
 from polus.callbacks.base import Callback
@@ -19,9 +20,11 @@ LINE_SECS = 30.0  # where there is no terminal, a long epoch says that it is ali
 class ConsoleLogCallback(Callback):
     """Shows the loss, its smoothed value, steps and examples per second, and the remaining time.
 
-    In a terminal there is a bar for the running epoch, and a line stays for each that ended. Where
-    there is no terminal, there are only the lines. At the end a summary says how fast it was, and
-    how much of the time went into waiting for data, where it is worth knowing.
+    The remaining time is that of all epochs; the smoothed loss is shown where a
+    `LossSmoothCallback` is among the callbacks. In a terminal there is a bar for the running epoch,
+    and a line stays for each that ended. Where there is no terminal, there are only the lines. At
+    the end a summary says how fast it was, and how much of the time went into waiting for data,
+    where it is worth knowing.
 
     Args:
         console: where to write; standard output by default.
@@ -52,7 +55,7 @@ class ConsoleLogCallback(Callback):
             self._progress = Progress(
                 TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=20, table_column=Column(no_wrap=True)),
-                TimeRemainingColumn(compact=True),
+                TextColumn("{task.fields[left]}", markup=False),
                 # Takes what is left of the line: a narrow terminal cuts it at its end.
                 TextColumn(
                     "{task.fields[report]}",
@@ -65,15 +68,20 @@ class ConsoleLogCallback(Callback):
                 expand=True,
             )
             self._progress.start()
-            self._task = self._progress.add_task("", report="")
+            self._task = self._progress.add_task("", left="", report="preparing the first step")
+            self._shown = -math.inf
 
     def on_epoch_begin(self, epoch: int) -> None:
-        self._epoch_began = self._shown = self.clock()
-        if self._progress is not None:
-            report = "" if self._first else "preparing the first step"
-            title, total = self._title(epoch), self.coordinator.steps
-            self._progress.reset(self._task, total=total, description=title, report=report)
-            self._progress.refresh()
+        self._epoch_began = now = self.clock()
+        if self._progress is not None and now - self._shown >= REFRESH_SECS:
+            self._shown = now
+            self._progress.update(
+                self._task,
+                description=self._title(epoch),
+                total=self.coordinator.steps,
+                completed=self.coordinator.step,
+                refresh=True,
+            )
 
     def on_steps_end(self, epoch: int, steps: range, losses: Any) -> None:
         run = self.coordinator
@@ -102,6 +110,7 @@ class ConsoleLogCallback(Callback):
             description=self._title(epoch),
             total=run.steps,
             completed=steps.stop,
+            left=self._left(now),
             report=f"{steps.stop}{total}  {'  '.join(report)}",
             refresh=True,
         )
@@ -126,9 +135,10 @@ class ConsoleLogCallback(Callback):
         summary = f"{epochs} in {seconds:.1f} s: {first:.1f} s to the first"
         if rates := self._rates(now):
             summary += f", then {rates}"
-        waited = (self.coordinator.feed.waited_secs - self._waited) / seconds
-        if waited >= 0.05:
-            summary += f"; input-bound: {waited:.0%} of the time went into waiting for data"
+        waited = self.coordinator.feed.waited_secs - self._waited
+        if waited >= max(1.0, 0.05 * seconds):
+            share = waited / seconds
+            summary += f"; input-bound: {share:.0%} of the time went into waiting for data"
         self._print(summary)
 
     def _print(self, line: str) -> None:
@@ -137,6 +147,17 @@ class ConsoleLogCallback(Callback):
     def _title(self, epoch: int) -> str:
         epochs = self.coordinator.epochs
         return f"epoch {epoch + 1:{len(str(epochs))}}/{epochs}"
+
+    def _left(self, now: float) -> str:
+        """The remaining time of all epochs; empty where nothing tells it yet."""
+        run = self.coordinator
+        if run.steps is None or self._first is None or self._steps == self._first[1]:
+            return ""
+        secs_per_step = (now - self._first[0]) / (self._steps - self._first[1])
+        seconds = round(((run.epochs - run.epoch) * run.steps - run.step) * secs_per_step)
+        minutes, seconds = divmod(seconds, 60)
+        hours, minutes = divmod(minutes, 60)
+        return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
     def _rates(self, now: float) -> str:
         """Steps and examples per second since the first steps were done; empty before the next."""

@@ -61,7 +61,7 @@ class KerasCallback(Callback):
             run.closing.enter_context(_as_in_fit(model, run.trainer.optimizer))
         if getattr(self.callback, "mode", None) == "auto":  # which asks metrics of a compiled model
             self.callback.mode = "min" if falls(self.callback.monitor) else "max"
-        self.callback.set_params({"epochs": run.epochs, "steps": run.steps, "verbose": 0})
+        self.callback.set_params({"epochs": run.epochs, "steps": run.steps, "verbose": 1})
         self.callback.set_model(model)
         self.callback.on_train_begin({})
         # Where BackupAndRestore leaves the epoch that it restored.
@@ -88,7 +88,7 @@ class KerasCallback(Callback):
         run = self.coordinator
         sizes = run.batch_sizes[-len(steps) :]
         terms = {name: np.asarray(values) for name, values in run.step_logs.items()}
-        metrics = {metric.name: _number(metric.result()) for metric in run.trainer.metrics}
+        metrics = {m.name: _number(m.result()) for m in run.trainer.metrics if m.has_samples}
         for i, step in enumerate(steps):
             if len(steps) > 1:
                 self.callback.on_train_batch_begin(step, {})
