@@ -247,8 +247,8 @@ def recurrent_layer() -> Case:
     return classifies(model)
 
 
-# Rows with an embedding train by SGD: on TensorFlow its gradient is sparse, and Keras' Adam moves
-# only the rows that a batch has, while on the other backends it moves all.
+# Rows with an embedding train by SGD: on TensorFlow its gradient is sparse, and of a token that
+# occurs twice in a batch Keras' Adam squares the two parts, elsewhere their sum.
 
 
 @row

@@ -1,5 +1,6 @@
 """The seam: `core.function` and `core.value_and_grad`, alone and under a trainer."""
 
+import json
 import os
 import subprocess
 import sys
@@ -62,10 +63,6 @@ def test_a_variable_can_be_returned():
     assert [number(o) for o in outputs] == [1, 2, 3]
 
 
-# On JAX a program is traced twice: first to meet the variables, which are then its arguments.
-TRACES = 2 if keras.backend.backend() == "jax" else 1
-
-
 def test_python_runs_once_per_signature_and_each_constant():
     seen = []
 
@@ -74,14 +71,15 @@ def test_python_runs_once_per_signature_and_each_constant():
         seen.append(n)
         return scale * x**n
 
+    runs = []
     for _ in range(3):
         assert number(power(np.float32(3), 2)) == 9
         assert number(power(np.float32(3), 3)) == 27
         assert number(power(np.float32(3), n=2, scale=2.0)) == 18
-    assert len(seen) == (3 * TRACES if backend.COMPILES else 9)
-    assert power(np.ones(5, "float32"), 2).shape == (5,)
-    if backend.COMPILES:
-        assert len(seen) == 4 * TRACES
+        runs.append(len(seen))
+    assert set(np.diff(runs)) == ({0} if backend.COMPILES else {3})
+    assert power(x=np.ones(5, "float32"), n=2).shape == (5,)
+    assert len(seen) > runs[-1]
 
 
 def test_methods_are_compiled_once_per_instance():
@@ -103,12 +101,13 @@ def test_methods_are_compiled_once_per_instance():
             return self.count(x) + self.count(x)
 
     ones, tens = Counter(1.0), Counter(10.0)
+    runs = []
     for _ in range(3):
         ones.count(np.float32(1))
         tens.count(np.float32(1))
+        runs.append(Counter.traces)
     assert (number(ones.total), number(tens.total)) == (3, 30)
-    if backend.COMPILES:
-        assert Counter.traces == 2 * TRACES
+    assert set(np.diff(runs)) == ({0} if backend.COMPILES else {2})
     assert number(ones.twice(np.float32(1))) == 4 + 5
     assert Counter.count.__name__ == "count"
 
@@ -169,7 +168,7 @@ def test_a_closure_may_assign_and_return_more():
 
     def run():
         def closure():
-            seen.assign_add(ops.stop_gradient(a * 2))  # on TensorFlow none flows through it
+            seen.assign_add(a * 2)
             return a**2 + seen, {"seen": seen + 0.0, "fixed": ops.ones(2)}
 
         before = seen + 1.0  # what was assigned before is seen inside, and after
@@ -180,8 +179,23 @@ def test_a_closure_may_assign_and_return_more():
         assert (number(before), number(after)) == (6 * i + 1, 6 * i + 6)
         assert number(value) == 9 + 6 * (i + 1)
         assert number(more["seen"]) == 6 * (i + 1)
-        assert number(gradient) == 6
+        assert number(gradient) == 6  # a variable holds a value, not the way to it
     assert number(seen) == 12
+
+
+def test_the_gradient_by_an_assigned_variable_is_that_at_its_new_value():
+    a, b = variable(3.0), variable(1.0)
+
+    def run():
+        def closure():
+            a.assign(ops.minimum(a, 2.0) * b)  # a layer that normalises its weight
+            return a**2 * b
+
+        return core.value_and_grad(closure, [a, b])
+
+    for value, (by_a, by_b) in both(run):
+        assert (number(value), number(a)) == (4, 2)
+        assert (number(by_a), number(by_b)) == (4, 4)  # 2ab and a^2, at a = 2
 
 
 def test_no_gradient_is_none():
@@ -202,11 +216,11 @@ def test_no_gradient_is_none():
 def test_a_gradient_by_an_embedding_has_its_shape_and_updates_as_any_other():
     table = variable(np.ones((4, 2)))
     rows = np.int32([1, 1, 3])
-    factors = ops.convert_to_tensor(np.float32([[1], [2], [3]]))
 
     def run():
         return core.value_and_grad(
-            lambda: ops.sum(ops.take(table, rows, axis=0) * factors), [table]
+            lambda: ops.sum(ops.matmul(np.float32([[1, 2, 3]]), ops.take(table, rows, axis=0))),
+            [table],
         )
 
     for _, (gradient,) in both(run):
@@ -233,6 +247,28 @@ def test_a_gradient_by_an_embedding_has_its_shape_and_updates_as_any_other():
     np.testing.assert_allclose(
         ops.convert_to_numpy(layer.embeddings), ops.convert_to_numpy(reference), rtol=1e-6
     )
+
+
+@pytest.mark.parametrize("trial", range(4))  # what runs in the wrong order does so now and then
+def test_a_loss_is_that_of_the_weights_before_the_update(trial):
+    """Also where the gradient doesn't need it: that of a linear loss depends on its shape only."""
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    weights = [w.copy() for w in model.get_weights()]
+
+    def terms(y, p):
+        return {"loss": ops.mean(p), "largest": ops.max(p)}
+
+    core.set_jit_compile(backend.candidates()[0])
+    try:
+        trainer = ClassifierTrainer(model, keras.optimizers.SGD(0.5), terms)
+        history = trainer.train([(X, X)] * 3, epochs=1, steps_per_dispatch=3)
+    finally:
+        core.set_jit_compile("auto")
+    for i in range(3):
+        kernel, bias = weights[0] - 0.5 * i * X.mean(axis=0)[:, None], weights[1] - 0.5 * i
+        expected = X @ kernel + bias
+        assert history.steps["loss"][i] == pytest.approx(expected.mean(), abs=1e-5)
+        assert history.steps["largest"][i] == pytest.approx(expected.max(), abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -310,10 +346,10 @@ def test_what_the_user_sets_between_steps_is_seen():
 )
 @pytest.mark.parametrize("steps_per_dispatch", [1, 4])
 def test_optimizers_do_what_they_do_in_fit(optimizer, policy, steps_per_dispatch):
-    y = (X[:, :1] > 0).astype("int32")
+    # A layer's policy is not a model's, which both of us look at.
+    scaled = policy == "mixed_float16"
 
     def make():
-        keras.utils.set_random_seed(1)
         model = keras.Sequential(
             [
                 keras.Input((4,)),
@@ -321,57 +357,95 @@ def test_optimizers_do_what_they_do_in_fit(optimizer, policy, steps_per_dispatch
                 keras.layers.Dense(2, dtype="float32"),
             ]
         )
-        return model, keras.optimizers.Adam(0.02, **optimizer), CROSS_ENTROPY
+        adam = keras.optimizers.Adam(0.02, **optimizer)
+        return model, keras.optimizers.LossScaleOptimizer(adam, 64.0) if scaled else adam
 
-    theirs, their_optimizer, loss = make()
-    scaled = policy == "mixed_float16"
-    if scaled:  # a layer's policy is not a model's, which both of us look at
-        their_optimizer = keras.optimizers.LossScaleOptimizer(their_optimizer, initial_scale=64.0)
-    theirs.compile(their_optimizer, loss, jit_compile=False)
-    theirs.fit(X, y, batch_size=4, epochs=5, shuffle=False, verbose=0)
+    # Compilers may keep more bits between two operations than a 16-bit type has.
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if policy == "float32" else {"atol": 2e-2}
+    as_in_fit(make, X, steps_per_dispatch, **tolerance)
 
-    ours, our_optimizer, loss = make()
-    if scaled:
-        our_optimizer = keras.optimizers.LossScaleOptimizer(our_optimizer, initial_scale=64.0)
-    trainer = ClassifierTrainer(ours, our_optimizer, loss)
-    batches = [(X[i : i + 4], y[i : i + 4]) for i in (0, 4)] * 5
+
+def embedding():
+    return keras.layers.Embedding(5, 3), keras.layers.Flatten()  # rows that come several times
+
+
+def normalised():
+    # It assigns the weight that it normalises, inside the gradient by this weight.
+    return (keras.layers.SpectralNormalization(keras.layers.Dense(3, "tanh")),)
+
+
+@pytest.mark.parametrize("layers", [embedding, normalised])
+def test_layers_do_what_they_do_in_fit(layers):
+    if layers is normalised and keras.backend.backend() == "jax":
+        pytest.skip("On JAX, fit drops what a layer assigns to a trained weight.")
+    dtype = "int32" if layers is embedding else "float32"
+    x = np.abs(2 * X).astype(dtype)
+
+    def make():
+        model = keras.Sequential([keras.Input((4,), dtype=dtype), *layers(), keras.layers.Dense(2)])
+        return model, keras.optimizers.Adam(0.02)
+
+    as_in_fit(make, x, 4, rtol=1e-4, atol=1e-5)
+
+
+def as_in_fit(make, x, steps_per_dispatch, **tolerance):
+    """Trains twice what `make` gives, and compares the weights."""
+    y = (X[:, :1] > 0).astype("int32")
+    keras.utils.set_random_seed(1)
+    theirs, optimizer = make()
+    start = theirs.get_weights()
+    theirs.compile(optimizer, CROSS_ENTROPY, jit_compile=False)
+    theirs.fit(x, y, batch_size=4, epochs=5, shuffle=False, verbose=0)
+
+    keras.utils.set_random_seed(1)
+    ours, optimizer = make()
+    batches = [(x[i : i + 4], y[i : i + 4]) for i in (0, 4)] * 5
     core.set_jit_compile(backend.candidates()[0])
     try:
+        trainer = ClassifierTrainer(ours, optimizer, CROSS_ENTROPY)
         trainer.train(batches, epochs=1, steps_per_dispatch=steps_per_dispatch)
     finally:
         core.set_jit_compile("auto")
-    # Compilers may keep more bits between two operations than a 16-bit type has.
-    tolerance = {"rtol": 1e-4, "atol": 1e-5} if policy == "float32" else {"atol": 2e-2}
-    moved = 0.0
-    keras.utils.set_random_seed(1)
-    for mine, other, start in zip(
-        ours.get_weights(), theirs.get_weights(), make()[0].get_weights(), strict=True
-    ):
+    weights = ours.get_weights()
+    for mine, other in zip(weights, theirs.get_weights(), strict=True):
         np.testing.assert_allclose(mine, other, **tolerance)
-        moved = max(moved, np.abs(mine - start).max())
-    assert moved > 0.02
+    moved = [np.abs(a - b).max() for a, b in zip(weights, start, strict=True)]
+    assert min(moved) > 0.005
+    assert max(moved) > 0.02
 
 
-# -------------------------------------------------------- what is loaded, and how deep
+# ---------------------------------------------------------------------- across backends
+
+
+@pytest.mark.parametrize("trained_on", ["tensorflow", "jax", "torch"])
+def test_a_model_trained_on_one_backend_predicts_the_same_on_another(trained_on):
+    saved = Path(__file__).parent / "data" / f"trained_on_{trained_on}.keras"
+    stored = json.loads(saved.with_suffix(".json").read_text())
+    model = keras.saving.load_model(saved)
+    predicted = ops.convert_to_numpy(model(np.float32(stored["inputs"])))
+    np.testing.assert_allclose(predicted, stored["predictions"], rtol=1e-5, atol=1e-6)
+
+
+# ------------------------------------------------------------------- what is loaded, and how deep
 
 
 def test_importing_and_training_loads_one_backend_and_no_extras():
     code = """
 import sys
 import keras, numpy as np
+before = set(sys.modules)  # Keras loads of them what it finds
+import polus.core, polus.callbacks, polus.metrics, polus.data, polus.training
 model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
 loss = keras.losses.MeanSquaredError()
-x = np.ones((4, 2), "float32")
-model.compile("sgd", loss)
-model.fit(x, x[:, :1], verbose=0)
-by_keras = set(sys.modules)
-import polus.core, polus.callbacks, polus.metrics, polus.data, polus.training
 trainer = polus.training.ClassifierTrainer(model, keras.optimizers.SGD(), loss)
+x = np.ones((4, 2), "float32")
 trainer.train([(x, x[:, :1])], epochs=1, steps_per_dispatch=1)
 others = {"tensorflow", "jax", "torch"} - {keras.backend.backend()}
-unwanted = others | {"matplotlib", "pandas", "sklearn", "ir_measures"}
-found = unwanted & (set(sys.modules) - by_keras)
+extras = {"matplotlib.pyplot", "pandas", "sklearn", "ir_measures", "tokenizers"}
+found = (others | extras) & (set(sys.modules) - before)
 assert not found, found
+if keras.backend.backend() != "tensorflow":
+    assert "tensorflow" not in sys.modules
 """
     environment = {**os.environ, "PYTHONPATH": str(Path(SOURCE).parent)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
@@ -387,9 +461,9 @@ def test_the_way_from_train_to_the_gradient():
         return ops.mean((y - p) ** 2)
 
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
-    trainer = ClassifierTrainer(model, keras.optimizers.SGD(), loss)
-    core.set_jit_compile(keras.backend.backend() == "jax")  # nothing is measured, and so traced
+    core.set_jit_compile(backend.candidates()[0])  # nothing is to be measured
     try:
+        trainer = ClassifierTrainer(model, keras.optimizers.SGD(), loss)
         trainer.train([(X, X[:, :1])], epochs=1, steps_per_dispatch=1)
     finally:
         core.set_jit_compile("auto")
@@ -403,7 +477,7 @@ def test_the_way_from_train_to_the_gradient():
 
 PATH = ["train", "_run", "train_step", "minimize"]
 BACKEND_PATH = {
-    "tensorflow": ["call", "value_and_grad"],
+    "tensorflow": ["call", "tensors", "value_and_grad"],
     "jax": ["__call__", "__call__", "pure", "call", "value_and_grad", "pure"],
     "torch": ["call", "value_and_grad"],
 }

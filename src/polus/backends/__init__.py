@@ -3,7 +3,7 @@
 Every backend gives
 
 - ``function(fn, jit_compile)``: compiles a stateful function of Keras variables;
-- ``value_and_grad(fn, variables, has_aux)``: the value of a closure and its gradients;
+- ``value_and_grad(fn, variables, has_aux, sparse)``: the value of a closure and its gradients;
 - ``value_and_input_grad(fn, inputs)``: the same by tensors instead of variables;
 - ``repeat(step, row)``: many steps as one function to compile, over stacked batches;
 - ``trace(fn, args)``: runs ``fn`` abstractly under a `Recorder`, to see what it would do;

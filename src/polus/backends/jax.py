@@ -18,6 +18,7 @@ from polus.backends.recorder import Recorder, current
 
 Tree = Any
 COMPILES = True  # a new shape costs a compilation
+LONG_RUN_SECS: dict[bool, float] = {}  # each setting of `jit_compile` is worth a try in any run
 
 
 def function(fn: Callable[..., Tree], jit_compile: bool | None = None) -> Callable[..., Tree]:
@@ -65,10 +66,7 @@ class _Program:
             for slot, array in zip(slots, arrays, strict=True):
                 filled[slot] = array
             args, kwargs = jax.tree_util.tree_unflatten(structure, filled)
-            return jax.tree_util.tree_map(
-                lambda leaf: leaf.value if isinstance(leaf, keras.Variable) else leaf,
-                fn(*args, **kwargs),
-            )
+            return _read_out(fn(*args, **kwargs))
 
         with Recorder() as met:
             # Outside the trace this scope ends, so variables that `fn` creates get real values.
@@ -95,7 +93,7 @@ class _Program:
         # A donated buffer is gone for everybody. So only what this program made itself is donated;
         # a value from elsewhere, which somebody may still hold or share, is copied, once.
         assigned = [
-            value if (value := variable.value) is last else jnp.array(value, copy=True)
+            value if (value := variable.value) is last else _copied(value)
             for variable, last in zip(self.assigned, self.last, strict=True)
         ]
         outputs, self.last = self.compiled(assigned, [v.value for v in self.read], arrays)
@@ -104,18 +102,52 @@ class _Program:
         return outputs
 
 
+def _copied(array: Any) -> Any:
+    """A copy on the same devices; unlike `jnp.copy` it compiles no program for each shape."""
+    return jax.device_put(array, may_alias=False)
+
+
+def _read_out(tree: Tree) -> Tree:
+    """`tree` with the present value of each variable in it: what is returned changes no more."""
+    return keras.tree.map_structure(
+        lambda leaf: leaf.value if isinstance(leaf, keras.Variable) else leaf, tree
+    )
+
+
+class _Detaching(Recorder):
+    """The scope of a gradient: a variable is assigned a value, not the way to it.
+
+    As on the other backends, the gradient by a variable that is assigned inside is that at the new
+    value: `SpectralNormalization` assigns the weight that it normalises.
+    """
+
+    def __init__(self, variables: Sequence[Any], values: Sequence[Any], outer: Any) -> None:
+        super().__init__(zip(variables, values, strict=True), outer)
+        self.by = {id(variable): value for variable, value in zip(variables, values, strict=True)}
+
+    def add_update(self, update: tuple[Any, Any]) -> None:
+        variable, value = update
+        value = jax.lax.stop_gradient(value)
+        if (by := self.by.get(id(variable))) is not None:
+            value = value + (by - jax.lax.stop_gradient(by))  # zero, with a gradient of one
+        super().add_update((variable, value))
+
+
 def value_and_grad(
-    fn: Callable[[], Tree], variables: Sequence[Any], has_aux: bool = False
+    fn: Callable[[], Tree], variables: Sequence[Any], has_aux: bool = False, sparse: bool = False
 ) -> tuple[Tree, list[Any]]:
-    """`fn()` and its gradients. A variable on which the value does not depend gets None."""
+    """`fn()` and its gradients. A variable on which the value does not depend gets None.
+
+    `sparse` changes nothing: only TensorFlow has sparse gradients.
+    """
     outer = current()
     connected = [False] * len(variables)
     assigned: list[Any] = []
 
     def pure(values: list[Any]) -> tuple[Any, Tree]:
         values = _watched(values, connected)
-        with Recorder(zip(variables, values, strict=True), outer) as scope:
-            result = fn()
+        with _Detaching(variables, values, outer) as scope:
+            result = _read_out(fn())
         # What was assigned inside leaves as an output, else tracers would leak.
         assigned[:] = scope.assigned.values()
         new = [scope.state_mapping[id(variable)] for variable in assigned]
@@ -175,7 +207,7 @@ def repeat(step: Callable[..., Tree], row: Callable[[Tree, Any], tuple[Any, ...]
 
     def many(count: Any, capacity: int, batches: Tree) -> Tree:
         def one(i: Any) -> Tree:
-            return step(*row(batches, i))
+            return _read_out(step(*row(batches, i)))
 
         outer = current()
         with Recorder((), outer) as met:
@@ -252,7 +284,7 @@ def take(array: Any, indices: Any) -> Any:
 
 def copy(variable: Any) -> Any:
     """A copy of a variable's value that later steps leave alone."""
-    return jnp.array(variable.value, copy=True)
+    return _copied(variable.value)
 
 
 def wait(tree: Tree) -> None:

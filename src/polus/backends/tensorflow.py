@@ -1,6 +1,5 @@
 """TensorFlow: `tf.function`, with XLA where it is asked for. Variables are captured as usual."""
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from polus.backends.recorder import Recorder, current
 
 Tree = Any
 COMPILES = True  # a new shape costs a compilation
+LONG_RUN_SECS: dict[bool, float] = {}  # each setting of `jit_compile` is worth a try in any run
 
 
 def function(fn: Callable[..., Tree], jit_compile: bool | None = None) -> Callable[..., Tree]:
@@ -19,23 +19,25 @@ def function(fn: Callable[..., Tree], jit_compile: bool | None = None) -> Callab
     Python control flow is not rewritten (no AutoGraph): what runs here runs on the other backends,
     and an error shows the line as it was written.
     """
-    compiled = tf.function(fn, jit_compile=bool(jit_compile), autograph=False)
+
+    def tensors(*args: Any, **kwargs: Any) -> Tree:
+        return _read_out(fn(*args, **kwargs))
+
+    # Of a function without defaults: programs can't be called by themselves where there are some.
+    compiled = tf.function(tensors, jit_compile=bool(jit_compile), autograph=False)
     programs: dict[Any, Callable[..., Tree]] = {}
-    parameters = inspect.signature(fn).parameters.values()
-    # A program takes what it was traced with, Python values and defaults included.
-    plain = all(p.default is p.empty and p.kind is not p.KEYWORD_ONLY for p in parameters)
 
     def call(*args: Any, **kwargs: Any) -> Tree:
         if tf.inside_function() or current() is not None:
             return fn(*args, **kwargs)  # inside an active trace: inlined
-        args = tf.nest.map_structure(_tensor, args)
+        args, kwargs = tf.nest.map_structure(_tensor, (args, kwargs))
         # One program for each signature is what is meant, not the accident of which tf.function
         # warns; and called by itself a program costs a fraction of tf.function's own look-up.
         key = _signature((args, kwargs))
         program = programs.get(key)
         if program is None:
             program = programs[key] = compiled.get_concrete_function(*args, **kwargs)
-        return program(*args) if plain and not kwargs else compiled(*args, **kwargs)
+        return program(*args, **kwargs)
 
     return call
 
@@ -54,18 +56,35 @@ def _signature(tree: Tree) -> Any:
 def _tensor(leaf: Any) -> Any:
     """Arrays become arguments of the graph; a Python value stays a constant of it."""
     if isinstance(leaf, keras.Variable):
-        return leaf.value
+        leaf = leaf.value
     return tf.convert_to_tensor(leaf) if hasattr(leaf, "__array__") else leaf
 
 
+def _read_out(tree: Tree) -> Tree:
+    """`tree` with the present value of each variable in it: what is returned changes no more."""
+    return tf.nest.map_structure(
+        lambda leaf: _tensor(leaf) if isinstance(leaf, keras.Variable | tf.Variable) else leaf, tree
+    )
+
+
 def value_and_grad(
-    fn: Callable[[], Tree], variables: Sequence[Any], has_aux: bool = False
+    fn: Callable[[], Tree], variables: Sequence[Any], has_aux: bool = False, sparse: bool = False
 ) -> tuple[Tree, list[Any]]:
-    """`fn()` and its gradients. A variable on which the value does not depend gets None."""
+    """`fn()` and its gradients. A variable on which the value does not depend gets None.
+
+    With `sparse`, that of an embedding comes as the rows that were looked up, a repeated one
+    several times: what Keras' optimizers are given in `fit`. It can't be computed with.
+    """
+    # No control dependency puts the value before the update that follows: TensorFlow keeps that
+    # order by itself, while an edge of ours took its own away (its graph optimizer drops the one
+    # for the other, then folds ours), and the loss came out as that of the updated weights.
     with tf.GradientTape() as tape:
         result = fn()
         value = result[0] if has_aux else result
-    return result, tape.gradient(value, [variable.value for variable in variables])
+    gradients = tape.gradient(value, [variable.value for variable in variables])
+    if not sparse:
+        gradients = [g if g is None else tf.convert_to_tensor(g) for g in gradients]
+    return result, gradients
 
 
 def value_and_input_grad(fn: Callable[..., Any], inputs: Sequence[Any]) -> tuple[Any, list[Any]]:
@@ -88,7 +107,7 @@ def repeat(step: Callable[..., Tree], row: Callable[[Tree, Any], tuple[Any, ...]
 
     def many(count: Any, capacity: int, batches: Tree) -> Tree:
         def one(i: Any) -> Tree:
-            return step(*row(batches, i))
+            return _read_out(step(*row(batches, i)))
 
         # The structure of what a step returns, known without running it.
         outputs = (

@@ -1,6 +1,12 @@
 """PyTorch: eager, and `torch.compile` where it is asked for."""
 
+import contextlib
+import importlib.util
+import os
+import shutil
 import threading
+import types
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -12,21 +18,74 @@ from polus.backends.recorder import Recorder
 
 Tree = Any
 COMPILES = False  # a new shape costs nothing
-_depth = threading.local()
+# `torch.compile` takes ten seconds for a small model, a minute for a large one, and may be slower.
+LONG_RUN_SECS = {True: 300.0}
+
+
+class _Depth(threading.local):
+    """How many gradients are being taken in this thread, one inside the other."""
+
+    value = 0
+
+
+_depth = _Depth()
 
 
 def function(fn: Callable[..., Tree], jit_compile: bool | None = None) -> Callable[..., Tree]:
     """`fn` with no gradient recorded but inside `value_and_grad`; compiled where asked for."""
-    compiled = torch.compile(fn) if jit_compile else fn
+    compiled = _compiled(fn) if jit_compile else fn
 
     def call(*args: Any, **kwargs: Any) -> Tree:
-        if getattr(_depth, "value", 0):
-            return fn(*args, **kwargs)  # inside a gradient: part of it
+        if _depth.value or torch.compiler.is_compiling():
+            return fn(*args, **kwargs)  # inside a gradient or another program: part of it
+        args, kwargs = keras.tree.map_structure(_tensor, (args, kwargs))
         with torch.no_grad():
-            result = compiled(*keras.tree.map_structure(_tensor, args), **kwargs)
-            return keras.tree.map_structure(_own, result)
+            return _read_out(compiled(*args, **kwargs))
 
     return call
+
+
+def _compiled(fn: Callable[..., Tree]) -> Callable[..., Tree]:
+    """`torch.compile` of `fn`, gradients and updates included."""
+
+    def frame(*args: Any, **kwargs: Any) -> Tree:
+        return fn(*args, **kwargs)
+
+    # PyTorch keeps its programs by the code of a function, some few of each. With a code of its own
+    # one trainer's step does not push out another's.
+    own = types.FunctionType(frame.__code__.replace(), frame.__globals__, closure=frame.__closure__)
+    compiled = torch.compile(own)
+
+    def call(*args: Any, **kwargs: Any) -> Tree:
+        _depth.value = _depth.value  # made before the program looks whether this thread has one
+        with _gradients_traced(), warnings.catch_warnings():
+            # Said once of Keras' caches, at the first compilation; their functions are pure.
+            warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")
+            return compiled(*args, **kwargs)
+
+    return call
+
+
+def _gradients_traced() -> Any:
+    """Lets `torch.compile` take a gradient into its program, where PyTorch can.
+
+    By default a step is cut in two there. PyTorch's own message on that names this switch.
+    """
+    from torch import _dynamo
+
+    if hasattr(_dynamo.config, "trace_autograd_ops"):
+        return _dynamo.config.patch(trace_autograd_ops=True)
+    return contextlib.nullcontext()
+
+
+def _read_out(tree: Tree) -> Tree:
+    """`tree` with a copy of each variable in it, for they are assigned in place."""
+
+    def read(leaf: Any) -> Any:
+        value = leaf.value if isinstance(leaf, keras.Variable) else leaf
+        return value.detach().clone() if isinstance(value, torch.nn.Parameter) else value
+
+    return keras.tree.map_structure(read, tree)
 
 
 def _tensor(leaf: Any) -> Any:
@@ -37,10 +96,13 @@ def _tensor(leaf: Any) -> Any:
 
 
 def value_and_grad(
-    fn: Callable[[], Tree], variables: Sequence[Any], has_aux: bool = False
+    fn: Callable[[], Tree], variables: Sequence[Any], has_aux: bool = False, sparse: bool = False
 ) -> tuple[Tree, list[Any]]:
-    """`fn()` and its gradients. A variable on which the value does not depend gets None."""
-    depth = getattr(_depth, "value", 0)
+    """`fn()` and its gradients. A variable on which the value does not depend gets None.
+
+    `sparse` changes nothing: only TensorFlow has sparse gradients.
+    """
+    depth = _depth.value
     _depth.value = depth + 1
     try:
         with torch.enable_grad():
@@ -67,7 +129,7 @@ def value_and_input_grad(fn: Callable[..., Any], inputs: Sequence[Any]) -> tuple
 
     `fn` may read variables; it assigns none.
     """
-    depth = getattr(_depth, "value", 0)
+    depth = _depth.value
     _depth.value = depth + 1
     try:
         with torch.enable_grad():
@@ -77,13 +139,6 @@ def value_and_input_grad(fn: Callable[..., Any], inputs: Sequence[Any]) -> tuple
     finally:
         _depth.value = depth
     return value.detach(), list(gradients)
-
-
-def _own(leaf: Any) -> Any:
-    """A variable's tensor as a copy: later assignments are written into it in place."""
-    if isinstance(leaf, keras.Variable):
-        leaf = leaf.value
-    return leaf.detach().clone() if isinstance(leaf, torch.nn.Parameter) else leaf
 
 
 def _detached(leaf: Any) -> Any:
@@ -166,7 +221,11 @@ def graph_blocks(iterator: Any) -> None:
 
 def candidates() -> tuple[bool, ...]:
     """The settings of `jit_compile` that are worth measuring here."""
-    return (False,)
+    if keras.ops.ones(()).device.type == "cpu":
+        there = any(map(shutil.which, [os.environ.get("CXX", ""), "g++", "clang++", "cl"]))
+    else:
+        there = importlib.util.find_spec("triton") is not None
+    return (False, True) if there else (False,)
 
 
 def describe() -> dict[str, Any]:
