@@ -138,6 +138,7 @@ SOURCES = {
     "function, every batch from Python": (lambda: drawn_for_each_batch, None, None),
     "iterator": (lambda: iter([x[i : i + 1] for i in range(EXAMPLES)]), None, 6),
     "PyDataset": (Shuffled, None, None),
+    "PyDataset, less than all": (Shuffled, None, 5),
     "tf.data": (tensorflow_data, None, None),
     "tf.data, random transform": (tensorflow_data, noisy, None),
     "tf.data, one order": (lambda: tensorflow_data(False), None, None),

@@ -112,14 +112,35 @@ class _TensorFlowData(Source):
 
 
 class _PyDataset(Source):
+    """A `keras.utils.PyDataset`, whose own `workers` are not used: one thread reads it ahead."""
+
+    def __init__(self, dataset: Any) -> None:
+        super().__init__(dataset)
+        self.num_batches = dataset.num_batches
+        self.endless = self.num_batches is None
+        self._begun = False
+
     def batches(self, epoch: int, skip: int = 0) -> Iterator[Any]:
-        for i in range(skip, len(self.dataset)):
+        self._begin()
+        count = self.dataset.num_batches
+        for i in itertools.count(skip) if count is None else range(skip, count):
             yield self.dataset[i]
-        self.dataset.on_epoch_end()
+        self._end()
 
     def rewind(self, epoch: int, steps: int | None) -> None:
-        for _ in range(epoch if steps is None or steps > len(self.dataset) else 0):
-            self.dataset.on_epoch_end()
+        for _ in range(epoch):
+            self._begin()
+            self._end()
+
+    def _begin(self) -> None:
+        if self._begun:  # the epoch before was cut short
+            self._end()
+        self._begun = True
+        self.dataset.on_epoch_begin()
+
+    def _end(self) -> None:
+        self._begun = False
+        self.dataset.on_epoch_end()
 
 
 class _Function(Source):
