@@ -209,6 +209,13 @@ def test_no_gradient_is_none():
 
     both(run)
     assert kinds == [[True, False]] * len(kinds)
+    fixed, frozen = variable(2.0, trainable=False), variable(2.0)
+    frozen.trainable = False
+    count = keras.Variable(1, trainable=False)
+    for _, gradients in both(
+        lambda: core.value_and_grad(lambda: used * fixed * frozen, [fixed, frozen, used, count])
+    ):
+        assert [g is None for g in gradients] == [True, True, False, True]
     constant = core.value_and_grad(lambda: ops.ones(()), [used, unused])
     assert constant[1] == [None, None]
 

@@ -114,7 +114,7 @@ def function(fn: Any = None, *, jit_compile: bool | None = None) -> Any:
     Python value is a constant of it. Called inside another compiled function, it is inlined.
 
     ```python
-    counter = keras.Variable(0)
+    counter = keras.Variable(0, trainable=False)
 
     @polus.core.function
     def count(x):
@@ -176,12 +176,12 @@ def value_and_grad(
     Args:
         fn: takes nothing, returns a scalar tensor, or with `has_aux` a pair of a scalar and any
             structure of tensors. It may assign variables.
-        variables: Keras variables.
+        variables: Keras variables, trainable ones.
         has_aux: whether `fn` returns such a pair.
 
     Returns:
         What `fn` returned, and a list with one gradient per variable, of the variable's shape; None
-        where the value does not depend on the variable.
+        where the value does not depend on the variable, or the variable is not trainable.
 
     Raises:
         ValueError: if the value is not a scalar.

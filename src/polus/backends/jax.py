@@ -136,17 +136,18 @@ class _Detaching(Recorder):
 def value_and_grad(
     fn: Callable[[], Tree], variables: Sequence[Any], has_aux: bool = False, sparse: bool = False
 ) -> tuple[Tree, list[Any]]:
-    """`fn()` and its gradients. A variable on which the value does not depend gets None.
+    """`fn()` and its gradients: None for a variable without effect, or not trainable.
 
     `sparse` changes nothing: only TensorFlow has sparse gradients.
     """
     outer = current()
-    connected = [False] * len(variables)
+    by = [variable for variable in variables if variable.trainable]
+    connected = [False] * len(by)
     assigned: list[Any] = []
 
     def pure(values: list[Any]) -> tuple[Any, Tree]:
         values = _watched(values, connected)
-        with _Detaching(variables, values, outer) as scope:
+        with _Detaching(by, values, outer) as scope:
             result = _read_out(fn())
         # What was assigned inside leaves as an output, else tracers would leak.
         assigned[:] = scope.assigned.values()
@@ -155,11 +156,12 @@ def value_and_grad(
         return value, (result if has_aux else value, aux, new)
 
     (_, (result, _, new)), gradients = jax.value_and_grad(pure, has_aux=True)(
-        [variable.value for variable in variables]
+        [variable.value for variable in by]
     )
     for variable, value in zip(assigned, new, strict=True):
         variable.assign(value)
-    return result, [g if c else None for g, c in zip(gradients, connected, strict=True)]
+    found = {id(v): g for v, g, c in zip(by, gradients, connected, strict=True) if c}
+    return result, [found.get(id(variable)) for variable in variables]
 
 
 def value_and_input_grad(fn: Callable[..., Any], inputs: Sequence[Any]) -> tuple[Any, list[Any]]:

@@ -30,7 +30,7 @@ def function(fn: Callable[..., Tree], jit_compile: bool | None = None) -> Callab
     def call(*args: Any, **kwargs: Any) -> Tree:
         if tf.inside_function() or current() is not None:
             return fn(*args, **kwargs)  # inside an active trace: inlined
-        args, kwargs = tf.nest.map_structure(_tensor, (args, kwargs))
+        args, kwargs = keras.tree.map_structure(_tensor, (args, kwargs))
         # One program for each signature is what is meant, not the accident of which tf.function
         # warns; and called by itself a program costs a fraction of tf.function's own look-up.
         key = _signature((args, kwargs))
@@ -70,7 +70,7 @@ def _read_out(tree: Tree) -> Tree:
 def value_and_grad(
     fn: Callable[[], Tree], variables: Sequence[Any], has_aux: bool = False, sparse: bool = False
 ) -> tuple[Tree, list[Any]]:
-    """`fn()` and its gradients. A variable on which the value does not depend gets None.
+    """`fn()` and its gradients: None for a variable without effect, or not trainable.
 
     With `sparse`, that of an embedding comes as the rows that were looked up, a repeated one
     several times: what Keras' optimizers are given in `fit`. It can't be computed with.
@@ -82,6 +82,7 @@ def value_and_grad(
         result = fn()
         value = result[0] if has_aux else result
     gradients = tape.gradient(value, [variable.value for variable in variables])
+    gradients = [g if v.trainable else None for g, v in zip(gradients, variables, strict=True)]
     if not sparse:
         gradients = [g if g is None else tf.convert_to_tensor(g) for g in gradients]
     return result, gradients

@@ -98,7 +98,7 @@ def _tensor(leaf: Any) -> Any:
 def value_and_grad(
     fn: Callable[[], Tree], variables: Sequence[Any], has_aux: bool = False, sparse: bool = False
 ) -> tuple[Tree, list[Any]]:
-    """`fn()` and its gradients. A variable on which the value does not depend gets None.
+    """`fn()` and its gradients: None for a variable without effect, or not trainable.
 
     `sparse` changes nothing: only TensorFlow has sparse gradients.
     """
@@ -108,20 +108,24 @@ def value_and_grad(
         with torch.enable_grad():
             result = fn()
             value = result[0] if has_aux else result
-            gradients: Sequence[Any] = [None] * len(variables)
-            if value.requires_grad:
-                gradients = torch.autograd.grad(
+            gradients: list[Any] = [None] * len(variables)
+            tensors = [variable.value for variable in variables]
+            trainable = [i for i, tensor in enumerate(tensors) if tensor.requires_grad]
+            if value.requires_grad and trainable:
+                found = torch.autograd.grad(
                     value,
-                    [variable.value for variable in variables],
+                    [tensors[i] for i in trainable],
                     allow_unused=True,
                     # A gradient inside another one's function is itself differentiated.
                     create_graph=depth > 0,
                 )
+                for i, gradient in zip(trainable, found, strict=True):
+                    gradients[i] = gradient
     finally:
         _depth.value = depth
     if depth == 0:
         result = keras.tree.map_structure(_detached, result)
-    return result, list(gradients)
+    return result, gradients
 
 
 def value_and_input_grad(fn: Callable[..., Any], inputs: Sequence[Any]) -> tuple[Any, list[Any]]:
