@@ -175,6 +175,7 @@ def clock(monkeypatch):
 
     monkeypatch.setattr(polus.dispatch, "_seconds", seconds)
     monkeypatch.setattr(backend, "candidates", lambda: (False, True))
+    monkeypatch.setattr(backend, "LONG_RUN_SECS", {})
     return taken, asked
 
 

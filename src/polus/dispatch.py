@@ -4,7 +4,7 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import keras
@@ -18,6 +18,8 @@ from polus.state import Snapshot
 
 # Progress still moves, Ctrl-C still works, and the dispatch itself is lost in it.
 DISPATCH_SECS = 0.04
+LONGEST_SECS = 0.25  # of the few steps at a time that are tried where each one is long
+FEWEST_STEPS = 4
 MAX_STEPS = 512  # beyond it nothing is won, and the stacked batches take memory
 MAX_BYTES = 2**26  # of stacked batches per dispatch
 MANY_SHAPES = 8
@@ -49,6 +51,7 @@ class Dispatch:
         self.measured: dict[tuple[bool, int], float] = {}
         self.compile_secs = 0.0
         self._programs: dict[Any, Callable[..., Any]] = {}
+        self._steps: dict[Any, Callable[..., Any]] = {}
         self._shapes: list[Any] = []
 
     def prepare(self, block: Block) -> tuple[Callable[..., Any], tuple[Any, ...]]:
@@ -66,11 +69,20 @@ class Dispatch:
         key = (self.jit_compile, block.fetch, many)
         program = self._programs.get(key)
         if program is None:
-            fn = _many(self.step, block.fetch) if many else _one(self.step, block.fetch)
-            program = self._programs[key] = backend.function(fn, self.jit_compile)
+            program = self._programs[key] = self._program(block.fetch, many)
         if many:
             return program, (np.int32(block.count), block.capacity, block.payload)
         return program, (block.payload,) if block.fetch else as_arguments(block.payload)
+
+    def _program(self, fetch: Any, many: bool) -> Callable[..., Any]:
+        around = _many if many else _one
+        if backend.COMPILES:
+            return backend.function(around(self.step, fetch), self.jit_compile)  # type: ignore[no-any-return]
+        # A loop of Python's around the step, which is compiled by itself, if at all.
+        step = self._steps.get(self.jit_compile)
+        if step is None:
+            step = self._steps[self.jit_compile] = backend.function(self.step, self.jit_compile)
+        return around(step, fetch)
 
 
 def _many(step: Callable[..., Any], fetch: Any) -> Callable[..., Any]:
@@ -103,30 +115,39 @@ def choose(
         jit_mode: True or False to measure under this setting only, or "auto".
         longest: the number of steps that may run in one call at most.
         fixed: the number of steps in one call where it is not to be chosen.
-        steps: the number of steps to be run.
+        steps: the number of steps to be run, infinite where it isn't known.
     """
     modes = list(backend.candidates()) if jit_mode == "auto" else [jit_mode]
-    longest = min(longest, MAX_STEPS, max(1, MAX_BYTES // max(1, _num_bytes(epoch.sample(1)))))
+    long_run_secs: dict[bool, float] = backend.LONG_RUN_SECS if jit_mode == "auto" else {}
+    longest = min(longest, MAX_STEPS, max(1, MAX_BYTES // max(1, _num_bytes(epoch.example))))
     if len(modes) == 1 and (longest == 1 or fixed is not None):
         dispatch.jit_compile, dispatch.capacity, dispatch.settled = modes[0], fixed or 1, True
     measured = dispatch.measured
 
-    def too_short() -> bool:
-        return bool(measured) and dispatch.compile_secs > steps * min(measured.values())
+    def unmeasured() -> Iterator[tuple[bool, int]]:
+        for many, mode in itertools.product((False, True), list(modes)):
+            count = _count(measured, mode, longest, fixed) if many else fixed or 1
+            if mode in modes and count and (mode, count) not in measured:
+                yield mode, count
 
-    if dispatch.settled or too_short():
+    def too_short(mode: bool) -> bool:
+        if not measured:
+            return False
+        long_enough = long_run_secs.get(mode, 0.0)
+        if long_enough and math.isinf(steps):
+            return True  # known after the first epoch, if it ever is
+        return max(dispatch.compile_secs, long_enough) > steps * min(measured.values())
+
+    if dispatch.settled or all(too_short(mode) for mode, _ in unmeasured()):
         return
     began = time.perf_counter()
     snapshot = Snapshot(survey())
     dispatch.settled = True
     try:
-        for many, mode in itertools.product((False, True), list(modes)):
-            count = _count(measured, mode, longest, fixed) if many else fixed or 1
-            if mode not in modes or count == 0 or (mode, count) in measured:
-                continue
-            if too_short():
+        for mode, count in unmeasured():
+            if too_short(mode):
                 dispatch.settled = False
-                break
+                continue
             dispatch.jit_compile = mode
             try:
                 seconds = _seconds(dispatch, epoch.sample(count))
@@ -137,7 +158,7 @@ def choose(
                 logger.warning(
                     "jit_compile=%s can't compile this step%s: %s",
                     mode,
-                    " in a loop" * many,
+                    " in a loop" * (count > 1),
                     _first_line(error),
                 )
             else:
@@ -164,10 +185,11 @@ def _count(
     # Of compilers that differ so much step by step, the slower one does not win by its loop.
     if one > 3 * min(seconds for (_, count), seconds in measured.items() if count == 1):
         return 0
-    # Room for more than single steps suggest: a loop is faster than they are.
-    count = int(2.5 * DISPATCH_SECS / one)
-    # Of long steps, what a loop saves is nothing, and it compiles as long again.
-    return 0 if count < 4 or longest == 1 else min(longest, count)
+    if longest == 1 or FEWEST_STEPS * one > LONGEST_SECS:
+        return 0
+    # Room for more than single steps suggest: a loop is faster than they are. On long steps, too:
+    # XLA runs a transformer a third faster inside of one.
+    return min(longest, max(FEWEST_STEPS, int(2.5 * DISPATCH_SECS / one)))
 
 
 def _first_line(error: Exception) -> str:
@@ -175,10 +197,11 @@ def _first_line(error: Exception) -> str:
 
 
 def _seconds(dispatch: Dispatch, block: Block) -> float:
-    """The shortest of some runs, after one that compiles."""
+    """The shortest of some runs, after two that compile: the second meets what the first made."""
     began = time.perf_counter()
     program, arguments = dispatch.prepare(block)
-    backend.wait(program(*arguments))
+    for _ in range(2):
+        backend.wait(program(*arguments))
     dispatch.compile_secs = max(dispatch.compile_secs, time.perf_counter() - began)
     times: list[float] = []
     while len(times) < 3 or (sum(times) < DISPATCH_SECS and len(times) < 20):
@@ -190,6 +213,6 @@ def _seconds(dispatch: Dispatch, block: Block) -> float:
     return min(times)
 
 
-def _num_bytes(block: Block) -> int:
+def _num_bytes(batch: Any) -> int:
     """The bytes of what one step adds to a dispatch."""
-    return sum(int(np.prod(leaf.shape)) * 8 for leaf in keras.tree.flatten(block.first))
+    return sum(int(np.prod(leaf.shape)) * 8 for leaf in keras.tree.flatten(batch))

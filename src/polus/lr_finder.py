@@ -340,8 +340,7 @@ def find(
         )
     feed = Feed(replica(dataset), config.get("custom_data_transform_f"))
     with random_state_kept():
-        first = feed.epoch(0).sample(1)
-    inputs = first.first
+        inputs = feed.epoch(0).example
     # Outside of random_state_kept: what building draws, training would have drawn.
     trainer._refresh()
     trainer._build(inputs)

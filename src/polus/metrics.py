@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 
@@ -242,7 +243,9 @@ class Accuracy(IConfusionMatrix):
 
     def _evaluate(self) -> Any:
         matrix = ops.cast(self.confusion_matrix, "float32")
-        return ops.trace(matrix) / ops.sum(matrix)
+        # Not ops.trace, which takes as long as the rest of an epoch's end on TensorFlow.
+        right = ops.multiply(matrix, np.eye(self.num_classes, dtype="float32"))
+        return ops.sum(right) / ops.sum(matrix)
 
 
 class MacroF1Score(IConfusionMatrix):

@@ -26,7 +26,7 @@ from polus.backends import backend
 from polus.callbacks.base import CallbackCoordinator, Losses
 from polus.core import BaseLogger, function, get_jit_compile
 from polus.data import Feed, as_arguments, as_source
-from polus.data.feed import Block, Epoch
+from polus.data.feed import Epoch, signature_of
 from polus.dispatch import Dispatch, choose
 from polus.history import History
 from polus.metrics import as_metric
@@ -131,8 +131,8 @@ class BaseTrainer(BaseLogger):
         self._updates: list[tuple[Any, list[Any]]] = []  # each optimizer, and what it updates
         self._dispatches: dict[Any, Dispatch] = {}
         self._choices: dict[str, list[Any]] = {}  # of an earlier process: see `_dispatch`
-        self._example: Block | None = None
-        self._num_steps = 0.0  # that all calls of `train` were to run
+        self._example: tuple[Any, ...] | None = None  # the step's arguments, to look at
+        self._steps_before = 0  # of earlier calls of `train`
         mode = get_jit_compile()
         self._jit_compile: bool | None = None if mode == "auto" else mode
         self._capacity = 1
@@ -334,7 +334,6 @@ class BaseTrainer(BaseLogger):
             )
         callbacks = config.get("callbacks", ())
         run = CallbackCoordinator(callbacks, self, config["epochs"], feed)
-        self._num_steps += config["epochs"] * (feed.num_batches or math.inf)
         self.early_stop = False
         with self._rate(config.get("learning_rate")), run.running(), self._misfits_explained():
             if (resume := config.get("resume")) is not None:
@@ -342,15 +341,17 @@ class BaseTrainer(BaseLogger):
 
                 resume_run(run, resume)
             self._run(run, config.get("steps_per_dispatch"))
+        self._steps_before += run.epochs * (run.steps or 0)
         return run.history
 
     def _run(self, run: CallbackCoordinator, steps_per_dispatch: int | None) -> None:
         """The loop, from where the run stands."""
+        if run.step == 0:  # later, to evaluate them resets them
+            for metric in self.metrics:
+                metric.reset()
         while run.epoch < run.epochs and not self.early_stop:
             data = run.feed.epoch(run.epoch, start=run.step)
             if run.step == 0:
-                for metric in self.metrics:
-                    metric.reset()
                 run.on_epoch_begin()
             dispatch = self._dispatch(run, data, steps_per_dispatch)
             with contextlib.closing(
@@ -483,13 +484,12 @@ class BaseTrainer(BaseLogger):
             for metric in self.metrics:
                 metric.reset()
             data = feed.epoch(0)
-            first = data.sample(1)
             key = "evaluation", get_jit_compile()
             dispatch = self._dispatches.get(key)
             if dispatch is None:
                 dispatch = self._dispatches[key] = Dispatch(self._evaluation, self._jit_compile)
                 if not self.model.built:
-                    backend.trace(self._evaluation, first.first)
+                    backend.trace(self._evaluation, data.example)
             capacity = min(self._capacity, feed.num_batches or self._capacity)
             with contextlib.closing(data.blocks(capacity)) as blocks:
                 for block in blocks:
@@ -594,7 +594,7 @@ class BaseTrainer(BaseLogger):
         on.
         """
         assert self._example is not None
-        inputs = self._example.first
+        inputs = self._example
         self._build(inputs)
         variables = [self.step_counter, *self._owned_variables(), *self._survey(inputs)]
         return list({id(variable): variable for variable in variables}.values())
@@ -614,12 +614,11 @@ class BaseTrainer(BaseLogger):
             return Dispatch(self._step, None)
         mode = get_jit_compile()
         longest = run.longest_dispatch()
-        first = data.sample(1)
-        self._example = first
-        key = mode, steps_per_dispatch, longest > 1, str(first.signature)
+        self._example = data.example
+        key = mode, steps_per_dispatch, longest > 1, str(signature_of(self._example))
         dispatch = self._dispatches.get(key)
         if dispatch is None:
-            self._build(first.first)
+            self._build(self._example)
             self._dispatches[key] = dispatch = Dispatch(
                 self._step, None if mode == "auto" else mode
             )
@@ -630,11 +629,11 @@ class BaseTrainer(BaseLogger):
             choose(
                 dispatch,
                 data,
-                lambda: self._survey(first.first),
+                lambda: self._survey(data.example),
                 mode,
                 longest,
                 steps_per_dispatch,
-                self._num_steps,
+                self._steps_before + run.epochs * (run.steps or math.inf),
             )
         self._jit_compile, self._capacity = dispatch.jit_compile, dispatch.capacity
         return dispatch
@@ -652,7 +651,7 @@ class BaseTrainer(BaseLogger):
             # The call itself failed, in our code: no frame of the user's is below.
             ours = str(frame.f_globals.get("__name__")).startswith("polus.")
             if ours and self._example is not None:
-                error.add_note(_explanation(self._example.first))
+                error.add_note(_explanation(self._example))
             raise
 
     @contextlib.contextmanager

@@ -104,7 +104,7 @@ def _restore(run: "CallbackCoordinator", tree: Tree, same_backend: bool) -> None
         for state in (tree["random"], tree["data"]["begun"]["random"]):
             state["backend"] = random_state()["backend"]
     data, random = position.resume(run.feed, run.epoch, run.step, tree["data"], tree["random"])
-    trainer._example = data.sample(1)
+    trainer._example = data.example
     # From here on nothing of the data is read any more, and what building draws is put back.
     variables = trainer.state_variables()
     _check_variables(tree["variables"], variables, same_backend)

@@ -40,13 +40,6 @@ class Block:
     capacity: int
     signature: Any
 
-    @property
-    def first(self) -> tuple[Any, ...]:
-        """The step's arguments out of the first batch."""
-        if self.fetch is None:
-            return as_arguments(self.payload)
-        return row(self.fetch(self.payload), 0)
-
 
 def stacked(payload: Any) -> Any:
     """Batches that are stacked already."""
@@ -172,11 +165,17 @@ class Epoch:
     def _note(self, batch: Any) -> None:
         self.checksum, self.leaves = position.checksum(batch), position.leaves_of(batch)
 
-    def sample(self, count: int) -> Block:
-        """The first batch, `count` times over, to measure with."""
+    @property
+    def example(self) -> tuple[Any, ...]:
+        """The step's arguments out of the first batch, where that lies: to look at, not to run."""
         # A resumed epoch is compiled for what it was compiled for in the first place.
         first = self.peek() if self._head is None else self._head
-        first = keras.tree.map_structure(_plain, first)
+        arguments: tuple[Any, ...] = keras.tree.map_structure(_plain, first)
+        return arguments
+
+    def sample(self, count: int) -> Block:
+        """The first batch, `count` times over, to measure with."""
+        first = self.example
         if self.feed._examples is not None:
             rows = np.zeros((count, self.feed.source.dataset.batch_size), np.int32)
             payload = (self.feed._examples, backend.to_device(rows))
@@ -184,7 +183,7 @@ class Epoch:
         if count == 1:
             return _single(first)
         payload = backend.stack([first] * count, count)
-        return Block(count, _size(first), stacked, payload, count, _signature(first))
+        return Block(count, _size(first), stacked, payload, count, signature_of(first))
 
     def blocks(
         self,
@@ -254,7 +253,7 @@ class Epoch:
                 step += 1
                 continue
             count, rows, other = graph.read(first, count)
-            signature = _signature(first)
+            signature = signature_of(first)
             if count == 1:
                 yield _single(first)
             else:
@@ -278,12 +277,12 @@ class Epoch:
             group = pending or list(itertools.islice(batches, 1))
             if not group:
                 return
-            pending, signature = [], _signature(group[0])
+            pending, signature = [], signature_of(group[0])
             while len(group) < count:
                 following = list(itertools.islice(batches, 1))
                 if not following:
                     break
-                if _signature(following[0]) != signature:
+                if signature_of(following[0]) != signature:
                     pending = following
                     break
                 group += following
@@ -302,7 +301,7 @@ class Epoch:
 
 def _single(batch: Any) -> Block:
     payload = keras.tree.map_structure(backend.to_device, batch)
-    return Block(1, _size(batch), None, payload, 1, _signature(batch))
+    return Block(1, _size(batch), None, payload, 1, signature_of(batch))
 
 
 def _plain(leaf: Any) -> Any:
@@ -313,7 +312,8 @@ def _plain(leaf: Any) -> Any:
     return array.astype(keras.config.floatx()) if array.dtype == np.float64 else array
 
 
-def _signature(batch: Any) -> Any:
+def signature_of(batch: Any) -> list[Any]:
+    """The shapes and dtypes of a batch; of what has none, the value itself."""
     return [
         (tuple(shape), str(leaf.dtype))
         if (shape := getattr(leaf, "shape", None)) is not None
