@@ -582,9 +582,11 @@ def test_metrics_that_a_step_gives_nothing_to_are_left_out():
         lambda y, logits, x: CROSS_ENTROPY(y, logits),
         metrics=[Accuracy(3), keras.metrics.SparseCategoricalAccuracy(name="theirs")],
     )
-    heard = keras.callbacks.History()
+    heard, batches = keras.callbacks.History(), []
+    events = keras.callbacks.LambdaCallback(on_train_batch_end=lambda _, logs: batches.append(logs))
     validation = ValidationDataCallback(BATCHES)
-    history = trainer.train(BATCHES, epochs=2, callbacks=[validation, heard])
+    history = trainer.train(BATCHES, epochs=2, callbacks=[validation, heard, events])
+    assert [set(logs) for logs in batches] == [{"loss"}] * 10
     expected = {"loss", "val_accuracy", "val_theirs"}
     assert set(history.to_dict()) - {"epoch"} == set(heard.history) == expected
 
