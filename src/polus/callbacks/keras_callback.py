@@ -33,8 +33,8 @@ class KerasCallback(Callback):
     The model has the trainer's optimizer as `model.optimizer` while it trains, and `stop_training`
     ends the run. Logs are those of `fit`: of a batch the running means over the epoch, of an epoch
     these and the validations', as `<set>_<metric>`. Of a validation it hears the begin and the end,
-    not the batches; and `model.evaluate` needs a compiled model, as anywhere. A resumed run gives it back what changed of its
-    attributes, such as `wait` and `best`.
+    not the batches; `model.evaluate` needs a compiled model, as anywhere. A resumed run gives it
+    back what changed of its attributes, such as `wait` and `best`.
 
     Args:
         callback: the Keras callback; it is kept as `callback`.
