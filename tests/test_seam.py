@@ -15,6 +15,7 @@ from keras import ops
 import polus
 from polus import core
 from polus.backends import backend
+from polus.callbacks import Callback
 from polus.training import BaseTrainer, ClassifierTrainer
 
 X = np.random.default_rng(0).normal(size=(8, 4)).astype("float32")
@@ -320,6 +321,36 @@ def test_variables_that_share_a_buffer_go_their_own_ways():
         np.testing.assert_allclose(trainer.target, start - 5 * slope, rtol=1e-4, atol=1e-5)
     # A value that the user took before is not torn away by a donated buffer.
     assert ops.convert_to_numpy(held).shape == (4, 1)
+
+
+class Watching(Callback):
+    """Notes the kernel at its moments, and doubles it at one of them."""
+
+    def __init__(self, every_steps, doubles_at):
+        super().__init__()
+        self.every_steps = every_steps
+        self.doubles_at = doubles_at
+        self.seen = {}
+
+    def on_steps_end(self, epoch, steps, losses):
+        step, kernel = steps[-1], self.coordinator.trainer.source
+        self.seen[step] = ops.convert_to_numpy(kernel).copy()
+        if step == self.doubles_at:
+            kernel.assign(2 * kernel)
+
+
+def test_callbacks_see_and_set_variables_between_dispatches():
+    single, several = Watching(1, 5), Watching(3, 5)
+    for callback in (single, several):
+        trainer = Following()
+        trainer.source.assign(np.ones((4, 1)))
+        trainer.train([(X,)] * 9, epochs=1, callbacks=[callback], steps_per_dispatch=3)
+    assert sorted(several.seen) == [2, 5, 8]
+    slope = X.mean(axis=0)[:, None]
+    for step, kernel in several.seen.items():
+        expected = 1 - (step + 1) * slope if step <= 5 else 2 * (1 - 6 * slope) - (step - 5) * slope
+        np.testing.assert_allclose(kernel, expected, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(kernel, single.seen[step], rtol=1e-4, atol=1e-5)
 
 
 def test_what_the_user_sets_between_steps_is_seen():
