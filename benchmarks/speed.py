@@ -142,8 +142,11 @@ def parts(work: Workload) -> tuple[Any, Any, Any]:
     return work.make_model(), keras.optimizers.Adam(1e-3), loss
 
 
-def polus(work: Workload, bare: bool = False, watch: Any = None) -> Any:
+def polus(work: Workload, bare: bool = False, eager: bool = False, watch: Any = None) -> Any:
+    import keras
+
     from polus.callbacks import Callback, ConsoleLogCallback, LossSmoothCallback
+    from polus.core import get_jit_compile, set_jit_compile
     from polus.data import from_arrays
     from polus.metrics import Accuracy
     from polus.training import ClassifierTrainer
@@ -152,6 +155,8 @@ def polus(work: Workload, bare: bool = False, watch: Any = None) -> Any:
         def on_epoch_end(self, epoch: int) -> None:
             self.coordinator.trainer.early_stop = True
 
+    if eager and keras.config.backend() != "torch":
+        raise NotImplementedError("JAX and TensorFlow compile each step")
     model, *rest = parts(work)
     trainer = ClassifierTrainer(
         model, *rest, metrics=[] if bare else [Accuracy(model.output_shape[-1] or work.batch_size)]
@@ -162,10 +167,15 @@ def polus(work: Workload, bare: bool = False, watch: Any = None) -> Any:
         callbacks += [ConsoleLogCallback(), LossSmoothCallback()]
 
     def train(epochs: int) -> None:
-        if epochs == 1:  # the beginning of a long run: of a short one less is measured
-            trainer.train(data, epochs=1000, callbacks=[*callbacks, Once()])
-        else:
-            trainer.train(data, epochs=epochs, callbacks=callbacks)
+        mode = get_jit_compile()
+        set_jit_compile(False if eager else mode)
+        try:
+            if epochs == 1:  # the beginning of a long run: of a short one less is measured
+                trainer.train(data, epochs=10_000, callbacks=[*callbacks, Once()])
+            else:
+                trainer.train(data, epochs=epochs, callbacks=callbacks)
+        finally:
+            set_jit_compile(mode)
 
     return model, train
 
@@ -312,6 +322,7 @@ def torch_loop(model: Any, optimizer: Any, loss: Any, many: bool) -> Any:
 WAYS: dict[str, Way] = {
     "Polus": polus,
     "Polus, bare": functools.partial(polus, bare=True),
+    "Polus, eager": functools.partial(polus, eager=True),
     "fit": fit,
     **{
         f"fit, {n} a call": functools.partial(fit, steps_per_execution=n)
@@ -404,7 +415,7 @@ def fresh(name: str, way: str) -> dict[str, float]:
             times.append(time.perf_counter())
 
     watch = {"Polus": First, "fit": FirstOfFit}.get(way.split(",")[0], lambda: first_by_hand)()
-    polus.core.set_jit_compile(keras.config.backend() != "torch")
+    polus.core.set_jit_compile(keras.config.backend() == "jax")
     work = WORKLOADS[name]()
     _, train = WAYS[way](work, watch=watch)
     began = time.perf_counter()

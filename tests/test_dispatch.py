@@ -11,6 +11,7 @@ import pytest
 from keras import ops
 
 import polus.dispatch
+from polus import core
 from polus.backends import backend
 from polus.callbacks import Callback
 from polus.data import Feed, as_source, from_arrays
@@ -191,6 +192,87 @@ def test_of_a_short_run_less_is_measured_and_of_a_longer_one_the_rest(clock):
     measured_on(trainer, dispatch, steps=math.inf)
     assert sorted(asked) == sorted(taken)
     assert (dispatch.jit_compile, dispatch.capacity) == (True, 25)
+
+
+@pytest.mark.parametrize(
+    ("taken", "asked", "chosen"),
+    [
+        # Both step by step, then both in a loop, and the fastest of the four is kept.
+        (
+            {(False, 1): 5e-3, (True, 1): 4e-3, (False, 20): 40e-3, (True, 25): 25e-3},
+            [(False, 1), (True, 1), (False, 20), (True, 25)],
+            (True, 25),
+        ),
+        # A loop that is slower than single steps is not taken.
+        (
+            {(False, 1): 5e-3, (True, 1): 6e-3, (False, 20): 400e-3, (True, 16): 400e-3},
+            [(False, 1), (True, 1), (False, 20), (True, 16)],
+            (False, 1),
+        ),
+        # Of a compiler that is three times slower step by step no loop is tried.
+        (
+            {(False, 1): 5e-3, (True, 1): 16e-3, (False, 20): 80e-3},
+            [(False, 1), (True, 1), (False, 20)],
+            (False, 20),
+        ),
+        # Of long steps a few at a time are tried; of very long ones none.
+        (
+            {(False, 1): 50e-3, (True, 1): 60e-3, (False, 4): 160e-3, (True, 4): 170e-3},
+            [(False, 1), (True, 1), (False, 4), (True, 4)],
+            (False, 4),
+        ),
+        ({(False, 1): 0.3, (True, 1): 0.2}, [(False, 1), (True, 1)], (True, 1)),
+        # What one compiler can't do, the other does.
+        (
+            {(False, 1): 5e-3, (True, 1): TypeError("no"), (False, 20): 20e-3},
+            [(False, 1), (True, 1), (False, 20)],
+            (False, 20),
+        ),
+    ],
+)
+def test_the_fastest_way_is_taken_and_nothing_tried_that_cannot_win(clock, taken, asked, chosen):
+    clock[0].update(taken)
+    dispatch = Dispatch(None, None)
+    measured_on(make_trainer(), dispatch)
+    assert clock[1] == asked
+    assert (dispatch.jit_compile, dispatch.capacity) == chosen
+    assert dispatch.settled
+
+
+def test_a_slow_compiler_is_tried_in_a_long_run_only(clock, monkeypatch):
+    monkeypatch.setattr(backend, "LONG_RUN_SECS", {True: 300.0})
+    taken, asked = clock
+    taken.update({(False, 1): 5e-3, (True, 1): 4e-3, (False, 20): 20e-3, (True, 25): 10e-3})
+    trainer, dispatch = make_trainer(), Dispatch(None, None)
+    for steps in (10_000, math.inf):  # 50 seconds; nobody knows
+        measured_on(trainer, dispatch, steps=steps)
+        assert asked == [(False, 1), (False, 20)]
+        assert not dispatch.settled
+    measured_on(trainer, dispatch, steps=1_000_000)
+    assert asked == [(False, 1), (False, 20), (True, 1), (True, 25)]
+    assert dispatch.settled
+
+
+@pytest.mark.skipif(
+    keras.config.backend() != "torch", reason="only PyTorch's steps are eager by default"
+)
+@pytest.mark.filterwarnings("ignore")  # PyTorch's compiler warns of its own parts
+def test_torch_compiles_a_step_as_one_program_that_computes_what_the_eager_one_does():
+    import torch
+
+    if len(backend.candidates()) == 1:
+        pytest.skip("NOT TESTED: there is no C++ compiler")
+    losses = []
+    for mode in (False, True):
+        core.set_jit_compile(mode)
+        try:
+            trainer = make_trainer(Traced, keras.layers.Dropout(0.5))
+            losses.append(trainer.train(BATCHES, 2, steps_per_dispatch=4).steps["loss"])
+        finally:
+            core.set_jit_compile("auto")
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+    breaks = torch._dynamo.utils.counters["graph_break"]
+    assert not [reason for reason in breaks if "autograd" in reason]
 
 
 def test_an_error_of_the_step_is_no_compilers_fault(caplog):

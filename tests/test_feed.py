@@ -168,6 +168,46 @@ def test_an_epoch_that_begins_in_the_middle_goes_on_in_its_order():
     assert found == [[6, 8, 4], [1]]
 
 
+@pytest.mark.parametrize(
+    ("seed", "epoch", "order"),
+    [
+        (0, 0, [0, 2, 9, 1, 8, 5, 4, 3, 6, 7]),
+        (0, 3, [5, 4, 6, 7, 9, 0, 1, 2, 3, 8]),
+        (7, 0, [8, 4, 1, 6, 3, 2, 7, 5, 9, 0]),
+    ],
+)
+def test_the_order_of_an_epoch_is_the_same_everywhere_for_a_seed(seed, epoch, order):
+    dataset = from_arrays(np.arange(10), 3, seed=seed)
+    assert dataset.order(epoch).tolist() == order
+
+
+def test_double_precision_becomes_keras_float_and_integers_stay():
+    data = [(np.float64([1.0]), np.int64([2]))]
+    for dataset in (data, from_arrays((np.float64([1.0]), np.int64([2])), 1)):
+        ((x, y),), _ = read(dataset, 1)
+        assert x.dtype == keras.config.floatx()
+        assert y.dtype.kind == "i"
+
+
+@pytest.mark.parametrize("kind", ["generator function", "tf.data"])
+def test_endless_data_is_read_as_far_as_asked_and_no_further(kind):
+    def endless():
+        for i in itertools.count():
+            yield (np.full((2,), i, "float32"),)
+
+    def tensors():
+        tf = pytest.importorskip("tensorflow")
+        return tf.data.Dataset.range(5).repeat().map(lambda i: tf.cast([i, i], tf.float32))
+
+    dataset = endless if kind == "generator function" else tensors()
+    batches, counts = read(dataset, 3, steps=7)
+    assert [keras.tree.flatten(b)[0][0] for b in batches] == [
+        i % 5 if kind == "tf.data" else i for i in range(7)
+    ]
+    assert counts == [3, 3, 1]
+    assert not feeding_threads()
+
+
 # ---------------------------------------------------------------------- the thread that reads
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from polus.backends.recorder import Recorder, current
@@ -150,7 +151,17 @@ def apply_gradients(optimizer: Any, gradients: Sequence[Any], variables: Sequenc
 
 def stack(batches: Sequence[Tree], capacity: int) -> Tree:
     """Batches of equal structure and shape as one tree of tensors (capacity, ...) on the device."""
-    return pad(tf.nest.map_structure(lambda *rows: tf.stack(rows), *batches), capacity)
+
+    def join(*rows: Any) -> Any:
+        if tf.is_tensor(rows[0]):
+            return pad(tf.stack(rows), capacity)
+        # In host memory first: tf.stack would make a tensor of each row.
+        joined = np.zeros((capacity, *rows[0].shape), rows[0].dtype)
+        for i, row in enumerate(rows):
+            joined[i] = row
+        return tf.convert_to_tensor(joined)
+
+    return keras.tree.map_structure(join, *batches)
 
 
 def pad(tree: Tree, capacity: int) -> Tree:
