@@ -156,7 +156,7 @@ def polus(work: Workload, bare: bool = False, eager: bool = False, watch: Any = 
             self.coordinator.trainer.early_stop = True
 
     if eager and keras.config.backend() != "torch":
-        raise NotImplementedError("JAX and TensorFlow compile each step")
+        raise NotImplementedError("only PyTorch's steps are eager by default")
     model, *rest = parts(work)
     trainer = ClassifierTrainer(
         model, *rest, metrics=[] if bare else [Accuracy(model.output_shape[-1] or work.batch_size)]

@@ -190,7 +190,7 @@ def test_double_precision_becomes_keras_float_and_integers_stay():
 
 
 @pytest.mark.parametrize("kind", ["generator function", "tf.data"])
-def test_endless_data_is_read_as_far_as_asked_and_no_further(kind):
+def test_endless_data_is_read_as_far_as_asked(kind):
     def endless():
         for i in itertools.count():
             yield (np.full((2,), i, "float32"),)

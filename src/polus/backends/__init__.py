@@ -10,6 +10,8 @@ Every backend gives
 - ``apply_gradients(optimizer, gradients, variables)``: one update;
 - ``stack(batches, capacity)``, ``take``, ``to_device``, ``copy``, ``wait``: batches and arrays on
   the device;
+- ``COMPILES``, ``candidates()``, ``LONG_RUN_SECS``: whether a new shape costs a compilation, which
+  settings of ``jit_compile`` are worth measuring, and from how long a run on;
 - ``describe()``: devices and threads;
 - ``random_state()``, ``set_random_state(state)``: the backend's own generators.
 
