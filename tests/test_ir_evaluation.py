@@ -38,12 +38,19 @@ def test_top_k_equals_sorting_all_scores(k, block_size):
     np.testing.assert_allclose(values, np.take_along_axis(everything, expected, 1), atol=1e-5)
 
 
-def test_top_k_takes_late_interaction():
+def test_top_k_takes_late_interaction_few_documents_at_a_time():
     queries = (rng.normal(size=(3, 2, 4)).astype("float32"), np.ones((3, 2), bool))
     documents = (rng.normal(size=(8, 5, 4)).astype("float32"), np.ones((8, 5), bool))
     everything = np.einsum("qle,dme->qdlm", queries[0], documents[0]).max(-1).sum(-1)
-    _, rows = top_k(queries, documents, 8, similarity=scores.max_sim.similarity, block_size=3)
+    held = []
+
+    def similarity(queries, documents):
+        held.append(len(documents[0]) * 2 * 5)  # floats for each query
+        return scores.max_sim.similarity(queries, documents)
+
+    _, rows = top_k(queries, documents, 8, similarity=similarity, block_size=30)
     np.testing.assert_array_equal(rows, np.argsort(-everything, axis=1))
+    assert held == [30, 30, 20]
 
 
 # Judgements and run of the documentation of ir_measures, with its figures worked out by hand:

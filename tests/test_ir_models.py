@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from keras import ops
 
+from polus.ir.data import Features
+from polus.ir.encoding import encode
 from polus.ir.models import BertEncoder, DualEncoder, IdentityProjection, TextTokenizer
 from polus.ir.store import RepresentationStore
 
@@ -117,6 +119,19 @@ def test_a_dual_encoder_is_saved_and_loaded(tmp_path, tokenizer, shared):
     assert loaded.query_encoder is loaded.document_encoder
     for ours, theirs in zip((queries, documents), loaded(inputs), strict=True):
         np.testing.assert_allclose(numpy(ours), numpy(theirs), rtol=1e-6)
+
+
+@pytest.mark.parametrize(("count", "met"), [(1, [1]), (3, [4]), (9, [4, 4, 1])])
+def test_few_texts_do_not_cost_a_whole_batch(count, met):
+    sizes = []
+
+    def fn(rows):
+        sizes.append(len(rows))
+        return rows
+
+    texts = np.arange(count, dtype="float32")[:, None]
+    np.testing.assert_array_equal(encode(fn, Features(texts), batch_size=4), texts)
+    assert sizes == met
 
 
 def test_what_is_stored_is_not_encoded_again(tmp_path, tokenizer):

@@ -34,8 +34,10 @@ def encode(
     vectors: dict[int, Vectors] = {}
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        # Filled up to a whole batch, so that one shape of text is one compiled program.
-        result = fn(features[np.resize(rows, batch_size)])
+        # Filled up to a power of two or a whole batch: few shapes to compile a program for, and one
+        # query does not cost what a batch costs.
+        filled = min(1 << (len(rows) - 1).bit_length(), batch_size)
+        result = fn(features[np.resize(rows, filled)])
         if isinstance(result, (tuple, list)):
             found, mask = (ops.convert_to_numpy(each) for each in result)
             vectors |= {int(row): found[i][mask[i] > 0] for i, row in enumerate(rows)}

@@ -36,12 +36,13 @@ def top_k(
     """The k best documents of each query, exactly, without ever holding all the scores.
 
     Args:
-        queries: `(Q, E)` float32, or what `similarity` takes (for late interaction a pair of
-            vectors and mask).
-        documents: `(D, E)` float32, or what `similarity` takes.
+        queries: `(Q, E)` float32, or for late interaction the pair `(vectors (Q, L, E), mask
+            (Q, L))`.
+        documents: `(D, E)` float32, or such a pair `(D, M, E)`, `(D, M)`.
         k: how many; D where there are fewer documents.
         similarity: `similarity` of one of `polus.ir.scores`; the inner product if not given.
-        block_size: documents scored at a time: `Q * block_size` floats are held.
+        block_size: documents scored at a time: `Q * block_size` floats are held. For late
+            interaction, whose documents take `L * M` floats each, it is that much smaller.
 
     Returns:
         Scores `(Q, k)` in falling order and row numbers of documents `(Q, k)`.
@@ -55,6 +56,8 @@ def top_k(
             f"{first_documents.shape[-1]}; represent both by the same model."
         )
     count = len(first_documents)
+    if isinstance(queries, (tuple, list)) and isinstance(documents, (tuple, list)):
+        block_size = max(1, block_size // (queries[0].shape[1] * documents[0].shape[1]))
     scores = np.empty((len(first_queries), 0), np.float32)
     rows = np.empty((len(first_queries), 0), np.int64)
     for start in range(0, count, block_size):

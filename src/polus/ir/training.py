@@ -10,6 +10,7 @@ from keras import ops
 
 from polus.backends import backend
 from polus.core import function
+from polus.ir.caching import GradientCache, vectors_of, with_vectors
 from polus.ir.losses import MASKED
 from polus.ir.scores import without_diagonal
 from polus.training import BaseTrainer
@@ -128,12 +129,24 @@ class EfficientDenseRetrievalTrainer(BaseTrainer):
         self._trainable_weights = None if weights is None else list(weights)
 
     def _build(self, inputs: tuple[Any, ...]) -> None:
-        if not self._built and self.freeze_encoder:
+        if self._built:
+            return
+        if self.freeze_encoder:
             met = backend.trace(self.forward_without_grads, inputs)
             self._frozen = {id(variable) for variable in met}
         super()._build(inputs)
         if self.micro_batch_size is not None:
-            self._accumulators()
+            # All that is met, and not what the model holds: a layer may draw from Keras' own seed.
+            met = backend.trace(self._forward, self._few(inputs))
+            state = [variable for variable in met if not variable.trainable]
+            self._cache = GradientCache(self.micro_batch_size, self.trainable_weights, state)
+
+    def _forward(self, *inputs: Any) -> Any:
+        return self.forward_with_grads(*self.forward_without_grads(*inputs))
+
+    def _few(self, inputs: tuple[Any, ...]) -> Any:
+        """A part of a batch, which meets all variables as well."""
+        return keras.tree.map_structure(lambda x: x[: self.micro_batch_size], inputs)
 
     # ------------------------------------------------------------------ the step
 
@@ -160,9 +173,8 @@ class EfficientDenseRetrievalTrainer(BaseTrainer):
         """One update; with `micro_batch_size`, the same one in little memory."""
         if self.micro_batch_size is None:
             return super().train_step(*inputs)
-        if self._surveyed is not None:  # only looked at: a part of the batch meets all variables
-            few = self.micro_batch_size
-            return super().train_step(*keras.tree.map_structure(lambda x: x[:few], inputs))
+        if self._surveyed is not None:  # only looked at
+            return super().train_step(*self._few(inputs))
         loss, gradients = self._cached_gradients(inputs)
         weights = self.trainable_weights
 
@@ -265,35 +277,23 @@ class EfficientDenseRetrievalTrainer(BaseTrainer):
         teacher = [besides["teacher_scores"]] if "teacher_scores" in besides else []
         return positive, negative, *teacher
 
-    # ------------------------------------------------------------------ gradient caching
-
     def _cached_gradients(self, inputs: tuple[Any, ...]) -> tuple[Any, list[Any]]:
-        """The loss of a batch and its gradients, one micro-batch of activations at a time.
-
-        First all representations are computed without gradients, then the loss and its gradients by
-        them. Then each micro-batch is computed again, in the same order and from the same random
-        state, hence with the same dropout, to carry these gradients on to the weights.
-        """
+        """The loss of a batch and its gradients, one micro-batch of activations at a time."""
         *texts, besides = self._parts(inputs)
         shape = None
         if len(texts) == 3:
             texts[2], shape = _flat(texts[2])
-        represent = [
+        functions = (
             self._represented_query,
             self._represented_document,
             self._represented_document,
-        ]
-        # Batch statistics as well as seeds: the second pass finds what the first one found.
-        state = [(v, backend.copy(v)) for v in self.model.non_trainable_variables]
-        generators = backend.random_state()
-        representations = [
-            self._in_micro_batches(functools.partial(f, training=True), text)
-            for f, text in zip(represent, texts, strict=False)
-        ]
-        vectors = [_vectors(each) for each in representations]
+        )
+        represent = [functools.partial(f, training=True) for f in functions[: len(texts)]]
+        representations, start = self._cache.forward(represent, texts)
+        vectors = [vectors_of(each) for each in representations]
 
         def outputs(*vectors: Any) -> tuple[Any, ...]:
-            whole = [_with_vectors(r, v) for r, v in zip(representations, vectors, strict=True)]
+            whole = [with_vectors(r, v) for r, v in zip(representations, vectors, strict=True)]
             if shape is not None:
                 whole[2] = _unflat(whole[2], shape)
             return self._scores(whole, besides)
@@ -311,70 +311,13 @@ class EfficientDenseRetrievalTrainer(BaseTrainer):
         for metric in self.metrics:
             metric.samples_from_batch(self.metric_samples(*found))
 
-        for variable, value in state:
-            variable.assign(value)
-        backend.set_random_state(generators)
-        weights, totals = self.trainable_weights, self._accumulators()
-        connected = [False] * len(weights)
-        for total in totals:
-            total.assign(ops.zeros(total.shape, total.dtype))
-
-        def carry_on(f: Callable[..., Any], micro_batch: tuple[Any, Any]) -> Any:
-            text, gradient = micro_batch
-
-            def product() -> Any:
-                return ops.sum(ops.cast(_vectors(f(text, True)) * gradient, "float32"))
-
-            value, gradients = backend.value_and_grad(product, weights)
-            for i, each in enumerate(gradients):
-                if each is not None:
-                    connected[i] = True
-                    totals[i].assign_add(ops.cast(ops.convert_to_tensor(each), totals[i].dtype))
-            return ops.reshape(value, (1,))  # something with a row for each micro-batch
-
-        for f, text, gradient in zip(represent, texts, by_vectors, strict=False):
-            self._in_micro_batches(functools.partial(carry_on, f), (text, gradient))
-        unscale = 1 / scale(ops.ones(()))
-        gradients = [
-            ops.cast(total * ops.cast(unscale, total.dtype), total.dtype) if there else None
-            for total, there in zip(totals, connected, strict=True)
-        ]
-        place = {id(weight): i for i, weight in enumerate(weights)}
-        for weight, gradient in zip(self.loss_weights, by_loss_weights, strict=False):
-            gradients[place[id(weight)]] = gradient * ops.cast(unscale, gradient.dtype)
-        return loss, gradients
-
-    def _accumulators(self) -> list[keras.Variable]:
         weights = self.trainable_weights
-        known = self.__dict__.setdefault("_totals", {})
-        for weight in weights:
-            if id(weight) not in known:
-                known[id(weight)] = keras.Variable(
-                    ops.zeros(weight.shape), dtype=weight.dtype, trainable=False, name="gradient"
-                )
-        return [known[id(weight)] for weight in weights]
-
-    def _in_micro_batches(self, fn: Callable[[Any], Any], inputs: Any) -> Any:
-        """`fn` of each micro-batch of `inputs`, in a loop that holds one at a time; joined."""
-        size = self.micro_batch_size or 1
-        count = keras.tree.flatten(inputs)[0].shape[0]
-        whole = count // size
-        results = []
-        if whole:
-            payload = keras.tree.map_structure(
-                lambda x: ops.reshape(x[: whole * size], (whole, size, *x.shape[1:])), inputs
-            )
-            rows = backend.repeat(fn, _micro_batch)(whole, whole, payload)
-            results.append(
-                keras.tree.map_structure(lambda x: ops.reshape(x, (-1, *x.shape[2:])), rows)
-            )
-        if count % size:
-            results.append(fn(keras.tree.map_structure(lambda x: x[whole * size :], inputs)))
-        return keras.tree.map_structure(lambda *parts: ops.concatenate(parts), *results)
-
-
-def _micro_batch(payload: Any, i: Any) -> tuple[Any]:
-    return (keras.tree.map_structure(lambda x: backend.index(x, i), payload),)
+        gradients = self._cache.backward(represent, texts, by_vectors, start)
+        place = {id(weight): i for i, weight in enumerate(weights)}
+        for weight, gradient in zip(self.loss_weights, by_loss_weights, strict=True):
+            gradients[place[id(weight)]] = gradient
+        unscale = 1 / scale(ops.ones(()))
+        return loss, [None if g is None else g * ops.cast(unscale, g.dtype) for g in gradients]
 
 
 def _called(method: Callable[..., Any], inputs: Any, training: bool) -> Any:
@@ -388,16 +331,6 @@ def _called(method: Callable[..., Any], inputs: Any, training: bool) -> Any:
             "training=False): return self.encoder(inputs, training=training)"
         )
     return method(inputs)
-
-
-def _vectors(representation: Any) -> Any:
-    return representation[0] if isinstance(representation, (tuple, list)) else representation
-
-
-def _with_vectors(representation: Any, vectors: Any) -> Any:
-    if isinstance(representation, (tuple, list)):  # late interaction: the mask has no gradient
-        return vectors, representation[1]
-    return vectors
 
 
 def _flat(inputs: Any) -> tuple[Any, tuple[Any, Any]]:
