@@ -15,7 +15,9 @@ a save holds the loop. Keras' BackupAndRestore is measured beside it; Orbax wher
 """
 
 import argparse
+import functools
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -24,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -347,14 +350,43 @@ def cost_table(rows: list[tuple[str, int, dict[str, float]]]) -> str:
     return "\n".join(lines)
 
 
+def measured(
+    results: Path, key: list[Any], measure: Callable[[], dict[str, Any]]
+) -> dict[str, Any]:
+    """Gives what the file has under this key, or measures it and adds it there."""
+    for line in results.read_text().splitlines() if results.exists() else []:
+        if (found := json.loads(line))["key"] == key:
+            return dict(found["values"])
+    values = measure()
+    print(key, values, flush=True)
+    with results.open("a") as file:
+        file.write(json.dumps({"key": key, "values": values}) + "\n")
+    return values
+
+
+def costs_alone(backend: str, megabytes: int) -> dict[str, Any]:
+    """Measures `costs` in a process of its own."""
+    output = subprocess.run(
+        [sys.executable, __file__, "--costs", str(megabytes)],
+        env=os.environ | {"KERAS_BACKEND": backend},
+        check=True,
+        stdout=subprocess.PIPE,
+    ).stdout
+    return dict(json.loads(output.splitlines()[-1]))
+
+
 def main() -> None:
     """Runs what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backend", choices=BACKENDS, action="append")
     parser.add_argument("--source", choices=SOURCES, action="append")
-    parser.add_argument("--rounds", type=int, default=1, help="runs of each source")
     parser.add_argument("--kills", type=int, default=8, help="of each run at most")
-    parser.add_argument("--no-costs", action="store_true")
+    parser.add_argument("--only", choices=["kills", "costs"])
+    parser.add_argument(
+        "--results",
+        type=Path,
+        help="a file that each result is added to; what it has is not measured again",
+    )
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--costs", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -366,32 +398,24 @@ def main() -> None:
         print(json.dumps(costs(options.costs)))
         return
     backends = options.backend or list(BACKENDS)
-    rows = []
-    for backend in backends:
-        for source in options.source or SOURCES:
-            for _ in range(options.rounds):
-                rows.append((backend, source, survive(backend, source, options.kills)))
-                print(rows[-1], flush=True)
-    merged = [
-        (b, s, {k: sum(r[2][k] for r in rows if r[:2] == (b, s)) for k in rows[0][2]})
-        for b, s in dict.fromkeys(row[:2] for row in rows)
-    ]
-    text = survival_table(merged)
-    if not options.no_costs:
-        measured = []
-        for backend in backends:
-            for megabytes in (1, 500):
-                output = subprocess.run(
-                    [sys.executable, __file__, "--costs", str(megabytes)],
-                    env=os.environ | {"KERAS_BACKEND": backend},
-                    check=True,
-                    stdout=subprocess.PIPE,
-                ).stdout
-                measured.append((backend, megabytes, json.loads(output.splitlines()[-1])))
-                print(measured[-1], flush=True)
-        text += "\n\n" + cost_table(measured)
+    with tempfile.TemporaryDirectory() as temporary:
+        results = options.results or Path(temporary) / "results"
+        tables = []
+        if options.only != "costs":
+            rows = []
+            for backend, source in itertools.product(backends, options.source or SOURCES):
+                run = functools.partial(survive, backend, source, options.kills)
+                rows.append((backend, source, measured(results, [backend, source], run)))
+            tables.append(survival_table(rows))
+        if options.only != "kills":
+            costly = []
+            for backend, megabytes in itertools.product(backends, (1, 500)):
+                run = functools.partial(costs_alone, backend, megabytes)
+                costly.append((backend, megabytes, measured(results, [backend, megabytes], run)))
+            tables.append(cost_table(costly))
+    text = "\n\n".join(tables)
     print(text)
-    if not options.backend and not options.source:
+    if not options.backend and not options.source and not options.only:
         TABLE.parent.mkdir(parents=True, exist_ok=True)
         TABLE.write_text(
             "# Runs that are killed\n\nWritten by `python benchmarks/resilience.py`, which says "

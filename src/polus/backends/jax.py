@@ -289,6 +289,11 @@ def copy(variable: Any) -> Any:
     return _copied(variable.value)
 
 
+def view(variable: Any) -> Any:
+    """A variable's value as a NumPy array, perhaps a view: copy it before the next step."""
+    return np.asarray(variable.value)
+
+
 def wait(tree: Tree) -> None:
     """Returns when everything in `tree` has been computed."""
     jax.block_until_ready(tree)

@@ -194,6 +194,11 @@ def copy(variable: Any) -> Any:
     return tf.identity(variable.value)
 
 
+def view(variable: Any) -> Any:
+    """A variable's value as a NumPy array, perhaps a view: copy it before the next step."""
+    return np.asarray(tf.convert_to_tensor(variable.value))
+
+
 def wait(tree: Tree) -> None:
     """Returns when everything in `tree` has been computed."""
     for leaf in tf.nest.flatten(tree):

@@ -206,6 +206,13 @@ def copy(variable: Any) -> Any:
     return variable.value.detach().clone()
 
 
+def view(variable: Any) -> Any:
+    """A variable's value as a NumPy array, perhaps a view: copy it before the next step."""
+    value = variable.value.detach()
+    # NumPy knows no bfloat16: the same numbers as float32.
+    return (value.float() if value.dtype == torch.bfloat16 else value).cpu().numpy()
+
+
 def wait(tree: Tree) -> None:
     """Returns when everything in `tree` has been computed."""
     for leaf in keras.tree.flatten(tree):

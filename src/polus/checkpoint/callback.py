@@ -11,6 +11,7 @@ from typing import Any
 
 import filelock
 import keras
+import numpy as np
 
 from polus.callbacks.base import Callback, CallbackCoordinator
 from polus.checkpoint.run import Variables, environment, run_state
@@ -86,6 +87,7 @@ class Checkpoint(Callback):
         self._failure: Exception | None = None
         self._last_time = self.clock()
         self._position: tuple[int, int] | None = None
+        self._written: dict[str, np.ndarray] = {}  # where the next copy finds its memory
         self._environment = environment()
         try:
             self._take_folder()
@@ -130,6 +132,7 @@ class Checkpoint(Callback):
             if self._lock is not None:
                 self._lock.release()
             self._lock = self._writer = None
+            self._written = {}
         if self._newest is None and self._failure and self.coordinator.exception is None:
             raise CheckpointError(
                 f"Not one checkpoint could be written to {self.store.directory}: "
@@ -146,7 +149,8 @@ class Checkpoint(Callback):
             return
         if self._variables is None:
             self._variables = run.trainer.state_variables()
-        snapshot = take_apart(run_state(run, self._variables))
+        snapshot = take_apart(run_state(run, self._variables), self._written)
+        self._written = snapshot.arrays
         facts = {
             "epoch": run.epoch,
             "step": run.step,

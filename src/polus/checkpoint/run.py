@@ -138,7 +138,7 @@ def _differences(saved: dict[str, Any], now: dict[str, Any]) -> str:
 
 
 def _variable_state(variable: keras.Variable) -> Tree:
-    value = keras.ops.convert_to_numpy(variable.value)
+    value = backend.view(variable)
     # PyTorch gives bfloat16 as float32: the same numbers, and not what the variable is.
     dtype = getattr(ml_dtypes, variable.dtype, value.dtype)
     return {"path": variable.path, "value": value.astype(dtype, copy=False)}

@@ -21,8 +21,7 @@ from typing import Any, NamedTuple
 import filelock
 import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from polus.files import TEMPORARY_PREFIX, atomic_write, remove
 
@@ -32,6 +31,11 @@ MANIFEST = "manifest.json"
 PREFIX = "checkpoint-"
 DAMAGED_PREFIX = "damaged-"
 
+DTYPES = {  # of arrays in a safetensors file, as NumPy calls them
+    "bool": "BOOL",
+    **{f"{kind}{n}": f"{kind[0].upper()}{n}" for kind in ("int", "uint") for n in (8, 16, 32, 64)},
+    **{f"float{n}": f"F{n}" for n in (16, 32, 64)},
+}
 ARRAY = "$array"  # marks in the manifest where an array of the state file belongs
 
 logger = logging.getLogger(__name__)
@@ -60,26 +64,30 @@ class Saved(NamedTuple):
     facts: dict[str, Any]
 
 
-def take_apart(tree: Any) -> Snapshot:
+def take_apart(tree: Any, into: Mapping[str, np.ndarray] | None = None) -> Snapshot:
     """Copies a tree of dicts, lists, JSON values and NumPy arrays, so that its owner may go on.
+
+    Args:
+        tree: What is copied.
+        into: The arrays of an earlier snapshot that nobody needs any more. They are overwritten
+            where they fit: memory that is fresh from the system can cost many times the copy.
 
     Raises:
         TypeError: If something else is in it; the message says where.
     """
     arrays: dict[str, np.ndarray] = {}
+    into = {} if into is None else into
 
     def visit(node: Any, path: str) -> Any:
         if isinstance(node, np.ndarray | np.generic):
-            # safetensors writes the buffer as it lies: scrambled, unless in C order and native.
-            array = np.array(node, dtype=node.dtype.newbyteorder("="), order="C")
-            name = array.dtype.name
-            if array.dtype.kind in "biuf" and array.itemsize <= 8:
-                arrays[path] = array
-            elif array.dtype.kind in "fc" or hasattr(ml_dtypes, name):
-                # safetensors or its NumPy side doesn't know complex128, bfloat16, float8, ...
-                arrays[path] = _bytes(array)
-            else:
+            name = node.dtype.name
+            if node.dtype.kind not in "biufc" and not hasattr(ml_dtypes, name):
                 raise TypeError(f"At {path} the state has an array of {name}. Give numbers.")
+            # A buffer is written as it lies: scrambled, unless in C order and native.
+            array = _room(into.get(path), node)
+            array[...] = node
+            # NumPy can't load bfloat16 from such a file, which knows no complex128, ...
+            arrays[path] = array if name in DTYPES else _bytes(array)
             return {ARRAY: path, "dtype": name, "shape": list(array.shape)}
         if isinstance(node, Mapping):
             if ARRAY in node or not all(isinstance(key, str) for key in node):
@@ -99,6 +107,15 @@ def take_apart(tree: Any) -> Snapshot:
         )
 
     return Snapshot(visit(tree, ""), arrays)
+
+
+def _room(used: np.ndarray | None, node: Any) -> np.ndarray:
+    """Memory for a copy of `node`, in C order and native bytes: that of `used` if it is as much."""
+    dtype = node.dtype.newbyteorder("=")
+    if used is None or used.nbytes != node.nbytes:
+        return np.empty(node.shape, dtype)
+    room: np.ndarray = _bytes(used).view(dtype).reshape(node.shape)
+    return room
 
 
 def put_together(snapshot: Snapshot) -> Any:
@@ -175,25 +192,16 @@ class Store:
         path = self.directory / f"{PREFIX}{number:08d}"
         with atomic_write(path) as folder:
             folder.mkdir()
-            try:
-                save_file(snapshot.arrays, folder / STATE)
-            except SafetensorError as error:
-                raise OSError(f"{folder / STATE} could not be written: {error}") from error
             manifest = {
                 "format": FORMAT,
-                "files": {STATE: _fingerprint(folder / STATE)},
+                "files": {STATE: _write_arrays(folder / STATE, snapshot.arrays)},
                 "facts": facts,
                 "tree": snapshot.skeleton,
             }
             (folder / MANIFEST).write_text(json.dumps(manifest | {"sha256": _seal(manifest)}))
         try:
-            # The checksum is of the file: only a comparison with memory tells that it is right.
-            same = _seal(verify(path)) == _seal(manifest)
-            with safe_open(path / STATE, "np") as file:
-                for name, array in snapshot.arrays.items():
-                    same = same and np.array_equal(_bytes(file.get_tensor(name)), _bytes(array))
-            if not same:
-                raise DamagedError(f"{path} reads back differently from what was written")
+            if _seal(verify(path)) != _seal(manifest):
+                raise DamagedError(f"{path / MANIFEST} reads back differently from what it was")
         except DamagedError as error:
             self._set_aside(path, error)
             raise
@@ -276,6 +284,28 @@ def read(path: Path) -> Saved:
     manifest = verify(path)
     arrays = load_file(path / STATE)
     return Saved(path, put_together(Snapshot(manifest["tree"], arrays)), manifest["facts"])
+
+
+def _write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Writes a safetensors file. Its fingerprint is that of the memory, not of what arrived.
+
+    So a file that verifies is what was to be written, and nothing is read to know it.
+    """
+    order = sorted(arrays, key=lambda name: -arrays[name].itemsize)  # so that each is aligned
+    header, end = {}, 0
+    for name in order:
+        begin, end = end, end + arrays[name].nbytes
+        kind, shape = DTYPES[arrays[name].dtype.name], arrays[name].shape
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    with open(path, "wb") as file:
+        contents: list[Any] = [_bytes(arrays[name]) for name in order]
+        for part in [len(text).to_bytes(8, "little"), text, *contents]:
+            file.write(part)
+            digest.update(part)
+        return {"bytes": file.tell(), "sha256": digest.hexdigest()}
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
