@@ -237,7 +237,10 @@ def trained_tokenizer(texts: list[str], size: int) -> TextTokenizer:
 
 
 class BagOfTokens(keras.Model):
-    """The mean of the tokens' vectors, each with a weight of its own, that all are learned."""
+    """The mean of the tokens' vectors, each with a weight of its own, that all are learned.
+
+    Dropout comes after the mean: drawn for each token it made a step four times as slow.
+    """
 
     def __init__(self, vocab_size: int, size: int = 256, dropout: float = 0.1) -> None:
         super().__init__()
@@ -248,8 +251,9 @@ class BagOfTokens(keras.Model):
     def call(self, inputs: dict[str, Any], training: bool = False) -> Any:
         ids, mask = inputs["input_ids"], ops.cast(inputs["attention_mask"], "float32")[..., None]
         weights = ops.exp(self.weights_of_tokens(ids)) * mask
-        vectors = self.dropout(self.vectors(ids), training=training)
-        return ops.sum(vectors * weights, axis=1) / (ops.sum(weights, axis=1) + 1e-6)
+        # A product of matrices: the tokens' vectors are read once and never multiplied out.
+        total = ops.matmul(ops.swapaxes(weights, 1, 2), self.vectors(ids))[:, 0]
+        return self.dropout(total / (ops.sum(weights, axis=1) + 1e-6), training=training)
 
 
 def on_standard_library(queries: list[str], epochs: int, seed: int) -> None:
