@@ -412,6 +412,16 @@ def test_variables_of_each_dtype_come_back(dtype):
     )
 
 
+def test_the_first_copy_takes_the_memory_that_was_fetched_for_it():
+    dtypes = ("float32", "bfloat16", "int8")
+    variables = [keras.Variable(np.ones((3, 2)), dtype=d, trainable=False) for d in dtypes]
+    memory = run_module.room_for(variables)
+    states = [run_module._variable_state(variable) for variable in variables]
+    arrays = take_apart({"variables": states}, memory).arrays
+    assert len(memory) == len(variables)
+    assert all(np.shares_memory(memory[name], arrays[name]) for name in arrays)
+
+
 @pytest.mark.parametrize(
     ("then", "now", "same"),
     [

@@ -14,7 +14,7 @@ import keras
 import numpy as np
 
 from polus.callbacks.base import Callback, CallbackCoordinator
-from polus.checkpoint.run import Variables, environment, run_state
+from polus.checkpoint.run import Variables, environment, room_for, run_state
 from polus.checkpoint.store import CheckpointError, DamagedError, Snapshot, Store, take_apart
 
 logger = logging.getLogger("polus.checkpoint")
@@ -82,12 +82,11 @@ class Checkpoint(Callback):
     def on_train_begin(self) -> None:
         """Takes the folder, and the signals."""
         self._variables: Variables | None = None
-        self._writing: Future[None] | None = None
+        self._writing: Future[dict[str, np.ndarray]] | None = None
         self._newest: Path | None = None
         self._failure: Exception | None = None
         self._last_time = self.clock()
         self._position: tuple[int, int] | None = None
-        self._written: dict[str, np.ndarray] = {}  # where the next copy finds its memory
         self._environment = environment()
         try:
             self._take_folder()
@@ -99,6 +98,11 @@ class Checkpoint(Callback):
 
     def on_boundary(self) -> None:
         """Saves if it is time, and ends the run if a signal came."""
+        if self._variables is None:
+            # Memory that is fresh from the system costs many times the copy: a thread fetches it.
+            self._variables = self.coordinator.trainer.state_variables()
+            assert self._writer is not None
+            self._writing = self._writer.submit(room_for, self._variables)
         number = self.coordinator.signals.pending
         if number is not None or self._is_due():
             self.save()
@@ -131,8 +135,7 @@ class Checkpoint(Callback):
                 self._writer.shutdown()
             if self._lock is not None:
                 self._lock.release()
-            self._lock = self._writer = None
-            self._written = {}
+            self._lock = self._writer = self._writing = None
         if self._newest is None and self._failure and self.coordinator.exception is None:
             raise CheckpointError(
                 f"Not one checkpoint could be written to {self.store.directory}: "
@@ -143,14 +146,12 @@ class Checkpoint(Callback):
     def save(self) -> None:
         """Saves the run as it stands. Returns when it is copied; a thread writes it."""
         run = self.coordinator
-        self._finish()  # one at a time: else the copies pile up in memory
+        memory = self._finish()  # one at a time: else the copies pile up
         self._last_time = self.clock()
         if self._position == (run.epoch, run.step) and self._failure is None:
             return
-        if self._variables is None:
-            self._variables = run.trainer.state_variables()
-        snapshot = take_apart(run_state(run, self._variables), self._written)
-        self._written = snapshot.arrays
+        assert self._variables is not None
+        snapshot = take_apart(run_state(run, self._variables), memory)
         facts = {
             "epoch": run.epoch,
             "step": run.step,
@@ -178,23 +179,22 @@ class Checkpoint(Callback):
     def _time_is_up(self) -> bool:
         return self.every_secs is not None and self.clock() - self._last_time >= self.every_secs
 
-    def _write(self, snapshot: Snapshot, facts: dict[str, Any]) -> None:
+    def _write(self, snapshot: Snapshot, facts: dict[str, Any]) -> dict[str, np.ndarray]:
         try:
             self._take_folder()
             self._newest = self.store.write(snapshot, facts, self.keep)
             self._failure = None
         except (OSError, DamagedError) as error:
             self._failed(error)
+        return snapshot.arrays
 
     def _take_folder(self) -> None:
         if self._lock is None:
             self._lock = self.store.lock()
 
-    def _finish(self) -> None:
-        """Waits for what is being written."""
-        writing, self._writing = self._writing, None
-        if writing is not None:
-            writing.result()
+    def _finish(self) -> dict[str, np.ndarray]:
+        """Waits for what is being written. Returns the memory of it, for the next copy."""
+        return {} if self._writing is None else self._writing.result()
 
     def _failed(self, error: Exception) -> None:
         self._failure = error

@@ -63,6 +63,12 @@ def run_state(run: "CallbackCoordinator", variables: Variables) -> Tree:
     }
 
 
+def room_for(variables: Variables) -> dict[str, np.ndarray]:
+    """Memory for a copy of the variables, by the names that they are stored under."""
+    zeros = [{"value": np.broadcast_to(np.zeros((), v.dtype), v.shape)} for v in variables]
+    return take_apart({"variables": zeros}).arrays
+
+
 def resume_run(run: "CallbackCoordinator", directory: str | os.PathLike[str]) -> None:
     """Lets a run go on from the newest valid checkpoint of a folder, where there is one.
 

@@ -69,8 +69,8 @@ def take_apart(tree: Any, into: Mapping[str, np.ndarray] | None = None) -> Snaps
 
     Args:
         tree: What is copied.
-        into: The arrays of an earlier snapshot that nobody needs any more. They are overwritten
-            where they fit: memory that is fresh from the system can cost many times the copy.
+        into: The arrays of an earlier snapshot that nobody needs any more: they are overwritten
+            where they fit, and no fresh memory is asked for.
 
     Raises:
         TypeError: If something else is in it; the message says where.
