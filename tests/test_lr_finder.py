@@ -21,6 +21,7 @@ from polus.data import from_arrays
 from polus.lr_finder import (
     SUGGESTIONS,
     LRFinderResult,
+    falls,
     highest_allowed,
     main,
     minimum,
@@ -28,6 +29,7 @@ from polus.lr_finder import (
     smooth,
     steep,
     valley,
+    without_batch_noise,
 )
 from polus.metrics import Accuracy
 from polus.state import random_state
@@ -117,6 +119,54 @@ def test_smoothing_takes_noise_away():
     assert smooth(RATES, noise)[5:-5].std() < noise.std() / 2
 
 
+# The noise of batches
+
+
+HARDNESS = np.random.default_rng(0).gamma(2, 0.5, size=81)  # of the batches, before training
+CLEAN = 2 - 1 / (1 + np.exp(-3 * (X + 3)))
+
+
+def test_what_the_batches_do_is_taken_off_the_losses():
+    level = HARDNESS.mean()
+    cleared = without_batch_noise(RATES, CLEAN + HARDNESS, HARDNESS)
+    assert np.abs(cleared - CLEAN - level).max() < 0.1 * HARDNESS.std()
+    # Half of it, where the losses follow the baseline by half.
+    cleared = without_batch_noise(RATES, CLEAN + HARDNESS / 2, HARDNESS)
+    assert np.abs(cleared - CLEAN - level / 2).max() < 0.1 * HARDNESS.std()
+
+
+@pytest.mark.parametrize(
+    ("losses", "baseline"),
+    [(CLEAN + HARDNESS, np.ones(81)), (CLEAN - HARDNESS, HARDNESS)],
+    ids=["equally hard", "the other way round"],
+)
+def test_nothing_is_taken_off_where_the_losses_do_not_follow_the_baseline(losses, baseline):
+    np.testing.assert_array_equal(without_batch_noise(RATES, losses, baseline), losses)
+
+
+def test_a_fall_below_the_noise_of_batches_is_seen_by_their_baseline():
+    losses = CLEAN / 5 + HARDNESS
+    with pytest.raises(ValueError, match="never fell by more than its noise"):
+        _ = LRFinderResult(RATES, losses).suggestion
+    result = LRFinderResult(RATES, losses, baseline=HARDNESS)
+    assert result.suggestion == pytest.approx(1e-3, rel=0.6)
+    assert result.to_dict()["baseline"] == HARDNESS.tolist()
+    assert result.losses.tolist() == losses.tolist()
+
+
+def test_a_baseline_that_is_not_finite_is_left_out():
+    baseline = np.where(np.arange(81) == 40, np.nan, HARDNESS)
+    result = LRFinderResult(RATES, curve(-3, -0.5), baseline=baseline)
+    assert result.suggestions == LRFinderResult(RATES, curve(-3, -0.5)).suggestions
+    assert result.to_dict()["baseline"][40] is None
+
+
+@pytest.mark.parametrize("noise", [np.ones(81), np.geomspace(0.01, 1, 81)], ids=["even", "growing"])
+def test_pure_noise_does_not_fall(noise):
+    curves = 1 + noise * np.random.default_rng(0).normal(size=(400, 81))
+    assert sum(falls(RATES, losses) for losses in curves) <= 8
+
+
 # The result
 
 
@@ -183,7 +233,8 @@ def test_plot_shows_and_names_everything(tmp_path):
     figure = result.plot(tmp_path / "lr.png")
     (axes,) = figure.axes
     assert axes.get_xscale() == "log"
-    names = [text.get_text() for text in axes.get_legend().get_texts()]
+    (legend,) = figure.legends
+    names = [text.get_text() for text in legend.get_texts()]
     assert names == [
         "raw",
         "smoothed",
@@ -256,6 +307,26 @@ def test_a_schedule_decays_after_the_sweep_as_it_did_before():
     for _ in range(3):
         trainer.train_step(ONES[0])
     assert trainer.model.get_weights()[0].item() == -1.875  # 1 + 1/2 + 1/4 + 1/8
+
+
+class Uneven(Slope):
+    """The loss of a batch is its own mean above the weight."""
+
+    def forward_with_grads(self, x):
+        return x, ops.sum(self.model.weights[0]) + ops.mean(x)
+
+
+def test_the_baseline_is_what_the_same_batches_lose_at_the_rate_zero(monkeypatch):
+    batches = [np.full((2, 1), h, "float32") for h in HARDNESS[:30]]
+    trainer = Uneven(keras.optimizers.Adam())
+    result = trainer.lr_finder(batches, start_lr=1e-4, end_lr=1e-1, num_steps=60)
+    np.testing.assert_array_equal(result.baseline, np.float32([*HARDNESS[:30]] * 2))
+    assert result.losses[-1] < result.baseline[-1] - 0.1
+    assert 1e-4 < result.suggestion <= 1e-1
+    monkeypatch.setattr("polus.lr_finder.MAX_BYTES", 60 * 8 - 1)
+    without = trainer.lr_finder(batches, start_lr=1e-4, end_lr=1e-1, num_steps=60)
+    assert without.baseline is None
+    np.testing.assert_array_equal(without.losses, result.losses)
 
 
 def test_the_sweep_stops_where_the_smoothed_loss_diverges():
@@ -514,6 +585,13 @@ def test_training_is_the_same_after_sweeps_that_an_error_and_ctrl_c_ended(make, 
     assert sweep(interrupted) is KeyboardInterrupt
     trainer.changing_train_config(custom_data_transform_f=None)
     assert_equal(trained(trainer, data, Searcher()), alone)
+
+
+def test_the_baseline_has_the_random_numbers_of_the_sweep():
+    data = DATASETS["arrays"]()
+    result = classifier().lr_finder(data, start_lr=1e-31, end_lr=1e-30, num_steps=16)
+    np.testing.assert_array_equal(result.losses, result.baseline)
+    assert len(np.unique(result.baseline)) > 8
 
 
 def test_no_callback_hears_of_a_sweep_and_no_file_is_written(tmp_path, monkeypatch):
