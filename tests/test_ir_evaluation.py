@@ -75,6 +75,7 @@ def test_measures_are_graded_and_count_queries_without_results():
         (lambda: paired_bootstrap({"1": 1.0}, {"2": 1.0}), "1 only in a, 1 only in b"),
         (lambda: top_k(np.ones((1, 2)), np.ones((1, 3)), 1), "by the same model"),
         (lambda: top_k(np.ones((1, 2)), np.ones((1, 2)), 0), "at least one"),
+        (lambda: top_k(np.ones((1, 2)), [[1.0, 2.0], [3.0, np.nan]], 1), "0 to 1 some are NaN"),
         (lambda: DenseIndex([[1.0]], ["a", "b"]), "D ids"),
     ],
 )

@@ -410,6 +410,10 @@ def test_no_batch_clashes_and_none_is_dropped():
     assert tokens["ids"].shape == (len(next(data.order(0))), 2)
 
 
+def one_step(*batch, **kwargs):
+    return trainer_of(DualEncoder(encoder()), **kwargs).train_step(*batch)
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
@@ -420,7 +424,26 @@ def test_no_batch_clashes_and_none_is_dropped():
         (lambda: RetrievalValidation(0, 0, {}, [], [], ["AP"]), "add it"),
         (lambda: trainer_of(DualEncoder(encoder()), micro_batch_size=2), "encoders are trained"),
         (lambda: trainer_of(DualEncoder(encoder()), encoded=True, freeze_encoder=False), "leave"),
-        (lambda: trainer_of(DualEncoder(encoder())).train_step(FEATURES), "1 parts of texts"),
+        (lambda: PairBatches(FEATURES[:1], FEATURES, [[0]], batch_size=0), "positive number"),
+        (lambda: one_step(FEATURES), "1 parts of texts"),
+        (lambda: one_step(FEATURES, FEATURES[:4]), "first axes must be equal"),
+        (lambda: one_step(FEATURES, FEATURES, FEATURES), r"one axis more, \(B, k"),
+        (lambda: one_step(FEATURES, FEATURES, {"positive_id": np.arange(30)}), "'positive_ids'"),
+        (lambda: one_step(FEATURES, FEATURES, {"relevant_ids": np.arange(30)}), r"give \(30, n\)"),
+        (lambda: one_step(FEATURES, FEATURES, loss=losses.TeacherKL()), "has no scores of one"),
+        (
+            lambda: one_step(FEATURES, FEATURES, compute_scores=lambda q, d: q),
+            "return the pair",
+        ),
+        (
+            lambda: one_step(
+                FEATURES,
+                FEATURES,
+                {"positive_ids": np.arange(30)},
+                compute_scores=lambda q, d: (ops.sum(q * d, -1), ops.matmul(q, ops.transpose(d))),
+            ),
+            "returned 30 negative scores per query, and the batch has 29",
+        ),
     ],
 )
 def test_bad_input_says_what_to_write(wrong, message):

@@ -164,6 +164,8 @@ class PairBatches(Source):
                 f"Relevant documents are numbered up to {self.pairs[:, 1].max()}, of "
                 f"{len(self.documents)}; give row numbers from 0."
             )
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; give a positive number of pairs.")
         self.batch_size = batch_size
         self.seed = seed
         self.avoid_clashes = avoid_clashes

@@ -47,6 +47,7 @@ def top_k(
     Returns:
         Scores `(Q, k)` in falling order and row numbers of documents `(Q, k)`.
     """
+    queries, documents = _arrays(queries), _arrays(documents)
     first_queries, first_documents = _leaf(queries), _leaf(documents)
     if k < 1:
         raise ValueError(f"k is {k}; ask for at least one document.")
@@ -56,7 +57,7 @@ def top_k(
             f"{first_documents.shape[-1]}; represent both by the same model."
         )
     count = len(first_documents)
-    if isinstance(queries, (tuple, list)) and isinstance(documents, (tuple, list)):
+    if isinstance(queries, tuple) and isinstance(documents, tuple):
         block_size = max(1, block_size // (queries[0].shape[1] * documents[0].shape[1]))
     scores = np.empty((len(first_queries), 0), np.float32)
     rows = np.empty((len(first_queries), 0), np.int64)
@@ -67,6 +68,11 @@ def top_k(
         else:
             tensors = keras.tree.map_structure(ops.convert_to_tensor, (queries, block))
             found = ops.convert_to_numpy(similarity(*tensors))
+        if np.isnan(found).any():
+            raise ValueError(
+                f"Of the scores of documents {start} to {start + found.shape[1] - 1} some are NaN; "
+                "look for NaN in the representations of queries and documents."
+            )
         places = np.arange(start, start + found.shape[1])
         scores = np.concatenate([scores, found], axis=1)
         rows = np.concatenate([rows, np.broadcast_to(places, found.shape)], axis=1)
@@ -78,12 +84,18 @@ def top_k(
     return np.take_along_axis(scores, order, axis=1), np.take_along_axis(rows, order, axis=1)
 
 
+def _arrays(features: Any) -> Any:
+    if isinstance(features, tuple):
+        return tuple(_arrays(each) for each in features)
+    return ops.convert_to_numpy(features) if ops.is_tensor(features) else np.asarray(features)
+
+
 def _leaf(features: Any) -> Any:
-    return features[0] if isinstance(features, (tuple, list)) else features
+    return features[0] if isinstance(features, tuple) else features
 
 
 def _rows(features: Any, rows: slice) -> Any:
-    if isinstance(features, (tuple, list)):
+    if isinstance(features, tuple):
         return tuple(each[rows] for each in features)
     return features[rows]
 

@@ -101,7 +101,9 @@ class MarginMSE(RetrievalLoss):
     query's own negatives.
     """
 
-    def __call__(self, positive_scores: Any, negative_scores: Any, teacher_scores: Any) -> Any:
+    def __call__(
+        self, positive_scores: Any, negative_scores: Any, teacher_scores: Any = None
+    ) -> Any:
         negatives = _judged(negative_scores, teacher_scores)
         student = positive_scores[:, None] - negatives
         teacher = ops.cast(teacher_scores[:, :1] - teacher_scores[:, 1:], "float32")
@@ -123,7 +125,9 @@ class TeacherKL(RetrievalLoss):
         self.temperature = temperature
         self.teacher_temperature = teacher_temperature
 
-    def __call__(self, positive_scores: Any, negative_scores: Any, teacher_scores: Any) -> Any:
+    def __call__(
+        self, positive_scores: Any, negative_scores: Any, teacher_scores: Any = None
+    ) -> Any:
         negatives = _judged(negative_scores, teacher_scores)
         student = ops.concatenate([positive_scores[:, None], negatives], axis=1)
         masked = student <= MASKED / 2
@@ -136,6 +140,11 @@ class TeacherKL(RetrievalLoss):
 
 def _judged(negative_scores: Any, teacher_scores: Any) -> Any:
     """The columns of `negative_scores` that the teacher has scored: the last ones."""
+    if teacher_scores is None:
+        raise ValueError(
+            "This loss learns from a teacher, and the batch has no scores of one. Put a dict last: "
+            '(query, positive, negatives, {"teacher_scores": ...}), (B, 1 + k), the positive first.'
+        )
     scored, available = teacher_scores.shape[1] - 1, negative_scores.shape[1]
     if scored < 1 or (available is not None and scored > available):
         raise ValueError(

@@ -238,6 +238,7 @@ class EfficientDenseRetrievalTrainer(BaseTrainer):
                 f"k_negatives is {self.k_negatives}, and a batch came without negatives; give "
                 "(query, positive, negatives), or leave k_negatives out."
             )
+        _check_shapes(texts, besides)
         return *texts, besides
 
     def _encode_query(self, inputs: Any, training: bool = False) -> Any:
@@ -269,8 +270,15 @@ class EfficientDenseRetrievalTrainer(BaseTrainer):
         return _unflat(self._represented_document(flat), shape)
 
     def _scores(self, representations: Sequence[Any], besides: dict[str, Any]) -> tuple[Any, ...]:
-        positive, negative = self.compute_scores(*representations)
-        if (mask := _relevant(besides, negative.shape[1])) is not None:
+        found = self.compute_scores(*representations)
+        if not isinstance(found, (tuple, list)) or len(found) != 2:
+            raise ValueError(
+                f"compute_scores returned {found}; return the pair (positive_scores (B,), "
+                "negative_scores (B, B - 1 + k)), as polus.ir.scores does."
+            )
+        positive, negative = found
+        own = sum(vectors_of(each).shape[1] for each in representations[2:])
+        if (mask := _relevant(besides, negative.shape[1], own)) is not None:
             if len(negative.shape) == 3:  # Matryoshka: one score for each length
                 mask = mask[..., None]
             negative = ops.where(mask, MASKED, negative)
@@ -346,7 +354,30 @@ def _unflat(vectors: Any, shape: tuple[Any, Any]) -> Any:
     return keras.tree.map_structure(lambda x: ops.reshape(x, (*shape, *ops.shape(x)[1:])), vectors)
 
 
-def _relevant(besides: dict[str, Any], columns: int | None) -> Any:
+def _check_shapes(texts: Sequence[Any], besides: dict[str, Any]) -> None:
+    shapes = [tuple(keras.tree.flatten(text)[0].shape) for text in texts]
+    size = shapes[0][0]
+    if any(shape[0] != size for shape in shapes):
+        raise ValueError(
+            f"Queries, positives and negatives have the shapes {shapes}: each query has one "
+            "positive, so the first axes must be equal."
+        )
+    if len(texts) == 3 and len(shapes[2]) != len(shapes[1]) + 1:
+        raise ValueError(
+            f"The third part of the batch has the shape {shapes[2]}, where positives have "
+            f"{shapes[1]}: negatives have one axis more, (B, k, ...). If it is a dict of what "
+            f"stands besides, its keys can be {sorted(BESIDES)}."
+        )
+    for name, value in besides.items():
+        axes = 1 if name == "positive_ids" else 2
+        if len(value.shape) != axes or value.shape[0] != size:
+            raise ValueError(
+                f"{name} has the shape {tuple(value.shape)}, in a batch of {size} queries; give "
+                f"({size}{', n' if axes == 2 else ','})."
+            )
+
+
+def _relevant(besides: dict[str, Any], columns: int, own: int) -> Any:
     """Which of the negative scores belong to relevant documents; None where no id is known."""
     if "positive_ids" not in besides:
         if {"relevant_ids", "negative_ids"} & besides.keys():
@@ -356,27 +387,25 @@ def _relevant(besides: dict[str, Any], columns: int | None) -> Any:
             )
         return None
     positive = besides["positive_ids"]
+    if columns != positive.shape[0] - 1 + own:
+        raise ValueError(
+            f"compute_scores returned {columns} negative scores per query, and the batch has "
+            f"{positive.shape[0] - 1 + own} negatives: B - 1 + k. Return the other documents' "
+            "scores in their order, then the query's own negatives'; "
+            "polus.ir.scores.InBatchScores does so."
+        )
     relevant = positive[:, None]
     if "relevant_ids" in besides:
         others = ops.cast(besides["relevant_ids"], relevant.dtype)
         relevant = ops.concatenate([relevant, others], axis=1)
     clash = ops.any(ops.equal(relevant[:, None, :], positive[None, :, None]), axis=-1)
-    masks = [without_diagonal(clash)]
     if "negative_ids" in besides:
         ids = ops.cast(besides["negative_ids"], relevant.dtype)
         judged = ops.any(ops.equal(relevant[:, None, :], ids[:, :, None]), axis=-1)
-        masks.append(ops.logical_or(judged, ids < 0))
-    mask = ops.concatenate(masks, axis=1)
-    if columns is not None and columns < mask.shape[1]:
-        raise ValueError(
-            f"compute_scores returned {columns} negative scores per query, and the batch has "
-            f"{mask.shape[1]} negatives: B - 1 + k. Return the other documents' scores in their "
-            "order, then the query's own negatives'; polus.ir.scores.InBatchScores does so."
-        )
-    if columns is None or columns == mask.shape[1]:
-        return mask
-    missing = ops.zeros((mask.shape[0], columns - mask.shape[1]), "bool")
-    return ops.concatenate([mask, missing], axis=1)
+        judged = ops.logical_or(judged, ids < 0)
+    else:
+        judged = ops.zeros((positive.shape[0], own), "bool")
+    return ops.concatenate([without_diagonal(clash), judged], axis=1)
 
 
 def _without_methods(model: Any, missing: list[str]) -> str:
