@@ -6,6 +6,7 @@ as in a new process, with generators that stand elsewhere, and goes on from a ch
 
 import contextlib
 import random
+import threading
 
 import keras
 import numpy as np
@@ -220,6 +221,26 @@ def test_what_has_a_state_is_not_read_again(tmp_path):
     dataset = StatefulLoader()
     position.resume(Feed(as_source(dataset)), epoch, step, tree["data"], tree["random"])
     assert dataset.num_read <= 1 + 2  # the first of the epoch, and what was read in advance
+
+
+def test_a_position_is_right_where_data_is_read_slowly(tmp_path):
+    """The batch that was looked at first had been read when the state was noted."""
+    feed, read_on = Feed(as_source(StatefulLoader())), threading.Event()
+    feed.tracked = True
+    data = feed.epoch(0)
+    data.peek()
+
+    def due(step):
+        assert step < 2 or read_on.wait(60)  # so no state is noted behind the first two
+
+    with contextlib.closing(data.blocks(2, due)) as blocks:
+        next(blocks)
+        tree = checkpointed(tmp_path, 0, 2, feed)
+        read_on.set()
+        expected = position.checksum(row(next(blocks).payload, 0))
+    again = Feed(as_source(StatefulLoader()))
+    data, _ = position.resume(again, 0, 2, tree["data"], tree["random"])
+    assert position.checksum(data.peek()) == expected
 
 
 def test_an_order_that_does_not_repeat_is_said(tmp_path, caplog):

@@ -266,12 +266,9 @@ class Epoch:
                 pending = list(itertools.islice(self.batches, 1))
 
     def _stacked(self, want: Callable[[int], int], capacity: int) -> Generator[Block]:
-        batches = (
-            keras.tree.map_structure(_plain, batch)
-            for batch in itertools.chain(self._first, self.batches)
-        )
+        batches = (keras.tree.map_structure(_plain, batch) for batch in self.batches)
         step = self.start
-        pending: list[Any] = []
+        pending = [keras.tree.map_structure(_plain, batch) for batch in self._first]
         while (count := want(step)) > 0:
             self._mark(step + len(pending))
             group = pending or list(itertools.islice(batches, 1))
