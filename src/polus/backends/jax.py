@@ -281,7 +281,7 @@ def index(array: Any, i: Any) -> Any:
 
 def take(array: Any, indices: Any) -> Any:
     """The rows `indices` of `array`, which are within its bounds."""
-    return array.at[indices].get(mode="promise_in_bounds")
+    return jax.lax.optimization_barrier(array.at[indices].get(mode="promise_in_bounds"))
 
 
 def copy(variable: Any) -> Any:
