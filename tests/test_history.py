@@ -46,6 +46,21 @@ def test_steps_are_columns():
     np.testing.assert_array_equal(steps["term"], [1, 0.5, 0.25, np.nan])
 
 
+def test_the_steps_of_the_newest_epoch_are_its_rows_of_all_steps():
+    history = recorded()
+    for read_all_before in (False, True):
+        if read_all_before:
+            _ = history.steps
+        history.add_steps(2, 0, {"loss": np.float32([9, 8]), "new": np.float32([1, 2])})
+        history.add_steps(2, 2, {"loss": 7.0})
+        newest = history.steps_of(2)
+        np.testing.assert_array_equal(newest["step"], history.steps["step"][4:])
+        np.testing.assert_array_equal(newest["loss"], history.steps["loss"][4:])
+        np.testing.assert_array_equal(newest["new"], history.steps["new"][4:])
+        history = recorded()
+    assert len(history.steps_of(2)["step"]) == len(History().steps_of(0)["step"]) == 0
+
+
 def test_epochs_have_logs_and_the_last_validation():
     history = recorded()
     assert history.epochs == [

@@ -83,17 +83,21 @@ class History:
         term that a step did not have is NaN there. Reading waits for the device.
         """
         self._read(len(self._unread))
-        names = dict.fromkeys(name for chunk in self._chunks for name in chunk)
-        columns = {
-            name: np.concatenate(
-                [c.get(name, np.full(len(c["step"]), np.nan, np.float32)) for c in self._chunks]
-            )
-            for name in names
-        }
-        if not columns:
-            return {"epoch": np.zeros(0, np.int64), "step": np.zeros(0, np.int64)}
-        self._chunks = [columns]
+        columns = _joined(self._chunks)
+        self._chunks = [columns] if len(columns["step"]) else []
         return dict(columns)
+
+    def steps_of(self, epoch: int) -> dict[str, np.ndarray]:
+        """The rows of `steps` of the newest epoch, in a time that does not grow with the others."""
+        self._read(len(self._unread))
+        first = len(self._chunks)
+        while first and self._chunks[first - 1]["epoch"][-1] == epoch:
+            first -= 1
+        columns = _joined(self._chunks[first:])
+        if first < len(self._chunks):
+            self._chunks[first:] = [columns]
+        rows = columns["epoch"] == epoch  # the first of them may begin in an earlier one
+        return {name: column[rows] for name, column in columns.items()}
 
     @property
     def epochs(self) -> list[dict[str, Any]]:
@@ -260,6 +264,19 @@ class History:
                 x.append(bisect_right(taken, (epoch, step)))
                 y.append(value)
         return lines
+
+
+def _joined(chunks: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Columns of equal length; a term that some of the steps did not have is NaN there."""
+    if not chunks:
+        return {"epoch": np.zeros(0, np.int64), "step": np.zeros(0, np.int64)}
+    names = dict.fromkeys(name for chunk in chunks for name in chunk)
+    return {
+        name: np.concatenate(
+            [c.get(name, np.full(len(c["step"]), np.nan, np.float32)) for c in chunks]
+        )
+        for name in names
+    }
 
 
 def _draw_losses(ax: "Axes", steps: Mapping[str, np.ndarray]) -> None:

@@ -275,15 +275,13 @@ class CallbackCoordinator:
 
     def _weighted_means(self) -> dict[str, float]:
         """The loss and terms of this epoch, each step weighted by its number of examples."""
-        columns = self.history.steps
-        rows = columns.pop("epoch") == self.epoch
-        columns.pop("step")
+        columns = self.history.steps_of(self.epoch)
         means = {}
         for name, column in columns.items():
-            values = column[rows].astype(np.float64)
-            if not np.isnan(values).all() or name == "loss":
-                means[name] = float(np.average(values, weights=self.batch_sizes))
-        bad = np.flatnonzero(~np.isfinite(columns["loss"][rows]))
+            if name in ("epoch", "step") or (name != "loss" and np.isnan(column).all()):
+                continue
+            means[name] = float(np.average(column.astype(np.float64), weights=self.batch_sizes))
+        bad = np.flatnonzero(~np.isfinite(columns["loss"]))
         if len(bad):
             self.trainer.logger.warning(
                 "The loss is not finite from step %d of epoch %d on (%s). Try a smaller learning "
@@ -291,7 +289,7 @@ class CallbackCoordinator:
                 "keras.optimizers.Adam(clipnorm=1.0).",
                 bad[0],
                 self.epoch + 1,
-                columns["loss"][rows][bad[0]],
+                columns["loss"][bad[0]],
             )
         return means
 
