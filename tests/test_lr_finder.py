@@ -154,6 +154,12 @@ def test_a_fall_below_the_noise_of_batches_is_seen_by_their_baseline():
     assert result.losses.tolist() == losses.tolist()
 
 
+def test_a_hard_last_batch_is_no_divergence():
+    flat = np.roll(HARDNESS, 80 - HARDNESS.argmax())
+    with pytest.raises(ValueError, match="never fell"):
+        _ = LRFinderResult(RATES, flat, baseline=flat).suggestion
+
+
 def test_a_baseline_that_is_not_finite_is_left_out():
     baseline = np.where(np.arange(81) == 40, np.nan, HARDNESS)
     result = LRFinderResult(RATES, curve(-3, -0.5), baseline=baseline)
@@ -212,6 +218,7 @@ def test_result_reads_a_curve_up_to_the_first_loss_that_is_not_finite(last):
         (1 + 1e-7 * np.random.default_rng(0).normal(size=81), "never fell"),
         (1 + 10 ** (X + 2), "diverged before it fell .*1 at the rate 1.0e-07.* smaller start_lr"),
         (np.r_[np.ones(20), np.nan], "diverged before it fell"),
+        (np.r_[np.ones(60), np.full(21, 1.3)], "diverged before it fell"),
         (np.r_[3, 2, np.nan], "diverged within 3 steps, 2 of them finite.*smaller start_lr"),
         ([np.nan], "diverged within 1 steps, 0 of them finite.*check the data for NaN"),
     ],
@@ -413,6 +420,8 @@ def test_any_of_several_optimizers_can_be_swept():
     assert all(not weight.any() for weight in trainer.model.get_weights())
     with pytest.raises(ValueError, match="does not use the optimizer 'adam"):
         trainer.lr_finder(ONES, optimizer=keras.optimizers.Adam())
+    with pytest.raises(TypeError, match=r"the keras.optimizers.Optimizer to sweep.* got 'sgd'"):
+        trainer.lr_finder(ONES, optimizer="sgd")
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ import difflib
 import importlib
 import itertools
 import math
+import numbers
 import os
 import sys
 from bisect import bisect_left
@@ -51,6 +52,7 @@ Array = npt.NDArray[np.float64]
 
 HALF_WIDTH = 0.5  # of the smoothing window, in powers of ten: 6 of 100 steps from 1e-7 to 10
 MAX_BYTES = 2**28  # of batches kept for their baseline
+ROUNDING = 1e-6  # of losses in float32, relative
 
 
 def smooth(rates: Array, losses: Array, half_width: float = HALF_WIDTH) -> Array:
@@ -134,8 +136,8 @@ def falls(rates: Array, losses: Array) -> bool:
     matrix = _smoother(*_window(rates, HALF_WIDTH))
     smoothed = matrix @ losses
     before = np.array([np.median(smoothed[: step + 1]) for step in range(len(smoothed))])
-    rounding = 1e-6 * np.abs(smoothed)  # of float32
-    errors = (noise(rates, losses) + rounding) * np.sqrt(np.sum(matrix**2, axis=1))
+    deviation = noise(rates, losses) + ROUNDING * np.abs(smoothed)
+    errors = deviation * np.sqrt(np.sum(matrix**2, axis=1))
     return bool(np.any(before - smoothed > 5 * errors))
 
 
@@ -289,10 +291,10 @@ class LRFinderResult:
             )
         if falls(rates[:n], self._readable):
             return ""
-        last = self.losses[n - 1]
-        seen = f"{losses[0]:.4g} at the rate {rates[0]:.1e}, {last:.4g} at {rates[n - 1]:.1e}"
-        usual = float(np.median(noise(rates[:n], self._readable)))
-        if n < len(rates) or last - losses[0] > 5 * usual:
+        first, last = losses[0], self.losses[n - 1]
+        seen = f"{first:.4g} at the rate {rates[0]:.1e}, {last:.4g} at {rates[n - 1]:.1e}"
+        usual = np.median(noise(rates[:n], self.losses[:n])) + ROUNDING * abs(first)
+        if n < len(rates) or last - first > 5 * usual:
             return (
                 f"the loss diverged before it fell ({seen}): sweep from a smaller start_lr, and "
                 f"check the model's initial weights and the scale of its inputs"
@@ -406,6 +408,11 @@ def find(
             "lr_finder needs a dataset: give it, or keep one: changing_train_config(tf_dataset=...)"
         )
     optimizer = trainer.optimizer if optimizer is None else optimizer
+    if not isinstance(optimizer, keras.optimizers.Optimizer):
+        raise TypeError(
+            f"optimizer is the keras.optimizers.Optimizer to sweep, one that the training step "
+            f"uses, for example trainer.optimizer; got {optimizer!r}"
+        )
     if use_lr_found and not _settable(optimizer):
         raise ValueError(
             "use_lr_found=True sets the optimizer's rate to a number, and this one's rate is a "
@@ -557,7 +564,7 @@ def _check_sweep(start_lr: float, end_lr: float, num_steps: int, stop_factor: fl
         raise ValueError(
             f"the sweep rises from start_lr to end_lr, but got {start_lr} and {end_lr}"
         )
-    if not isinstance(num_steps, int) or num_steps < MIN_STEPS:
+    if not isinstance(num_steps, numbers.Integral) or num_steps < MIN_STEPS:
         raise ValueError(f"num_steps is an integer of at least {MIN_STEPS}, but got {num_steps!r}")
     if not stop_factor > 1:
         raise ValueError(
