@@ -133,6 +133,10 @@ WORKLOADS = {"mlp": mlp, "cnn": cnn, "encoder": encoder, "dual encoder": dual_en
 Way = Callable[[Workload], tuple[Any, Callable[[int], Any]]]
 
 
+class NotApplicable(Exception):
+    """Of a way that a backend doesn't have."""
+
+
 def parts(work: Workload) -> tuple[Any, Any, Any]:
     """A model, an optimizer and a loss, the same for every way."""
     import keras
@@ -156,7 +160,7 @@ def polus(work: Workload, bare: bool = False, eager: bool = False, watch: Any = 
             self.coordinator.trainer.early_stop = True
 
     if eager and keras.config.backend() != "torch":
-        raise NotImplementedError("only PyTorch's steps are eager by default")
+        raise NotApplicable  # only PyTorch's steps are eager by default
     model, *rest = parts(work)
     trainer = ClassifierTrainer(
         model, *rest, metrics=[] if bare else [Accuracy(model.output_shape[-1] or work.batch_size)]
@@ -225,7 +229,7 @@ def by_hand(work: Workload, many: bool = False, watch: Any = None) -> Any:
     optimizer.build(model.trainable_variables)
     make = {"tensorflow": tensorflow_loop, "jax": jax_loop, "torch": torch_loop}
     if many and keras.config.backend() == "torch":
-        raise NotImplementedError("PyTorch has no loop but Python's")
+        raise NotApplicable  # PyTorch has no loop but Python's
     run = make[keras.config.backend()](model, optimizer, loss, many)
     data = stacks(work) if many else batches(work)
     return model, lambda epochs: run(data * epochs, watch or (lambda losses: None))
@@ -359,12 +363,15 @@ def race(name: str, rounds: int, seconds: float) -> dict[str, Any]:
         try:
             model, train = make(work)
             train(1)  # compiles, and measures where that is to be measured
+        except NotApplicable:
+            continue
         except Exception as error:
             if way in ("Polus", "fit", "hand-written"):
                 raise
             absent[way] = f"{type(error).__name__}: {error}"
             continue
-        logging.getLogger("polus.dispatch").removeHandler(handler)
+        finally:
+            logging.getLogger("polus.dispatch").removeHandler(handler)
         if hasattr(handler, "text"):
             measuring[way] = {"seconds": handler.seconds, "text": handler.text}
         weights = model.get_weights()
@@ -556,8 +563,14 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         for backend, of_backend in results.items():
             if said := of_backend[name]["measuring"].get("Polus"):
                 lines += [f"{BACKENDS[backend]}: {said['text']}", ""]
-            for way, why in of_backend[name]["absent"].items():
-                lines += [f"{BACKENDS[backend]}, {way}: not possible. {why}", ""]
+    absent = {
+        f"{BACKENDS[backend]}, {way}: {why}": None  # the same for each workload
+        for backend, of_backend in results.items()
+        for name in WORKLOADS
+        if name in of_backend
+        for way, why in of_backend[name]["absent"].items()
+    }
+    lines += ["### What is not possible", "", *(f"- {line}" for line in absent), ""]
     lines += [
         "### Targets",
         "",
@@ -585,7 +598,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backend", choices=BACKENDS, action="append")
     parser.add_argument("--workload", choices=WORKLOADS, action="append")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=0.5, help="of a way in a round, about")
     parser.add_argument("--into", help=argparse.SUPPRESS)
     parser.add_argument("--fresh", choices=WAYS, help=argparse.SUPPRESS)
