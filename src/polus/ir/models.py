@@ -152,6 +152,25 @@ class DualEncoder(keras.Model):
             self.document_projection(self.encode_document(documents, training)),
         )
 
+    @property
+    def built(self) -> bool:
+        """Whether its parts are built: a trainer uses them one by one and never calls the whole."""
+        return all(layer.built for layer in self.layers)
+
+    @built.setter
+    def built(self, built: bool) -> None:
+        pass  # Keras sets it
+
+    def get_build_config(self) -> dict[str, Any]:
+        heads = (self.query_projection, self.document_projection)
+        return {"sizes": [head.kernel.shape[0] for head in heads]} if self.built else {}
+
+    def build_from_config(self, config: dict[str, Any]) -> None:
+        heads = (self.query_projection, self.document_projection)
+        for head, size in zip(heads, config.get("sizes", ()), strict=False):
+            if not head.built:
+                head.build((None, size))
+
     def get_config(self) -> dict[str, Any]:
         serialize = keras.saving.serialize_keras_object
         two = self.document_encoder is not self.query_encoder
