@@ -647,6 +647,24 @@ def test_the_shell_gets_a_table_and_a_picture(tmp_path, monkeypatch, capsys):
     assert "no learning rate to suggest: the loss never fell" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("function", "seen"),
+    [
+        ("lr_program:trainer", "the module 'lr_program' has no function 'trainer'"),
+        ("lr_programs:init_trainer", "there is no module 'lr_programs' here"),
+        ("builtins:list", "builtins:list returns a trainer, but gave []"),
+    ],
+)
+def test_the_shell_says_what_is_no_function_that_returns_a_trainer(
+    function, seen, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "lr_program.py").write_text(PROGRAM)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(SystemExit):
+        main([function])
+    assert seen in capsys.readouterr().err
+
+
 def test_the_module_runs(tmp_path):
     command = [sys.executable, "-W", "error", "-m", "polus.lr_finder", "package.module"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)

@@ -595,12 +595,25 @@ def main(arguments: list[str] | None = None) -> int:
     module, _, name = options.pop("function").partition(":")
     if not name:
         parser.error(f"write package.module:function, not {module!r}")
-    result = getattr(importlib.import_module(module), name)().lr_finder(**options)
-    result.plot(path)
+    try:
+        function = getattr(importlib.import_module(module), name, None)
+    except ModuleNotFoundError as error:
+        if not module.startswith(str(error.name)):  # one that the user's module imports
+            raise
+        parser.error(f"there is no module {error.name!r} here or among the installed packages")
+    if not callable(function):
+        parser.error(f"the module {module!r} has no function {name!r}")
+    trainer = function()
+    from polus.training import BaseTrainer
+
+    if not isinstance(trainer, BaseTrainer):
+        parser.error(f"{module}:{name} returns a trainer, but gave {trainer!r}")
+    result = trainer.lr_finder(**options)
     for method, rate in result.suggestions.items():
         print(f"{method:8} {rate:.2e}{'  (suggested)' if method == result.method else ''}")
     if result.why_none:
         print(f"no learning rate to suggest: {result.why_none}", file=sys.stderr)
+    result.plot(path)
     print(f"picture: {path}")
     return bool(result.why_none)
 
