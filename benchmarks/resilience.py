@@ -285,7 +285,7 @@ def costs(way: str, megabytes: int) -> dict[str, float]:
         trainer = ClassifierTrainer(model(), keras.optimizers.Adam(1e-3), loss)
         trainer.train(from_arrays((x, y), 8), 1, [Marks(), saver])
 
-    with tempfile.TemporaryDirectory(dir=".") as temporary:
+    with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary).absolute()
         if way == "Polus":
             checkpoint = Checkpoint(folder, every_steps=200)
@@ -312,6 +312,7 @@ def costs(way: str, megabytes: int) -> dict[str, float]:
                 train(Orbax())
         else:
             fitted = model()
+            fitted.build((None, width))
             fitted.compile(keras.optimizers.Adam(1e-3), loss)
             backup = keras.callbacks.BackupAndRestore(folder / "keras", save_freq=200)
             backup._save_model = timed(backup._save_model)

@@ -237,6 +237,19 @@ def trees(folder):
     return [read(path).tree for path in Store(folder).paths()]
 
 
+def test_the_loop_is_not_far_ahead_of_the_device(tmp_path):
+    class Losses:
+        def __array__(self, dtype=None, copy=None):
+            waited.append(self)
+            return np.zeros(1)
+
+    waited, checkpoint = [], Checkpoint(tmp_path)
+    blocks = [Losses() for _ in range(3)]
+    for step, losses in enumerate(blocks):
+        checkpoint.on_steps_end(0, range(step, step + 1), losses)
+    assert waited == blocks[:2]
+
+
 def test_a_signal_while_the_data_is_late(tmp_path, monkeypatch):
     late, save = threading.Event(), Checkpoint.save
     monkeypatch.setattr(Checkpoint, "save", lambda self: (save(self), late.set()))
