@@ -148,6 +148,19 @@ def test_what_is_stored_is_not_encoded_again(tmp_path, tokenizer):
     assert again.encoded == 1, "only the new text is encoded"
 
 
+@pytest.mark.skipif(keras.backend.backend() == "torch", reason="PyTorch runs eagerly here")
+def test_a_second_call_compiles_nothing(tmp_path, tokenizer, monkeypatch):
+    store = RepresentationStore(tmp_path, BertEncoder(**TINY), tokenizer)
+    store(["one"])
+    traced = []
+    call = BertEncoder.call
+    monkeypatch.setattr(BertEncoder, "call", lambda self, x: traced.append(1) or call(self, x))
+    store(["two"])
+    assert not traced
+    store(["a text with more tokens than fit into sixteen, and so one of another shape"])
+    assert traced
+
+
 def test_a_change_of_what_makes_the_vectors_is_noticed(tmp_path, tokenizer):
     encoder = BertEncoder(**TINY)
     store = RepresentationStore(tmp_path, encoder, tokenizer)

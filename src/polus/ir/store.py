@@ -50,6 +50,8 @@ class RepresentationStore(BaseLogger):
         self.encoder = encoder
         self.tokenizer = tokenizer
         self.batch_size = batch_size
+        # Once, not at each call: a compiled program is kept with the function that it is of.
+        self._run = function(lambda tokens: encoder(tokens, training=False))
         self.encoded = 0
         """How many texts have been encoded by this object."""
 
@@ -75,8 +77,7 @@ class RepresentationStore(BaseLogger):
     def _encode(self, texts: list[str]) -> list[Vectors]:
         # By falling length, which saves most of the padding.
         order = np.argsort([-length for length in self.tokenizer.lengths(texts)], kind="stable")
-        run = function(lambda tokens: self.encoder(tokens, training=False))
-        return encode(run, Features.of_texts(texts, self.tokenizer), self.batch_size, order)
+        return encode(self._run, Features.of_texts(texts, self.tokenizer), self.batch_size, order)
 
     @property
     def fingerprint(self) -> str:
