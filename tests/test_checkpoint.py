@@ -277,13 +277,18 @@ def full_disk(monkeypatch):
             raise OSError(errno.ENOSPC, "No space left on device")
         return write(self, *arguments)
 
+    failing.times = 0
     monkeypatch.setattr(Store, "write", failing)
     return failing
 
 
 def test_a_full_disk_does_not_end_the_run(tmp_path, uninterrupted, full_disk, caplog):
+    with pytest.raises(Killed):
+        train(str(tmp_path), at=("step", 0, 2))
+    newest = Store(tmp_path).paths()[-1]
     full_disk.times = 8
     assert train(str(tmp_path)) == uninterrupted
+    assert f"The newest one is {newest}." in caplog.text
     assert caplog.text.count("NO CHECKPOINT WAS WRITTEN") == 8
     assert "No space left on device" in caplog.text
     assert len(trees(tmp_path)) == 3

@@ -208,10 +208,11 @@ class Checkpoint(Callback):
 
     def _failed(self, error: Exception) -> None:
         self._failure = error
+        written = self.store.paths()
         logger.error(
             "NO CHECKPOINT WAS WRITTEN to %s: %s. Training goes on, and it is tried again when the "
             "next one is due. %s",
             self.store.directory,
             error,
-            f"The newest one is {self._newest}." if self._newest else "There is none of this run.",
+            f"The newest one is {written[-1]}." if written else "There is none yet.",
         )
