@@ -387,7 +387,8 @@ class BaseTrainer(BaseLogger):
         """Finds a learning rate by the range test, and leaves no trace on the training.
 
         Runs `num_steps` steps at rates that grow exponentially, and reads the rate to train with
-        from the curve of their losses (Smith 2015, arXiv:1506.01186). Afterwards weights,
+        from the curve of their losses (Smith 2015, arXiv:1506.01186). The same batches then run
+        once more at a rate of zero, which shows how hard each of them is. Afterwards weights,
         optimizer, metrics, generators and the dataset's shuffling are as before, also after an
         error or Ctrl-C; no callback hears of it.
 
