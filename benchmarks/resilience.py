@@ -2,6 +2,7 @@
 
     python benchmarks/resilience.py                                # writes the tables
     python benchmarks/resilience.py --backend jax --source arrays  # a look at one
+    python benchmarks/resilience.py --results FILE                 # goes on where it was cut off
 
 Of each source of data one run goes through undisturbed. The same command is then started again and
 again, and its process killed with SIGKILL at a random moment, every second time while a checkpoint
@@ -12,9 +13,9 @@ gradients.
 
 The cost: how many steps a second there are in a hundred with a save and in one without, and for how
 long a save holds the loop. Keras' BackupAndRestore is measured beside it and, on JAX, Orbax'
-AsyncCheckpointer, where that is installed. Neither saves the position in the data, or verifies.
-The model is a frozen one of that size, with a trained head: with Adam over all of it a step takes
-so long here that a save is lost in it.
+AsyncCheckpointer, where that is installed. They save the variables only. The model is a frozen one
+of that size, with a trained head: with Adam over all of it a step takes so long here that a save is
+lost in it.
 """
 
 import argparse
