@@ -5,6 +5,7 @@ as in a new process, with generators that stand elsewhere, and goes on from a ch
 """
 
 import contextlib
+import itertools
 import random
 import threading
 
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from polus.checkpoint.store import Store, take_apart
-from polus.data import Feed, as_source, from_arrays, position
+from polus.data import Feed, as_source, from_arrays, position, with_iterator_state
 from polus.data.feed import row
 from polus.state import random_state, set_random_state
 
@@ -144,6 +145,12 @@ SOURCES = {
     "tf.data, random transform": (tensorflow_data, noisy, None),
     "tf.data, one order": (lambda: tensorflow_data(False), None, None),
     "tf.data, endless": (lambda: tensorflow_data(repeat=True), None, 7),
+    "tf.data, iterator saved": (lambda: with_iterator_state(tensorflow_data(), 0), None, None),
+    "tf.data, iterator saved once": (
+        lambda: with_iterator_state(tensorflow_data(), 2, clock=itertools.count().__next__),
+        None,
+        None,
+    ),
     "DataLoader": (loader, None, None),
     "DataLoader, own generator": (lambda: loader(own_generator=True), None, None),
     "DataLoader, random examples": (lambda: loader(noisy=True), None, None),
@@ -221,6 +228,62 @@ def test_what_has_a_state_is_not_read_again(tmp_path):
     dataset = StatefulLoader()
     position.resume(Feed(as_source(dataset)), epoch, step, tree["data"], tree["random"])
     assert dataset.num_read <= 1 + 2  # the first of the epoch, and what was read in advance
+
+
+def test_the_state_of_an_iterator_has_its_buffers(tmp_path):
+    def make(seed):
+        tf = pytest.importorskip("tensorflow")
+        dataset = tf.data.Dataset.from_tensor_slices(x).shuffle(9, seed=seed).batch(1)
+        return Feed(as_source(with_iterator_state(dataset, 0)))
+
+    def rest(data):
+        with contextlib.closing(data.blocks()) as blocks:
+            return [float(block.payload[0][0]) for block in blocks]
+
+    feed = make(seed=1)
+    epoch, step = read(feed, until=(0, 8), log=[])
+    tree = checkpointed(tmp_path, epoch, step, feed)
+    again = make(seed=2)  # whose own order is another one
+    data, _ = position.resume(again, epoch, step, tree["data"], tree["random"])
+    same = position.resume(make(seed=1), epoch, step, tree["data"], tree["random"])[0]
+    assert rest(data) == rest(same)
+
+
+@pytest.mark.parametrize("num_read", [1, 5, 6])  # of 6 batches; by 5 the shuffle has read all
+def test_after_a_saved_iterator_later_epochs_have_their_own_order(num_read):
+    def source():
+        keras.utils.set_random_seed(1)
+        return with_iterator_state(tensorflow_data(), 0)
+
+    def order(epochs):
+        return [[position.checksum(batch) for batch in epoch] for epoch in epochs]
+
+    whole = source()
+    expected = order(whole.batches(epoch) for epoch in range(3))
+    first = source()
+    first.rewind(1, None)
+    read = list(itertools.islice(first.batches(1), num_read))
+    again = source()
+    again.rewind(1, None)
+    next(iter(again.batches(1)))  # as `position.resume` looks at the first batch
+    again.resume_from(first.iterator_state())
+    epochs = [[*read, *again.batches(1)], again.batches(2)]
+    assert order(epochs) == expected[1:]
+
+
+def test_an_iterator_that_cannot_be_saved_is_said():
+    tf = pytest.importorskip("tensorflow")
+    with pytest.raises(ValueError, match=r"that ends, .* Leave out its repeat"):
+        with_iterator_state(tensorflow_data(repeat=True))
+    spec = tf.TensorSpec((2,), tf.float32)
+    dataset = tf.data.Dataset.from_generator(lambda: iter([[0.0, 1.0]]), output_signature=spec)
+    feed = Feed(as_source(with_iterator_state(dataset)))
+    feed.tracked = True
+    with (
+        pytest.raises(ValueError, match=r"can't save the iterator .* without with_iterator_state"),
+        contextlib.closing(feed.epoch(0).blocks()) as blocks,
+    ):
+        next(blocks)
 
 
 def test_a_position_is_right_where_data_is_read_slowly(tmp_path):

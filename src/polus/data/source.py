@@ -90,7 +90,7 @@ class _Arrays(Source):
         return map(self.dataset.batch, self.dataset.rows(epoch, skip))
 
 
-class _TensorFlowData(Source):
+class TensorFlowData(Source):
     """A `tf.data.Dataset`, on any backend: tensors on TensorFlow, NumPy arrays elsewhere."""
 
     def __init__(self, dataset: Any) -> None:
@@ -196,7 +196,7 @@ def as_source(dataset: Any) -> Source:
     if isinstance(dataset, ArrayDataset):
         return _Arrays(dataset)
     if hasattr(dataset, "as_numpy_iterator") and hasattr(dataset, "element_spec"):
-        return _TensorFlowData(dataset)
+        return TensorFlowData(dataset)
     if isinstance(dataset, keras.utils.PyDataset):
         return _PyDataset(dataset)
     bare = isinstance(dataset, np.ndarray | str | bytes | dict) or hasattr(dataset, "__array__")
