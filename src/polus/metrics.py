@@ -169,21 +169,24 @@ class IConfusionMatrix(IMetric):
 
     def _samples_from_batch(self, y_true: Any, y_pred: Any) -> None:
         y_true, y_pred = self._labels(ops.convert_to_tensor(y_true), ops.convert_to_tensor(y_pred))
-        # Each pair of labels is counted in its cell: for two thousand labels of fifty classes that
-        # takes a fortieth of the product of one-hot matrices. Exact in float32 up to 2**24 labels
-        # in a batch. What is no pair of classes goes into one more cell.
+        # Each pair of labels is added to its cell: for two thousand labels of fifty classes that
+        # takes a fortieth of the product of one-hot matrices.
         true, is_true = self._index(y_true)
         predicted, is_predicted = self._index(y_pred)
-        num_cells = self.num_classes**2
-        cell = ops.where(is_true & is_predicted, true * self.num_classes + predicted, num_cells)
+        known = is_true & is_predicted
         if self.ignore_class is None:
-            counted = ops.ones_like(cell, "float32")
+            invalid = ~known
         else:
-            counted = ops.cast(y_true != self.ignore_class, "float32")
-        counts = ops.segment_sum(counted, cell, num_cells + 1)
-        counts = ops.cast(counts, self.confusion_matrix.dtype)
-        self.confusion_matrix.assign_add(ops.reshape(counts[:-1], self.confusion_matrix.shape))
-        self.num_invalid.assign_add(counts[-1])
+            counted = y_true != self.ignore_class
+            known, invalid = known & counted, counted & ~known
+        dtype = self.confusion_matrix.dtype
+        cells = ops.where(known[:, None], ops.stack([true, predicted], axis=1), 0)
+        self.confusion_matrix.assign(
+            ops.scatter_update(
+                self.confusion_matrix, cells, ops.cast(known, dtype), reduction="add"
+            )
+        )
+        self.num_invalid.assign_add(ops.sum(ops.cast(invalid, dtype)))
 
     def _index(self, labels: Any) -> tuple[Any, Any]:
         """Labels as int32, and where they are one of the classes."""
