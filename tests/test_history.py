@@ -47,17 +47,18 @@ def test_steps_are_columns():
 
 
 def test_the_steps_of_the_newest_epoch_are_its_rows_of_all_steps():
-    history = recorded()
-    for read_all_before in (False, True):
-        if read_all_before:
-            _ = history.steps
+    for all_read_between in (False, True):
+        history = recorded()
         history.add_steps(2, 0, {"loss": np.float32([9, 8]), "new": np.float32([1, 2])})
+        if all_read_between:  # and so joined with the epochs before
+            _ = history.steps
         history.add_steps(2, 2, {"loss": 7.0})
         newest = history.steps_of(2)
-        np.testing.assert_array_equal(newest["step"], history.steps["step"][4:])
-        np.testing.assert_array_equal(newest["loss"], history.steps["loss"][4:])
-        np.testing.assert_array_equal(newest["new"], history.steps["new"][4:])
-        history = recorded()
+        np.testing.assert_array_equal(newest["step"], [0, 1, 2])
+        np.testing.assert_array_equal(newest["loss"], [9, 8, 7])
+        np.testing.assert_array_equal(newest["new"], [1, 2, np.nan])
+        np.testing.assert_array_equal(history.steps["loss"], [3, 2, 1, 0.5, 9, 8, 7])
+    history = recorded()
     assert len(history.steps_of(2)["step"]) == len(History().steps_of(0)["step"]) == 0
 
 

@@ -308,14 +308,14 @@ class LRFinderResult:
     def to_dict(self) -> dict[str, Any]:
         """Gives everything as lists and numbers for JSON; a loss that is not finite is None."""
 
-        def numbers(column: Array) -> list[float | None]:
+        def listed(column: Array) -> list[float | None]:
             return [x if math.isfinite(x) else None for x in column.tolist()]
 
         return {
-            "rates": numbers(self.rates),
-            "losses": numbers(self.losses),
-            "baseline": None if self.baseline is None else numbers(self.baseline),
-            "smoothed_losses": numbers(self.smoothed_losses),
+            "rates": listed(self.rates),
+            "losses": listed(self.losses),
+            "baseline": None if self.baseline is None else listed(self.baseline),
+            "smoothed_losses": listed(self.smoothed_losses),
             "method": self.method,
             "suggestions": self.suggestions,
         }

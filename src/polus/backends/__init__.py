@@ -9,7 +9,7 @@ Every backend gives
 - ``trace(fn, args)``: runs ``fn`` abstractly under a `Recorder`, to see what it would do;
 - ``apply_gradients(optimizer, gradients, variables)``: one update;
 - ``stack(batches, capacity)``, ``take``, ``to_device``, ``copy``, ``wait``: batches and arrays on
-  the device;
+  the device; ``view``: a variable for the host to copy;
 - ``COMPILES``, ``candidates()``, ``LONG_RUN_SECS``: whether a new shape costs a compilation, which
   settings of ``jit_compile`` are worth measuring, and from how long a run on;
 - ``describe()``: devices and threads;

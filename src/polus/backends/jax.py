@@ -281,6 +281,7 @@ def index(array: Any, i: Any) -> Any:
 
 def take(array: Any, indices: Any) -> Any:
     """The rows `indices` of `array`, which are within its bounds."""
+    # Apart from what follows: merged into a convolution, it takes XLA longer to compile.
     return jax.lax.optimization_barrier(array.at[indices].get(mode="promise_in_bounds"))
 
 
