@@ -76,9 +76,8 @@ def value_and_grad(
     With `sparse`, that of an embedding comes as the rows that were looked up, a repeated one
     several times: what Keras' optimizers are given in `fit`. It can't be computed with.
     """
-    # No control dependency puts the value before the update that follows: TensorFlow keeps that
-    # order by itself, while an edge of ours took its own away (its graph optimizer drops the one
-    # for the other, then folds ours), and the loss came out as that of the updated weights.
+    # TensorFlow orders the reads in here before an update that follows; a control dependency of
+    # ours may take its own away (its graph optimizer drops the one for the other, then folds ours).
     with tf.GradientTape() as tape:
         result = fn()
         value = result[0] if has_aux else result
@@ -86,6 +85,10 @@ def value_and_grad(
     gradients = [g if v.trainable else None for g, v in zip(gradients, variables, strict=True)]
     if not sparse:
         gradients = [g if g is None else tf.convert_to_tensor(g) for g in gradients]
+        # All of them before any is used: for an optimizer that is called by hand, the tie that
+        # `apply_gradients` tells of becomes a real one.
+        with tf.control_dependencies([g for g in gradients if g is not None]):
+            gradients = [g if g is None else tf.identity(g) for g in gradients]
     return result, gradients
 
 
@@ -146,7 +149,16 @@ def trace(fn: Callable[..., Tree], args: Sequence[Any]) -> list[Any]:
 
 def apply_gradients(optimizer: Any, gradients: Sequence[Any], variables: Sequence[Any]) -> None:
     """One update of `variables` by `optimizer`, which is built."""
-    optimizer.apply(gradients, variables)
+    # Without replicas there is nothing to sum over them. Keras' sum over the only one ties all
+    # gradients together, and TensorFlow's graph optimizer takes the tie, which it removes later,
+    # for a reason to drop the order between the read of a weight and its update: on a busy machine
+    # a step in some thousands was computed with weights half updated. A scaled loss is a real tie.
+    if tf.distribute.has_strategy() or isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        optimizer.apply(gradients, variables)
+    else:
+        tf.distribute.get_replica_context().merge_call(
+            lambda _: optimizer.apply(gradients, variables)
+        )
 
 
 def stack(batches: Sequence[Tree], capacity: int) -> Tree:
