@@ -199,6 +199,25 @@ def test_the_gradient_by_an_assigned_variable_is_that_at_its_new_value():
         assert (number(by_a), number(by_b)) == (4, 4)  # 2ab and a^2, at a = 2
 
 
+def test_a_gradient_of_the_users_own_may_read_a_variable():
+    a, scale = variable(3.0), variable(2.0, trainable=False)
+
+    @ops.custom_gradient
+    def scaled(x):
+        def gradient(*args, upstream=None):
+            return (args[0] if upstream is None else upstream) * scale
+
+        return x * 1.0, gradient
+
+    @core.function
+    def run():
+        return core.value_and_grad(lambda: scaled(ops.convert_to_tensor(a)), [a])[1][0]
+
+    assert number(run()) == 2
+    scale.assign(5.0)  # read anew, not a constant of the program
+    assert number(run()) == 5
+
+
 def test_no_gradient_is_none():
     used, unused = variable(1.0), variable([1.0, 2.0])
     kinds = []

@@ -1,9 +1,9 @@
 """JAX: a stateful Keras function becomes one jitted pure function of the variables that it meets.
 
-A function is traced abstractly first, under a `Recorder` that sees which Keras variables it reads
-and which it assigns. The compiled program takes (assigned values, read values, arguments) and
-returns (new values, outputs); only the assigned values are donated. A variable that is only read is
-an argument, never a constant of the program.
+A function is run abstractly first, without its gradients and updates, under a `Recorder` that sees
+which Keras variables it reads and which it assigns. The compiled program takes (assigned values,
+read values, arguments) and returns (new values, outputs); only the assigned values are donated. A
+variable that is only read is an argument, never a constant of the program.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -54,6 +54,14 @@ def _signature(leaf: Any) -> Any:
     return (leaf.shape, leaf.dtype) if _is_array(leaf) else (type(leaf), leaf)
 
 
+class _Discovery(Recorder):
+    """The scope in which a function shows its variables; gradients and updates are left out."""
+
+
+class _Missed(Exception):
+    """Of variables that a function met in its trace, but not in its discovery."""
+
+
 class _Program:
     """One compiled program: the variables it assigns and reads, and the jitted pure function."""
 
@@ -68,9 +76,14 @@ class _Program:
             args, kwargs = jax.tree_util.tree_unflatten(structure, filled)
             return _read_out(fn(*args, **kwargs))
 
-        with Recorder() as met:
+        self.call = call
+        self.quickly = True
+        self._discover([leaves[slot] for slot in slots])
+
+    def _discover(self, arrays: list[Any]) -> None:
+        with _Discovery() if self.quickly else Recorder() as met:
             # Outside the trace this scope ends, so variables that `fn` creates get real values.
-            jax.eval_shape(call, [leaves[slot] for slot in slots])
+            jax.eval_shape(lambda arrays: self.call(arrays), arrays)
         self.assigned = list(met.assigned.values())
         self.read = [v for key, v in met.read.items() if key not in met.assigned]
         self.last: list[Any] = [None] * len(self.assigned)
@@ -78,13 +91,10 @@ class _Program:
         def pure(assigned: list[Any], read: list[Any], arrays: list[Any]) -> tuple[Tree, list[Any]]:
             known = (*self.assigned, *self.read)
             with Recorder(zip(known, (*assigned, *read), strict=True)) as scope:
-                outputs = call(arrays)
+                outputs = self.call(arrays)
                 new = [scope.get_current_value(v) for v in self.assigned]
             if missed := [v.path for v in scope.met if id(v) not in met.read | met.assigned]:
-                raise RuntimeError(
-                    f"The function met other variables when it was traced again: {missed}. What it "
-                    "reads and assigns may depend on its arguments, not on other Python state."
-                )
+                raise _Missed(missed)
             return outputs, new
 
         self.compiled = jax.jit(pure, donate_argnums=0)
@@ -96,7 +106,17 @@ class _Program:
             value if (value := variable.value) is last else _copied(value)
             for variable, last in zip(self.assigned, self.last, strict=True)
         ]
-        outputs, self.last = self.compiled(assigned, [v.value for v in self.read], arrays)
+        try:
+            outputs, self.last = self.compiled(assigned, [v.value for v in self.read], arrays)
+        except _Missed as missed:
+            if self.quickly:  # a gradient of the user's own may have read them
+                self.quickly = False
+                self._discover(arrays)
+                return self(arrays)
+            raise RuntimeError(
+                f"The function met other variables when it was traced again: {missed}. What it "
+                "reads and assigns may depend on its arguments, not on other Python state."
+            ) from None
         for variable, value in zip(self.assigned, self.last, strict=True):
             variable.assign(value)
         return outputs
@@ -141,6 +161,10 @@ def value_and_grad(
     `sparse` changes nothing: only TensorFlow has sparse gradients.
     """
     outer = current()
+    if isinstance(outer, _Discovery):
+        result = fn()
+        met = [v.trainable and id(v) in outer.read for v in variables]
+        return result, [v.value if m else None for v, m in zip(variables, met, strict=True)]
     by = [variable for variable in variables if variable.trainable]
     connected = [False] * len(by)
     assigned: list[Any] = []
@@ -212,19 +236,25 @@ def repeat(step: Callable[..., Tree], row: Callable[[Tree, Any], tuple[Any, ...]
             return _read_out(step(*row(batches, i)))
 
         outer = current()
-        with Recorder((), outer) as met:
+        with _Discovery((), outer) as met:
             outputs = jax.eval_shape(one, jax.ShapeDtypeStruct((), jnp.int32))
         variables = list(met.assigned.values())
+        rows = jax.tree_util.tree_map(lambda o: jnp.zeros((capacity, *o.shape), o.dtype), outputs)
+        if isinstance(outer, _Discovery):
+            for variable in variables:
+                variable.assign(variable.value)
+            return rows
 
         def body(carry: tuple[Any, list[Any], Tree]) -> tuple[Any, list[Any], Tree]:
             i, values, rows = carry
             with Recorder(zip(variables, values, strict=True), outer) as scope:
                 output = one(i)
                 values = [scope.get_current_value(variable) for variable in variables]
+            if missed := scope.assigned.keys() - met.assigned.keys():
+                raise _Missed([scope.assigned[key].path for key in missed])
             rows = jax.tree_util.tree_map(lambda row, new: row.at[i].set(new), rows, output)
             return i + 1, values, rows
 
-        rows = jax.tree_util.tree_map(lambda o: jnp.zeros((capacity, *o.shape), o.dtype), outputs)
         start = (jnp.int32(0), [variable.value for variable in variables], rows)
         _, values, rows = jax.lax.while_loop(lambda carry: carry[0] < count, body, start)
         for variable, value in zip(variables, values, strict=True):
@@ -244,7 +274,10 @@ def trace(fn: Callable[..., Tree], args: Sequence[Any]) -> list[Any]:
 
 def apply_gradients(optimizer: Any, gradients: Sequence[Any], variables: Sequence[Any]) -> None:
     """One update of `variables` by `optimizer`, which is built."""
-    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+    if isinstance(current(), _Discovery):
+        for variable in (*variables, *optimizer.variables):
+            variable.assign(variable.value)
+    elif isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         # Its apply() assigns inside the branches of a condition, from where no value comes out.
         weights, state = optimizer.stateless_apply(
             [v.value for v in optimizer.variables], gradients, [v.value for v in variables]
