@@ -122,6 +122,21 @@ def test_the_newest_are_kept(tmp_path):
     assert sorted(os.listdir(tmp_path)) == [path.name for path in store.paths()]
 
 
+def test_what_a_user_puts_into_the_folder_stays(tmp_path):
+    store, others = Store(tmp_path), ["checkpoint-best", "checkpoint-00000001-mine", ".tmp-mine"]
+    for name in others:
+        (tmp_path / name).mkdir()
+    (tmp_path / "checkpoint-notes.txt").write_text("mine")
+    lock = store.lock()
+    paths = [write(store, value, keep=2) for value in range(4)]
+    lock.release()
+    expected = [".lock", "checkpoint-notes.txt", *others, *(path.name for path in paths[2:])]
+    assert sorted(os.listdir(tmp_path)) == sorted(expected)
+    assert paths[0].name == "checkpoint-00000001"
+    assert store.paths() == paths[2:]
+    assert_same(store.read_newest().tree, tree_of(3))
+
+
 class Killed(BaseException):
     """Stands for SIGKILL: from here on the process does nothing, not even tidy up."""
 

@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -28,8 +29,8 @@ from polus.files import TEMPORARY_PREFIX, atomic_write, remove
 FORMAT = 1
 STATE = "state.safetensors"
 MANIFEST = "manifest.json"
-PREFIX = "checkpoint-"
 DAMAGED_PREFIX = "damaged-"
+NAME = "checkpoint-([0-9]{8,})"
 
 DTYPES = {  # of arrays in a safetensors file, as NumPy calls them
     "bool": "BOOL",
@@ -161,17 +162,22 @@ class Store:
                 f"Another run writes its checkpoints to {self.directory}. Two runs would mix "
                 "theirs: wait until it has ended, or give this one a folder of its own."
             ) from None
-        for rest in self.directory.glob(f"{TEMPORARY_PREFIX}*"):
+        for rest in self._named(f"{re.escape(TEMPORARY_PREFIX)}[0-9a-f]+-{NAME}"):
             remove(rest)  # of a run that was killed while it saved
         return lock
 
     def paths(self) -> list[Path]:
         """The checkpoints' folders, oldest first, without those set aside."""
-        return sorted(self.directory.glob(f"{PREFIX}*"), key=_number)
+        return self._named(NAME)
 
     def damaged(self) -> list[Path]:
         """The checkpoints that were set aside, oldest first."""
-        return sorted(self.directory.glob(f"{DAMAGED_PREFIX}{PREFIX}*"), key=_number)
+        return self._named(f"{DAMAGED_PREFIX}{NAME}(-[0-9a-f]{{8}})?")
+
+    def _named(self, form: str) -> list[Path]:
+        """What has a name of this form, oldest first. What has none of ours is the user's own."""
+        found = [path for path in self.directory.glob("*") if re.fullmatch(form, path.name)]
+        return sorted(found, key=_number)
 
     def write(self, snapshot: Snapshot, facts: dict[str, Any], keep: int) -> Path:
         """Writes one more checkpoint, verifies it, and then removes all but the newest `keep`.
@@ -189,7 +195,7 @@ class Store:
             DamagedError: If what was written reads back differently; it has been set aside.
         """
         number = 1 + max(map(_number, self.paths() + self.damaged()), default=0)
-        path = self.directory / f"{PREFIX}{number:08d}"
+        path = self.directory / f"checkpoint-{number:08d}"
         with atomic_write(path) as folder:
             folder.mkdir()
             manifest = {
@@ -320,9 +326,8 @@ def _seal(manifest: dict[str, Any]) -> str:
 
 
 def _number(path: Path) -> int:
-    """The N of [damaged-]checkpoint-N[-again]; 0 for what someone else has put there."""
-    number = path.name.removeprefix(DAMAGED_PREFIX).removeprefix(PREFIX).split("-")[0]
-    return int(number) if number.isdecimal() else 0
+    """The N of a name that has checkpoint-N in it."""
+    return int(re.findall(NAME, path.name)[0])
 
 
 def _bytes(array: np.ndarray) -> np.ndarray:
