@@ -233,6 +233,76 @@ def test_a_signal_while_a_checkpoint_is_written(tmp_path, monkeypatch):
     assert [p["progress"]["step"] for p in trees(tmp_path)] == [2, 3]
 
 
+@pytest.mark.parametrize("moment", ["in the last save", "behind it", "in a finished run"])
+def test_a_signal_after_the_last_step_counts_too(tmp_path, one_epoch, moment):
+    class Late(Callback):
+        def term(self):
+            self.term = lambda: None  # once
+            signal.raise_signal(signal.SIGTERM)
+
+        def get_state(self):
+            if moment == "in the last save":
+                self.term()
+            return {}
+
+        def on_train_begin(self):
+            if moment == "in a finished run":
+                self.term()
+
+        def on_train_end(self):
+            self.ended = True
+
+    folder = one_epoch if moment == "in a finished run" else str(tmp_path)
+    trainer, late = new_trainer(), Late()
+    if moment == "behind it":
+        trainer.optimizer.finalize_variable_values = lambda weights: late.term()
+    with pytest.raises(SystemExit) as exit_:
+        trainer.train(data(), 1, [Checkpoint(folder), Remembers(), late], resume=folder)
+    assert exit_.value.code == 128 + signal.SIGTERM
+    assert late.ended
+    assert trees(folder)[-1]["progress"]["epoch"] == 1
+
+
+def test_a_signal_lets_each_checkpoint_save(tmp_path):
+    folders = [tmp_path / "a", tmp_path / "b"]
+    term = Remembers(("step", 0, 3), lambda: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(SystemExit):
+        new_trainer().train(data(), 1, [*map(Checkpoint, folders), term])
+    assert [[t["progress"]["step"] for t in trees(folder)] for folder in folders] == [[4], [4]]
+
+
+def test_a_second_signal_waits_for_no_write(tmp_path, monkeypatch):
+    ended, write = threading.Event(), Store.write
+
+    def slow(self, *arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+        assert ended.wait(5)
+        return write(self, *arguments)
+
+    monkeypatch.setattr(Store, "write", slow)
+    term = Remembers(("step", 0, 3), lambda: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        new_trainer().train(data(), 1, [Checkpoint(tmp_path), term])
+    # The thread has the folder until it is done, and doesn't hold up the end of the process.
+    (thread,) = [t for t in threading.enumerate() if t.name == "polus-checkpoint"]
+    assert thread.daemon
+    with pytest.raises(CheckpointError, match="Another run"):
+        Store(tmp_path).lock()
+    ended.set()
+    thread.join()
+    assert [p["progress"]["step"] for p in trees(tmp_path)] == [4]
+    Store(tmp_path).lock().release()
+
+
+def test_a_signal_that_is_ignored_stays_ignored(tmp_path):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell starts what ends with &
+    try:
+        train(str(tmp_path), ("step", 0, 3), lambda: signal.raise_signal(signal.SIGINT), epochs=1)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def trees(folder):
     return [read(path).tree for path in Store(folder).paths()]
 

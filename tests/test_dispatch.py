@@ -16,6 +16,7 @@ from polus.backends import backend
 from polus.callbacks import Callback
 from polus.data import Feed, as_source, from_arrays
 from polus.dispatch import Dispatch, choose
+from polus.signals import Signals
 from polus.state import random_state
 from polus.training import ClassifierTrainer
 
@@ -129,6 +130,21 @@ def test_an_interruption_falls_between_two_steps():
     assert interrupt.ended
     assert (run.epoch, run.step) == (0, 4)
     assert number(trainer.step_counter) == len(later.heard) == len(run.history.steps["loss"]) == 4
+
+
+def test_an_interruption_after_the_last_step_is_one():
+    class Interrupt(Callback):
+        def on_epoch_end(self, epoch):  # where a validation runs
+            if epoch == 1:
+                signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer().train(BATCHES, 2, [Interrupt()])
+
+
+def test_no_interruption_is_lost():
+    with pytest.raises(KeyboardInterrupt), Signals():
+        signal.raise_signal(signal.SIGINT)
 
 
 # ---------------------------------------------------------------------- how it is chosen

@@ -368,6 +368,7 @@ class BaseTrainer(BaseLogger):
                     if self.early_stop:
                         break
             run.on_epoch_end(self._metric_results())
+            run.poll()
         for optimizer, weights in self._updates:
             # Where it keeps an average of the weights (EMA), they end as that, as in Keras.
             optimizer.finalize_variable_values(weights)

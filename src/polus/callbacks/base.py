@@ -194,9 +194,18 @@ class CallbackCoordinator:
     def poll(self) -> None:
         """Lets a signal that came end the run. Called between steps, also while data is late."""
         if self.signals.pending is not None:
-            for callback in self.callbacks:  # a checkpoint saves first
-                callback.on_boundary()
+            self._boundary()  # a checkpoint saves first
             self.signals.check()
+
+    def _boundary(self) -> None:
+        ended = None
+        for callback in self.callbacks:
+            try:
+                callback.on_boundary()
+            except SystemExit as exit_:  # the others, too, save before that
+                ended = ended or exit_
+        if ended is not None:
+            raise ended
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -250,8 +259,7 @@ class CallbackCoordinator:
         self.step_logs = logs
         for callback in self.callbacks:
             callback.on_steps_end(self.epoch, steps, logs["loss"])
-        for callback in self.callbacks:
-            callback.on_boundary()
+        self._boundary()
 
     def on_epoch_end(self, metrics: dict[str, Any]) -> None:
         """Closes an epoch: its logs, the callbacks, and the next one begins."""
@@ -270,8 +278,7 @@ class CallbackCoordinator:
             callback.on_epoch_end(self.epoch)
         self.history.end_epoch(self.epoch, logs)
         self.epoch, self.step = self.epoch + 1, 0
-        for callback in self.callbacks:
-            callback.on_boundary()
+        self._boundary()
 
     def _weighted_means(self) -> dict[str, float]:
         """The loss and terms of this epoch, each step weighted by its number of examples."""

@@ -3,9 +3,10 @@
 import logging
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable as Function
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,6 @@ class Checkpoint(Callback):
         self.keep = keep
         self.clock = clock
         self._lock: filelock.BaseFileLock | None = None
-        self._writer: ThreadPoolExecutor | None = None
         self._losses: Any = None  # of the newest steps
 
     def add_coordinator(self, coordinator: CallbackCoordinator) -> None:
@@ -93,7 +93,6 @@ class Checkpoint(Callback):
             self._take_folder()
         except OSError as error:
             self._failed(error)
-        self._writer = ThreadPoolExecutor(1, "polus-checkpoint")
         for number in SIGNALS:
             self.coordinator.signals.listen(number)
 
@@ -111,13 +110,13 @@ class Checkpoint(Callback):
         if self._variables is None:
             # Memory that is fresh from the system costs many times the copy: a thread fetches it.
             self._variables = self.coordinator.trainer.state_variables()
-            assert self._writer is not None
-            self._writing = self._writer.submit(room_for, self._variables)
-        number = self.coordinator.signals.pending
-        if number is not None or self._is_due():
+            self._in_background(room_for, self._variables)
+        if self._is_due():
             self.save()
+        number = self.coordinator.signals.pending  # also one that came during that save
         if number is None:
             return
+        self.save()  # nothing, if that save was it
         self._finish()
         name, folder = signal.Signals(number).name, self.store.directory
         if self._failure is None:
@@ -133,19 +132,16 @@ class Checkpoint(Callback):
         raise SystemExit(128 + number)
 
     def on_train_end(self) -> None:
-        """Waits for what is being written, and gives the folder back.
+        """Waits for what is being written, unless a second signal came, and gives the folder back.
 
         Raises:
             CheckpointError: if the run itself went well and not one checkpoint could be written.
         """
         try:
-            self._finish()
+            if not self.coordinator.signals.second:
+                self._finish()
         finally:
-            if self._writer is not None:
-                self._writer.shutdown()
-            if self._lock is not None:
-                self._lock.release()
-            self._lock = self._writer = self._writing = None
+            self._give_folder_back()
         if self._newest is None and self._failure and self.coordinator.exception is None:
             raise CheckpointError(
                 f"Not one checkpoint could be written to {self.store.directory}: "
@@ -171,8 +167,7 @@ class Checkpoint(Callback):
             "environment": self._environment,
         }
         self._position = run.epoch, run.step
-        assert self._writer is not None
-        self._writing = self._writer.submit(self._write, snapshot, facts)
+        self._in_background(self._write, snapshot, facts)
 
     def _is_due(self) -> bool:
         run = self.coordinator
@@ -201,6 +196,28 @@ class Checkpoint(Callback):
     def _take_folder(self) -> None:
         if self._lock is None:
             self._lock = self.store.lock()
+
+    def _in_background(self, function: Function[..., Any], *arguments: Any) -> None:
+        """Calls it in a thread that, unlike a pool's, doesn't hold up the end of the process."""
+        # Known before the thread is: a second Ctrl-C may fall between two lines.
+        writing = self._writing = Future()
+
+        def work() -> None:
+            try:
+                writing.set_result(function(*arguments))
+            except BaseException as exception:  # raised again where the result is asked for
+                writing.set_exception(exception)
+
+        threading.Thread(target=work, name="polus-checkpoint", daemon=True).start()
+
+    def _give_folder_back(self) -> None:
+        """Releases the lock, once nothing is written any more."""
+        lock, writing = self._lock, self._writing
+        self._lock = self._writing = None
+        if lock is not None and writing is not None:
+            writing.add_done_callback(lambda _: lock.release())
+        elif lock is not None:
+            lock.release()
 
     def _finish(self) -> dict[str, np.ndarray]:
         """Waits for what is being written. Returns the memory of it, for the next copy."""
