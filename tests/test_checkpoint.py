@@ -336,6 +336,28 @@ def test_a_signal_while_the_data_is_late(tmp_path, monkeypatch):
     assert [p["progress"]["step"] for p in trees(tmp_path)] in ([0], [1], [2])
 
 
+@pytest.mark.parametrize(("name", "ends"), [("SIGTERM", SystemExit), ("SIGINT", KeyboardInterrupt)])
+def test_a_signal_while_a_resume_reads_what_was_seen(tmp_path, name, ends, caplog):
+    def batches():
+        for i in range(6):
+            if resuming:
+                read.append(i)
+            if resuming and i == 2:
+                signal.raise_signal(getattr(signal, name))
+            yield x[8 * i :][:8], y[8 * i :][:8]
+
+    resuming, read = False, []
+    with pytest.raises(Killed):
+        train(str(tmp_path), ("step", 0, 4), dataset=batches)
+    before, resuming = sorted(os.listdir(tmp_path)), True
+    with pytest.raises(ends) as ended:
+        train(str(tmp_path), dataset=batches)
+    assert ends is KeyboardInterrupt or ended.value.code == 128 + signal.SIGTERM
+    assert read == [0, 1, 2]  # of the four that were seen
+    assert f"{name}: the run has not gone on yet, and nothing is saved" in caplog.text
+    assert sorted(os.listdir(tmp_path)) == before
+
+
 @pytest.fixture
 def full_disk(monkeypatch):
     """Store.write fails as often as `full_disk.times` says."""

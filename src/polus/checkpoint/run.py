@@ -5,6 +5,7 @@ import logging
 import os
 import platform
 import re
+import signal
 import sys
 from collections import Counter
 from pathlib import Path
@@ -109,7 +110,9 @@ def _restore(run: "CallbackCoordinator", tree: Tree, same_backend: bool) -> None
     if not same_backend:  # whose generators are none of this one's
         for state in (tree["random"], tree["data"]["begun"]["random"]):
             state["backend"] = random_state()["backend"]
-    data, random = position.resume(run.feed, run.epoch, run.step, tree["data"], tree["random"])
+    data, random = position.resume(
+        run.feed, run.epoch, run.step, tree["data"], tree["random"], lambda: _stop_if_asked(run)
+    )
     trainer._example = data.example
     # From here on nothing of the data is read any more, and what building draws is put back.
     variables = trainer.state_variables()
@@ -121,6 +124,17 @@ def _restore(run: "CallbackCoordinator", tree: Tree, same_backend: bool) -> None
     _restore_callbacks(run, tree["callbacks"])
     trainer.early_stop = progress["early_stop"]
     set_random_state(random)
+
+
+def _stop_if_asked(run: "CallbackCoordinator") -> None:
+    """Lets a signal end the run before it goes on: a save would be of half a run."""
+    if run.signals.pending is not None:
+        logger.warning(
+            "%s: the run has not gone on yet, and nothing is saved. The same program continues "
+            "from the same checkpoint.",
+            signal.Signals(run.signals.pending).name,
+        )
+        run.signals.check()
 
 
 def _kinds(run: "CallbackCoordinator") -> dict[str, str]:

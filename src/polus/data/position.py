@@ -15,6 +15,7 @@ import logging
 import sys
 import time
 import zlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import keras
@@ -52,7 +53,12 @@ def beginning(feed: "Feed") -> dict[str, Any]:
 
 
 def resume(
-    feed: "Feed", epoch: int, step: int, state: dict[str, Any], random: dict[str, Any]
+    feed: "Feed",
+    epoch: int,
+    step: int,
+    state: dict[str, Any],
+    random: dict[str, Any],
+    poll: Callable[[], None] = lambda: None,
 ) -> tuple["Epoch", dict[str, Any]]:
     """Makes `feed` go on before `step` of `epoch`.
 
@@ -62,6 +68,7 @@ def resume(
         step: where to go on.
         state: what `get_state` gave there.
         random: `random_state()` there. It may be ahead of the data: batches are read in advance.
+        poll: called before each batch that is read and dropped; may raise.
 
     Returns:
         The epoch, with its next batch read, and the random state to train on with.
@@ -88,13 +95,13 @@ def resume(
             source.resume_from(_decoded(mark[1]))
         data = feed.resumed(epoch, step if mark is None else mark[0], state["begun"])
         data.remember(head)
-        _skip(data, step)
+        _skip(data, step, poll)
     else:
         data = feed.resumed(epoch, 0, state["begun"])
         if (head := data.peek()) is not None:
             data.remember(head)
         first = random_state()
-        _skip(data, step)
+        _skip(data, step, poll)
         data.peek()
         # A generator from which each batch is drawn is where the data has it now.
         drawn = {k: v for k, v in random_state().items() if not _same(v, first[k])}
@@ -122,10 +129,11 @@ def _kind(feed: "Feed") -> str:
     return "tf.data.Dataset" if kind.__module__.startswith("tensorflow.") else kind.__qualname__
 
 
-def _skip(data: "Epoch", step: int) -> None:
+def _skip(data: "Epoch", step: int, poll: Callable[[], None]) -> None:
     """Reads batches and drops them, up to `step`."""
     count, told = step - data.start, time.monotonic()
     for done in range(count):
+        poll()
         if time.monotonic() - told > 5:
             told = time.monotonic()
             logger.info("Reading up to where the run stood: batch %d of %d.", done, count)
