@@ -8,6 +8,7 @@ import errno
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -407,6 +408,24 @@ def test_two_runs_do_not_share_a_folder(tmp_path):
     with pytest.raises(CheckpointError, match="Another run writes its checkpoints to"):
         train(str(tmp_path))
     lock.release()
+
+
+def test_a_folder_that_was_removed_is_locked_anew(tmp_path):
+    class Removes(Callback):
+        refused = False
+
+        def on_epoch_end(self, epoch):
+            if epoch == 0:
+                shutil.rmtree(tmp_path)
+            elif epoch == 2:  # the save after the first epoch is through
+                with pytest.raises(CheckpointError, match="Another run"):
+                    Store(tmp_path).lock()
+                self.refused = True
+
+    removes = Removes()
+    new_trainer().train(data(), 3, [Checkpoint(tmp_path), removes])
+    assert removes.refused
+    Store(tmp_path).lock().release()
 
 
 @pytest.fixture(scope="module")

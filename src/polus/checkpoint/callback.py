@@ -16,7 +16,7 @@ import numpy as np
 
 from polus.callbacks.base import Callback, CallbackCoordinator
 from polus.checkpoint.run import Variables, environment, room_for, run_state
-from polus.checkpoint.store import CheckpointError, DamagedError, Snapshot, Store, take_apart
+from polus.checkpoint.store import CheckpointError, Snapshot, Store, take_apart
 
 logger = logging.getLogger("polus.checkpoint")
 
@@ -73,6 +73,7 @@ class Checkpoint(Callback):
         self.keep = keep
         self.clock = clock
         self._lock: filelock.BaseFileLock | None = None
+        self._locked: tuple[int, int] | None = None  # which file that is
         self._losses: Any = None  # of the newest steps
 
     def add_coordinator(self, coordinator: CallbackCoordinator) -> None:
@@ -189,13 +190,18 @@ class Checkpoint(Callback):
             self._take_folder()
             self._newest = self.store.write(snapshot, facts, self.keep)
             self._failure = None
-        except (OSError, DamagedError) as error:
+        except (OSError, CheckpointError) as error:
             self._failed(error)
         return snapshot.arrays
 
     def _take_folder(self) -> None:
-        if self._lock is None:
-            self._lock = self.store.lock()
+        if self._lock is not None:
+            if self._locked == _identity(self._lock.lock_file):
+                return
+            self._lock.release()  # the folder was removed since: that lock keeps nobody out
+            self._lock = None
+        self._lock = self.store.lock()
+        self._locked = _identity(self._lock.lock_file)
 
     def _in_background(self, function: Function[..., Any], *arguments: Any) -> None:
         """Calls it in a thread that, unlike a pool's, doesn't hold up the end of the process."""
@@ -233,3 +239,12 @@ class Checkpoint(Callback):
             error,
             f"The newest one is {written[-1]}." if written else "There is none yet.",
         )
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    """What tells a file from another one of its name; None where there is none."""
+    try:
+        stat = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return stat.st_dev, stat.st_ino
