@@ -428,12 +428,41 @@ def test_a_folder_that_was_removed_is_locked_anew(tmp_path):
     Store(tmp_path).lock().release()
 
 
+def test_a_folder_that_another_run_has_taken_meanwhile_does_not_end_the_run(tmp_path, caplog):
+    class Taken(Callback):
+        def on_epoch_end(self, epoch):
+            if epoch == 0:
+                shutil.rmtree(tmp_path)
+                self.lock = Store(tmp_path).lock()
+            elif epoch == 2:
+                self.lock.release()
+
+    new_trainer().train(data(), 3, [Checkpoint(tmp_path), Taken()])
+    assert "NO CHECKPOINT WAS WRITTEN to" in caplog.text
+    assert "Another run writes its checkpoints to" in caplog.text
+    assert trees(tmp_path)[-1]["progress"]["epoch"] == 3
+
+
 @pytest.fixture(scope="module")
 def one_epoch(tmp_path_factory):
     polus.core.set_jit_compile(backend.candidates()[0])
     folder = tmp_path_factory.mktemp("one_epoch")
     train(str(folder), epochs=1)
     return str(folder)
+
+
+def test_a_run_from_the_beginning_leaves_earlier_checkpoints_alone(one_epoch, tmp_path):
+    folder = shutil.copytree(one_epoch, tmp_path / "run")
+    paths, trainer = Store(folder).paths(), new_trainer()
+    for resume in (None, tmp_path / "empty"):
+        with pytest.raises(CheckpointError, match=r"has checkpoints of an .* resume='.*/run'\)"):
+            trainer.train(data(), 1, [Checkpoint(folder, keep=1)], resume=resume)
+    assert Store(folder).paths() == paths
+    # The lock is free again; and of two folders one may be the spare copy.
+    spare = tmp_path / "spare"
+    for epochs in (2, 3):
+        trainer.train(data(), epochs, [Checkpoint(folder), Checkpoint(spare)], resume=folder)
+    assert [t["progress"]["epoch"] for t in trees(spare)] == [2, 3]
 
 
 @pytest.mark.parametrize(

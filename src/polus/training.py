@@ -335,10 +335,13 @@ class BaseTrainer(BaseLogger):
         callbacks = config.get("callbacks", ())
         run = CallbackCoordinator(callbacks, self, config["epochs"], feed)
         self.early_stop = False
-        with self._rate(config.get("learning_rate")), run.running(), self._misfits_explained():
-            if (resume := config.get("resume")) is not None:
-                from polus.checkpoint import resume_run
+        if (resume := config.get("resume")) is not None:
+            from polus.checkpoint import resume_run
+            from polus.checkpoint.store import Store
 
+            run.continues = bool(Store(resume).paths())
+        with self._rate(config.get("learning_rate")), run.running(), self._misfits_explained():
+            if resume is not None:
                 resume_run(run, resume)
             self._run(run, config.get("steps_per_dispatch"))
         self._steps_before += run.epochs * (run.steps or 0)

@@ -119,6 +119,7 @@ class CallbackCoordinator:
         trainer: the trainer of the run. callbacks: the callbacks, Keras' own ones adapted.
         epochs: the number of epochs. steps: the steps of one epoch, None where it is not known yet.
         epoch, step: what comes next, both from 0.
+        continues: whether there is a checkpoint that the run goes on from.
         feed: the data. history: the `History` of the run.
         shared_dict: what callbacks tell each other: `"smooth_loss"`, `"validation"` (set name ->
             metric name -> list of values), `"epoch_logs"`.
@@ -135,6 +136,7 @@ class CallbackCoordinator:
         self.feed = feed
         self.epoch = 0
         self.step = 0
+        self.continues = False
         self.batch_sizes: list[int] = []  # of the steps of this epoch so far
         self.history = History()
         self.shared_dict: dict[str, Any] = {"validation": {}, "epoch_logs": {}}
