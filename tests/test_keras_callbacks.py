@@ -229,6 +229,17 @@ def test_a_csv_log_has_the_rows_of_fit(tmp_path):
             assert float(got[name]) == pytest.approx(float(expected[name]), rel=1e-4)
 
 
+def test_a_csv_log_goes_on_with_a_resumed_run(tmp_path):
+    def log(name, *totals):
+        for epochs in totals:
+            given = [keras.callbacks.CSVLogger(tmp_path / name), Checkpoint(tmp_path / f"{name}.d")]
+            run(given, "train", epochs, resume=tmp_path / f"{name}.d")
+        return (tmp_path / name).read_text()
+
+    (tmp_path / "parts").write_text("of an earlier run")
+    assert log("parts", 2, 2, 3) == log("whole", 3)  # a finished run does nothing
+
+
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 def test_training_ends_at_a_loss_that_is_not_finite():
     batches = {}

@@ -64,6 +64,8 @@ class KerasCallback(Callback):
             self.callback.mode = "min" if falls(self.callback.monitor) else "max"
         self.callback.set_params({"epochs": run.epochs, "steps": run.steps, "verbose": 1})
         self.callback.set_model(model)
+        if run.continues and isinstance(self.callback, keras.callbacks.CSVLogger):
+            self.callback.append = True  # else it empties the file
         self.callback.on_train_begin({})
         # Where BackupAndRestore leaves the epoch that it restored.
         run.epoch = model._initial_epoch or run.epoch
