@@ -424,9 +424,12 @@ def test_a_killed_run_holds_no_lock(tmp_path):
     rest = tmp_path / ".tmp-1234-checkpoint-00000001"
     rest.mkdir()
     program = (
-        "import filelock, sys\n"
+        "import filelock, os, sys\n"
         "lock = filelock.FileLock(sys.argv[1])\n"
         "lock.acquire()\n"
+        "if os.fork() == 0:\n"  # as the workers of a loader, which live on for a while
+        "    sys.stdin.read()\n"
+        "    os._exit(0)\n"
         "print('locked', flush=True)\n"
         "sys.stdin.read()"
     )
@@ -438,5 +441,6 @@ def test_a_killed_run_holds_no_lock(tmp_path):
             store.lock()
         assert rest.exists()
         child.send_signal(signal.SIGKILL)
-    store.lock().release()
+        child.wait()
+        store.lock().release()
     assert not rest.exists()
