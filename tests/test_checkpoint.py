@@ -516,9 +516,34 @@ def test_when_it_saves(tmp_path):
     assert saved_at(every_epochs=None, every_secs=50) == [(0, 5), (1, 3), (2, 1), (2, 6), (3, 0)]
 
 
-@pytest.mark.parametrize("kwargs", [{"keep": 0}, {"every_epochs": 0}, {"every_secs": -1}])
+def test_a_callback_may_have_the_run_saved(tmp_path):
+    class Saves(Callback):
+        def on_train_begin(self):
+            with pytest.raises(RuntimeError, match="known from its first batch on"):
+                checkpoint.save()
+
+        def on_train_batch_end(self, epoch, step, loss):
+            if step in (0, 3):
+                checkpoint.save()
+
+    checkpoint = Checkpoint(tmp_path)
+    new_trainer().train(data(), 1, [checkpoint, Saves()])
+    assert [t["progress"]["step"] for t in trees(tmp_path)] == [1, 4, 0]
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"keep": 0},
+        {"every_epochs": 0},
+        {"every_steps": 0},
+        {"every_steps": 2.5},
+        {"every_secs": -1},
+        {"every_secs": "a"},
+    ],
+)
 def test_wrong_arguments(kwargs):
-    with pytest.raises(ValueError, match=next(iter(kwargs))):
+    with pytest.raises(ValueError, match=f"{next(iter(kwargs))} is a .* and got"):
         Checkpoint("anywhere", **kwargs)
 
 
@@ -553,7 +578,8 @@ def test_a_state_that_cannot_be_stored_says_where(tmp_path):
         def get_state(self):
             return {"model": object()}
 
-    with pytest.raises(TypeError, match="At callbacks/1/1/model the state has a object"):
+    message = r"At callbacks/1/1/model the state has a object[^$]*callbacks/1 is Strange"
+    with pytest.raises(TypeError, match=message):
         new_trainer().train(data(), 1, [Checkpoint(tmp_path), Strange()])
 
 

@@ -598,7 +598,11 @@ class BaseTrainer(BaseLogger):
         order on each backend, and what a step meets besides. Known from the first batch of a run
         on.
         """
-        assert self._example is not None
+        if self._example is None:
+            raise RuntimeError(
+                "The variables of a run are known from its first batch on, and none was read yet. "
+                "Ask for them, or for a checkpoint, in on_boundary or an event of a batch's end."
+            )
         inputs = self._example
         self._build(inputs)
         variables = [self.step_counter, *self._owned_variables(), *self._survey(inputs)]

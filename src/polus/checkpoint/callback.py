@@ -61,10 +61,11 @@ class Checkpoint(Callback):
         clock: Function[[], float] = time.monotonic,
     ) -> None:
         super().__init__()
-        for name, value in (("every_epochs", every_epochs), ("keep", keep)):
+        numbers = {"every_steps": every_steps, "every_epochs": every_epochs, "keep": keep}
+        for name, value in numbers.items():
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} is a positive integer, and got {value!r}.")
-        if every_secs is not None and every_secs < 0:
+        if every_secs is not None and (not isinstance(every_secs, int | float) or every_secs < 0):
             raise ValueError(f"every_secs is a number of seconds, and got {every_secs!r}.")
         self.store = Store(Path(directory))
         self.every_steps = every_steps
@@ -116,10 +117,7 @@ class Checkpoint(Callback):
 
     def on_boundary(self) -> None:
         """Saves if it is time, and ends the run if a signal came."""
-        if self._variables is None:
-            # Memory that is fresh from the system costs many times the copy: a thread fetches it.
-            self._variables = self.coordinator.trainer.state_variables()
-            self._in_background(room_for, self._variables)
+        self._know_variables()
         if self._is_due():
             self.save()
         number = self.coordinator.signals.pending  # also one that came during that save
@@ -159,14 +157,21 @@ class Checkpoint(Callback):
             ) from self._failure
 
     def save(self) -> None:
-        """Saves the run as it stands. Returns when it is copied; a thread writes it."""
-        run = self.coordinator
+        """Saves the run as it stands. Returns when it is copied; a thread writes it.
+
+        Call it in `on_boundary`: in other events some callbacks haven't heard of the newest steps.
+        """
+        run, variables = self.coordinator, self._know_variables()
         memory = self._finish()  # one at a time: else the copies pile up
         self._last_time = self.clock()
         if self._position == (run.epoch, run.step) and self._failure is None:
             return
-        assert self._variables is not None
-        snapshot = take_apart(run_state(run, self._variables), memory)
+        try:
+            snapshot = take_apart(run_state(run, variables), memory)
+        except TypeError as error:
+            names = (f"callbacks/{i} is {type(c).__name__}" for i, c in enumerate(run.callbacks))
+            error.add_note(", ".join(names))
+            raise
         facts = {
             "epoch": run.epoch,
             "step": run.step,
@@ -177,6 +182,13 @@ class Checkpoint(Callback):
         }
         self._position = run.epoch, run.step
         self._in_background(self._write, snapshot, facts)
+
+    def _know_variables(self) -> Variables:
+        if self._variables is None:
+            self._variables = self.coordinator.trainer.state_variables()
+            # Memory that is fresh from the system costs many times the copy: a thread fetches it.
+            self._in_background(room_for, self._variables)
+        return self._variables
 
     def _is_due(self) -> bool:
         run = self.coordinator
