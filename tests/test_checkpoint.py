@@ -27,6 +27,7 @@ from polus.checkpoint import run as run_module
 from polus.checkpoint.__main__ import main
 from polus.checkpoint.store import Store, put_together, read, take_apart
 from polus.data import from_arrays
+from polus.dispatch import Dispatch
 from polus.metrics import Accuracy
 from polus.training import ClassifierTrainer
 
@@ -262,6 +263,31 @@ def test_a_signal_after_the_last_step_counts_too(tmp_path, one_epoch, moment):
     assert exit_.value.code == 128 + signal.SIGTERM
     assert late.ended
     assert trees(folder)[-1]["progress"]["epoch"] == 1
+
+
+def test_a_signal_in_a_dispatch_of_many_steps(tmp_path, monkeypatch):
+    def weights(callbacks=(), resume=None):
+        trainer = new_trainer()
+        trainer.train(data(), 2, callbacks, steps_per_dispatch=4, resume=resume)
+        return [keras.ops.convert_to_numpy(v).tobytes() for v in trainer.model.variables]
+
+    def prepare(self, block):
+        program, arguments = prepared(self, block)
+
+        def interrupted(*arguments):
+            assert block.count == 4
+            signal.raise_signal(signal.SIGTERM)
+            return program(*arguments)
+
+        return interrupted, arguments
+
+    prepared = Dispatch.prepare
+    with monkeypatch.context() as patch:
+        patch.setattr(Dispatch, "prepare", prepare)
+        with pytest.raises(SystemExit):
+            weights([Checkpoint(tmp_path)])
+    assert [t["progress"]["step"] for t in trees(tmp_path)] == [4]
+    assert weights([Checkpoint(tmp_path)], resume=tmp_path) == weights()
 
 
 def test_a_signal_lets_each_checkpoint_save(tmp_path):
