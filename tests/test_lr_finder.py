@@ -1,6 +1,8 @@
 """The range test: right on curves with known answers, and without a trace on the training."""
 
 import contextlib
+import io
+import itertools
 import json
 import logging
 import math
@@ -8,12 +10,14 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
 from keras import ops
+from rich.console import Console
 
 from polus.callbacks.base import Callback
 from polus.core import get_jit_compile, set_jit_compile
@@ -345,6 +349,22 @@ def test_the_sweep_stops_where_the_smoothed_loss_diverges():
     assert 0 < len(smoothed) - 1 - first <= 7  # seen when the window has passed it
 
 
+def test_a_sweep_of_less_than_a_decade_stops_too():
+    trainer = Slope(keras.optimizers.SGD(), 1.0, 2)
+    result = trainer.lr_finder(ONES, start_lr=1.0, end_lr=1.2)
+    assert 25 < len(result.losses) < 75
+    assert np.isfinite(result.losses).all()
+
+
+def test_the_bar_says_that_the_second_pass_is_of_no_rate(monkeypatch):
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=200)
+    monkeypatch.setattr("polus.lr_finder.Console", lambda **arguments: console)
+    Slope(keras.optimizers.SGD()).lr_finder(ONES, num_steps=16)
+    assert "the same batches, untrained, loss" in out.getvalue()
+    assert "rate 0.0e+00" not in out.getvalue()
+
+
 def test_the_sweep_stops_at_a_loss_that_is_not_finite():
     trainer = Slope(keras.optimizers.SGD(), 1.0, 2)
     result = trainer.lr_finder(ONES, end_lr=1e30, stop_factor=math.inf)
@@ -594,6 +614,41 @@ def test_training_is_the_same_after_sweeps_that_an_error_and_ctrl_c_ended(make, 
     assert sweep(interrupted) is KeyboardInterrupt
     trainer.changing_train_config(custom_data_transform_f=None)
     assert_equal(trained(trainer, data, Searcher()), alone)
+
+
+@pytest.mark.parametrize("look", ["lr_finder", "evaluate"])
+def test_data_made_in_the_middle_of_it_draws_what_it_would_have_drawn(look):
+    batches = [(INPUTS[i : i + 4], LABELS[i : i + 4]) for i in range(0, 40, 4)]
+
+    def losses(looks):
+        within, number = threading.Event(), itertools.count()
+
+        def noisy(batch):
+            if looks and next(number) == 3:
+                within.wait(0.5)  # in vain: nobody looks while a batch is made
+            return batch[0] + np.random.normal(size=(4, 6)).astype("float32"), batch[1]
+
+        def seen():
+            yield from batches[:3]
+            within.set()
+            yield from 4 * batches
+
+        class Looker(Callback):
+            def on_train_batch_end(self, epoch, step, loss):
+                if looks and step == 0:
+                    getattr(self.coordinator.trainer, look)(seen)
+
+        trainer = classifier()
+        history = trainer.train(batches, 1, [Looker()], noisy, steps_per_dispatch=1)
+        return history.steps["loss"]
+
+    np.testing.assert_array_equal(losses(True), losses(False))
+
+
+def test_a_metric_that_was_never_fed_is_not_fed_by_a_sweep():
+    trainer = classifier()
+    trainer.lr_finder(DATASETS["arrays"](), num_steps=16)
+    assert not trainer.metrics[0].has_samples
 
 
 def test_the_baseline_has_the_random_numbers_of_the_sweep():

@@ -1,5 +1,7 @@
 """A replica is read, and the dataset itself does not notice."""
 
+import itertools
+
 import keras
 import numpy as np
 import pytest
@@ -94,6 +96,31 @@ class Shuffled(keras.utils.PyDataset):
         self.generator.shuffle(self.order)
 
 
+class Begun(keras.utils.PyDataset):
+    """Shuffles at the beginning of each epoch, in place."""
+
+    def __init__(self, order):
+        super().__init__()
+        self.order, self.generator = order, np.random.default_rng(0)
+        self.same_generator = self.generator
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, i):
+        return np.array(self.order[4 * i : 4 * i + 4])
+
+    def on_epoch_begin(self):
+        self.generator.shuffle(self.order)
+        self.same_generator.random()
+
+
+class Endless(Begun):
+    @property
+    def num_batches(self):
+        return None
+
+
 def elements(batches) -> list[int]:
     return [
         int(x) for batch in batches for x in np.ravel(batch[0] if type(batch) is list else batch)
@@ -112,6 +139,8 @@ def epoch(dataset, number: int) -> list[int]:
         *(pytest.param(make, id=f"tf.data {name}") for name, make in TENSORFLOW_DATA.items()),
         *(pytest.param(make, id=f"DataLoader {name}") for name, make in LOADERS.items()),
         pytest.param(Shuffled, id="PyDataset"),
+        pytest.param(lambda: Begun(np.arange(12)), id="PyDataset that begins an epoch"),
+        pytest.param(lambda: Begun(list(range(12))), id="PyDataset of a list"),
         pytest.param(lambda: from_arrays(np.arange(12), 4), id="arrays"),
         pytest.param(lambda: [np.arange(4), np.arange(4, 8)], id="list"),
         pytest.param(lambda: lambda: iter([np.arange(4), np.arange(4, 8)]), id="function"),
@@ -143,6 +172,11 @@ def test_a_replica_has_the_examples_of_its_dataset():
     assert sorted(elements(replica(dataset).batches(0))) == list(range(12))
     data = loader(shuffle=True)
     assert replica(data).dataset.dataset is data.dataset  # shared, not copied
+
+
+def test_an_endless_pydataset_is_read_as_far_as_asked():
+    batches = replica(Endless(np.arange(24))).batches(0)
+    assert len(elements(itertools.islice(batches, 4))) == 16
 
 
 # JAX, where another test has imported it, warns of every fork, and a loader's workers are forks.
