@@ -11,6 +11,8 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from polus.ir.data import Features
 from polus.ir.encoding import encode
@@ -74,16 +76,53 @@ def test_pooling(tokenizer):
             {"pooling_mode_mean_tokens": False, "pooling_mode_max_tokens": True},
             "BertEncoder serves",
         ),
+        (
+            "modules.json",
+            [{"type": "sentence_transformers.models.Dense", "path": "2_Dense"}],
+            "models.Dense' after the encoder; BertEncoder serves Transformer, Pooling and Norm",
+        ),
     ],
 )
 def test_another_architecture_is_refused(tmp_path, file, change, message):
     for name in ("config.json", "modules.json", "1_Pooling/config.json"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(FOLDER / name, tmp_path / name)
-    changed = json.loads((tmp_path / file).read_text()) | change
+    found = json.loads((tmp_path / file).read_text())
+    changed = found | change if isinstance(found, dict) else found + change
     (tmp_path / file).write_text(json.dumps(changed))
     with pytest.raises(ValueError, match=message):
         BertEncoder.from_pretrained(tmp_path)
+
+
+def test_the_first_bert_files_names_are_read(tmp_path):
+    config = json.loads((FOLDER / "config.json").read_text())
+    config |= {"num_hidden_layers": 1, "vocab_size": 9}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with safe_open(FOLDER / "model.safetensors", "numpy") as file:
+        kept = [name for name in file.keys() if "encoder.layer.0." in name or "embed" in name]  # noqa: SIM118
+        now = {name: file.get_tensor(name) for name in kept}
+    now["embeddings.word_embeddings.weight"] = now["embeddings.word_embeddings.weight"][:9]
+    encoders = []
+    for prefix, scale, shift in (("", "weight", "bias"), ("bert.", "gamma", "beta")):
+        renamed = {
+            prefix
+            + name.replace("Norm.weight", f"Norm.{scale}").replace("Norm.bias", f"Norm.{shift}"): x
+            for name, x in now.items()
+        }
+        save_file(renamed, tmp_path / "model.safetensors")
+        encoders.append(BertEncoder.from_pretrained(tmp_path))
+    for ours, theirs in zip(*(encoder.get_weights() for encoder in encoders), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    norm = now["encoder.layer.0.output.LayerNorm.bias"]
+    np.testing.assert_array_equal(numpy(encoders[1].blocks[0].output_norm.beta), norm)
+
+
+def test_a_text_longer_than_the_encoder_takes(tmp_path, tokenizer):
+    encoder = BertEncoder(**TINY, max_positions=16)
+    store = RepresentationStore(tmp_path, encoder, tokenizer)
+    assert store(["x " * 14]).shape == (1, 8)
+    with pytest.raises(ValueError, match=r"32 tokens.* 16 positions.*max_length=16"):
+        store(["x " * 15])
 
 
 def test_tokenizer_cuts_pads_and_needs_its_library(tokenizer, monkeypatch):

@@ -101,6 +101,12 @@ class BertEncoder(keras.Model):
     def call(self, inputs: dict[str, Any]) -> Any:
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         length = ids.shape[1] if ids.shape[1] is not None else ops.shape(ids)[1]
+        if isinstance(length, int) and length > self.max_positions:
+            raise ValueError(  # JAX would give NaN
+                f"Texts of {length} tokens, padding included, are more than the encoder's "
+                f"{self.max_positions} positions; cut them: TextTokenizer(path, "
+                f"max_length={self.max_positions})."
+            )
         x = self.words(ids) + self.positions(ops.arange(length)) + self.types(ops.zeros_like(ids))
         x = self.dropout(self.norm(x))
         for block in self.blocks:
@@ -157,7 +163,8 @@ class BertEncoder(keras.Model):
 
     def _load(self, path: Path) -> None:
         with safe_open(str(path), "numpy") as file:
-            prefix = "bert." if "bert.embeddings.LayerNorm.weight" in file.keys() else ""  # noqa: SIM118
+            names = set(file.keys())
+            prefix = "bert." if "bert.embeddings.word_embeddings.weight" in names else ""
 
             def get(name: str) -> Any:
                 return file.get_tensor(prefix + name)
@@ -166,7 +173,11 @@ class BertEncoder(keras.Model):
                 return [get(f"{name}.weight").T, get(f"{name}.bias")]
 
             def norm(name: str) -> list[Any]:
-                return [get(f"{name}.LayerNorm.weight"), get(f"{name}.LayerNorm.bias")]
+                name += ".LayerNorm"
+                # The first BERT files have TensorFlow's names of these.
+                old = f"{prefix}{name}.gamma" in names
+                scale, shift = ("gamma", "beta") if old else ("weight", "bias")
+                return [get(f"{name}.{scale}"), get(f"{name}.{shift}")]
 
             for layer, name in (
                 (self.words, "word"),
@@ -221,6 +232,12 @@ def _sentence_transformers(folder: Path) -> dict[str, Any]:
             if len(chosen) != 1:
                 raise ValueError(f"{folder} pools by {modes}; BertEncoder serves {_POOLING}.")
             found["pooling"] = _POOLING[chosen[0]]
+        elif kind != "Transformer":
+            raise ValueError(
+                f"{folder} has a module {module['type']!r} after the encoder; BertEncoder serves "
+                "Transformer, Pooling and Normalize. Write the encoder as a Keras model; "
+                "DualEncoder takes any."
+            )
     return found
 
 
