@@ -223,6 +223,156 @@ def test_a_change_of_what_makes_the_vectors_is_noticed(tmp_path, tokenizer):
         store([])
 
 
+def test_what_is_not_finite_is_not_stored(tmp_path, tokenizer):
+    encoder = BertEncoder(**TINY)
+    encoder(tokenizer(["a text"]))
+    words = numpy(encoder.words.embeddings).copy()
+    words[tokenizer(["damaged"])["input_ids"][0, 1]] = np.nan
+    encoder.words.set_weights([words])
+    store = RepresentationStore(tmp_path, encoder, tokenizer)
+    with pytest.raises(ValueError, match=r"for 1 of 2 texts, such as 'a damaged one'"):
+        store(["a good one", "a damaged one"])
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_damaged_file_is_named_and_its_texts_are_encoded_again(tmp_path, tokenizer, caplog):
+    encoder = BertEncoder(**TINY)
+    vectors = RepresentationStore(tmp_path, encoder, tokenizer)(["one", "two"])
+    (path,) = tmp_path.rglob("*.safetensors")
+    path.write_bytes(path.read_bytes()[:-4])
+    for encoded in (2, 0):
+        store = RepresentationStore(tmp_path, encoder, tokenizer)
+        np.testing.assert_allclose(store(["one", "two"]), vectors, rtol=1e-6)
+        assert store.encoded == encoded
+    assert f"{path} is damaged" in caplog.text
+
+
+def test_texts_come_in_any_collection(tmp_path, tokenizer):
+    store = RepresentationStore(tmp_path, BertEncoder(**TINY), tokenizer)
+    expected = store(["one", "two"])
+    for texts in (
+        np.array(["one", "two"]),
+        {"1": "one", "2": "two"}.values(),
+        iter(["one", "two"]),
+    ):
+        np.testing.assert_array_equal(store(texts), expected)
+    with pytest.raises(TypeError, match=r"'one' was given; give a list: \[text\]"):
+        store("one")
+    with pytest.raises(TypeError, match="number 1 is nan; give strings"):
+        store(["one", float("nan")])
+
+
+def test_a_tokenizer_has_to_say_what_it_is(tmp_path):
+    with pytest.raises(TypeError, match="a function, has no lengths and no fingerprint"):
+        RepresentationStore(tmp_path, BertEncoder(**TINY), lambda texts: texts)
+
+
+class Ids(keras.layers.Layer):
+    def call(self, inputs):
+        return inputs["input_ids"]
+
+
+def body():
+    return keras.Sequential([keras.layers.Embedding(30522, 4), keras.layers.Dense(4)])
+
+
+class Pooled(keras.Model):
+    """Keras can't describe it: an argument is a model. Its attributes count."""
+
+    def __init__(self, body, pooling=ops.mean, scale=1.0):
+        super().__init__()
+        self.body = body
+        self.pooling = pooling
+        self.scale = scale
+
+    def call(self, inputs, training=False):
+        return ops.multiply(self.pooling(self.body(inputs["input_ids"]), axis=1), self.scale)
+
+
+class Described(Pooled):
+    def get_config(self):
+        return {"body": keras.saving.serialize_keras_object(self.body)}
+
+
+class Around(keras.Model):
+    """It has nothing to set; a layer in it has."""
+
+    def __init__(self, **kwargs):
+        super().__init__()
+        self.inner = Pooled(body(), **kwargs)
+
+    def call(self, inputs, training=False):
+        return self.inner(inputs)
+
+
+def functional(swapped=False):
+    ids = keras.Input((None,), dtype="int32", name="input_ids")
+    mask = keras.Input((None,), dtype="int32", name="attention_mask")
+    vectors = keras.layers.Embedding(30522, 4)(ids)
+    left, right = keras.layers.Dense(4)(vectors), keras.layers.Dense(4)(vectors)
+    difference = right - left if swapped else left - right
+    pooled = keras.layers.GlobalAveragePooling1D()(difference, mask=mask)
+    return keras.Model({"input_ids": ids, "attention_mask": mask}, pooled)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: keras.Sequential(
+            [Ids(), keras.layers.Embedding(30522, 4), keras.layers.GlobalAveragePooling1D()]
+        ),
+        functional,
+        lambda: Pooled(body()),
+        lambda: Described(body()),
+        Around,
+    ],
+    ids=["sequential", "functional", "no config", "config", "within"],
+)
+def test_an_encoder_made_again_encodes_nothing(tmp_path, tokenizer, make):
+    """Its layers have other names by then, and it meets texts of another length first."""
+    texts = ["one", "a text with more tokens than fit into sixteen, and so one of another shape"]
+    encoded = []
+    for given in (texts, texts[::-1]):
+        keras.utils.set_random_seed(0)
+        encoder = make()
+        store = RepresentationStore(tmp_path, encoder, tokenizer)
+        store(given)
+        encoded.append(store.encoded)
+    assert encoded == [2, 0]
+    encoder.compile("sgd", "mse")
+    encoder.trainable = False
+    store(texts)
+    assert store.encoded == 0, "neither decides on a vector"
+
+
+@pytest.mark.parametrize(
+    ("make", "change"),
+    [
+        (functional, {"swapped": True}),
+        (lambda **changed: Pooled(body(), **changed), {"pooling": ops.max}),
+        (lambda **changed: Pooled(body(), **changed), {"scale": 2.0}),
+        (lambda **changed: Pooled(body(), **changed), {"scale": np.arange(4.0, dtype="float32")}),
+        (Around, {"scale": 2.0}),
+    ],
+    ids=["wiring", "function", "number", "array", "within"],
+)
+def test_an_encoder_that_computes_otherwise_is_noticed(tmp_path, tokenizer, make, change):
+    for changed in ({}, change):
+        keras.utils.set_random_seed(0)
+        encoder = make(**changed)
+        vectors = RepresentationStore(tmp_path, encoder, tokenizer)(["a text"])
+        expected = numpy(encoder(tokenizer(["a text"]), training=False))
+        np.testing.assert_allclose(vectors, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_an_attribute_changed_later_is_noticed(tmp_path, tokenizer):
+    encoder = Around()
+    store = RepresentationStore(tmp_path, encoder, tokenizer)
+    vectors = store(["a text"])
+    encoder.inner.scale = 2.0
+    np.testing.assert_allclose(store(["a text"]), 2 * vectors, rtol=1e-6)
+
+
 def test_token_vectors_are_stored_without_padding(tmp_path, tokenizer):
     texts = ["one", "a text that is longer"]
     encoder = BertEncoder(**TINY, pooling=None)
