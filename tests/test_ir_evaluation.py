@@ -1,12 +1,15 @@
 """Search and evaluation against brute force, SciPy, and figures published by others."""
 
 import json
+import os
 import sys
 
 import ir_measures
+import keras
 import numpy as np
 import pytest
 import scipy.stats
+from keras import ops
 
 from polus.ir import scores
 from polus.ir.data import read_beir
@@ -72,11 +75,22 @@ def test_measures_are_graded_and_count_queries_without_results():
     [
         (lambda: evaluate(QRELS, RUN, ["nDGC@10"]), "Did you mean 'nDCG@10'"),
         (lambda: evaluate(QRELS, {1: {"a": 1.0}}), "use the same ids, as strings"),
+        (lambda: evaluate(QRELS, RUN, ["ndcg@10"]), "Did you mean 'nDCG@10'"),
+        (lambda: evaluate(QRELS, RUN, ["Recall"]), "lacks a cutoff.*write 'Recall@10'"),
+        (lambda: evaluate({1: {"a": 1}}, {1: {"a": 1.0}}), "judgements is the id 1; write '1'"),
+        (lambda: evaluate(QRELS, {"1": {7: 1.0}}), "run is the id 7; write '7'"),
+        (lambda: paired_bootstrap({}, {}), "on no query"),
         (lambda: paired_bootstrap({"1": 1.0}, {"2": 1.0}), "1 only in a, 1 only in b"),
         (lambda: top_k(np.ones((1, 2)), np.ones((1, 3)), 1), "by the same model"),
         (lambda: top_k(np.ones((1, 2)), np.ones((1, 2)), 0), "at least one"),
         (lambda: top_k(np.ones((1, 2)), [[1.0, 2.0], [3.0, np.nan]], 1), "0 to 1 some are NaN"),
+        (lambda: top_k(np.ones((1, 2)), np.ones(2), 1), "Documents have the shape \\(2,\\)"),
         (lambda: DenseIndex([[1.0]], ["a", "b"]), "D ids"),
+        (lambda: DenseIndex([[1.0]], ["a"]).search([1.0]), "Queries have.*vector\\[None\\]"),
+        (lambda: DenseIndex([[1.0]], [7]), "7 is among the ids; write '7'"),
+        (lambda: DenseIndex([[1.0], [2.0]], ["a", "a"]), "'a' stands for two documents"),
+        (lambda: write_run(os.devnull, {"q 1": {"a": 1.0}}), "'q 1 Q0 a 1 1.0 polus'"),
+        (lambda: write_run(os.devnull, {"q": {"": 1.0}}), "without white space"),
     ],
 )
 def test_bad_input_says_what_to_write(wrong, message):
@@ -106,12 +120,14 @@ def test_bootstrap_agrees_with_scipy():
 
 def test_a_run_file_is_read_by_us_and_by_ir_measures(tmp_path):
     path = tmp_path / "run.txt"
-    write_run(path, RUN)
+    write_run(path, {q: {d: np.float32(x) for d, x in found.items()} for q, found in RUN.items()})
     assert read_run(path) == RUN
     read = {}
     for each in ir_measures.read_trec_run(str(path)):
         read.setdefault(each.query_id, {})[each.doc_id] = each.score
     assert read == RUN
+    path.write_text(path.read_text() + "\n")
+    assert read_run(path) == RUN, "a blank line is none"
     path.write_text("1 Q0 a 1\n")
     with pytest.raises(ValueError, match="line 1"):
         read_run(path)
@@ -142,6 +158,15 @@ def test_an_index_is_saved_and_searched(tmp_path):
     assert list(run["2"]) == [index.ids[row] for row in expected[1]]
 
 
+def test_tensors_that_a_model_gives_are_searched():
+    model = keras.Sequential([keras.layers.Dense(4)])
+    tensors = model(rng.normal(size=(6, 3)).astype("float32"))  # PyTorch's require a gradient
+    arrays = ops.convert_to_numpy(tensors)
+    index = DenseIndex(tensors, list("abcdef"))
+    assert index.search(tensors, 3) == DenseIndex(arrays, list("abcdef")).search(arrays, 3)
+    assert index.run(tensors[:1], ["1"], 1)["1"].keys() == {index.search(arrays, 1)[0][0][0]}
+
+
 class FakeLibrary:
     """Stands for FAISS and usearch, which are no test dependencies: records what it is given."""
 
@@ -169,6 +194,7 @@ def test_an_index_is_handed_on(monkeypatch, method, module):
 
 def test_beir_folders_are_read(tmp_path):
     documents = [{"_id": "a", "title": "T", "text": "x\u2028y"}, {"_id": "b", "text": "z"}]
+    documents.append({"_id": "c", "title": None, "text": "n"})
     queries = [{"_id": "1", "text": "q"}, {"_id": "2", "text": "unjudged"}]
     for name, lines in (("corpus", documents), ("queries", queries)):
         (tmp_path / f"{name}.jsonl").write_text(
@@ -177,9 +203,12 @@ def test_beir_folders_are_read(tmp_path):
     (tmp_path / "qrels").mkdir()
     (tmp_path / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n1\ta\t2\n")
     found = read_beir(tmp_path)
-    assert found == ({"a": "T x\u2028y", "b": "z"}, {"1": "q"}, {"1": {"a": 2}})
+    assert found == ({"a": "T x\u2028y", "b": "z", "c": "n"}, {"1": "q"}, {"1": {"a": 2}})
     with pytest.raises(FileNotFoundError, match="splits found: \\['test'\\]"):
         read_beir(tmp_path, "train")
+    (tmp_path / "qrels" / "dev.tsv").write_text("query-id\tcorpus-id\tscore\n1\ta\t2\n9\ta\t1\n")
+    with pytest.raises(ValueError, match=r"judges 1 queries that queries.jsonl .*'9'"):
+        read_beir(tmp_path, "dev")
 
 
 def test_as_run_names_rows():

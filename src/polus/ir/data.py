@@ -29,6 +29,10 @@ def read_beir(folder: str | Path, split: str = "test") -> Collection:
 
     That is `corpus.jsonl` and `queries.jsonl` (either may be gzipped) and `qrels/<split>.tsv`.
     A document's text is its title and its text; an unjudged query is left out.
+
+    Raises:
+        FileNotFoundError: there is no such split; the message names those that are there.
+        ValueError: a query is judged that `queries.jsonl` does not have.
     """
     folder = Path(folder)
     path = folder / "qrels" / f"{split}.tsv"
@@ -39,11 +43,17 @@ def read_beir(folder: str | Path, split: str = "test") -> Collection:
     with open(path, encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file, delimiter="\t"):
             qrels.setdefault(row["query-id"], {})[row["corpus-id"]] = int(row["score"])
-    documents = {
-        each["_id"]: f"{each.get('title', '')} {each['text']}".strip()
+    documents = {  # a title may also be null
+        each["_id"]: f"{each.get('title') or ''} {each['text']}".strip()
         for each in _json_lines(folder / "corpus.jsonl")
     }
     queries = {each["_id"]: each["text"] for each in _json_lines(folder / "queries.jsonl")}
+    missing = [query for query in qrels if query not in queries]
+    if missing:
+        raise ValueError(
+            f"{path} judges {len(missing)} queries that queries.jsonl does not have, such as "
+            f"{missing[0]!r}; add them there or take them out of the judgements."
+        )
     return Collection(documents, {query: queries[query] for query in qrels}, qrels)
 
 

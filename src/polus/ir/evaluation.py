@@ -51,6 +51,11 @@ def top_k(
     first_queries, first_documents = _leaf(queries), _leaf(documents)
     if k < 1:
         raise ValueError(f"k is {k}; ask for at least one document.")
+    for name, shape in (("Queries", first_queries.shape), ("Documents", first_documents.shape)):
+        if len(shape) < 2:
+            raise ValueError(
+                f"{name} have the shape {shape}; give a row for each: vector[None] for just one."
+            )
     if first_queries.shape[-1] != first_documents.shape[-1]:
         raise ValueError(
             f"Queries have {first_queries.shape[-1]} numbers and documents "
@@ -122,7 +127,7 @@ def per_query(
 
     Raises:
         ImportError: `ir_measures` is not installed.
-        ValueError: no such measure, or no query of the run is judged.
+        ValueError: no such measure, no query of the run is judged, or an id is no string.
     """
     ir_measures = _ir_measures()
     if not set(qrels) & set(run):
@@ -131,6 +136,11 @@ def per_query(
             f"among the {len(qrels)} judged ones (such as {next(iter(qrels), None)!r}); "
             "use the same ids, as strings."
         )
+    for where, given in (("Among the judgements", qrels), ("In the run", run)):
+        for query, documents in given.items():
+            for each in (query, *documents):
+                if not isinstance(each, str):
+                    raise ValueError(f"{where} is the id {each!r}; write {str(each)!r}.")
     return {
         name: {
             each.query_id: each.value for each in ir_measures.iter_calc([_parse(name)], qrels, run)
@@ -158,12 +168,22 @@ def _ir_measures() -> Any:
 def _parse(name: str) -> Any:
     ir_measures = _ir_measures()
     try:
-        return ir_measures.parse_measure(name)
+        measure = ir_measures.parse_measure(name)
     except (NameError, SyntaxError, ValueError) as error:
         stem, *rest = name.split("@")
-        close = difflib.get_close_matches(stem, list(ir_measures.measures.registry), 1)
-        hint = f" Did you mean {'@'.join([close[0], *rest])!r}?" if close else ""
+        # Sorted, so that of NDCG and nDCG the latter, its usual spelling, stays.
+        known = {each.lower(): each for each in sorted(ir_measures.measures.registry)}
+        close = difflib.get_close_matches(stem.lower(), list(known), 1)
+        hint = f" Did you mean {'@'.join([known[close[0]], *rest])!r}?" if close else ""
         raise ValueError(f"No measure is called {name!r}.{hint}") from error
+    try:
+        measure.validate_params()
+    except AssertionError as error:
+        raise ValueError(
+            f"Measure {name!r} lacks a cutoff, or has a parameter that it does not take; "
+            f"write {name.partition('(')[0].partition('@')[0] + '@10'!r}, for example."
+        ) from error
+    return measure
 
 
 class Difference(NamedTuple):
@@ -194,6 +214,8 @@ def paired_bootstrap(
             f"The runs are measured on different queries: {len(a.keys() - b.keys())} only in a, "
             f"{len(b.keys() - a.keys())} only in b; use the same judgements for both."
         )
+    if not a:
+        raise ValueError("The runs are measured on no query; give the values of at least one.")
     differences = np.array([b[query] - a[query] for query in a])
     rng = np.random.default_rng(seed)
     means = np.array([rng.choice(differences, len(differences)).mean() for _ in range(samples)])
@@ -238,16 +260,26 @@ def reciprocal_rank_fusion(*runs: Run, constant: float = 60.0) -> dict[str, dict
 
 
 def write_run(path: str | Path, run: Run, tag: str = "polus") -> None:
-    """Writes a run in the format of TREC: `query Q0 document rank score tag`."""
-    with open(path, "w", encoding="utf-8") as file:
-        for query, scores in run.items():
-            ranked = sorted(scores.items(), key=lambda item: -item[1])
-            for rank, (document, score) in enumerate(ranked, start=1):
-                file.write(f"{query} Q0 {document} {rank} {score!r} {tag}\n")
+    """Writes a run in the format of TREC: `query Q0 document rank score tag`.
+
+    Raises:
+        ValueError: an id or the tag is empty or has a space in it, which would be two fields.
+    """
+    lines = []
+    for query, scores in run.items():
+        ranked = sorted(scores.items(), key=lambda item: -item[1])
+        for rank, (document, score) in enumerate(ranked, start=1):
+            line = f"{query} Q0 {document} {rank} {float(score)!r} {tag}"
+            if len(line.split()) != 6:
+                raise ValueError(
+                    f"{line!r} has not six fields; give ids and a tag without white space."
+                )
+            lines.append(f"{line}\n")
+    Path(path).write_text("".join(lines), encoding="utf-8")
 
 
 def read_run(path: str | Path) -> dict[str, dict[str, float]]:
-    """Reads a run in the format of TREC.
+    """Reads a run in the format of TREC; blank lines are left out.
 
     Raises:
         ValueError: a line has other than six fields, or its score is no number.
@@ -255,6 +287,8 @@ def read_run(path: str | Path) -> dict[str, dict[str, float]]:
     run: dict[str, dict[str, float]] = {}
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
             try:
                 query, _, document, _, score, _ = line.split()
                 run.setdefault(query, {})[document] = float(score)
@@ -270,8 +304,8 @@ class DenseIndex:
     """Document vectors and their ids: exact search, saved as one file.
 
     Args:
-        vectors: `(D, E)`, kept as float32.
-        ids: D document ids.
+        vectors: `(D, E)`, an array or a tensor; kept as float32.
+        ids: D document ids, strings, each another.
 
     Example:
         >>> index = DenseIndex([[1.0, 0.0], [0.0, 1.0]], ["north", "east"])
@@ -279,28 +313,38 @@ class DenseIndex:
         [[('north', 0.8999999761581421)]]
     """
 
-    def __init__(self, vectors: ArrayLike, ids: Sequence[str]) -> None:
-        self.vectors: Floats = np.ascontiguousarray(vectors, np.float32)
+    def __init__(self, vectors: Any, ids: Sequence[str]) -> None:
+        self.vectors: Floats = np.ascontiguousarray(_arrays(vectors), np.float32)
         self.ids = list(ids)
         if self.vectors.ndim != 2 or len(self.vectors) != len(self.ids):
             raise ValueError(
                 f"Vectors of shape {self.vectors.shape} with {len(self.ids)} ids; "
                 "give (D, E) vectors and D ids."
             )
+        met: set[str] = set()
+        for each in self.ids:
+            if not isinstance(each, str):
+                raise ValueError(f"{each!r} is among the ids; write {str(each)!r}.")
+            if each in met:
+                raise ValueError(f"{each!r} stands for two documents; give each an id of its own.")
+            met.add(each)
 
-    def search(self, queries: ArrayLike, k: int = 10) -> list[list[tuple[str, float]]]:
+    def search(self, queries: Any, k: int = 10) -> list[list[tuple[str, float]]]:
         """For each of the query vectors `(Q, E)` its k best documents, `(id, inner product)`."""
-        scores, rows = top_k(np.asarray(queries, np.float32), self.vectors, k)
+        scores, rows = self._top_k(queries, k)
         return [
             [(self.ids[row], float(score)) for score, row in zip(values, places, strict=True)]
             for values, places in zip(scores, rows, strict=True)
         ]
 
     def run(
-        self, queries: ArrayLike, query_ids: Sequence[str], k: int = 100
+        self, queries: Any, query_ids: Sequence[str], k: int = 100
     ) -> dict[str, dict[str, float]]:
         """The k best documents of each query as a run."""
-        return as_run(query_ids, self.ids, *top_k(np.asarray(queries, np.float32), self.vectors, k))
+        return as_run(query_ids, self.ids, *self._top_k(queries, k))
+
+    def _top_k(self, queries: Any, k: int) -> tuple[Floats, Ints]:
+        return top_k(np.asarray(_arrays(queries), np.float32), self.vectors, k)
 
     def save(self, path: str | Path) -> None:
         """Writes vectors and ids to one safetensors file."""
