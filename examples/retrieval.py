@@ -75,7 +75,7 @@ class Table:
         self.qrels = qrels
         self.unseen = split_by_training(qrels, training_qrels)[1] if training_qrels else {}
         print(f"\n{len(qrels)} test queries", end="")
-        if self.unseen:
+        if training_qrels:
             print(f", {len(self.unseen)} unseen: none of their documents was a training positive")
         print(f"\n\n{'':28}{''.join(f'{m:>11}' for m in MEASURES)}", end="")
         print(f"{'unseen nDCG@10' if self.unseen else '':>16}{'seconds':>9}")
@@ -144,22 +144,30 @@ def on_collection(folder: str, cache: str, epochs: int, seeds: int, seed: int) -
     if train:
         print("\nnDCG@10, trained (the first seed) against as it is: mean, 95% interval, p")
         for name, qrels in (("all", table.qrels), ("unseen", table.unseen)):
+            if not qrels:
+                continue
             a, b = (per_query(qrels, run, ["nDCG@10"])["nDCG@10"] for run in (zero_shot, best))
             mean, low, high, p = paired_bootstrap(a, b)
             print(f"  {name:8}{mean:+.4f}  [{low:+.4f}, {high:+.4f}]  p = {p:.3f}")
         print(
             "\nRead the unseen column: what training adds over all queries beyond it is documents\n"
             "known by heart, since they were training positives of other queries."
+            if table.unseen
+            else "\nNo test query is unseen: training may only add documents known by heart."
         )
 
 
 def trained_heads(
     queries: Any, documents: Any, train: Collection, seed: int, epochs: int
 ) -> DualEncoder:
-    """Projections trained on stored vectors; the best of the epochs on 100 held-out queries."""
+    """Projections trained on stored vectors; the best of the epochs on 100 held-out queries.
+
+    Of fewer than 500 queries a fifth is held out.
+    """
     keras.utils.set_random_seed(seed)
     ids, document_ids = list(train.queries), list(train.documents)
-    held_out, rest = np.split(np.random.default_rng(seed).permutation(len(ids)), [100])
+    count = min(100, -(-len(ids) // 5))
+    held_out, rest = np.split(np.random.default_rng(seed).permutation(len(ids)), [count])
     names = [ids[row] for row in rest]
     batches = PairBatches(
         queries[rest],
