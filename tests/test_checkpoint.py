@@ -477,18 +477,19 @@ def one_epoch(tmp_path_factory):
     return str(folder)
 
 
-def test_a_run_from_the_beginning_leaves_earlier_checkpoints_alone(one_epoch, tmp_path):
+def test_a_run_from_the_beginning_leaves_earlier_checkpoints_alone(one_epoch, tmp_path, caplog):
     folder = shutil.copytree(one_epoch, tmp_path / "run")
     paths, trainer = Store(folder).paths(), new_trainer()
-    for resume in (None, tmp_path / "empty"):
-        with pytest.raises(CheckpointError, match=r"has checkpoints of an .* resume='.*/run'\)"):
-            trainer.train(data(), 1, [Checkpoint(folder, keep=1)], resume=resume)
-    assert Store(folder).paths() == paths
-    # The lock is free again; and of two folders one may be the spare copy.
+    for count, resume in enumerate((None, tmp_path / "empty"), start=1):
+        trainer.train(data(), 2, [Checkpoint(folder, keep=1)], resume=resume)
+        assert caplog.text.count(f"train(..., resume={str(folder)!r})") == count
+        assert Store(folder).paths()[: len(paths)] == paths
+        assert len(Store(folder).paths()) == len(paths) + count
+    # Of two folders one may be the spare copy.
     spare = tmp_path / "spare"
-    for epochs in (2, 3):
+    for epochs in (3, 4):
         trainer.train(data(), epochs, [Checkpoint(folder), Checkpoint(spare)], resume=folder)
-    assert [t["progress"]["epoch"] for t in trees(spare)] == [2, 3]
+    assert [t["progress"]["epoch"] for t in trees(spare)] == [3, 4]
 
 
 @pytest.mark.parametrize(

@@ -46,8 +46,8 @@ class Checkpoint(Callback):
         clock: tells the time in seconds.
 
     Raises:
-        CheckpointError: at the start if another run writes to the folder, or if it has checkpoints
-            and the run starts from the beginning; at the end if not one could be written.
+        CheckpointError: at the start if another run writes to the folder; at the end if not one
+            checkpoint could be written.
     """
 
     def __init__(
@@ -95,13 +95,16 @@ class Checkpoint(Callback):
             self._take_folder()
         except OSError as error:
             self._failed(error)
-        if not self.coordinator.continues and (old := self.store.paths()):
-            self._give_folder_back()
-            raise CheckpointError(
-                f"{self.store.directory} has checkpoints of an earlier run (the newest is "
-                f"{old[-1].name}), and this run starts from the beginning: it would replace them. "
-                f"To continue that run: train(..., resume={str(self.store.directory)!r}). To start "
-                "from the beginning, give another folder or remove this one."
+        old = [] if self.coordinator.continues else self.store.paths()
+        self.store.spared = {path.name for path in old}
+        if old:
+            logger.warning(
+                "%s has checkpoints of an earlier run (the newest is %s), and this run starts from "
+                "the beginning. They stay until you remove them. To continue that run instead: "
+                "train(..., resume=%r).",
+                self.store.directory,
+                old[-1].name,
+                str(self.store.directory),
             )
         for number in SIGNALS:
             self.coordinator.signals.listen(number)

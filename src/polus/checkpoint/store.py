@@ -139,10 +139,14 @@ class Store:
 
     Args:
         directory: The folder. It is made by the first `write`.
+
+    Attributes:
+        spared: The names of checkpoints that are never removed: an earlier run's.
     """
 
     def __init__(self, directory: str | os.PathLike[str]):
         self.directory = Path(directory)
+        self.spared: set[str] = set()
 
     def lock(self) -> filelock.BaseFileLock:
         """Takes the folder for this process, until `release()` or the end of the process.
@@ -211,7 +215,7 @@ class Store:
         except DamagedError as error:
             self._set_aside(path, error)
             raise
-        for old in self.paths()[:-keep]:
+        for old in [path for path in self.paths() if path.name not in self.spared][:-keep]:
             self._rename(old, f"{TEMPORARY_PREFIX}{secrets.token_hex(4)}-{old.name}", remove)
         return path
 
