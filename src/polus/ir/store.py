@@ -157,9 +157,23 @@ def _description(encoder: keras.Model) -> str:
             _plain(_config(layer), names),
             _plain(_attributes(layer), names),
         ]
-        for layer in encoder._flatten_layers()  # Keras has no public way to layers of a layer
+        for layer in _layers(encoder, {})
     ]
     return json.dumps(described, sort_keys=True)
+
+
+def _layers(layer: keras.layers.Layer, met: dict[int, Any]) -> list[keras.layers.Layer]:
+    """The layer and those in it, each once: a model's, or what public attributes hold."""
+    if id(layer) not in met:
+        met[id(layer)] = layer
+        if isinstance(layer, keras.Model):
+            held = layer.layers
+        else:
+            held = keras.tree.flatten([v for k, v in vars(layer).items() if not k.startswith("_")])
+        for each in held:
+            if isinstance(each, keras.layers.Layer):
+                _layers(each, met)
+    return list(met.values())
 
 
 def _config(layer: keras.layers.Layer) -> Any:
