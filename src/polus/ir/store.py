@@ -146,6 +146,10 @@ def _listed(texts: Iterable[str]) -> list[str]:
 _WITHOUT_EFFECT = {"build_config", "build_input_shape", "batch_shape", "trainable"}
 
 
+# What a model has once it was compiled, trained, evaluated or asked to predict.
+_OF_KERAS_LOOPS = ("stop_training", "stop_evaluating", "stop_predicting")
+
+
 def _description(encoder: keras.Model) -> str:
     """What, beside the weights, decides on a vector: classes, precision and configuration."""
     names: dict[str, str] = {}
@@ -188,12 +192,11 @@ def _attributes(layer: keras.layers.Layer) -> dict[str, Any]:
 
     Keras knows the arguments of its `__init__` at best, as they were at the start.
     """
-    of_keras = "keras."
-    if type(layer).__module__.startswith(of_keras) or not (
-        type(layer).get_config.__module__.startswith(of_keras)
-    ):
+    kind = type(layer)
+    described = not kind.get_config.__module__.startswith("keras.")
+    if described or kind.__module__.startswith("keras."):
         return {}
-    ignored = {*vars(keras.Model()), "stop_training"}  # the latter comes with compile()
+    ignored = {*vars(keras.Model(name="any")), *_OF_KERAS_LOOPS}
     return {
         name: value
         for name, value in vars(layer).items()
