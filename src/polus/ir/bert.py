@@ -45,7 +45,7 @@ class BertEncoder(keras.Model):
         num_layers: number of blocks.
         num_heads: attention heads of a block.
         intermediate_size: width within a block's feed-forward network.
-        max_positions: longest sequence.
+        max_positions: longest sequence; calling it with a longer one raises ValueError.
         num_types: kinds of segments; only the first is used.
         dropout: rate on embeddings, attention and both halves of a block.
         epsilon: of the layer normalizations; float32 rounds BERT's 1e-12 away, as it does there.
@@ -140,7 +140,8 @@ class BertEncoder(keras.Model):
             overrides: arguments of this class, `dropout=0.0` for example.
 
         Raises:
-            ValueError: the weights are not those of a BERT encoder as it is written here.
+            ValueError: the weights are not those of a BERT encoder as it is written here, or
+                `modules.json` names another module than Transformer, Pooling and Normalize.
         """
         folder = Path(folder)
         config = json.loads((folder / "config.json").read_text())
