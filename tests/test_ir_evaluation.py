@@ -90,7 +90,7 @@ def test_measures_are_graded_and_count_queries_without_results():
         (lambda: DenseIndex([[1.0]], [7]), "7 is among the ids; write '7'"),
         (lambda: DenseIndex([[1.0], [2.0]], ["a", "a"]), "'a' stands for two documents"),
         (lambda: write_run(os.devnull, {"q 1": {"a": 1.0}}), "'q 1 Q0 a 1 1.0 polus'"),
-        (lambda: write_run(os.devnull, {"q": {"": 1.0}}), "without white space"),
+        (lambda: write_run(os.devnull, {"": {"a b": 1.0}}), "without white space"),
     ],
 )
 def test_bad_input_says_what_to_write(wrong, message):

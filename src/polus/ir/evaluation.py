@@ -269,10 +269,11 @@ def write_run(path: str | Path, run: Run, tag: str = "polus") -> None:
     for query, scores in run.items():
         ranked = sorted(scores.items(), key=lambda item: -item[1])
         for rank, (document, score) in enumerate(ranked, start=1):
-            line = f"{query} Q0 {document} {rank} {float(score)!r} {tag}"
-            if len(line.split()) != 6:
+            fields = [str(each) for each in (query, "Q0", document, rank, float(score), tag)]
+            line = " ".join(fields)
+            if line.split() != fields:
                 raise ValueError(
-                    f"{line!r} has not six fields; give ids and a tag without white space."
+                    f"{line!r} could not be read; give ids and a tag without white space."
                 )
             lines.append(f"{line}\n")
     Path(path).write_text("".join(lines), encoding="utf-8")
