@@ -51,6 +51,23 @@ def trainer_of(model, loss=None, compute_scores=scores.cosine, **kwargs):
     )
 
 
+class Heads(keras.Model):
+    """An encoder with projections of one's own."""
+
+    def __init__(self, encoder, head):
+        super().__init__()
+        self.encoder, self.query_projection, self.document_projection = encoder, head(), head()
+
+    def encode_query(self, x, training=False):
+        return self.encoder(x, training=training)
+
+    encode_document = encode_query
+
+    def call(self, inputs):
+        queries, documents = (self.encoder(x) for x in inputs)
+        return self.query_projection(queries), self.document_projection(documents)
+
+
 def test_one_step_is_that_of_the_formula():
     """Identity projections, k negatives: the gradient by finite differences of the loss."""
     model = DualEncoder(encoder())
@@ -102,6 +119,49 @@ def test_a_frozen_encoder_is_never_trained():
     assert named.trainable_weights == trainer.trainable_weights
     for weight, value in zip(model.query_encoder.weights, before, strict=True):
         np.testing.assert_array_equal(numpy(weight), value)
+
+
+def test_projections_run_in_training_mode_in_a_step_and_in_no_other_place():
+    """Statistics of the batch are those of queries, and of positives and then negatives."""
+    model = Heads(
+        keras.layers.Identity(),
+        lambda: keras.Sequential(
+            [keras.layers.Input((3,)), keras.layers.BatchNormalization(momentum=0.5)]
+        ),
+    )
+    queries, documents, negatives = normal(B, 3), normal(B, 3), normal(B, K, 3)
+    trainer = trainer_of(model, optimizer=keras.optimizers.SGD(0.0))
+    found = numpy(trainer.represent_queries(queries))
+    np.testing.assert_allclose(found, queries / np.sqrt(1 + 1e-3), rtol=1e-5)
+    assert not numpy(model.query_projection.layers[0].moving_mean).any()
+    trainer.train_step(queries, documents, negatives)
+    of_documents = 0.25 * documents.mean(0) + 0.5 * negatives.mean((0, 1))
+    for head, mean in (
+        (model.query_projection, 0.5 * queries.mean(0)),
+        (model.document_projection, of_documents),
+    ):
+        np.testing.assert_allclose(numpy(head.layers[0].moving_mean), mean, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["layer", "kwargs"])
+def test_an_encoder_that_is_trained_is_told_so(kind):
+    class Mine(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.encoder = keras.layers.BatchNormalization(momentum=0.5)
+            self.query_projection = self.document_projection = IdentityProjection()
+            if kind == "layer":
+                self.encode_query = self.encode_document = self.encoder
+            else:
+                self.encode_query = self.encode_document = self.with_kwargs
+
+        def with_kwargs(self, x, **kwargs):
+            return self.encoder(x, **kwargs)
+
+    model, queries, documents = Mine(), normal(B, 3), normal(B, 3)
+    trainer_of(model, freeze_encoder=False).train_step(queries, documents)
+    mean = 0.25 * queries.mean(0) + 0.5 * documents.mean(0)
+    np.testing.assert_allclose(numpy(model.encoder.moving_mean), mean, rtol=1e-4, atol=1e-6)
 
 
 def test_projections_that_are_plain_methods():
@@ -237,8 +297,15 @@ class Unseeded(keras.layers.Layer):
 
 
 MODELS = {
-    # Seeded and unseeded dropout, batch statistics, an encoder that is used twice.
-    "one encoder": lambda: (DualEncoder(encoder(0.5, normalization=True)), scores.cosine, (3,)),
+    # Seeded and unseeded dropout, in projections too, batch statistics, an encoder used twice.
+    "one encoder": lambda: (
+        Heads(
+            encoder(0.5, normalization=True),
+            lambda: keras.Sequential([keras.layers.Dropout(0.5), keras.layers.Dense(4)]),
+        ),
+        scores.cosine,
+        (3,),
+    ),
     "two encoders": lambda: (
         DualEncoder(encoder(0.5), encoder(0.5, seed=1)),
         scores.cosine,
@@ -273,10 +340,10 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(name, policy, reques
     loss = losses.InfoNCE(0.5, learned=True)
 
     def query(x):
-        return model.query_projection(model.encode_query(x, training=True))
+        return model.query_projection(model.encode_query(x, training=True), training=True)
 
     def document(x):
-        return model.document_projection(model.encode_document(x, training=True))
+        return model.document_projection(model.encode_document(x, training=True), training=True)
 
     def forward():  # in the order of the trainer: queries, positives, negatives
         flat = batch[2].reshape(B * K, *shape)

@@ -23,7 +23,8 @@ class EfficientDenseRetrievalTrainer(BaseTrainer):
     """Trains `(query, document)` pairs: the documents of the other pairs are a query's negatives.
 
     It is efficient because the encoders are frozen: they run in inference mode and without
-    gradients, and only the projections on top of them are trained.
+    gradients, and only the projections on top of them are trained. What is trained runs in training
+    mode in a step (dropout, batch statistics), and in inference mode elsewhere.
 
     A batch is `(query, positive)` or `(query, positive, negatives)`, each a tensor or a dict of
     tensors, negatives with a second axis for the k negatives of each query. Last may stand a dict
@@ -164,9 +165,9 @@ class EfficientDenseRetrievalTrainer(BaseTrainer):
         if not self.freeze_encoder:
             encode = (self._encode_query, self._encode_document, self._encode_negatives)
             texts = [f(text, True) for f, text in zip(encode, texts, strict=False)]
-        project = (self._project_query, self._project_document, self._project_document)
+        project = (self._project_query, self._project_document, self._project_negatives)
         return self._scores(
-            [f(vectors) for f, vectors in zip(project, texts, strict=False)], besides
+            [f(vectors, True) for f, vectors in zip(project, texts, strict=False)], besides
         )
 
     def train_step(self, *inputs: Any) -> Any:
@@ -242,28 +243,32 @@ class EfficientDenseRetrievalTrainer(BaseTrainer):
         return *texts, besides
 
     def _encode_query(self, inputs: Any, training: bool = False) -> Any:
-        return _called(self.model.encode_query, inputs, training)
+        return _encoded(self.model.encode_query, inputs, training)
 
     def _encode_document(self, inputs: Any, training: bool = False) -> Any:
-        return _called(self.model.encode_document, inputs, training)
+        return _encoded(self.model.encode_document, inputs, training)
 
     def _encode_negatives(self, inputs: Any, training: bool = False) -> Any:
         flat, shape = _flat(inputs)
         return _unflat(self._encode_document(flat, training), shape)
 
-    def _project_query(self, vectors: Any) -> Any:
-        return self.predicted(self.model.query_projection(vectors))
+    def _project_query(self, vectors: Any, training: bool = False) -> Any:
+        return self.predicted(_called(self.model.query_projection, vectors, training))
 
-    def _project_document(self, vectors: Any) -> Any:
-        return self.predicted(self.model.document_projection(vectors))
+    def _project_document(self, vectors: Any, training: bool = False) -> Any:
+        return self.predicted(_called(self.model.document_projection, vectors, training))
+
+    def _project_negatives(self, vectors: Any, training: bool = False) -> Any:
+        flat, shape = _flat(vectors)
+        return _unflat(self._project_document(flat, training), shape)
 
     def _represented_query(self, inputs: Any, training: bool = False) -> Any:
-        return self._project_query(inputs if self.encoded else self._encode_query(inputs, training))
+        vectors = inputs if self.encoded else self._encode_query(inputs, training)
+        return self._project_query(vectors, training)
 
     def _represented_document(self, inputs: Any, training: bool = False) -> Any:
-        return self._project_document(
-            inputs if self.encoded else self._encode_document(inputs, training)
-        )
+        vectors = inputs if self.encoded else self._encode_document(inputs, training)
+        return self._project_document(vectors, training)
 
     def _represented_negatives(self, inputs: Any) -> Any:
         flat, shape = _flat(inputs)
@@ -328,17 +333,28 @@ class EfficientDenseRetrievalTrainer(BaseTrainer):
         return loss, [None if g is None else g * ops.cast(unscale, g.dtype) for g in gradients]
 
 
-def _called(method: Callable[..., Any], inputs: Any, training: bool) -> Any:
-    """`method(inputs)` in the mode asked for; one without `training` runs as Keras has it."""
-    if "training" in inspect.signature(method).parameters:
-        return method(inputs, training=training)
-    if training:
+def _encoded(method: Callable[..., Any], inputs: Any, training: bool) -> Any:
+    """As `_called`, but an encoder that is trained must be told so."""
+    if training and not _takes_training(method):
         raise TypeError(
             f"{getattr(method, '__qualname__', method)} takes no argument training, so an encoder "
             "that is trained would run in inference mode. Write def encode_query(self, inputs, "
             "training=False): return self.encoder(inputs, training=training)"
         )
-    return method(inputs)
+    return _called(method, inputs, training)
+
+
+def _called(method: Callable[..., Any], inputs: Any, training: bool) -> Any:
+    """`method(inputs)` in the mode asked for; one without `training` runs as Keras has it."""
+    return method(inputs, training=training) if _takes_training(method) else method(inputs)
+
+
+def _takes_training(method: Callable[..., Any]) -> bool:
+    """Whether it can be called with `training=`, as each layer can (`*args, **kwargs`)."""
+    parameters = inspect.signature(method).parameters
+    return "training" in parameters or any(
+        each.kind is each.VAR_KEYWORD for each in parameters.values()
+    )
 
 
 def _flat(inputs: Any) -> tuple[Any, tuple[Any, Any]]:
