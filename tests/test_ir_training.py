@@ -112,13 +112,60 @@ def test_a_frozen_encoder_is_never_trained():
     for projection in (model.query_projection, model.document_projection):
         projection.kernel.assign(np.eye(F))
     assert float(trainer.train_step(*batch)) == first, "no dropout in a frozen encoder"
-    # Named among others, they are left out all the same.
-    named = trainer_of(model, trainable_weights=model.trainable_weights)
+    assert trainer.changing_weights == trainer.trainable_weights
+    # Named among others, they are left out all the same, before the first step too.
     before = [numpy(weight).copy() for weight in model.query_encoder.weights]
-    named.train_step(*batch)
-    assert named.trainable_weights == trainer.trainable_weights
+    encoded = [numpy(model.query_encoder(x)) for x in batch]
+    for inputs, is_encoded in ((batch, False), (encoded, True)):
+        named = trainer_of(model, trainable_weights=model.trainable_weights, encoded=is_encoded)
+        assert named.trainable_weights == trainer.trainable_weights
+        named.train_step(*inputs)
+        assert named.trainable_weights == trainer.trainable_weights
     for weight, value in zip(model.query_encoder.weights, before, strict=True):
         np.testing.assert_array_equal(numpy(weight), value)
+
+
+@pytest.mark.parametrize("encoded", [False, True])
+@pytest.mark.parametrize("place", ["scores", "loss"])
+def test_a_weight_of_neither_encoder_nor_projection_can_be_trained(encoded, place):
+    model = DualEncoder(encoder())
+    model.scale = model.add_weight((), initializer="ones", name="scale")
+
+    def compute_scores(*representations):
+        found = scores.cosine(*representations)
+        return [x * model.scale for x in found] if place == "scores" else found
+
+    def loss(positive, negative):
+        difference = ops.mean(negative) - ops.mean(positive)
+        return difference * model.scale if place == "loss" else difference
+
+    model((normal(B, 3), normal(B, 3)))
+    trainer = trainer_of(
+        model,
+        loss,
+        compute_scores,
+        encoded=encoded,
+        trainable_weights=[model.scale, *model.query_encoder.trainable_weights],
+    )
+    trainer.train_step(*[normal(B, F if encoded else 3) for _ in range(2)])
+    assert trainer.trainable_weights == [model.scale]
+    assert float(numpy(model.scale)) != 1
+
+
+def test_an_encoder_can_be_frozen_and_unfrozen_between_runs():
+    model = DualEncoder(encoder())
+    trainer = trainer_of(model)
+    batch = normal(B, 3), normal(B, 3)
+    trainer.train_step(*batch)
+    before = numpy(model.query_encoder.weights[0]).copy()
+    trainer.freeze_encoder, trainer.optimizer = False, keras.optimizers.SGD(1.0)
+    trainer.train_step(*batch)
+    assert trainer.trainable_weights == model.trainable_weights
+    moved = numpy(model.query_encoder.weights[0]).copy()
+    assert np.abs(moved - before).max() > 0
+    trainer.freeze_encoder, trainer.optimizer = True, keras.optimizers.SGD(1.0)
+    trainer.train_step(*batch)
+    np.testing.assert_array_equal(numpy(model.query_encoder.weights[0]), moved)
 
 
 def test_projections_run_in_training_mode_in_a_step_and_in_no_other_place():
@@ -265,9 +312,11 @@ def test_a_teacher_and_matryoshka():
     assert value == pytest.approx(expected, rel=1e-4)
 
 
-def test_a_learned_temperature_is_trained():
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_learned_temperature_is_trained(replaced):
     loss = losses.InfoNCE(0.05, learned=True)
-    trainer = trainer_of(DualEncoder(encoder()), loss)
+    trainer = trainer_of(DualEncoder(encoder()), losses.InfoNCE() if replaced else loss)
+    trainer.loss = loss
     before = float(numpy(loss.log_scale))
     trainer.train_step(normal(B, 3), normal(B, 3))
     assert float(numpy(loss.log_scale)) != before

@@ -10,6 +10,7 @@ from keras import ops
 
 from polus.backends import backend
 from polus.core import function
+from polus.data import as_arguments
 from polus.ir.caching import GradientCache, vectors_of, with_vectors
 from polus.ir.losses import MASKED
 from polus.ir.scores import without_diagonal
@@ -54,7 +55,8 @@ class EfficientDenseRetrievalTrainer(BaseTrainer):
         k_negatives: the number of own negatives that each query should bring. Batches may differ:
             all that came are used, and a batch without them is an error.
         trainable_weights: what is trained, less what is frozen; by default the projections, or with
-            `freeze_encoder=False` all of the model.
+            `freeze_encoder=False` all of the model. What the loss has (`trainable_variables`, a
+            learned temperature) is trained as well.
         args, kwargs: as for `BaseTrainer`, from `optimizer` on. `post_process_prediction` is
             applied to each representation, `loss` is called with positive and negative scores.
         freeze_encoder: False trains the encoders as well, with dropout.
@@ -80,59 +82,102 @@ class EfficientDenseRetrievalTrainer(BaseTrainer):
     ) -> None:
         if missing := [name for name in METHODS if not callable(getattr(model, name, None))]:
             raise TypeError(_without_methods(model, missing))
-        if not freeze_encoder and encoded:
-            raise ValueError(
-                "encoded=True runs no encoder, so freeze_encoder=False has none to train; "
-                "leave one of them out."
-            )
-        if micro_batch_size is not None and (freeze_encoder or micro_batch_size < 1):
-            raise ValueError(
-                f"micro_batch_size={micro_batch_size} with freeze_encoder={freeze_encoder}: it is "
-                "a positive number of texts, and saves memory where encoders are trained."
-            )
         super().__init__(model, *args, trainable_weights=trainable_weights, **kwargs)
         self.compute_scores = compute_scores
         self.k_negatives = k_negatives
         self.freeze_encoder = freeze_encoder
         self.encoded = encoded
         self.micro_batch_size = micro_batch_size
-        self._frozen: set[int] = set()
+        self._check_settings()
+        self._frozen: set[int] | None = None  # known from the first batch on
         self._represent_queries = function(self._represented_query)
         self._represent_documents = function(self._represented_document)
-        # Held as an attribute, so that a run's checkpoint has them.
-        self.loss_weights = list(getattr(self.loss, "trainable_variables", ()))
 
     # ------------------------------------------------------------------ what is trained
 
     @property
     def trainable_weights(self) -> list[keras.Variable]:
         """The variables that are trained; a frozen encoder's are never among them."""
+        heads = self._heads()
         if self._trainable_weights is not None:
             weights = self._trainable_weights
-        elif self.freeze_encoder:
-            heads = [self.model.query_projection, self.model.document_projection]
-            if not all(isinstance(head, keras.layers.Layer) for head in heads):
-                if self.encoded:
-                    raise ValueError(
-                        "query_projection and document_projection are no layers, so what they "
-                        "train is not known; say trainable_weights=[...]."
-                    )
-                weights = self.model.trainable_weights
-            else:
-                weights = [weight for head in heads for weight in head.trainable_weights]
+        elif self.freeze_encoder and heads:
+            weights = [weight for head in heads for weight in head.trainable_weights]
+        elif self.encoded:
+            raise ValueError(
+                "query_projection and document_projection are no layers, so what they train is "
+                "not known; say trainable_weights=[...]."
+            )
         else:
             weights = self.model.trainable_weights
-        unique = {id(weight): weight for weight in [*weights, *self.loss_weights]}
-        return [weight for key, weight in unique.items() if key not in self._frozen]
+        return self._not_frozen([*weights, *self.loss_weights])
 
     @trainable_weights.setter
     def trainable_weights(self, weights: Sequence[keras.Variable] | None) -> None:
         self._trainable_weights = None if weights is None else list(weights)
 
+    @property
+    def loss_weights(self) -> list[keras.Variable]:
+        """What the loss brings to be trained, such as a learned temperature."""
+        return list(getattr(self.loss, "trainable_variables", ()))
+
+    @property
+    def changing_weights(self) -> list[keras.Variable]:
+        """All that training may change: what is trained, and batch statistics and the like.
+
+        Known once a batch was met, in a step or by `meet`.
+        """
+        return self._not_frozen([*self.model.weights, *self.trainable_weights])
+
+    def meet(self, *inputs: Any) -> None:
+        """Builds what isn't built yet, from one batch. Nothing is trained."""
+        self._refresh()
+        self._build(inputs)
+
+    def _heads(self) -> list[keras.layers.Layer]:
+        """The projections, where they are layers, so that their variables are known."""
+        heads = [self.model.query_projection, self.model.document_projection]
+        return heads if all(isinstance(head, keras.layers.Layer) for head in heads) else []
+
+    def _not_frozen(self, variables: Sequence[keras.Variable]) -> list[keras.Variable]:
+        """`variables`, each once, without those of a frozen encoder."""
+        frozen: set[int] = set()
+        if self.freeze_encoder and self._frozen is not None:
+            frozen = self._frozen
+        elif self.freeze_encoder and (heads := self._heads()):
+            # No batch was met yet: whatever belongs to no projection is taken for the encoder's.
+            own = {id(variable) for head in heads for variable in head.variables}
+            frozen = {id(variable) for variable in self.model.variables} - own
+        unique = {id(variable): variable for variable in variables}
+        return [variable for key, variable in unique.items() if key not in frozen]
+
+    def _made_of(self) -> list[Any]:
+        settings = [self.freeze_encoder, self.encoded, self.micro_batch_size, self.compute_scores]
+        return [*super()._made_of(), *settings]
+
+    def _check_settings(self) -> None:
+        if not self.freeze_encoder and self.encoded:
+            raise ValueError(
+                "encoded=True runs no encoder, so freeze_encoder=False has none to train; "
+                "leave one of them out."
+            )
+        size = self.micro_batch_size
+        if size is not None and (self.freeze_encoder or size < 1):
+            raise ValueError(
+                f"micro_batch_size={size} with freeze_encoder={self.freeze_encoder}: it is "
+                "a positive number of texts, and saves memory where encoders are trained."
+            )
+
     def _build(self, inputs: tuple[Any, ...]) -> None:
         if self._built:
             return
-        if self.freeze_encoder:
+        self._check_settings()
+        if self.encoded:
+            # No encoder runs, so a frozen one's weights are those that a step does not meet.
+            met = backend.trace(lambda *x: self.loss(*as_arguments(self._forward(*x))), inputs)
+            known = {id(variable) for variable in self.model.variables}
+            self._frozen = known - {id(variable) for variable in met}
+        elif self.freeze_encoder:
             met = backend.trace(self.forward_without_grads, inputs)
             self._frozen = {id(variable) for variable in met}
         super()._build(inputs)
