@@ -322,6 +322,22 @@ def test_a_learned_temperature_is_trained(replaced):
     assert float(numpy(loss.log_scale)) != before
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_scores_in_half_precision_are_masked_and_trained_on(dtype):
+    batch = normal(B, F), normal(B, F), {"positive_ids": np.array([1, 1, 2, 3, 4, 5])}
+
+    def rounded(*representations):
+        return [ops.cast(x, dtype) for x in scores.cosine(*representations)]
+
+    values = []
+    for compute_scores in (scores.cosine, rounded):
+        loss = losses.InfoNCE(1.0, learned=True)
+        model = DualEncoder(keras.layers.Identity())
+        trainer = trainer_of(model, loss, compute_scores, encoded=True)
+        values.append([float(trainer.train_step(*batch)) for _ in range(2)])
+    np.testing.assert_allclose(values[1], values[0], rtol=0.02)
+
+
 # ---------------------------------------------------------------------- micro-batches
 
 
@@ -451,6 +467,25 @@ def test_micro_batches_in_bfloat16():
         keras.config.set_dtype_policy("float32")
     for ours, theirs in zip(moved[2], moved[None], strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=0.01 * np.abs(theirs).max())
+
+
+def test_micro_batches_record_the_loss_where_a_gradient_overflows():
+    """In float16, whose first scales of the loss are tried out: the update is left out."""
+    batch = normal(B, 3), normal(B, 3)
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        model = DualEncoder(encoder())
+        expected = float(numpy(losses.InfoNCE()(*scores.cosine(*model(batch)))))
+        before = [numpy(weight).copy() for weight in model.trainable_weights]
+        optimizer = keras.optimizers.LossScaleOptimizer(
+            keras.optimizers.SGD(1.0), initial_scale=2.0**40
+        )
+        trainer = trainer_of(model, freeze_encoder=False, micro_batch_size=2, optimizer=optimizer)
+        assert float(trainer.train_step(*batch)) == pytest.approx(expected, rel=0.01)
+    finally:
+        keras.config.set_dtype_policy("float32")
+    for weight, value in zip(model.trainable_weights, before, strict=True):
+        np.testing.assert_array_equal(numpy(weight), value)
 
 
 def test_micro_batches_train_in_the_loop():

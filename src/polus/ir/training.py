@@ -224,16 +224,19 @@ class EfficientDenseRetrievalTrainer(BaseTrainer):
         loss, gradients = self._cached_gradients(inputs)
         weights = self.trainable_weights
 
-        def surrogate() -> Any:
-            # Its gradients are those that were computed; its value adds nothing to the loss.
-            total = sum(
+        def surrogate() -> dict[str, Any]:
+            # Its gradients are those that were computed; its value is not the loss, and infinite
+            # where a gradient is.
+            products = [
                 ops.sum(weight * gradient)
                 for weight, gradient in zip(weights, gradients, strict=True)
                 if gradient is not None
-            )
-            return loss + (total - ops.stop_gradient(total)) + sum(self.model.losses)
+            ]
+            total = sum(products, ops.zeros(()))
+            penalties = sum(self.model.losses)
+            return {"loss": total + penalties, "recorded": loss + penalties}
 
-        result = self.minimize(surrogate, weights, self.optimizer)
+        result = self.minimize(surrogate, weights, self.optimizer)["recorded"]
         self.step_counter.assign_add(1)
         return result
 
@@ -326,7 +329,8 @@ class EfficientDenseRetrievalTrainer(BaseTrainer):
                 f"compute_scores returned {found}; return the pair (positive_scores (B,), "
                 "negative_scores (B, B - 1 + k)), as polus.ir.scores does."
             )
-        positive, negative = found
+        # Neither -1e9 for a masked score nor a sum of exponentials fits in half precision.
+        positive, negative = (ops.cast(each, "float32") for each in found)
         own = sum(vectors_of(each).shape[1] for each in representations[2:])
         if (mask := _relevant(besides, negative.shape[1], own)) is not None:
             if len(negative.shape) == 3:  # Matryoshka: one score for each length
