@@ -583,6 +583,20 @@ def one_step(*batch, **kwargs):
         (lambda: one_step(FEATURES, FEATURES, {"relevant_ids": np.arange(30)}), r"give \(30, n\)"),
         (lambda: one_step(FEATURES, FEATURES, loss=losses.TeacherKL()), "has no scores of one"),
         (
+            lambda: one_step(FEATURES, FEATURES, {"positive_ids": np.arange(30) + 2**32}),
+            r"positive_ids has numbers from 4294967296 .* Give row numbers",
+        ),
+        (
+            lambda: trainer_of(DualEncoder(encoder())).train(
+                [(FEATURES, FEATURES, {"positive_ids": np.array(["a"] * 30)})], epochs=1
+            ),
+            "positive_ids has the dtype str32.* Give row numbers",
+        ),
+        (
+            lambda: one_step(FEATURES, FEATURES, {"positive_ids": list(range(30))}),
+            r"came as a list; .*np.array\(positive_ids\)",
+        ),
+        (
             lambda: one_step(FEATURES, FEATURES, compute_scores=lambda q, d: q),
             "return the pair",
         ),

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from polus.backends import backend
@@ -37,6 +38,7 @@ class EfficientDenseRetrievalTrainer(BaseTrainer):
     - `"negative_ids"` (B, k) int: which documents the negatives are, -1 where there is none;
     - `"teacher_scores"` (B, 1 + n): a third argument of the loss.
 
+    Ids have 32 bits; row numbers will do.
     `polus.ir.data.PairBatches` makes such batches.
 
     ```python
@@ -169,6 +171,7 @@ class EfficientDenseRetrievalTrainer(BaseTrainer):
             )
 
     def _build(self, inputs: tuple[Any, ...]) -> None:
+        _check_ids(_besides(inputs))  # here, where JAX has not cut them to 32 bits yet
         if self._built:
             return
         self._check_settings()
@@ -274,9 +277,8 @@ class EfficientDenseRetrievalTrainer(BaseTrainer):
 
     def _parts(self, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         """Query, positive, perhaps negatives, and the dict of what stands besides."""
-        *texts, besides = inputs
-        if not (isinstance(besides, dict) and besides and BESIDES.issuperset(besides)):
-            texts, besides = list(inputs), {}
+        besides = _besides(inputs)
+        texts = inputs[:-1] if besides else inputs
         if len(texts) not in (2, 3):
             raise ValueError(
                 f"A batch has {len(texts)} parts of texts; give (query, positive) or (query, "
@@ -419,6 +421,12 @@ def _unflat(vectors: Any, shape: tuple[Any, Any]) -> Any:
     return keras.tree.map_structure(lambda x: ops.reshape(x, (*shape, *ops.shape(x)[1:])), vectors)
 
 
+def _besides(inputs: Sequence[Any]) -> dict[str, Any]:
+    """The dict of ids and the like that may stand last in a batch; empty where there is none."""
+    last = inputs[-1] if inputs else None
+    return last if isinstance(last, dict) and BESIDES.issuperset(last) else {}
+
+
 def _check_shapes(texts: Sequence[Any], besides: dict[str, Any]) -> None:
     shapes = [tuple(keras.tree.flatten(text)[0].shape) for text in texts]
     size = shapes[0][0]
@@ -433,12 +441,38 @@ def _check_shapes(texts: Sequence[Any], besides: dict[str, Any]) -> None:
             f"{shapes[1]}: negatives have one axis more, (B, k, ...). If it is a dict of what "
             f"stands besides, its keys can be {sorted(BESIDES)}."
         )
+    _check_ids(besides)
     for name, value in besides.items():
         axes = 1 if name == "positive_ids" else 2
         if len(value.shape) != axes or value.shape[0] != size:
             raise ValueError(
                 f"{name} has the shape {tuple(value.shape)}, in a batch of {size} queries; give "
                 f"({size}{', n' if axes == 2 else ','})."
+            )
+
+
+def _check_ids(besides: dict[str, Any]) -> None:
+    for name, value in besides.items():
+        if not hasattr(value, "dtype"):
+            raise ValueError(
+                f"{name} came as a {type(value).__name__}; give an array or a tensor, such as "
+                f"np.array({name})."
+            )
+        if name == "teacher_scores":
+            continue
+        dtype, came = getattr(value.dtype, "name", str(value.dtype)), None
+        if "int" not in dtype:
+            came = f"the dtype {dtype}"
+        elif isinstance(value, np.ndarray) and value.size:  # a tensor in a step has no values yet
+            low, high = int(value.min()), int(value.max())
+            if low < -(2**31) or high >= 2**31:
+                came = f"numbers from {low} to {high}"
+        if came is not None:
+            raise ValueError(
+                f"{name} has {came}; ids of documents are whole numbers of 32 bits, since JAX "
+                "compares no more. Give row numbers: {id: row for row, id in "
+                "enumerate(document_ids)} tells them, and polus.ir.data.PairBatches makes such "
+                "batches."
             )
 
 
