@@ -677,6 +677,48 @@ def test_training_with_validation_and_mining_finds_the_documents():
     assert (other.best, other.best_epoch) == (validation.best, validation.best_epoch)
 
 
+def test_the_best_model_is_put_back_with_its_statistics():
+    queries, documents = normal(12, 6), normal(12, 6)
+    ids = [str(row) for row in range(12)]
+    qrels = {each: {each: 1} for each in ids}
+    validation = RetrievalValidation(
+        queries, documents, qrels, ids, ids, measures=["MRR@10"], monitor="MRR@10"
+    )
+    model = DualEncoder(encoder(normalization=True))
+    trainer = trainer_of(model, freeze_encoder=False)
+    data = PairBatches(queries, documents, [[row] for row in range(12)], batch_size=4)
+    trainer.train(data, epochs=2, callbacks=[validation], steps_per_dispatch=1)
+    best = validation.run()
+    assert evaluate(qrels, best, ["MRR@10"])["MRR@10"] == validation.best
+    for weight in model.weights:
+        weight.assign(weight + 1)
+    assert validation.run() != best
+    validation.on_train_end()
+    assert validation.run() == best
+
+
+def test_training_that_makes_a_model_worse_is_undone():
+    queries = normal(12, 6)
+    documents = queries + 0.1 * normal(12, 6)
+    ids = [str(row) for row in range(12)]
+    validation = RetrievalValidation(
+        queries,
+        documents,
+        {each: {each: 1} for each in ids},
+        ids,
+        ids,
+        measures=["MRR@10"],
+        monitor="MRR@10",
+    )
+    model = DualEncoder(keras.layers.Identity())
+    trainer = trainer_of(model, encoded=True, optimizer=keras.optimizers.SGD(30.0))
+    data = PairBatches(queries, documents, [[(row + 1) % 12] for row in range(12)], batch_size=4)
+    history = trainer.train(data, epochs=2, callbacks=[validation])
+    assert (validation.best, validation.best_epoch) == (1, -1)
+    assert [epoch["validation_MRR@10"] < 1 for epoch in history.epochs] == [True, True]
+    np.testing.assert_array_equal(numpy(model.query_projection.kernel), np.eye(6))
+
+
 def test_training_metrics_and_validation_of_batches():
     queries, documents, *_ = collection()
     relevant = [[row] for row in range(30)]
@@ -742,7 +784,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
             Checkpoint(tmp_path / folder),
         ]
         trainer.train(data, epochs=epochs, callbacks=callbacks, resume=tmp_path / folder)
-        return [numpy(weight) for weight in trainer.trainable_weights], callbacks[1].best
+        best = callbacks[1].best, callbacks[1].best_epoch
+        return [numpy(weight) for weight in trainer.trainable_weights], best
 
     expected = run(3, "whole")
     run(2, "parts")

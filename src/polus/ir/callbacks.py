@@ -20,8 +20,13 @@ class _Search(Callback):
     similarity: Similarity | None
     batch_size: int
 
+    @property
+    def _trainer(self) -> Any:
+        """The trainer, an `EfficientDenseRetrievalTrainer`."""
+        return self.coordinator.trainer
+
     def _represented(self, queries: Any, documents: Any) -> tuple[Any, Any]:
-        trainer: Any = self.coordinator.trainer
+        trainer = self._trainer
         return (
             joined(encode(trainer.represent_queries, as_features(queries), self.batch_size)),
             joined(encode(trainer.represent_documents, as_features(documents), self.batch_size)),
@@ -30,19 +35,20 @@ class _Search(Callback):
     def _similarity(self) -> Similarity:
         if self.similarity is not None:
             return self.similarity
-        scores: Any = self.coordinator.trainer
-        if not isinstance(scores.compute_scores, InBatchScores):
+        scores = self._trainer.compute_scores
+        if not isinstance(scores, InBatchScores):
             raise ValueError(
-                f"How documents are compared is not known from {scores.compute_scores!r}; say "
+                f"How documents are compared is not known from {scores!r}; say "
                 f"{type(self).__name__}(..., similarity=polus.ir.scores.cosine.similarity)."
             )
-        return scores.compute_scores.similarity
+        return scores.similarity
 
 
 class RetrievalValidation(_Search):
     """Searches with the present model after an epoch, measures, and keeps the best weights.
 
-    The measures are added to `shared_dict["validation"][name]` and the epoch's logs, as
+    Before the first epoch too, so that training which makes a model worse is undone. The measures
+    after an epoch are added to `shared_dict["validation"][name]` and the epoch's logs, as
     `ValidationDataCallback` does.
 
     Args:
@@ -53,7 +59,8 @@ class RetrievalValidation(_Search):
         document_ids: of `documents`, in order.
         measures: as for `polus.ir.evaluation.evaluate`.
         monitor: the measure that decides which model is the best.
-        restore_best: whether the best model's weights are put back when training ends.
+        restore_best: whether the best model's weights are put back when training ends, those of a
+            learned temperature and batch statistics as well.
         name: of this set of queries.
         every_epochs: how often.
         depth: documents that are retrieved.
@@ -61,7 +68,7 @@ class RetrievalValidation(_Search):
         batch_size: texts represented at a time.
 
     Attributes:
-        best: the best value so far. best_epoch: its epoch, from 0; -1 is the untrained model.
+        best: the best value so far. best_epoch: its epoch, from 0; -1 is the model before training.
     """
 
     def __init__(
@@ -94,6 +101,14 @@ class RetrievalValidation(_Search):
         self.best_epoch = -1
         self._weights: list[Any] = []
 
+    def on_epoch_begin(self, epoch: int) -> None:
+        # Here and not where training begins: a run that is resumed knows its best by now.
+        if epoch == 0 and self.best == -np.inf:
+            data = self.coordinator.feed.current
+            assert data is not None  # an epoch has begun
+            self._trainer.meet(*data.example)  # so that what may change is known
+            self._keep_if_best(evaluate(self.qrels, self.run(), self.measures), epoch=-1)
+
     def on_epoch_end(self, epoch: int) -> None:
         if (epoch + 1) % self.every_epochs:
             return
@@ -104,10 +119,13 @@ class RetrievalValidation(_Search):
         self.coordinator.shared_dict["epoch_logs"] |= {
             f"{self.name}_{measure}": value for measure, value in found.items()
         }
+        self._keep_if_best(found, epoch)
+
+    def _keep_if_best(self, found: Mapping[str, float], epoch: int) -> None:
         if found[self.monitor] > self.best:
             self.best, self.best_epoch = found[self.monitor], epoch
-            trained = self.coordinator.trainer.trainable_weights
-            self._weights = [np.array(ops.convert_to_numpy(weight)) for weight in trained]
+            weights = self._trainer.changing_weights
+            self._weights = [np.array(ops.convert_to_numpy(weight)) for weight in weights]
 
     def run(self) -> dict[str, dict[str, float]]:
         """What the present model finds."""
@@ -117,8 +135,8 @@ class RetrievalValidation(_Search):
 
     def on_train_end(self) -> None:
         if self.restore_best and self._weights:
-            trained = self.coordinator.trainer.trainable_weights
-            for weight, value in zip(trained, self._weights, strict=True):
+            weights = self._trainer.changing_weights
+            for weight, value in zip(weights, self._weights, strict=True):
                 weight.assign(value)
 
     def get_state(self) -> dict[str, Any]:
