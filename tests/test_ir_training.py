@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from keras import ops
 
+import polus.ir.models
 from polus.checkpoint import Checkpoint
 from polus.core import function, value_and_grad
 from polus.ir import losses, scores
@@ -561,8 +562,13 @@ def test_no_batch_clashes_and_none_is_dropped():
     assert tokens["ids"].shape == (len(next(data.order(0))), 2)
 
 
-def one_step(*batch, **kwargs):
-    return trainer_of(DualEncoder(encoder()), **kwargs).train_step(*batch)
+def one_step(*batch, model=None, **kwargs):
+    return trainer_of(model or DualEncoder(encoder()), **kwargs).train_step(*batch)
+
+
+class OfDicts(keras.Model):
+    def call(self, x):
+        return {"sequence_output": x[:, None], "pooled_output": x}
 
 
 @pytest.mark.parametrize(
@@ -597,6 +603,18 @@ def one_step(*batch, **kwargs):
             r"came as a list; .*np.array\(positive_ids\)",
         ),
         (
+            lambda: one_step(
+                FEATURES,
+                FEATURES,
+                model=DualEncoder(keras.layers.Dense(6), keras.layers.Dense(4)),
+            ),
+            "has 6 numbers and a document's 4.*projection_size=4",
+        ),
+        (
+            lambda: one_step(FEATURES, FEATURES, model=DualEncoder(OfDicts())),
+            r"\['sequence_output', 'pooled_output'\].*def encode_query",
+        ),
+        (
             lambda: one_step(FEATURES, FEATURES, compute_scores=lambda q, d: q),
             "return the pair",
         ),
@@ -616,9 +634,19 @@ def test_bad_input_says_what_to_write(wrong, message):
         wrong()
 
 
-def test_a_model_without_the_methods_gets_the_class_to_write():
-    with pytest.raises(TypeError, match="class MyDualEncoder"):
+def test_a_model_without_the_methods_gets_the_class_to_write(tmp_path):
+    with pytest.raises(TypeError, match="class MyDualEncoder") as error:
         trainer_of(encoder())
+    message = str(error.value)
+    written = {"keras": keras, "polus": polus, "__name__": __name__}
+    exec(message[message.index("@keras") :], written)
+    model = written["MyDualEncoder"](encoder())
+    batch = normal(B, 3), normal(B, 3)
+    trainer_of(model, freeze_encoder=False).train_step(*batch)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    for ours, theirs in zip(loaded(batch), model(batch), strict=True):
+        np.testing.assert_allclose(numpy(ours), numpy(theirs), rtol=1e-6)
 
 
 def test_mined_negatives_are_the_best_unjudged_ones_below_the_margin():

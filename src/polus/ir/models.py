@@ -139,11 +139,11 @@ class DualEncoder(keras.Model):
 
     def encode_query(self, inputs: Any, training: bool = False) -> Any:
         """The encoder's vectors of queries, before the projection."""
-        return self.query_encoder(inputs, training=training)
+        return _vectors(self.query_encoder(inputs, training=training), "query")
 
     def encode_document(self, inputs: Any, training: bool = False) -> Any:
         """The encoder's vectors of documents, before the projection."""
-        return self.document_encoder(inputs, training=training)
+        return _vectors(self.document_encoder(inputs, training=training), "document")
 
     def call(self, inputs: Any, training: bool = False) -> Any:
         queries, documents = inputs
@@ -187,3 +187,14 @@ class DualEncoder(keras.Model):
         for name in ("encoder", "document_encoder"):
             config[name] = keras.saving.deserialize_keras_object(config[name])
         return cls(**config)
+
+
+def _vectors(outputs: Any, kind: str) -> Any:
+    if not isinstance(outputs, dict):
+        return outputs
+    raise ValueError(
+        f"The {kind} encoder gives a dict of {list(outputs)}; DualEncoder takes one tensor, or "
+        "vectors and a mask. Pick it in a subclass: def encode_query(self, inputs, training=False)"
+        ": return self.query_encoder(inputs, training=training)[name], and likewise "
+        "encode_document with self.document_encoder."
+    )

@@ -18,6 +18,7 @@ Similarity = Callable[[Representation, Representation], Any]
 
 
 def _dot_product(queries: Any, documents: Any) -> Any:
+    _check_sizes(queries, documents)
     return ops.matmul(queries, ops.swapaxes(documents, -1, -2))
 
 
@@ -34,6 +35,7 @@ def _unit(vectors: Any) -> Any:
 
 def _max_sim(queries: Representation, documents: Representation) -> Any:
     (query, query_mask), (document, document_mask) = queries, documents
+    _check_sizes(query, document)
     # (..., Q, 1, L, E) x (..., 1, D, E, M): every query token against every document token.
     tokens = ops.matmul(
         ops.expand_dims(query, -3), ops.expand_dims(ops.swapaxes(document, -1, -2), -4)
@@ -43,6 +45,16 @@ def _max_sim(queries: Representation, documents: Representation) -> Any:
     # A text without a single token must not score -1e9 per query token.
     best = ops.where(ops.any(present, axis=-1), best, 0.0)
     return ops.sum(best * ops.cast(ops.expand_dims(query_mask, -2), best.dtype), axis=-1)
+
+
+def _check_sizes(queries: Any, documents: Any) -> None:
+    sizes = queries.shape[-1], documents.shape[-1]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"A query's vector has {sizes[0]} numbers and a document's {sizes[1]}, and the two are "
+            "multiplied number by number. Project both to one length: "
+            f"polus.ir.models.DualEncoder(..., projection_size={min(sizes)})."
+        )
 
 
 def without_diagonal(matrix: Any) -> Any:

@@ -509,17 +509,12 @@ def _relevant(besides: dict[str, Any], columns: int, own: int) -> Any:
 
 def _without_methods(model: Any, missing: list[str]) -> str:
     return f"""{type(model).__name__} has no {", ".join(missing)}.
-Use polus.ir.models.DualEncoder, or write
+Use polus.ir.models.DualEncoder(encoder), which has the projections as well, or write
 
-class MyDualEncoder(keras.Model):
-    def __init__(self, encoder):
-        super().__init__()
-        self.encoder = encoder
-        self.query_projection = polus.ir.models.IdentityProjection()
-        self.document_projection = polus.ir.models.IdentityProjection()
-
+@keras.saving.register_keras_serializable()
+class MyDualEncoder(polus.ir.models.DualEncoder):
     def encode_query(self, inputs, training=False):
-        return self.encoder(inputs, training=training)
+        return self.query_encoder(inputs, training=training)
 
     def encode_document(self, inputs, training=False):
-        return self.encoder(inputs, training=training)"""
+        return self.document_encoder(inputs, training=training)"""
