@@ -453,7 +453,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(name, policy, reques
 
 
 def test_micro_batches_in_bfloat16():
-    """Beside the batch encoded at once, which rounds elsewhere: 1% of a weight's largest one."""
+    """Beside the batch encoded at once, which rounds elsewhere: 2% of a weight's largest one."""
     batch = normal(B, 3), normal(B, 3)
     moved = {}
     keras.config.set_dtype_policy("mixed_bfloat16")
@@ -467,7 +467,7 @@ def test_micro_batches_in_bfloat16():
     finally:
         keras.config.set_dtype_policy("float32")
     for ours, theirs in zip(moved[2], moved[None], strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=0, atol=0.01 * np.abs(theirs).max())
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=0.02 * np.abs(theirs).max())
 
 
 def test_micro_batches_record_the_loss_where_a_gradient_overflows():
