@@ -210,6 +210,34 @@ def test_of_a_short_run_less_is_measured_and_of_a_longer_one_the_rest(clock):
     assert (dispatch.jit_compile, dispatch.capacity) == (True, 25)
 
 
+def test_a_run_that_allows_longer_calls_is_measured_for_them(clock, monkeypatch):
+    taken, asked = clock
+    singles, pairs = {(False, 1): 5e-3, (True, 1): 4e-3}, {(False, 2): 8e-3, (True, 2): 6e-3}
+    taken |= singles | pairs | {(False, 20): 20e-3, (True, 25): 10e-3}
+    trainer, dispatch = make_trainer(), Dispatch(None, None)
+    for longest in (2, 3):
+        measured_on(trainer, dispatch, longest=longest)
+        assert asked == [*singles, *pairs]
+        assert (dispatch.jit_compile, dispatch.capacity) == (True, 2)
+    for _ in range(2):
+        measured_on(trainer, dispatch)
+        assert asked == list(taken)
+        assert (dispatch.jit_compile, dispatch.capacity) == (True, 25)
+    # Batches of which 25 are too many for one call: what was measured of fewer tells enough.
+    monkeypatch.setattr(polus.dispatch, "MAX_BYTES", 2 * 8 * (8 * 6 + 8))
+    measured_on(trainer, dispatch)
+    assert asked == list(taken)
+    assert (dispatch.jit_compile, dispatch.capacity) == (True, 2)
+
+
+def test_batches_of_many_lengths_are_measured_once(clock):
+    clock[0].update({(False, 1): 5e-3, (True, 1): 6e-3, (False, 20): 20e-3, (True, 16): 20e-3})
+    epochs = iter([[8, 4, 2], [4, 8, 2], [2, 4, 8]])
+    trainer = make_trainer()
+    trainer.train(lambda: ((X[:n], Y[:n]) for n in next(epochs)), 3)
+    assert sorted(clock[1]) == sorted(clock[0])
+
+
 @pytest.mark.parametrize(
     ("taken", "asked", "chosen"),
     [

@@ -38,7 +38,8 @@ class Dispatch:
         capacity: how many steps one call may run; 1 for step by step.
         measured: (jit_compile, steps per call) -> seconds per step.
         compile_secs: the longest compilation so far.
-        settled: whether no more is to be measured.
+        settled: whether no more is to be measured, for runs that allow about `longest`.
+        longest: the steps in one call that the run allowed when it was measured.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Dispatch:
         self.jit_compile = jit_compile
         self.capacity = capacity
         self.settled = False
+        self.longest = MAX_STEPS
         self.measured: dict[tuple[bool, int], float] = {}
         self.compile_secs = 0.0
         self._programs: dict[Any, Callable[..., Any]] = {}
@@ -65,7 +67,7 @@ class Dispatch:
                     MANY_SHAPES,
                     "; ".join(str(shape) for shape in self._shapes),
                 )
-        many = block.count > 1
+        many = block.capacity > 1
         key = (self.jit_compile, block.fetch, many)
         program = self._programs.get(key)
         if program is None:
@@ -106,7 +108,8 @@ def choose(
     """Measures on the first batch and sets the fastest way. No variable or random state is changed.
 
     Each compiler step by step, then each of them many steps at a time; but nothing that can't win,
-    and nothing that takes longer to compile than all the steps take that are to be run.
+    and nothing that takes longer to compile than all the steps take that are to be run. What was
+    chosen stays, until a run allows calls twice as long, or batches come that no longer fit.
 
     Args:
         dispatch: gets its `jit_compile` and `capacity`, and keeps what was measured.
@@ -119,9 +122,17 @@ def choose(
     """
     modes = list(backend.candidates()) if jit_mode == "auto" else [jit_mode]
     long_run_secs: dict[bool, float] = backend.LONG_RUN_SECS if jit_mode == "auto" else {}
-    longest = min(longest, MAX_STEPS, max(1, MAX_BYTES // max(1, _num_bytes(epoch.example))))
+    allowed = min(longest, MAX_STEPS)
+    room = max(1, MAX_BYTES // max(1, _num_bytes(epoch.example)))
+    longest = min(allowed, room)
     if len(modes) == 1 and (longest == 1 or fixed is not None):
         dispatch.jit_compile, dispatch.capacity, dispatch.settled = modes[0], fixed or 1, True
+        return
+    if dispatch.settled and (
+        fixed is not None or (dispatch.capacity <= room and allowed < 2 * dispatch.longest)
+    ):
+        return
+    dispatch.longest = allowed
     measured = dispatch.measured
 
     def unmeasured() -> Iterator[tuple[bool, int]]:
@@ -138,7 +149,14 @@ def choose(
             return True  # known after the first epoch, if it ever is
         return max(dispatch.compile_secs, long_enough) > steps * min(measured.values())
 
-    if dispatch.settled or all(too_short(mode) for mode, _ in unmeasured()):
+    def fastest_first() -> list[tuple[bool, int]]:
+        ways = (way for way in measured if way[1] <= max(longest, fixed or 1))
+        return sorted(ways, key=lambda way: measured[way])
+
+    ways = list(unmeasured())
+    if all(too_short(mode) for mode, _ in ways):
+        dispatch.settled = not ways
+        dispatch.jit_compile, dispatch.capacity = fastest_first()[0]
         return
     began = time.perf_counter()
     snapshot = Snapshot(survey())
@@ -165,7 +183,7 @@ def choose(
                 measured[mode, count] = seconds / count
     finally:
         snapshot.restore()
-    ways = sorted(measured, key=lambda way: measured[way])
+    ways = fastest_first()
     dispatch.jit_compile, dispatch.capacity = ways[0]
     logger.info(
         "Measured in %.1f s, fastest first: %s",

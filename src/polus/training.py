@@ -26,7 +26,7 @@ from polus.backends import backend
 from polus.callbacks.base import CallbackCoordinator, Losses
 from polus.core import BaseLogger, function, get_jit_compile
 from polus.data import Feed, as_arguments, as_source
-from polus.data.feed import Epoch, signature_of
+from polus.data.feed import Epoch
 from polus.dispatch import Dispatch, choose
 from polus.history import History
 from polus.metrics import as_metric
@@ -624,7 +624,9 @@ class BaseTrainer(BaseLogger):
         mode = get_jit_compile()
         longest = run.longest_dispatch()
         self._example = data.example
-        key = mode, steps_per_dispatch, longest > 1, str(signature_of(self._example))
+        # Without sizes: batches that are bucketed by length begin each epoch with another one.
+        kinds = keras.tree.map_structure(lambda a: (str(a.dtype), len(a.shape)), self._example)
+        key = mode, steps_per_dispatch, longest > 1, str(kinds)
         dispatch = self._dispatches.get(key)
         if dispatch is None:
             self._build(self._example)
@@ -634,16 +636,15 @@ class BaseTrainer(BaseLogger):
             if str(key) in self._choices:
                 dispatch.jit_compile, dispatch.capacity = self._choices[str(key)]
                 dispatch.settled = True
-        if not dispatch.settled:
-            choose(
-                dispatch,
-                data,
-                lambda: self._survey(data.example),
-                mode,
-                longest,
-                steps_per_dispatch,
-                self._steps_before + run.epochs * (run.steps or math.inf),
-            )
+        choose(
+            dispatch,
+            data,
+            lambda: self._survey(data.example),
+            mode,
+            longest,
+            steps_per_dispatch,
+            self._steps_before + run.epochs * (run.steps or math.inf),
+        )
         self._jit_compile, self._capacity = dispatch.jit_compile, dispatch.capacity
         return dispatch
 
