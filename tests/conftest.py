@@ -32,6 +32,14 @@ def _seeds():
     keras.utils.set_random_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _quick_data(monkeypatch):
+    """On a busy machine too no block of a test is cut short for its data being slow."""
+    from polus.data import feed
+
+    monkeypatch.setattr(feed, "GROUP_SECS", 60.0)
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real data sets beside the repository."""

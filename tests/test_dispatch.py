@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from keras import ops
 
+import polus.data.feed
 import polus.dispatch
 from polus import core
 from polus.backends import backend
@@ -82,6 +83,15 @@ def test_blocks_are_as_long_as_asked_for_and_allowed(kind, steps_per_dispatch, e
     assert [h[:2] for h in heard.heard] == [h[:2] for h in reference.heard]
     losses = [[h[2] for h in callback.heard] for callback in (heard, reference)]
     np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+def test_slow_data_changes_no_bit(monkeypatch):
+    def losses():
+        return make_trainer().train(BATCHES, 1, steps_per_dispatch=4).steps["loss"]
+
+    quick = losses()
+    monkeypatch.setattr(polus.data.feed, "GROUP_SECS", 0.0)
+    np.testing.assert_array_equal(losses(), quick)
 
 
 def test_who_hears_of_batches_finds_the_model_as_it_was_then():

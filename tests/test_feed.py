@@ -4,12 +4,13 @@ import contextlib
 import itertools
 import threading
 import traceback
+import types
 
 import keras
 import numpy as np
 import pytest
 
-from polus.data import Feed, as_source, from_arrays
+from polus.data import Feed, as_source, feed, from_arrays
 
 X = np.arange(44, dtype="float32").reshape(22, 2)
 Y = np.arange(22, dtype="int32")
@@ -143,6 +144,22 @@ def test_no_block_is_longer_than_a_callback_allows(kind):
     assert counts == [2, 2, 1, 1]  # the last batch is smaller
 
 
+@pytest.mark.parametrize("kind", ["generator function", "tf.data"])
+def test_slow_data_comes_in_shorter_blocks_for_the_same_programs(kind, monkeypatch):
+    def programs():
+        data = Feed(as_source(KINDS[kind][0]())).epoch(0)
+        with contextlib.closing(data.blocks(4)) as blocks:
+            return [(block.count, block.capacity) for block in blocks]
+
+    assert programs() == [(4, 4), (1, 1), (1, 1)]
+    monkeypatch.setattr(feed, "GROUP_SECS", 0.0)
+    assert programs() in (
+        [(2, 4), (1, 4), (1, 4), (1, 1), (1, 1)],
+        [(2, 4), (2, 4), (1, 1), (1, 1)],  # TensorFlow reads two at least
+    )
+    assert_same(read(KINDS[kind][0](), 4)[0], ragged())
+
+
 @pytest.mark.parametrize("kind", ["list", "tf.data", "arrays on the device"])
 def test_steps_bound_an_epoch(kind):
     batches, _ = read(KINDS[kind][0](), 3, steps=4)
@@ -236,6 +253,66 @@ def test_an_exception_of_the_transform_shows_its_line():
         read(ragged(), 4, transform)
     lines = [frame.line for frame in traceback.extract_tb(caught.value.__traceback__)]
     assert "return batch[2]" in lines
+
+
+def test_a_stop_iteration_of_the_transform_is_no_end_of_the_data():
+    with pytest.raises(RuntimeError, match="StopIteration"):
+        read(ragged(), 4, lambda batch: next(iter([])))
+
+
+def test_the_first_batch_of_an_epoch_is_waited_for(monkeypatch):
+    now = [0.0]
+
+    def slow():
+        now[0] += 7.0
+        yield from ragged()
+
+    monkeypatch.setattr(feed, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+    data = Feed(as_source(slow))
+    data.epoch(0).peek()
+    assert data.waited_secs == 7.0
+
+
+@pytest.mark.parametrize("capacity", [1, 100])
+def test_reading_ends_with_the_reader_in_the_middle_of_a_block(monkeypatch, capacity):
+    reading, stopped, join = threading.Event(), threading.Event(), threading.Thread.join
+    taken, ended = [], []
+
+    def endless():
+        try:
+            for i in itertools.count():
+                if i == 3:
+                    reading.set()
+                    stopped.wait(60)
+                taken.append(i)
+                yield np.zeros((1,), "float32")
+        finally:
+            ended.append(True)
+
+    def joined(thread, timeout=None):
+        stopped.set()
+        join(thread, timeout)
+
+    data = Feed(as_source(endless))
+    blocks = data.epoch(0).blocks(capacity, due=lambda step: None if step else 1)
+    next(blocks)
+    assert reading.wait(60)
+    monkeypatch.setattr(threading.Thread, "join", joined)
+    blocks.close()
+    assert taken == [0, 1, 2, 3]
+    assert ended == [True]  # while `data` is still there
+
+
+def test_a_bare_iterator_goes_on_in_the_next_epoch():
+    def batches():
+        yield from ragged()
+
+    data = Feed(as_source(batches()), steps=2)
+    found = []
+    for epoch in range(3):
+        with contextlib.closing(data.epoch(epoch).blocks()) as blocks:
+            found += [batch for block in blocks for batch in rows(block)]
+    assert_same(found, ragged())
 
 
 def test_reading_ahead_is_bounded_and_ends_with_the_reader():

@@ -309,7 +309,7 @@ class BaseTrainer(BaseLogger):
             learning_rate: the optimizer's rate for this run; afterwards it is what it was before.
             train_map_f: another name of `custom_data_transform_f`.
             steps_per_dispatch: how many steps the backend runs in one call; by default it is
-                measured which number is the fastest.
+                measured which number is the fastest. Fewer at a time while data is slow.
             resume: a folder of checkpoints to continue from and, with a
                 `polus.checkpoint.Checkpoint` among the callbacks, to save to.
 

@@ -237,22 +237,28 @@ class _GraphBlocks:
         self.iterator = iterator
         self.specs = tf.nest.flatten(iterator.element_spec)
 
-    def read(self, first: Tree, want: int) -> tuple[int, Tree, Tree | None]:
+    def read(self, first: Tree, want: int, secs: float) -> tuple[int, Tree, Tree | None]:
         """Up to `want` batches of the shapes of `first`, which is the first of them.
+
+        After `secs` seconds, and at least two batches, no more are read.
 
         Returns:
             How many there are, the batches stacked to (count, ...), and the next one where it has
             another shape, else None.
         """
         count, stacked, other, left = _read(
-            self.iterator, tf.nest.flatten(first), tf.constant(want)
+            self.iterator,
+            tf.nest.flatten(first),
+            tf.constant(want),
+            tf.constant(secs, tf.float64),
         )
         pack = tf.nest.pack_sequence_as
         return int(count), pack(first, stacked), pack(first, left) if bool(other) else None
 
 
 @tf.function(autograph=False, reduce_retracing=True)
-def _read(iterator: Any, first: list[Any], want: Any) -> Any:
+def _read(iterator: Any, first: list[Any], want: Any, secs: Any) -> Any:
+    began = tf.timestamp()  # in here: the first call takes longer, to trace this
     specs = tf.nest.flatten(iterator.element_spec)
     rows = [
         tf.TensorArray(spec.dtype, want, infer_shape=False, element_shape=spec.shape)
@@ -273,7 +279,9 @@ def _read(iterator: Any, first: list[Any], want: Any) -> Any:
                 lambda: [row.write(i, value) for row, value in zip(rows, values, strict=True)],
                 lambda: rows,
             )
-            return tf.cast(same, tf.int32), same, ~same, written, values
+            with tf.control_dependencies(values):
+                early = tf.timestamp() - began < secs
+            return tf.cast(same, tf.int32), same & early, ~same, written, values
 
         def end() -> Any:
             no = tf.constant(False)

@@ -19,6 +19,9 @@ from polus.data.source import Source, as_arguments
 
 Due = Callable[[int], int | None]
 
+# Slow data comes in shorter blocks: progress still moves, and Ctrl-C still works.
+GROUP_SECS = 0.1
+
 
 @dataclasses.dataclass(frozen=True)
 class Block:
@@ -26,6 +29,7 @@ class Block:
 
     Attributes:
         count: how many batches. batch_size: the examples of each (1 where there is no such axis).
+            One batch where `capacity` is above 1 is the rest of a longer group.
         fetch: takes the batches out of the payload inside the compiled step, stacked along a new
             first axis; None where the payload is one batch itself.
         payload: what goes to the device.
@@ -73,6 +77,7 @@ class Feed:
         num_batches: batches of an epoch, None where it isn't known.
         tracked: whether epochs remember what the way back to a position needs (a checkpoint does).
         current: the epoch that was begun last.
+        lock: held while a batch is made, which may draw from the global random generators.
     """
 
     def __init__(
@@ -87,6 +92,7 @@ class Feed:
         self.waited_secs = 0.0
         self.tracked = False
         self.current: Epoch | None = None
+        self.lock = threading.Lock()
         self._resumed: Epoch | None = None
         known = source.num_batches
         self.num_batches = known if steps is None else steps if known is None else min(steps, known)
@@ -126,9 +132,19 @@ class Epoch:
         self.marks: collections.deque[tuple[int, Any]] = collections.deque(maxlen=8)
         self._head: Any = None
         self.reader = feed.source.batches(epoch, start)
-        batches = map(feed.transform, self.reader) if feed.transform else self.reader
-        self.batches = map(as_arguments, batches)
+        self.batches = self._transformed()
         self._first: list[Any] = []
+
+    def _transformed(self) -> Iterator[tuple[Any, ...]]:
+        # In a generator a StopIteration of the transform is an error, and no end of the data.
+        transform = self.feed.transform
+        for batch in self.reader:
+            yield as_arguments(batch if transform is None else transform(batch))
+
+    def _read(self) -> list[Any]:
+        """The next batch; empty at the end."""
+        with self.feed.lock:
+            return list(itertools.islice(self.batches, 1))
 
     def peek(self) -> Any:
         """The first batch, which stays in its place.
@@ -138,7 +154,9 @@ class Epoch:
         """
         if not self._first:
             ended = self.feed.steps is not None and self.start >= self.feed.steps
-            self._first = [] if ended else list(itertools.islice(self.batches, 1))
+            began = time.perf_counter()
+            self._first = [] if ended else self._read()
+            self.feed.waited_secs += time.perf_counter() - began
         if not self._first and self.start == 0:
             raise ValueError(
                 f"The dataset gave no batch in epoch {self.number + 1}: it is empty, or an "
@@ -204,14 +222,19 @@ class Epoch:
             allowed = due(step)
             return left if allowed is None else min(left, allowed)
 
-        with contextlib.closing(self._made(want, capacity, poll)) as blocks:
-            while True:
-                began = time.perf_counter()
-                block = next(blocks, None)
-                self.feed.waited_secs += time.perf_counter() - began
-                if block is None:
-                    return
-                yield block
+        try:
+            with contextlib.closing(self._made(want, capacity, poll)) as blocks:
+                while True:
+                    began = time.perf_counter()
+                    block = next(blocks, None)
+                    self.feed.waited_secs += time.perf_counter() - began
+                    if block is None:
+                        return
+                    yield block
+        finally:
+            # Nobody else may hold the user's generator: then it is closed here, and not later.
+            self.reader = self.batches = iter(())
+            self.feed.source._iterator = None
 
     def _made(
         self, want: Callable[[int], int], capacity: int, poll: Callable[[], None]
@@ -220,8 +243,9 @@ class Epoch:
             return self._gathered(want, capacity)
         graph = backend.graph_blocks(self.reader) if self.feed.transform is None else None
         if graph is not None:
-            return self._in_graph(graph, want, capacity)
-        return _ahead(self._stacked(want, capacity), poll)
+            return self._in_graph(graph, want, capacity, poll)
+        stopped = threading.Event()
+        return _ahead(self._stacked(want, capacity, stopped), poll, stopped)
 
     def _gathered(self, want: Callable[[int], int], capacity: int) -> Generator[Block]:
         dataset, step = self.feed.source.dataset, self.start
@@ -242,53 +266,70 @@ class Epoch:
             yield Block(count, width, gathered, payload, len(table), (width,))
             step += count
 
-    def _in_graph(self, graph: Any, want: Callable[[int], int], capacity: int) -> Generator[Block]:
-        pending, step = self._first or list(itertools.islice(self.batches, 1)), self.start
+    # A batch runs in the program for one or in that for many by its place in the data, however slow
+    # that is: the two may differ in the last bits. So what is `left` of a group that took too long
+    # is still of that group, and no group is ended before it is known to have a second batch.
+
+    def _in_graph(
+        self, graph: Any, want: Callable[[int], int], capacity: int, poll: Callable[[], None]
+    ) -> Generator[Block]:
+        step, left, signature = self.start, 0, None
+        pending = self._first or self._read()
         while pending and (count := want(step)) > 0:
             first = pending.pop()
-            if count == 1:
-                yield _single(first)
-                if want(step + 1) > 0:
-                    pending = list(itertools.islice(self.batches, 1))
-                step += 1
-                continue
-            count, rows, other = graph.read(first, count)
-            signature = signature_of(first)
-            if count == 1:
-                yield _single(first)
-            else:
+            if signature_of(first) != signature:
+                left, signature = 0, signature_of(first)
+            rest = left > 0
+            left = min(left, count) if rest else count
+            count, other = 1, None
+            if left > 1 or rest:
+                poll()
+                count, rows, other = graph.read(first, left, GROUP_SECS)
+            if count > 1 or rest:
                 rows = backend.pad(rows, capacity)
                 yield Block(count, _size(first), stacked, rows, capacity, signature)
-            step += count
+            else:
+                yield _single(first)
+            step, left = step + count, left - count
             if other is not None:
                 pending = [other]
             elif want(step) > 0:
-                pending = list(itertools.islice(self.batches, 1))
+                pending = self._read()
 
-    def _stacked(self, want: Callable[[int], int], capacity: int) -> Generator[Block]:
-        batches = (keras.tree.map_structure(_plain, batch) for batch in self.batches)
-        step = self.start
+    def _stacked(
+        self, want: Callable[[int], int], capacity: int, stopped: threading.Event
+    ) -> Generator[Block]:
+        def read() -> list[Any]:
+            return [keras.tree.map_structure(_plain, batch) for batch in self._read()]
+
+        step, left, signature = self.start, 0, None
         pending = [keras.tree.map_structure(_plain, batch) for batch in self._first]
-        while (count := want(step)) > 0:
+        while (count := want(step)) > 0 and not stopped.is_set():
             self._mark(step + len(pending))
-            group = pending or list(itertools.islice(batches, 1))
+            group = pending or read()
             if not group:
                 return
-            pending, signature = [], signature_of(group[0])
-            while len(group) < count:
-                following = list(itertools.islice(batches, 1))
+            if signature_of(group[0]) != signature:
+                left, signature = 0, signature_of(group[0])
+            rest = left > 0
+            left = min(left, count) if rest else count
+            pending, began = [], time.perf_counter()
+            while len(group) < left and not stopped.is_set():
+                if (rest or len(group) > 1) and time.perf_counter() - began > GROUP_SECS:
+                    break
+                following = read()
                 if not following:
                     break
                 if signature_of(following[0]) != signature:
                     pending = following
                     break
                 group += following
-            if len(group) == 1:
-                yield _single(group[0])
-            else:
+            if len(group) > 1 or rest:
                 payload = backend.stack(group, capacity)
                 yield Block(len(group), _size(group[0]), stacked, payload, capacity, signature)
-            step += len(group)
+            else:
+                yield _single(group[0])
+            step, left = step + len(group), left - len(group)
 
     def _mark(self, num_read: int) -> None:
         """Notes the state of the dataset's iterator, behind `num_read` batches of the epoch."""
@@ -327,10 +368,14 @@ def _size(batch: Any) -> int:
     return 1
 
 
-def _ahead(blocks: Iterator[Block], poll: Callable[[], None], depth: int = 2) -> Generator[Block]:
-    """`blocks`, made by a thread that is `depth` ahead at most and ends with this generator."""
+def _ahead(
+    blocks: Generator[Block], poll: Callable[[], None], stopped: threading.Event, depth: int = 2
+) -> Generator[Block]:
+    """`blocks`, made by a thread that is `depth` ahead at most and ends with this generator.
+
+    It sets `stopped` then, so that `blocks` reads no further either.
+    """
     made: queue.Queue[Any] = queue.Queue(maxsize=depth)
-    stopped = threading.Event()
 
     def put(item: Any) -> None:
         while not stopped.is_set():
@@ -340,10 +385,11 @@ def _ahead(blocks: Iterator[Block], poll: Callable[[], None], depth: int = 2) ->
 
     def work() -> None:
         try:
-            for block in blocks:
-                put(block)
-                if stopped.is_set():
-                    return
+            with contextlib.closing(blocks):
+                for block in blocks:
+                    put(block)
+                    if stopped.is_set():
+                        return
             put(None)
         except BaseException as exception:  # raised again where the block is asked for
             put(exception)
