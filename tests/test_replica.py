@@ -108,10 +108,11 @@ class Begun(keras.utils.PyDataset):
         return 3
 
     def __getitem__(self, i):
-        return np.array(self.order[4 * i : 4 * i + 4])
+        return np.array(self.rows[4 * i : 4 * i + 4])
 
     def on_epoch_begin(self):
         self.generator.shuffle(self.order)
+        self.rows = self.order
         self.same_generator.random()
 
 

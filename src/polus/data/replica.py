@@ -1,12 +1,15 @@
 """A dataset read without a trace: its order in later epochs is what it would have been."""
 
 import copy
+import itertools
+import random
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
+import numpy as np
 
 from polus.data.source import Source, as_source
 
@@ -17,7 +20,9 @@ def replica(dataset: Any) -> Source:
     What a dataset remembers from epoch to epoch (the seed generator of a shuffle, a cache, a
     sampler's generator) is the replica's own; the examples are shared. The global generators, from
     which a PyTorch `DataLoader` draws, are the caller's to keep. What hides in an iterable or a
-    function of the user's (a file position, a generator of its own) is known to nobody and moves.
+    function of the user's (a file position, a generator of its own) is known to nobody and moves;
+    so does what a `PyDataset` changes in `on_epoch_begin` inside of an object that it holds, but
+    for generators, lists and arrays of one axis.
 
     Args:
         dataset: anything that `as_source` takes, but for a bare iterator.
@@ -36,7 +41,7 @@ def replica(dataset: Any) -> Source:
     if hasattr(dataset, "as_numpy_iterator") and hasattr(dataset, "element_spec"):
         return as_source(_of_tensorflow_data(dataset))
     if isinstance(dataset, keras.utils.PyDataset):
-        return as_source(_without_epoch_end(dataset))
+        return as_source(_of_pydataset(dataset))
     # A user of a DataLoader has imported PyTorch.
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(dataset, torch.utils.data.DataLoader):
@@ -78,9 +83,26 @@ def _of_tensorflow_data(dataset: Any) -> Any:
     return tf.data.experimental.from_variant(variant, dataset.element_spec)
 
 
-def _without_epoch_end(dataset: Any) -> Callable[[], Iterator[Any]]:
-    """Its batches by number: `on_epoch_end`, where such a dataset shuffles, is not called."""
-    return lambda: (dataset[i] for i in range(len(dataset)))
+def _of_pydataset(dataset: Any) -> Callable[[], Iterator[Any]]:
+    """Its batches by number, with generators and orders of its own for `on_epoch_begin`.
+
+    `on_epoch_end`, where such a dataset usually shuffles, is not called.
+    """
+    own = copy.copy(dataset)
+    memo: dict[int, Any] = {}  # of a generator that has two names
+    for name, value in vars(dataset).items():
+        if isinstance(value, np.random.Generator | np.random.RandomState | random.Random):
+            setattr(own, name, copy.deepcopy(value, memo))
+        elif type(value) is list or (type(value) is np.ndarray and value.ndim == 1):
+            setattr(own, name, copy.copy(value))  # an order; what has more axes are examples
+
+    def batches() -> Iterator[Any]:
+        own.on_epoch_begin()
+        count = own.num_batches
+        for i in itertools.count() if count is None else range(count):
+            yield own[i]
+
+    return batches
 
 
 def _of_loader(loader: Any) -> Any:
