@@ -420,6 +420,7 @@ def find(
             "keras.optimizers.schedules.CosineDecay(result.suggestion, decay_steps=10_000)"
         )
     feed = Feed(replica(dataset), config.get("custom_data_transform_f"))
+    fed = [metric.has_samples for metric in trainer.metrics]
     with random_state_kept():
         inputs = feed.epoch(0).example
     # Outside of random_state_kept: what building draws, training would have drawn.
@@ -444,6 +445,8 @@ def find(
                 )
         finally:
             snapshot.restore()
+            for metric, was_fed in zip(trainer.metrics, fed, strict=True):
+                metric.has_samples = was_fed
     result = LRFinderResult(rates[: len(losses)], losses, suggestion, baseline)
     trainer.logger.info("%r", result)
     if use_lr_found:
@@ -463,9 +466,10 @@ def _sweep(
     poll: Callable[[], None],
 ) -> tuple[Array, Array | None]:
     """Gives the losses of steps at `rates`, up to the divergence, and the batches' baseline."""
-    # The curve is judged half a window behind, where smoothing sees both sides of it.
+    # The curve is judged half a window behind, where smoothing sees both sides of it. In a sweep of
+    # little more than a window that would be at its end: a quarter of it has to do.
     decades = math.log10(rates[1] / rates[0])
-    reach = max(3, math.ceil(HALF_WIDTH / decades))
+    reach = max(3, min(math.ceil(HALF_WIDTH / decades), len(rates) // 4))
     smoothed: list[float] = []
     console = Console(stderr=True)
     with (
@@ -474,12 +478,12 @@ def _sweep(
     ):
         task = progress.add_task("", total=2 * len(rates))
 
-        def run(block: Block, losses: list[float], rate: float) -> None:
+        def run(block: Block, losses: list[float], doing: str) -> None:
             program, arguments = dispatch.prepare(block)
             outputs = program(*arguments)
             outputs = outputs["loss"] if isinstance(outputs, dict) else outputs
             losses.append(float(keras.ops.convert_to_numpy(outputs).item()))
-            progress.update(task, advance=1, description=f"rate {rate:.1e}, loss {losses[-1]:.4g}")
+            progress.update(task, advance=1, description=f"{doing}, loss {losses[-1]:.4g}")
             poll()
 
         losses: list[float] = []
@@ -490,7 +494,7 @@ def _sweep(
             if keep:
                 kept.append(block)
             set_rate(rate)
-            run(block, losses, rate)
+            run(block, losses, f"rate {rate:.1e}")
             if not math.isfinite(losses[-1]):
                 break
             if len(losses) > 2 * reach:
@@ -506,7 +510,7 @@ def _sweep(
         baseline: list[float] = []
         progress.update(task, total=2 * len(losses))
         for block in kept:
-            run(block, baseline, 0.0)
+            run(block, baseline, "the same batches, untrained")
     return np.array(losses), np.array(baseline)
 
 

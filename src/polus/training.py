@@ -136,6 +136,9 @@ class BaseTrainer(BaseLogger):
         mode = get_jit_compile()
         self._jit_compile: bool | None = None if mode == "auto" else mode
         self._capacity = 1
+        # Held for as long as random generators are put back to what they were: the training that
+        # runs may draw from them to make a batch.
+        self._data_lock: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         self._overridden = type(self).train_step is not BaseTrainer.train_step
         self._step = self.train_step
         # What the class describes is compiled for this object; called alone it does one update.
@@ -357,9 +360,12 @@ class BaseTrainer(BaseLogger):
             if run.step == 0:
                 run.on_epoch_begin()
             dispatch = self._dispatch(run, data, steps_per_dispatch)
-            with contextlib.closing(
-                data.blocks(dispatch.capacity, run.next_due, run.poll)
-            ) as blocks:
+            with (
+                self._reading(run.feed),
+                contextlib.closing(
+                    data.blocks(dispatch.capacity, run.next_due, run.poll)
+                ) as blocks,
+            ):
                 for block in blocks:
                     if block.count == 1:
                         run.on_train_batch_begin()
@@ -425,17 +431,18 @@ class BaseTrainer(BaseLogger):
         """
         from polus.lr_finder import find
 
-        return find(
-            self,
-            tf_dataset,
-            use_lr_found,
-            start_lr=start_lr,
-            end_lr=end_lr,
-            num_steps=num_steps,
-            stop_factor=stop_factor,
-            suggestion=suggestion,
-            optimizer=optimizer,
-        )
+        with self._data_lock:
+            return find(
+                self,
+                tf_dataset,
+                use_lr_found,
+                start_lr=start_lr,
+                end_lr=end_lr,
+                num_steps=num_steps,
+                stop_factor=stop_factor,
+                suggestion=suggestion,
+                optimizer=optimizer,
+            )
 
     def changing_train_config(self, **arguments: Any) -> None:
         """Keeps arguments of `train` for later calls that don't give them.
@@ -476,6 +483,12 @@ class BaseTrainer(BaseLogger):
         Returns:
             Metric name to value, and "loss" and its terms, weighted by the number of examples.
         """
+        with self._data_lock:
+            return self._evaluated(dataset, custom_data_transform_f, steps)
+
+    def _evaluated(
+        self, dataset: Any, custom_data_transform_f: Callable[[Any], Any] | None, steps: int | None
+    ) -> dict[str, Any]:
         self._refresh()
         variables = {id(v): v for metric in self.metrics for v in metric.variables}
         # A layer may draw random numbers in inference mode too; its generator's state is integers.
@@ -647,6 +660,15 @@ class BaseTrainer(BaseLogger):
         )
         self._jit_compile, self._capacity = dispatch.jit_compile, dispatch.capacity
         return dispatch
+
+    @contextlib.contextmanager
+    def _reading(self, feed: Feed) -> Iterator[None]:
+        """For the length of the block a thread makes the batches of `feed`."""
+        before, self._data_lock = self._data_lock, feed.lock
+        try:
+            yield
+        finally:
+            self._data_lock = before
 
     def _metric_results(self) -> dict[str, Any]:
         return {metric.name: metric.evaluate() for metric in self.metrics if metric.has_samples}

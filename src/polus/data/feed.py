@@ -222,17 +222,21 @@ class Epoch:
             allowed = due(step)
             return left if allowed is None else min(left, allowed)
 
+        with self._letting_go(), contextlib.closing(self._made(want, capacity, poll)) as blocks:
+            while True:
+                began = time.perf_counter()
+                block = next(blocks, None)
+                self.feed.waited_secs += time.perf_counter() - began
+                if block is None:
+                    return
+                yield block
+
+    @contextlib.contextmanager
+    def _letting_go(self) -> Iterator[None]:
+        """At its end the user's generator is closed, unless somebody else holds it."""
         try:
-            with contextlib.closing(self._made(want, capacity, poll)) as blocks:
-                while True:
-                    began = time.perf_counter()
-                    block = next(blocks, None)
-                    self.feed.waited_secs += time.perf_counter() - began
-                    if block is None:
-                        return
-                    yield block
+            yield
         finally:
-            # Nobody else may hold the user's generator: then it is closed here, and not later.
             self.reader = self.batches = iter(())
             self.feed.source._iterator = None
 
