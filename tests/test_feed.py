@@ -198,6 +198,30 @@ def test_the_order_of_an_epoch_is_the_same_everywhere_for_a_seed(seed, epoch, or
     assert dataset.order(epoch).tolist() == order
 
 
+@pytest.mark.parametrize("seed", [3, 2**53 + 1, 2**63, 2**64 - 2, 2**64 - 1, np.uint64(2**64 - 1)])
+def test_each_bit_of_a_seed_counts(seed):
+    raw = np.random.Philox(key=int(seed) + (5 << 64)).random_raw(10)  # one number of 128 bits
+    order = from_arrays(np.arange(10), 3, seed=seed).order(5)
+    assert order.tolist() == np.argsort(raw, kind="stable").tolist()
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64, 0.5, True, None, "a"])
+def test_what_is_no_seed_is_refused(seed):
+    with pytest.raises(ValueError, match=rf"integer from 0 to 2\*\*64 - 1, and got {seed!r}"):
+        from_arrays(X, 4, seed=seed)
+
+
+@pytest.mark.parametrize("batch_size", [0, 2.0, True, Y])
+def test_what_is_no_batch_size_is_refused(batch_size):
+    with pytest.raises(ValueError, match=r"batch_size is a positive integer, and got"):
+        from_arrays(X, batch_size)
+
+
+def test_a_list_of_labels_is_no_array():
+    with pytest.raises(ValueError, match=r"single value 0\. A list .* np\.array\(values\)"):
+        from_arrays((X, Y.tolist()), 4)
+
+
 def test_double_precision_becomes_keras_float_and_integers_stay():
     data = [(np.float64([1.0]), np.int64([2]))]
     for dataset in (data, from_arrays((np.float64([1.0]), np.int64([2])), 1)):

@@ -36,7 +36,8 @@ def from_arrays(
             inside the compiled loop; larger ones are gathered in host memory.
 
     Raises:
-        ValueError: for no arrays, arrays of different lengths, or no examples.
+        ValueError: for no arrays, arrays of different lengths, no examples, or a batch_size or seed
+            out of range.
     """
     return ArrayDataset(arrays, batch_size, shuffle, seed, drop_remainder, device_bytes)
 
@@ -61,12 +62,17 @@ class ArrayDataset:
                 "from_arrays takes arrays with one equal, positive number of examples along the "
                 f"first axis, and got lengths {lengths or 'of no array at all'}."
             )
-        if not isinstance(batch_size, int | np.integer) or batch_size < 1:
+        if not _is_integer(batch_size) or batch_size < 1:
             raise ValueError(f"batch_size is a positive integer, and got {batch_size!r}.")
+        if not _is_integer(seed) or not 0 <= seed < 2**64:
+            raise ValueError(
+                f"seed is an integer from 0 to 2**64 - 1, and got {seed!r}. Each epoch has its "
+                "own order for the same seed; shuffle=False keeps the order given."
+            )
         self.num_examples = lengths[0]
         self.batch_size = min(int(batch_size), self.num_examples)
         self.shuffle = shuffle
-        self.seed = seed
+        self.seed = int(seed)
         self.drop_remainder = drop_remainder
         self.on_device = sum(leaf.nbytes for leaf in leaves) <= device_bytes
 
@@ -81,7 +87,8 @@ class ArrayDataset:
             return np.arange(self.num_examples, dtype=np.int32)
         # Raw outputs and a stable sort: NumPy keeps both the same in every version and on every
         # platform, which it doesn't promise for Generator.permutation.
-        raw = np.random.Philox(key=[self.seed, epoch]).random_raw(self.num_examples)
+        key = np.array([self.seed, epoch], np.uint64)
+        raw = np.random.Philox(key=key).random_raw(self.num_examples)
         return np.argsort(raw, kind="stable").astype(np.int32)
 
     def rows(self, epoch: int, skip: int = 0) -> Iterator[np.ndarray[Any, Any]]:
@@ -98,8 +105,15 @@ class ArrayDataset:
         return map(self.batch, self.rows(0))
 
 
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
 def _array(values: Any) -> np.ndarray[Any, Any]:
     array = np.asarray(values)
     if array.ndim == 0:
-        raise ValueError(f"from_arrays takes arrays of examples, and got the scalar {array!r}.")
+        raise ValueError(
+            f"from_arrays takes arrays of examples, and got the single value {values!r}. A list is "
+            "a structure of arrays; make it one array: np.array(values)."
+        )
     return array.astype(keras.config.floatx()) if array.dtype == np.float64 else array
