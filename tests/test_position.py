@@ -53,6 +53,10 @@ def loader(**kwargs):
             return torch.tensor(x[i]) + torch.rand(()) if kwargs.get("noisy") else x[i]
 
     generator = torch.Generator().manual_seed(5) if kwargs.get("own_generator") else None
+    if kwargs.get("batch_sampler"):
+        sampler = torch.utils.data.RandomSampler(x, generator=generator)
+        sampler = torch.utils.data.BatchSampler(sampler, 4, drop_last=False)
+        return torch.utils.data.DataLoader(Examples(), batch_sampler=sampler)
     return torch.utils.data.DataLoader(Examples(), 4, shuffle=True, generator=generator)
 
 
@@ -69,6 +73,37 @@ class Shuffled(keras.utils.PyDataset):
 
     def on_epoch_end(self):
         self.generator.shuffle(self.order)
+
+
+class ToldTheEpoch:
+    """Has the interface of PyTorch's samplers; its iterator has a state, as grain's."""
+
+    def set_epoch(self, epoch):
+        self.order = np.random.default_rng((5, epoch)).permutation(EXAMPLES)
+
+    def __iter__(self):
+        return StatefulIterator(x[self.order])
+
+
+class CountsItsEpochs:
+    """Has all of its state in the dataset, also of what it drew itself."""
+
+    def __init__(self):
+        self.state = {"epoch": -1, "position": 6}
+
+    def __iter__(self):
+        if self.state["position"] == 6:
+            self.state = {"epoch": self.state["epoch"] + 1, "position": 0}
+        order = np.random.default_rng(self.state["epoch"]).permutation(EXAMPLES)
+        for i in range(self.state["position"], 6):
+            self.state = {**self.state, "position": i + 1}
+            yield x[order[4 * i : 4 * i + 4]]
+
+    def state_dict(self):
+        return self.state
+
+    def load_state_dict(self, state):
+        self.state = state
 
 
 class StatefulLoader:
@@ -109,6 +144,9 @@ class StatefulIterable:
 class StatefulIterator:
     position = 0
 
+    def __init__(self, examples=x):
+        self.examples = examples
+
     def __iter__(self):
         return self
 
@@ -116,7 +154,7 @@ class StatefulIterator:
         if self.position == 6:
             raise StopIteration
         self.position += 1
-        return x[4 * self.position - 4 : 4 * self.position]
+        return self.examples[4 * self.position - 4 : 4 * self.position]
 
     def get_state(self):
         return b"%d" % self.position
@@ -141,10 +179,17 @@ SOURCES = {
     "iterator": (lambda: iter([x[i : i + 1] for i in range(EXAMPLES)]), None, 6),
     "PyDataset": (Shuffled, None, None),
     "PyDataset, less than all": (Shuffled, None, 5),
+    "PyDataset, its own length said": (Shuffled, None, 6),
     "tf.data": (tensorflow_data, None, None),
     "tf.data, random transform": (tensorflow_data, noisy, None),
     "tf.data, one order": (lambda: tensorflow_data(False), None, None),
     "tf.data, endless": (lambda: tensorflow_data(repeat=True), None, 7),
+    "tf.data, repeated": (lambda: tensorflow_data().unbatch().repeat(2).batch(4), None, None),
+    "tf.data, repeated, length unknown": (
+        lambda: tensorflow_data(repeat=True).filter(lambda x: x[0] < 99.0),
+        None,
+        7,
+    ),
     "tf.data, iterator saved": (lambda: with_iterator_state(tensorflow_data(), 0), None, None),
     "tf.data, iterator saved once": (
         lambda: with_iterator_state(tensorflow_data(), 2, clock=itertools.count().__next__),
@@ -153,9 +198,16 @@ SOURCES = {
     ),
     "DataLoader": (loader, None, None),
     "DataLoader, own generator": (lambda: loader(own_generator=True), None, None),
+    "DataLoader, own batch sampler": (
+        lambda: loader(own_generator=True, batch_sampler=True),
+        None,
+        None,
+    ),
     "DataLoader, random examples": (lambda: loader(noisy=True), None, None),
     "StatefulDataLoader": (StatefulLoader, None, None),
+    "own loader with a state": (CountsItsEpochs, None, None),
     "grain": (StatefulIterable, None, None),
+    "told the epoch": (ToldTheEpoch, None, None),
 }
 PLACES = [(0, 1), (0, 3), (1, 0), (1, 2), (1, 5), (2, 6)]
 
@@ -306,17 +358,42 @@ def test_a_position_is_right_where_data_is_read_slowly(tmp_path):
     assert position.checksum(data.peek()) == expected
 
 
-def test_an_order_that_does_not_repeat_is_said(tmp_path, caplog):
-    def make():
-        return lambda: batches(np.random.default_rng().permutation(EXAMPLES))
+class OwnGenerator:
+    def __init__(self):
+        self.generator = np.random.default_rng(3)
 
-    feed = Feed(as_source(make()))
-    epoch, step = read(feed, until=(1, 2), log=[])
+    def __iter__(self):
+        return batches(self.generator.permutation(EXAMPLES))
+
+
+class DrawsAtTheEnd(Shuffled):
+    def on_epoch_end(self):
+        np.random.shuffle(self.order)
+
+
+FIRST = "The order of the data does not repeat: the first batch of epoch 2"
+
+
+@pytest.mark.parametrize(
+    ("make", "place", "message"),
+    [
+        (lambda: lambda: batches(np.random.default_rng().permutation(EXAMPLES)), (1, 2), FIRST),
+        (lambda: lambda: batches(np.random.default_rng().permutation(EXAMPLES)), (2, 0), FIRST),
+        (OwnGenerator, (1, 2), FIRST),
+        (OwnGenerator, (2, 0), FIRST),
+        (DrawsAtTheEnd, (1, 0), "DrawsAtTheEnd.on_epoch_end draws from a global random generator"),
+        (DrawsAtTheEnd, (1, 2), "self.generator.shuffle"),
+        (lambda: tensorflow_data(repeat=True), (1, 0), "further ahead than the 7 steps"),
+    ],
+)
+def test_an_order_that_does_not_repeat_is_said(tmp_path, make, place, message, caplog):
+    steps = 7 if "7 steps" in message else None
+    feed = Feed(as_source(make()), steps=steps)
+    epoch, step = read(feed, until=place, log=[])
     tree = checkpointed(tmp_path, epoch, step, feed)
-    feed = Feed(as_source(make()))
-    feed.tracked = True
+    feed = Feed(as_source(make()), steps=steps)
     position.resume(feed, epoch, step, tree["data"], tree["random"])
-    assert "The order of the data does not repeat: the first batch of epoch 2" in caplog.text
+    assert message in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -324,17 +401,41 @@ def test_an_order_that_does_not_repeat_is_said(tmp_path, caplog):
     [
         (lambda: from_arrays((x,), 5), r"num_batches: it was 6, and is 5"),
         (lambda: [x[i : i + 4] for i in range(0, EXAMPLES, 4)], "kind: it was 'ArrayDataset'"),
-        (lambda: from_arrays((x.astype("int32"),), 4), r"were \[\['float32', 1\]\]"),
+        (lambda: from_arrays((x.astype("int32"),), 4), r"arrays: it was \[\['float32', 1\]\]"),
+        (lambda: from_arrays((x[::-1],), 4), r"checksum of the arrays: it was \d+, and is"),
+        (lambda: from_arrays((x,), 4, seed=1), "seed: it was 0, and is 1"),
+        (lambda: from_arrays((x,), 4, shuffle=False), "shuffle: it was True, and is False"),
+        (lambda: from_arrays((x[:-1],), 4), "num_examples: it was 22, and is 21"),
     ],
 )
-def test_another_dataset_is_refused(tmp_path, other, message):
+@pytest.mark.parametrize("place", [(1, 0), (1, 2)])
+def test_another_dataset_is_refused(tmp_path, place, other, message):
     feed = Feed(as_source(from_arrays((x,), 4)))
-    epoch, step = read(feed, until=(1, 2), log=[])
+    epoch, step = read(feed, until=place, log=[])
     tree = checkpointed(tmp_path, epoch, step, feed)
-    feed = Feed(as_source(other()))
-    feed.tracked = True
     with pytest.raises(ValueError, match=message):
-        position.resume(feed, epoch, step, tree["data"], tree["random"])
+        position.resume(Feed(as_source(other())), epoch, step, tree["data"], tree["random"])
+
+
+def test_other_arrays_in_a_batch_are_refused(tmp_path):
+    feed = Feed(as_source([x[:4], x[4:8]]))
+    epoch, step = read(feed, until=(1, 0), log=[])
+    tree = checkpointed(tmp_path, epoch, step, feed)
+    other = Feed(as_source([x[:4].astype("int32"), x[4:8]]))
+    with pytest.raises(ValueError, match=r"were \[\['float32', 1\]\]"):
+        position.resume(other, epoch, step, tree["data"], tree["random"])
+
+
+def test_of_large_arrays_some_rows_are_looked_at(monkeypatch):
+    monkeypatch.setattr("polus.data.source.MAX_CHECKED_BYTES", 40)  # of 88
+
+    def facts(example):
+        changed = x.copy()
+        changed[example] = 99
+        return as_source(from_arrays((changed,), 4)).facts()
+
+    assert facts(3) != facts(6)
+    assert facts(4) == facts(5)
 
 
 def test_a_dataset_that_became_shorter_is_refused(tmp_path):

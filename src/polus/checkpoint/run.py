@@ -108,12 +108,14 @@ def _restore(run: "CallbackCoordinator", tree: Tree, same_backend: bool) -> None
     run.batch_sizes = progress["batch_sizes"].tolist()
     trainer._choices = tree["choices"] if same_backend else {}
     if not same_backend:  # whose generators are none of this one's
-        for state in (tree["random"], tree["data"]["begun"]["random"]):
+        data = tree["data"]
+        begun = [data["begun"]] + [data["before"]["begun"]] * ("before" in data)
+        for state in (tree["random"], *(b["random"] for b in begun)):
             state["backend"] = random_state()["backend"]
-    data, random = position.resume(
+    epoch, random = position.resume(
         run.feed, run.epoch, run.step, tree["data"], tree["random"], lambda: _stop_if_asked(run)
     )
-    trainer._example = data.example
+    trainer._example = epoch.example
     # From here on nothing of the data is read any more, and what building draws is put back.
     variables = trainer.state_variables()
     _check_variables(tree["variables"], variables, same_backend)

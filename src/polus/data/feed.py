@@ -228,8 +228,9 @@ class Epoch:
                 block = next(blocks, None)
                 self.feed.waited_secs += time.perf_counter() - began
                 if block is None:
-                    return
+                    break
                 yield block
+        self.feed.source.end_epoch()
 
     @contextlib.contextmanager
     def _letting_go(self) -> Iterator[None]:

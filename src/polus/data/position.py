@@ -8,7 +8,8 @@ Three ways, the first that is possible:
 - anything else: the epoch begins again with the generators as they were when it began, and the
   batches that the run has seen are read again, and dropped.
 
-The first batch of the epoch tells whether the data is the same as before.
+The first batch of the epoch tells whether the data is the same as before; between two epochs it is
+that of the earlier one, which is begun once more for that.
 """
 
 import logging
@@ -25,6 +26,7 @@ from polus.state import random_state, set_random_state
 
 if TYPE_CHECKING:
     from polus.data.feed import Epoch, Feed
+    from polus.data.source import Source
 
 logger = logging.getLogger("polus.data")
 
@@ -32,11 +34,14 @@ logger = logging.getLogger("polus.data")
 def get_state(feed: "Feed", epoch: int, step: int) -> dict[str, Any]:
     """What `resume` needs to come back to before `step` of `epoch`, for a checkpoint to hold."""
     current = feed.current
-    state: dict[str, Any] = {"kind": _kind(feed), "num_batches": feed.num_batches}
+    state: dict[str, Any] = {"dataset": _facts(feed)}
     if current is not None:
         state |= {"leaves": current.leaves, "checksum": None, "mark": None}
     if current is not None and current.number == epoch:  # else the epoch has not begun
         marks = [mark for mark in list(current.marks) if mark[0] <= step]
+        if feed.num_batches in (None, step) and len(marks) > 1:
+            # A loader whose state is that behind the last batch may begin the next epoch.
+            marks = [mark for mark in marks if mark[0] < step]
         state |= {
             "begun": current.begun,
             "checksum": current.checksum,
@@ -44,6 +49,11 @@ def get_state(feed: "Feed", epoch: int, step: int) -> dict[str, Any]:
         }
     else:
         state["begun"] = beginning(feed)
+        if current is not None and not (feed.source.reads_once and feed.steps is None):
+            state["before"] = {"begun": current.begun, "checksum": current.checksum}
+        whole = feed.steps is None or feed.steps == feed.source.num_batches
+        if feed.source.has_state and whole:
+            state["ended"] = _encoded(feed.source.iterator_state())
     return state
 
 
@@ -76,18 +86,35 @@ def resume(
     Raises:
         ValueError: if the dataset is of another kind or shape, or ends before that step.
     """
+    now = _facts(feed)
     differing = [
-        f"{name}: it was {state[name]!r}, and is {now!r}"
-        for name, now in (("kind", _kind(feed)), ("num_batches", feed.num_batches))
-        if state[name] != now
+        f"{name}: it was {value!r}, and is {now[name]!r}"
+        for name, value in state["dataset"].items()
+        if name in now and now[name] != value
     ]
     if differing:
         raise ValueError("The dataset is another one. " + "; ".join(differing) + ".")
     source = feed.source
-    source.rewind(epoch, feed.steps)
-    source.set_state(state["begun"]["source"])
-    set_random_state(state["begun"]["random"])
-    mark = state.get("mark") if step else None
+    mark, ended = state.get("mark") if step else None, state.get("ended")
+    # What has its state put back needs no look at how it came there.
+    before = state.get("before") if ended is None else None
+    source.rewind(epoch if before is None else epoch - 1, feed.steps)
+    if before is not None:
+        _put_back(source, before["begun"])
+        earlier = feed.resumed(epoch - 1, 0, before["begun"])
+        earlier.remember(earlier.peek())
+        _say_if_other(earlier, before["checksum"])
+        while source.read_through and earlier.drop() is not None:
+            pass
+        source.end_epoch()
+    if source.unrepeatable:
+        logger.warning("The order of the data may not repeat: %s", source.unrepeatable)
+    _put_back(source, state["begun"])
+    if ended is not None:
+        source.resume_from(_decoded(ended))
+        if next(source.batches(epoch), None) is not None:  # it begins the next epoch by itself
+            source.resume_from(_decoded(ended))
+        set_random_state(state["begun"]["random"])
     drawn = {}
     if mark is not None or (source.seekable and feed.transform is None):
         head = next(iter(source.batches(epoch)), None)
@@ -104,29 +131,44 @@ def resume(
         _skip(data, step, poll)
         data.peek()
         # A generator from which each batch is drawn is where the data has it now.
-        drawn = {k: v for k, v in random_state().items() if not _same(v, first[k])}
+        drawn = {k: v for k, v in random_state().items() if not same(v, first[k])}
     if data.leaves is not None and state.get("leaves") not in (None, data.leaves):
         raise ValueError(
             f"The dataset is another one. The arrays of a batch (dtype, number of axes) were "
             f"{state['leaves']}, and are {data.leaves}."
         )
-    if state.get("checksum") not in (None, data.checksum):
-        logger.warning(
-            "The order of the data does not repeat: the first batch of epoch %d is not the one "
-            "that it was before the interruption. The run goes on, but not as it would have: some "
-            "examples come twice in this epoch, others not at all. Give every shuffle a seed, let "
-            "the order of an epoch depend on nothing that earlier epochs left behind, or use "
-            "polus.data.from_arrays(...).",
-            epoch + 1,
-        )
+    if mark is not None and source.has_state:
+        # How this epoch began, a new process may not know; what it goes on with was put back.
+        data.checksum = state["checksum"]
+    _say_if_other(data, state.get("checksum"))
     # At the start of an epoch reading the first batch moved the generators, as it would have.
     return data, random | drawn if step else random_state()
 
 
-def _kind(feed: "Feed") -> str:
-    """The kind of dataset. What tf.data's datasets are called depends on their last operation."""
+def _put_back(source: "Source", begun: dict[str, Any]) -> None:
+    """The generators as they were before an epoch began."""
+    source.set_state(begun["source"])
+    set_random_state(begun["random"])
+
+
+def _say_if_other(data: "Epoch", checksum: int | None) -> None:
+    if checksum not in (None, data.checksum):
+        logger.warning(
+            "The order of the data does not repeat: the first batch of epoch %d is not the one "
+            "that it was before the interruption. The run goes on, but not as it would have: some "
+            "examples may come more often than others. Give every shuffle a seed, let the order "
+            "of an epoch depend on nothing that earlier epochs left behind (a dataset with a "
+            "set_epoch(epoch) is told the number), or use polus.data.from_arrays(...).",
+            data.number + 1,
+        )
+
+
+def _facts(feed: "Feed") -> dict[str, Any]:
+    """What tells the dataset from others."""
     kind = type(feed.source.dataset)
-    return "tf.data.Dataset" if kind.__module__.startswith("tensorflow.") else kind.__qualname__
+    # What tf.data's datasets are called depends on their last operation.
+    name = "tf.data.Dataset" if kind.__module__.startswith("tensorflow.") else kind.__qualname__
+    return {"kind": name, "num_batches": feed.num_batches, **feed.source.facts()}
 
 
 def _skip(data: "Epoch", step: int, poll: Callable[[], None]) -> None:
@@ -163,11 +205,12 @@ def _array(leaf: Any) -> np.ndarray[Any, Any]:
     return keras.ops.convert_to_numpy(leaf) if keras.ops.is_tensor(leaf) else np.asarray(leaf)
 
 
-def _same(a: Any, b: Any) -> bool:
+def same(a: Any, b: Any) -> bool:
+    """Whether two random states are equal."""
     if isinstance(a, dict):
-        return all(_same(a[key], b[key]) for key in a)
+        return all(same(a[key], b[key]) for key in a)
     if isinstance(a, tuple | list):
-        return all(map(_same, a, b))
+        return all(map(same, a, b))
     return bool(np.array_equal(a, b))
 
 

@@ -8,7 +8,9 @@ import keras
 import numpy as np
 
 from polus.backends import backend
+from polus.data import position
 from polus.data.arrays import ArrayDataset
+from polus.state import random_state
 
 
 def as_arguments(batch: Any) -> tuple[Any, ...]:
@@ -24,21 +26,36 @@ class Source:
         num_batches: of one epoch; None where the dataset can't tell, or is endless.
         endless: whether an epoch never ends by itself.
         seekable: whether an epoch is a function of its number, and skipping reads nothing.
+        has_state: whether it is the dataset itself, not its iterator, that has a state.
+        reads_once: whether there is one pass, which later epochs go on with.
+        read_through: whether what an epoch leaves behind depends on how far it was read.
+        unrepeatable: why a new process can't bring the dataset to where it was, if it can't.
     """
 
     seekable = False
+    reads_once = False
+    read_through = False
+    unrepeatable = ""
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
         self.num_batches: int | None = _length(dataset)
         self.endless = False
+        self.has_state = hasattr(dataset, "load_state_dict")
         self._iterator: Any = None
         self._resume_from: Any = None
 
+    def facts(self) -> dict[str, Any]:
+        """What else tells this dataset from another of its kind, in values that JSON can write."""
+        return {}
+
     def batches(self, epoch: int, skip: int = 0) -> Iterator[Any]:
         """The batches of an epoch, from batch `skip` on."""
+        for part in self._parts().values():
+            if hasattr(part, "set_epoch"):
+                part.set_epoch(epoch)
         state, self._resume_from = self._resume_from, None
-        if state is not None and hasattr(self.dataset, "load_state_dict"):
+        if state is not None and self.has_state:
             self.dataset.load_state_dict(state)
         self._iterator = self._iterate()
         if state is not None and hasattr(self._iterator, "set_state"):
@@ -55,6 +72,9 @@ class Source:
         nothing behind but the state of generators.
         """
 
+    def end_epoch(self) -> None:
+        """Called when all batches of an epoch that the run asks for were read."""
+
     def get_state(self) -> dict[str, Any]:
         """The states of generators that belong to the dataset, as NumPy arrays."""
         return {name: g.get_state().numpy().copy() for name, g in self._generators().items()}
@@ -67,14 +87,22 @@ class Source:
 
     def _generators(self) -> dict[str, Any]:
         """A PyTorch loader's own generators."""
-        sampler = getattr(self.dataset, "sampler", None)
-        owners = {"loader": self.dataset, "sampler": sampler}
-        found = {name: getattr(owner, "generator", None) for name, owner in owners.items()}
+        found = {name: getattr(part, "generator", None) for name, part in self._parts().items()}
         return {name: g for name, g in found.items() if type(g).__module__.startswith("torch")}
+
+    def _parts(self) -> dict[str, Any]:
+        """The dataset, and what a PyTorch loader takes its order from."""
+        batch_sampler = getattr(self.dataset, "batch_sampler", None)
+        return {
+            "loader": self.dataset,
+            "sampler": getattr(self.dataset, "sampler", None),
+            "batch_sampler": batch_sampler,
+            "batch_sampler.sampler": getattr(batch_sampler, "sampler", None),
+        }
 
     def iterator_state(self) -> Any:
         """The state of the iterator behind the batch that it gave last; None if it has none."""
-        if hasattr(self.dataset, "load_state_dict"):
+        if self.has_state:
             return self.dataset.state_dict()
         return self._iterator.get_state() if hasattr(self._iterator, "set_state") else None
 
@@ -85,9 +113,23 @@ class Source:
 
 class _Arrays(Source):
     seekable = True
+    _facts: dict[str, Any] | None = None
 
     def batches(self, epoch: int, skip: int = 0) -> Iterator[Any]:
         return map(self.dataset.batch, self.dataset.rows(epoch, skip))
+
+    def facts(self) -> dict[str, Any]:
+        if self._facts is None:
+            data = self.dataset
+            names = ("num_examples", "batch_size", "shuffle", "seed", "drop_remainder")
+            # Of much data some rows: a second or two for a look at all of it is too long.
+            nbytes = sum(leaf.nbytes for leaf in keras.tree.flatten(data.arrays))
+            rows = slice(None, None, 1 + nbytes // MAX_CHECKED_BYTES)
+            sample = keras.tree.map_structure(lambda array: array[rows], data.arrays)
+            self._facts = {name: getattr(data, name) for name in names}
+            self._facts["arrays"] = position.leaves_of(data.arrays)
+            self._facts["checksum of the arrays"] = position.checksum(sample)
+        return self._facts
 
 
 class TensorFlowData(Source):
@@ -98,16 +140,26 @@ class TensorFlowData(Source):
         cardinality = int(dataset.cardinality())
         self.endless = cardinality == -1  # tf.data.INFINITE_CARDINALITY
         self.num_batches = cardinality if cardinality >= 0 else None
+        # Each iterator takes the next seeds of a shuffle. Where the dataset repeats itself the
+        # number of those that it takes depends on how far it is read.
+        self.read_through = self.endless or _has(dataset, "_RepeatDataset")
 
     def batches(self, epoch: int, skip: int = 0) -> Iterator[Any]:
         dataset = self.dataset.skip(skip) if skip else self.dataset
         return backend.iterate(dataset)  # type: ignore[no-any-return]
 
     def rewind(self, epoch: int, steps: int | None) -> None:
+        cut_short = steps not in (None, self.num_batches)
+        if self.read_through and cut_short and _has(self.dataset, "_ShuffleDataset"):
+            # It puts a prefetch at the end by itself, too.
+            self.unrepeatable = (
+                "this tf.data.Dataset repeats itself and is shuffled, and TensorFlow reads it "
+                f"further ahead than the {steps} steps of an epoch, nobody knows how far. Leave "
+                "out repeat: train goes through the dataset once in each epoch."
+            )
         for _ in range(epoch):
-            # Each iterator takes the next seeds of a shuffle. Where the dataset repeats itself the
-            # number of those that it took depends on how far it was read.
-            for _ in self.dataset.take(steps) if self.endless else [iter(self.dataset)]:
+            passed = self.dataset if steps is None else self.dataset.take(steps)
+            for _ in passed if self.read_through else [iter(self.dataset)]:
                 pass
 
 
@@ -125,7 +177,10 @@ class _PyDataset(Source):
         count = self.dataset.num_batches
         for i in itertools.count(skip) if count is None else range(skip, count):
             yield self.dataset[i]
-        self._end()
+
+    def end_epoch(self) -> None:
+        if self._begun:
+            self._end()
 
     def rewind(self, epoch: int, steps: int | None) -> None:
         for _ in range(epoch):
@@ -133,14 +188,21 @@ class _PyDataset(Source):
             self._end()
 
     def _begin(self) -> None:
-        if self._begun:  # the epoch before was cut short
-            self._end()
+        self.end_epoch()  # of one that was cut short
         self._begun = True
         self.dataset.on_epoch_begin()
 
     def _end(self) -> None:
         self._begun = False
+        before = random_state()
         self.dataset.on_epoch_end()
+        if not position.same(before, random_state()):
+            self.unrepeatable = (
+                f"{type(self.dataset).__name__}.on_epoch_end draws from a global random generator, "
+                "whose state at the end of each epoch nobody knows any more. Let it draw from a "
+                "generator of its own: self.generator = np.random.default_rng(seed) in __init__, "
+                "and self.generator.shuffle(...) here."
+            )
 
 
 class _Function(Source):
@@ -156,6 +218,9 @@ class _Function(Source):
 
 class _Once(Source):
     """A bare iterator: what was read is gone, and an epoch goes on where the last one stopped."""
+
+    reads_once = True
+    read_through = True
 
     def batches(self, epoch: int, skip: int = 0) -> Iterator[Any]:
         first = next(self.dataset, _END)
@@ -178,6 +243,14 @@ class _Once(Source):
 
 
 _END = object()
+MAX_CHECKED_BYTES = 2**26
+
+
+def _has(dataset: Any, operation: str) -> bool:
+    """Whether there is such an operation in a pipeline of `tf.data`."""
+    # Not public, but the only way to ask: `element_spec` and `cardinality` don't tell.
+    inputs = dataset._inputs()
+    return type(dataset).__name__ == operation or any(_has(i, operation) for i in inputs)
 
 
 def as_source(dataset: Any) -> Source:
