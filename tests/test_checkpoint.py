@@ -513,6 +513,95 @@ def test_a_checkpoint_of_another_run_is_refused_with_what_differs(one_epoch, kwa
         train(one_epoch, trainer=new_trainer(**kwargs))
 
 
+def with_other_variables():
+    """A trainer with variables that are not Keras', and what gives their values."""
+    keras.utils.set_random_seed(1)
+    inputs, head = keras.Input((8,)), keras.layers.Dense(2)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    if keras.config.backend() == "torch":
+        torch = pytest.importorskip("torch")
+        module = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.BatchNorm1d(8))
+        # Which says that it is built, and isn't behind the module.
+        model = keras.Sequential([inputs, keras.layers.TorchModuleWrapper(module), head])
+        trainer = ClassifierTrainer(model, keras.optimizers.Adam(1e-2), loss)
+        return trainer, lambda: {name: b.tolist() for name, b in module.named_buffers()}
+    if keras.config.backend() != "tensorflow":
+        pytest.skip("JAX has no variables of its own")
+    tf = pytest.importorskip("tensorflow")
+    steps, noise = tf.Variable(0), tf.random.Generator.from_seed(3)
+
+    class Noisy(ClassifierTrainer):
+        def forward_without_grads(self, x, y):
+            steps.assign_add(1)
+            return x + 0.1 * noise.normal(tf.shape(x)), y
+
+    trainer = Noisy(keras.Sequential([inputs, head]), keras.optimizers.Adam(1e-2), loss)
+    return trainer, lambda: {"steps": int(steps), "noise": noise.state.numpy().tolist()}
+
+
+def test_variables_that_are_not_keras_are_part_of_a_run(tmp_path):
+    trainer, values = with_other_variables()
+    # Measuring, too, puts them back.
+    history = trainer.train(data(), 2)
+    assert 14 in values().values()
+    expected = values()
+    trainer, _ = with_other_variables()
+    with pytest.raises(Killed):
+        train(str(tmp_path), ("step", 1, 3), trainer=trainer, epochs=2)
+    trainer, values = with_other_variables()
+    resumed = train(str(tmp_path), trainer=trainer, epochs=2)
+    assert values() == expected
+    assert resumed["losses"] == history.steps["loss"].tobytes()
+
+
+def test_a_layer_without_variables_more_is_refused(one_epoch):
+    trainer = new_trainer()
+    trainer.model.add(keras.layers.Activation("relu"))
+    with pytest.raises(CheckpointError, match="layer 5 of the model was None, and is Activation"):
+        train(one_epoch, trainer=trainer)
+
+
+def test_a_callback_that_sets_itself_up_when_an_epoch_begins(tmp_path):
+    class Counts(Callback):
+        """Has no state: what it knows it sets up at the beginning."""
+
+        every_steps = 3
+
+        def on_epoch_begin(self, epoch):
+            self.seen = 0
+            self.coordinator.trainer.optimizer.learning_rate = 0.5
+
+        def on_steps_end(self, epoch, steps, losses):
+            if steps.start == 0:
+                self.coordinator.trainer.optimizer.learning_rate = 0.25
+            self.seen += len(steps)
+            if (epoch, steps.stop) == at:
+                raise Killed
+
+    class InKeras(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            self.seen = []
+
+        def on_epoch_end(self, epoch, logs=None):
+            self.seen.append(epoch)
+
+    def run():
+        trainer = new_trainer(optimizer=keras.optimizers.Adam(1e-3))
+        callbacks = [Counts(), InKeras(), Checkpoint(tmp_path, every_steps=3)]
+        trainer.train(data(), 2, callbacks, resume=tmp_path)
+        return trainer.optimizer, *callbacks
+
+    at = (1, 6)
+    with pytest.raises(Killed):
+        run()
+    at = None
+    optimizer, counts, in_keras, _ = run()
+    assert counts.seen == 4
+    assert in_keras.seen == [1]
+    # What it changed there is what the checkpoint says.
+    assert float(keras.ops.convert_to_numpy(optimizer.learning_rate)) == 0.25
+
+
 def test_a_checkpoint_of_another_dataset_is_refused(one_epoch):
     with pytest.raises(CheckpointError, match="num_batches: it was 7, and is 26"):
         train(one_epoch, dataset=from_arrays((x, y), batch_size=2))
@@ -588,10 +677,40 @@ def test_the_choices_of_auto_are_part_of_a_run(tmp_path, monkeypatch):
     assert (trainer._jit_compile, trainer._capacity) == chosen
 
 
+def test_a_validation_behind_the_last_step_keeps_its_compiler(tmp_path, monkeypatch):
+    from polus import training
+
+    def chosen(dispatch, *_):
+        dispatch.jit_compile, dispatch.capacity, dispatch.settled = True, 2, True
+
+    class Validates(Callback):
+        def on_epoch_end(self, epoch):
+            if epoch == 1 and dies:
+                raise Killed
+            self.coordinator.trainer.evaluate(data())
+
+    polus.core.set_jit_compile("auto")
+    monkeypatch.setattr(training, "choose", chosen)
+    monkeypatch.setattr(backend, "function", lambda fn, jit_compile=None: fn)
+    dies, folder = True, str(tmp_path)
+    with pytest.raises(Killed):
+        new_trainer().train(data(), 2, [Checkpoint(folder, every_steps=7), Validates()])
+    monkeypatch.setattr(training, "choose", lambda *_: pytest.fail("measured again"))
+    dies, trainer = False, new_trainer()
+    trainer.train(data(), 2, [Checkpoint(folder, every_steps=7), Validates()], resume=folder)
+    assert trainer._dispatches["evaluation", "auto"].jit_compile is True
+
+
 def test_another_environment_is_said(one_epoch, monkeypatch, caplog):
     monkeypatch.setattr(run_module, "_processor", lambda: "Difference Engine")
-    train(one_epoch, epochs=1)
+    polus.core.set_jit_compile("auto")
+    trainer = new_trainer()
+    trainer.model.layers[0].dtype_policy = "mixed_bfloat16"
+    trainer.train(data(), 1, [], resume=one_epoch)
     assert "and is 'Difference Engine'" in caplog.text
+    assert f"jit_compile was {backend.candidates()[0]} and is 'auto'" in caplog.text
+    assert "dtype policies was ['float32'] and is ['float32', 'mixed_bfloat16']" in caplog.text
+    assert "steps_per_dispatch was 4 and is None" in caplog.text
     assert "may not be bit by bit those" in caplog.text
 
 

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import keras
 import numpy as np
 
 from polus.backends import backend
@@ -28,6 +29,14 @@ class Snapshot:
         for variable, value in zip(self.variables, self.values, strict=True):
             variable.assign(value)
         set_random_state(self.random)
+
+
+def layers_of(layer: keras.layers.Layer) -> Iterator[keras.layers.Layer]:
+    """A layer and, where it is a model, those in it and in the models in it."""
+    yield layer
+    if isinstance(layer, keras.Model):
+        for part in layer.layers:
+            yield from layers_of(part)
 
 
 def random_state() -> dict[str, Any]:

@@ -30,7 +30,7 @@ from polus.data.feed import Epoch
 from polus.dispatch import Dispatch, choose
 from polus.history import History
 from polus.metrics import as_metric
-from polus.state import Snapshot
+from polus.state import Snapshot, layers_of
 
 if TYPE_CHECKING:
     from polus.lr_finder import LRFinderResult
@@ -337,6 +337,7 @@ class BaseTrainer(BaseLogger):
             )
         callbacks = config.get("callbacks", ())
         run = CallbackCoordinator(callbacks, self, config["epochs"], feed)
+        run.steps_per_dispatch = config.get("steps_per_dispatch")
         self.early_stop = False
         if (resume := config.get("resume")) is not None:
             from polus.checkpoint import resume_run
@@ -346,11 +347,11 @@ class BaseTrainer(BaseLogger):
         with self._rate(config.get("learning_rate")), run.running(), self._misfits_explained():
             if resume is not None:
                 resume_run(run, resume)
-            self._run(run, config.get("steps_per_dispatch"))
+            self._run(run)
         self._steps_before += run.epochs * (run.steps or 0)
         return run.history
 
-    def _run(self, run: CallbackCoordinator, steps_per_dispatch: int | None) -> None:
+    def _run(self, run: CallbackCoordinator) -> None:
         """The loop, from where the run stands."""
         if run.step == 0:  # later, to evaluate them resets them
             for metric in self.metrics:
@@ -359,7 +360,7 @@ class BaseTrainer(BaseLogger):
             data = run.feed.epoch(run.epoch, start=run.step)
             if run.step == 0:
                 run.on_epoch_begin()
-            dispatch = self._dispatch(run, data, steps_per_dispatch)
+            dispatch = self._dispatch(run, data)
             with (
                 self._reading(run.feed),
                 contextlib.closing(
@@ -505,8 +506,10 @@ class BaseTrainer(BaseLogger):
             key = "evaluation", get_jit_compile()
             dispatch = self._dispatches.get(key)
             if dispatch is None:
-                dispatch = self._dispatches[key] = Dispatch(self._evaluation, self._jit_compile)
-                if not self.model.built:
+                # Of a resumed run, the compiler that its first validation had.
+                chosen, _ = self._choices.get(str(key), (self._jit_compile, None))
+                dispatch = self._dispatches[key] = Dispatch(self._evaluation, chosen)
+                if not _built(self.model):
                     backend.trace(self._evaluation, data.example)
             capacity = min(self._capacity, feed.num_batches or self._capacity)
             with contextlib.closing(data.blocks(capacity)) as blocks:
@@ -561,7 +564,7 @@ class BaseTrainer(BaseLogger):
             return
         self.optimizer = _loss_scaled(self.optimizer, self.model)
         layers = [value for value in vars(self).values() if isinstance(value, keras.layers.Layer)]
-        if self._overridden or not all(layer.built for layer in layers):
+        if self._overridden or not all(map(_built, layers)):
             self._survey(inputs)
         else:
             weights = self.trainable_weights
@@ -584,13 +587,14 @@ class BaseTrainer(BaseLogger):
             return result
 
         for _ in range(2):  # the second time with the weights that the first one made
-            unbuilt = not self.model.built
+            unbuilt = [layer for layer in layers_of(self.model) if not layer.built]
             self._surveyed = []
             try:
                 met = backend.trace(step, inputs)
             finally:
                 surveyed, self._surveyed = self._surveyed, None
-            if not unbuilt and all(variables for _, variables in surveyed):
+            made = any(layer.built for layer in unbuilt)
+            if not made and all(variables for _, variables in surveyed):
                 break
         together: dict[int, tuple[Any, dict[int, Any]]] = {}
         for optimizer, variables in surveyed:
@@ -627,19 +631,15 @@ class BaseTrainer(BaseLogger):
         owned = [getattr(value, "variables", []) for value in (*vars(self).values(), *held)]
         return list(itertools.chain(*owned))
 
-    def _dispatch(
-        self, run: CallbackCoordinator, data: Epoch, steps_per_dispatch: int | None
-    ) -> Dispatch:
+    def _dispatch(self, run: CallbackCoordinator, data: Epoch) -> Dispatch:
         """The compiled step, and how many at a time: measured once where nothing is said."""
         self._refresh()
-        if data.peek() is None:  # resumed behind the last step of an epoch
-            return Dispatch(self._step, None)
         mode = get_jit_compile()
         longest = run.longest_dispatch()
         self._example = data.example
         # Without sizes: batches that are bucketed by length begin each epoch with another one.
         kinds = keras.tree.map_structure(lambda a: (str(a.dtype), len(a.shape)), self._example)
-        key = mode, steps_per_dispatch, longest > 1, str(kinds)
+        key = mode, run.steps_per_dispatch, longest > 1, str(kinds)
         dispatch = self._dispatches.get(key)
         if dispatch is None:
             self._build(self._example)
@@ -655,7 +655,7 @@ class BaseTrainer(BaseLogger):
             lambda: self._survey(data.example),
             mode,
             longest,
-            steps_per_dispatch,
+            run.steps_per_dispatch,
             self._steps_before + run.epochs * (run.steps or math.inf),
         )
         self._jit_compile, self._capacity = dispatch.jit_compile, dispatch.capacity
@@ -873,6 +873,11 @@ def _described(part: Any) -> str:
     if hasattr(part, "shape") and hasattr(part, "dtype"):
         return f"{keras.backend.standardize_dtype(part.dtype)} {tuple(part.shape)}"
     return f"a {type(part).__name__}"
+
+
+def _built(layer: keras.layers.Layer) -> bool:
+    # A Sequential with a wrapped PyTorch module says so before the layers behind it are.
+    return all(part.built for part in layers_of(layer))
 
 
 def _same(parts: Sequence[Any], others: Sequence[Any]) -> bool:

@@ -1,12 +1,30 @@
 """Finds the Keras variables that a function reads and assigns, by watching it run."""
 
+import dataclasses
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import keras
 
 _local = threading.local()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Foreign:
+    """A variable that isn't Keras', with as much of its interface as saving and restoring takes."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    read: Callable[[], Any]
+    assign: Callable[[Any], Any]
+    trainable = False
+
+    @property
+    def value(self) -> Any:
+        """The present value, a tensor."""
+        return self.read()
 
 
 class Recorder(keras.StatelessScope):

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from polus.backends.recorder import Recorder, current
+from polus.backends.recorder import Foreign, Recorder, current
 
 Tree = Any
 COMPILES = True  # a new shape costs a compilation
@@ -139,12 +139,21 @@ def repeat(step: Callable[..., Tree], row: Callable[[Tree, Any], tuple[Any, ...]
 
 
 def trace(fn: Callable[..., Tree], args: Sequence[Any]) -> list[Any]:
-    """Runs `fn(*args)` abstractly and returns the Keras variables it met. Nothing is changed."""
+    """Runs `fn(*args)` abstractly and returns the variables it met. Nothing is changed.
+
+    Those of Keras, and TensorFlow's own: a `tf.Variable`, the state of a `tf.random.Generator`.
+    """
     with Recorder() as scope:
-        tf.function(fn, autograph=False).get_concrete_function(
+        graph = tf.function(fn, autograph=False).get_concrete_function(
             *tf.nest.map_structure(_tensor, args)
         )
-    return scope.met
+    of_keras = {id(variable.value) for variable in scope.met}
+    return scope.met + [_foreign(v) for v in graph.variables if id(v) not in of_keras]
+
+
+def _foreign(variable: tf.Variable) -> Foreign:
+    name, shape = variable.name.partition(":")[0], tuple(variable.shape)
+    return Foreign(name, shape, variable.dtype.name, variable.read_value, variable.assign)
 
 
 def apply_gradients(optimizer: Any, gradients: Sequence[Any], variables: Sequence[Any]) -> None:

@@ -14,7 +14,7 @@ import keras
 import numpy as np
 import torch
 
-from polus.backends.recorder import Recorder
+from polus.backends.recorder import Foreign, Recorder
 
 Tree = Any
 COMPILES = False  # a new shape costs nothing
@@ -171,17 +171,49 @@ def repeat(step: Callable[..., Tree], row: Callable[[Tree, Any], tuple[Any, ...]
 
 
 def trace(fn: Callable[..., Tree], args: Sequence[Any]) -> list[Any]:
-    """Runs `fn(*args)` on copies and returns the Keras variables it met. Nothing is changed."""
+    """Runs `fn(*args)` on copies and returns the variables it met. Nothing is changed.
+
+    Those of Keras, and the buffers of PyTorch's modules: the running averages of a `BatchNorm1d`.
+    """
 
     def stand_in(value: Any) -> Any:
         # Keras' PyTorch optimizers write into a variable's tensor in place, past every scope.
         return value.detach().clone().requires_grad_(value.requires_grad)
 
+    buffers: list[Foreign] = []
+    modules: set[torch.nn.Module] = set()
+
+    def meet(module: torch.nn.Module, _: Any) -> None:
+        if module not in modules:
+            modules.add(module)
+            buffers.extend(_buffer(module, name) for name, _ in module.named_buffers(recurse=False))
+            values.extend(buffer.value.clone() for buffer in buffers[len(values) :])
+
+    values: list[torch.Tensor] = []
     before = random_state()
-    with torch.no_grad(), Recorder(copies=stand_in) as scope:
-        fn(*keras.tree.map_structure(_tensor, args))
-    set_random_state(before)
-    return scope.met
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(meet)
+    try:
+        with torch.no_grad(), Recorder(copies=stand_in) as scope:
+            fn(*keras.tree.map_structure(_tensor, args))
+    finally:
+        hook.remove()
+        for buffer, value in zip(buffers, values, strict=True):
+            buffer.assign(value)
+        set_random_state(before)
+    return [*scope.met, *buffers]
+
+
+def _buffer(module: torch.nn.Module, name: str) -> Foreign:
+    def read() -> Any:  # by name: a module may put another tensor in its place
+        return getattr(module, name)
+
+    @torch.no_grad()
+    def assign(value: Any) -> None:
+        read().copy_(keras.ops.convert_to_tensor(value, dtype))
+
+    tensor = read()
+    dtype = keras.backend.standardize_dtype(tensor.dtype)
+    return Foreign(f"{type(module).__name__}/{name}", tuple(tensor.shape), dtype, read, assign)
 
 
 def apply_gradients(optimizer: Any, gradients: Sequence[Any], variables: Sequence[Any]) -> None:

@@ -52,7 +52,7 @@ class ICallback:
         """Before the first step."""
 
     def on_epoch_begin(self, epoch: int) -> None:
-        """Before the first step of an epoch."""
+        """Before the first step of an epoch, and again where a run goes on in the middle of one."""
 
     def on_train_batch_begin(self, epoch: int, step: int) -> None:
         """Before a step."""
@@ -120,6 +120,7 @@ class CallbackCoordinator:
         epochs: the number of epochs. steps: the steps of one epoch, None where it is not known yet.
         epoch, step: what comes next, both from 0.
         continues: whether there is a checkpoint that the run goes on from.
+        steps_per_dispatch: how many steps the user wants run in one call, None where not said.
         feed: the data. history: the `History` of the run.
         shared_dict: what callbacks tell each other: `"smooth_loss"`, `"validation"` (set name ->
             metric name -> list of values), `"epoch_logs"`.
@@ -137,6 +138,7 @@ class CallbackCoordinator:
         self.epoch = 0
         self.step = 0
         self.continues = False
+        self.steps_per_dispatch: int | None = None
         self.batch_sizes: list[int] = []  # of the steps of this epoch so far
         self.history = History()
         self.shared_dict: dict[str, Any] = {"validation": {}, "epoch_logs": {}}

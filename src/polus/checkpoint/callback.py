@@ -90,7 +90,7 @@ class Checkpoint(Callback):
         self._failure: Exception | None = None
         self._last_time = self.clock()
         self._position: tuple[int, int] | None = None
-        self._environment = environment()
+        self._environment = environment(self.coordinator)
         try:
             self._take_folder()
         except OSError as error:

@@ -1,6 +1,7 @@
 """What a run is: everything that the next step depends on, taken out of a run and put back."""
 
 import importlib.metadata
+import itertools
 import logging
 import os
 import platform
@@ -17,8 +18,9 @@ import numpy as np
 
 from polus.backends import backend
 from polus.checkpoint.store import CheckpointError, Store, take_apart
+from polus.core import get_jit_compile
 from polus.data import position
-from polus.state import random_state, set_random_state
+from polus.state import layers_of, random_state, set_random_state
 
 if TYPE_CHECKING:
     from polus.callbacks.base import CallbackCoordinator
@@ -54,6 +56,7 @@ def run_state(run: "CallbackCoordinator", variables: Variables) -> Tree:
             "batch_sizes": np.array(run.batch_sizes, np.int64),
         },
         "kinds": _kinds(run),
+        "layers": _layers(run),
         "variables": [_variable_state(variable) for variable in variables],
         "random": random_state(),
         "data": position.get_state(run.feed, run.epoch, run.step),
@@ -81,7 +84,7 @@ def resume_run(run: "CallbackCoordinator", directory: str | os.PathLike[str]) ->
     if saved is None:
         logger.info("There is no checkpoint in %s: training starts from the beginning.", directory)
         return
-    _say_what_changed(saved.path, saved.facts.get("environment", {}), environment())
+    _say_what_changed(saved.path, saved.facts.get("environment", {}), environment(run))
     same_backend = saved.facts.get("backend") == keras.config.backend()
     try:
         _restore(run, saved.tree, same_backend)
@@ -105,7 +108,6 @@ def _restore(run: "CallbackCoordinator", tree: Tree, same_backend: bool) -> None
         raise ValueError(f"{differing}.")
     run.epoch, run.step = progress["epoch"], progress["step"]
     run.steps = run.steps or progress["steps"]
-    run.batch_sizes = progress["batch_sizes"].tolist()
     trainer._choices = tree["choices"] if same_backend else {}
     if not same_backend:  # whose generators are none of this one's
         data = tree["data"]
@@ -117,10 +119,21 @@ def _restore(run: "CallbackCoordinator", tree: Tree, same_backend: bool) -> None
     )
     trainer._example = epoch.example
     # From here on nothing of the data is read any more, and what building draws is put back.
+    if run.step:
+        # For the callbacks that set themselves up there. What they change is overwritten below. As
+        # it was then, only the first epoch begins with what isn't built yet.
+        if run.epoch:
+            trainer._build(trainer._example)
+        run.on_epoch_begin()
+        trainer._refresh()
     variables = trainer.state_variables()
     _check_variables(tree["variables"], variables, same_backend)
+    for i, (then, now) in enumerate(itertools.zip_longest(tree["layers"], _layers(run))):
+        if then != now:  # what has no variables may differ too
+            raise ValueError(f"layer {i} of the model was {then}, and is {now}.")
     for variable, saved in zip(variables, tree["variables"], strict=True):
         variable.assign(saved["value"])
+    run.batch_sizes = progress["batch_sizes"].tolist()
     run.history.set_state(tree["history"])
     run.shared_dict |= tree["shared"]
     _restore_callbacks(run, tree["callbacks"])
@@ -149,6 +162,10 @@ def _kinds(run: "CallbackCoordinator") -> dict[str, str]:
         "loss": getattr(trainer.loss, "__name__", type(trainer.loss).__name__),
         "metrics": ", ".join(metric.name for metric in trainer.metrics),
     }
+
+
+def _layers(run: "CallbackCoordinator") -> list[str]:
+    return [type(layer).__name__ for layer in layers_of(run.trainer.model)]
 
 
 def _differences(saved: dict[str, Any], now: dict[str, Any]) -> str:
@@ -237,8 +254,8 @@ def _can_be_stored(name: str, value: Any) -> bool:
     return True
 
 
-def environment() -> dict[str, Any]:
-    """What the bits of a result depend on besides the program: versions, flags, processor."""
+def environment(run: "CallbackCoordinator") -> dict[str, Any]:
+    """What the bits of a result depend on besides the steps: settings, versions, processor."""
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -248,6 +265,9 @@ def environment() -> dict[str, Any]:
     return {
         "backend": keras.config.backend(),
         "floatx": keras.config.floatx(),
+        "dtype policies": sorted({x.dtype_policy.name for x in layers_of(run.trainer.model)}),
+        "jit_compile": get_jit_compile(),
+        "steps_per_dispatch": run.steps_per_dispatch,
         "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
         "processor": _processor(),
         **backend.describe(),
