@@ -148,7 +148,9 @@ def trace(fn: Callable[..., Tree], args: Sequence[Any]) -> list[Any]:
             *tf.nest.map_structure(_tensor, args)
         )
     of_keras = {id(variable.value) for variable in scope.met}
-    return scope.met + [_foreign(v) for v in graph.variables if id(v) not in of_keras]
+    others = {id(v.handle): v for v in graph.variables if id(v) not in of_keras}
+    # In the order of their first meeting; the graph's own list has them in any order.
+    return scope.met + [_foreign(others[id(t)]) for t in graph.captured_inputs if id(t) in others]
 
 
 def _foreign(variable: tf.Variable) -> Foreign:
