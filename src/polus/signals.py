@@ -27,7 +27,7 @@ class Signals:
     def listen(self, number: int) -> None:
         """Holds back this signal too, until the end of the block."""
         in_main_thread = threading.current_thread() is threading.main_thread()
-        # Ignored: nohup and shells set that for a program that runs in the background.
+        # Shells set that for Ctrl-C in what a script starts in the background.
         ignored = signal.getsignal(number) is signal.SIG_IGN
         if in_main_thread and not ignored and number not in self._before:
             self._before[number] = signal.signal(number, self._hold)
