@@ -672,6 +672,10 @@ def test_wrong_arguments(kwargs):
         Checkpoint("anywhere", **kwargs)
 
 
+def once(dispatch, *_):
+    assert dispatch.settled, "measured again"
+
+
 def test_the_choices_of_auto_are_part_of_a_run(tmp_path, monkeypatch):
     from polus import training
 
@@ -680,7 +684,7 @@ def test_the_choices_of_auto_are_part_of_a_run(tmp_path, monkeypatch):
     checkpoint = Checkpoint(tmp_path)
     trainer.train(data(), 1, [checkpoint], resume=tmp_path)
     chosen = trainer._jit_compile, trainer._capacity
-    monkeypatch.setattr(training, "choose", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(training, "choose", once)
     trainer = new_trainer()
     trainer.train(data(), 2, [checkpoint], resume=tmp_path)
     assert (trainer._jit_compile, trainer._capacity) == chosen
@@ -704,7 +708,7 @@ def test_a_validation_behind_the_last_step_keeps_its_compiler(tmp_path, monkeypa
     dies, folder = True, str(tmp_path)
     with pytest.raises(Killed):
         new_trainer().train(data(), 2, [Checkpoint(folder, every_steps=7), Validates()])
-    monkeypatch.setattr(training, "choose", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(training, "choose", once)
     dies, trainer = False, new_trainer()
     trainer.train(data(), 2, [Checkpoint(folder, every_steps=7), Validates()], resume=folder)
     assert trainer._dispatches["evaluation", "auto"].jit_compile is True
