@@ -11,10 +11,11 @@ from keras import ops
 
 from polus import core
 
-pytestmark = pytest.mark.skipif(
-    keras.backend.backend() != "tensorflow",
-    reason="JAX passes values, and PyTorch runs one operation after the other",
-)
+if keras.backend.backend() != "tensorflow":
+    pytest.skip(
+        "JAX passes values, and PyTorch runs one operation after the other",
+        allow_module_level=True,
+    )
 
 
 def optimized_graphs(run, folder):
