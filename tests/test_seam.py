@@ -218,6 +218,27 @@ def test_a_gradient_of_the_users_own_may_read_a_variable():
     assert number(run()) == 5
 
 
+def test_an_optimizer_may_assign_a_variable_that_the_step_reads():
+    count = variable(0.0, trainable=False)
+
+    class Counting(keras.optimizers.SGD):
+        def update_step(self, gradient, weight, learning_rate):
+            count.assign_add(1.0)
+            super().update_step(gradient, weight, learning_rate)
+
+    class Counted(BaseTrainer):
+        def train_step(self, x):
+            loss = self.minimize(
+                lambda: ops.mean(self.model(x)) + count, self.model.trainable_variables
+            )
+            return loss
+
+    model = keras.Sequential([keras.layers.Input((3,)), keras.layers.Dense(1, use_bias=False)])
+    trainer = Counted(model, Counting(0.0), lambda: None)
+    first, second = trainer.train([np.zeros((4, 3), "float32")] * 2, 1).steps["loss"]
+    assert (first, second, number(count)) == (0, 1, 2)
+
+
 def test_no_gradient_is_none():
     used, unused = variable(1.0), variable([1.0, 2.0])
     kinds = []

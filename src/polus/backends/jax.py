@@ -93,7 +93,9 @@ class _Program:
             with Recorder(zip(known, (*assigned, *read), strict=True)) as scope:
                 outputs = self.call(arrays)
                 new = [scope.get_current_value(v) for v in self.assigned]
-            if missed := [v.path for v in scope.met if id(v) not in met.read | met.assigned]:
+            missed = [v.path for key, v in scope.assigned.items() if key not in met.assigned]
+            missed += [v.path for v in scope.read.values() if id(v) not in met.read | met.assigned]
+            if missed:
                 raise _Missed(missed)
             return outputs, new
 
