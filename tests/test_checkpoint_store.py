@@ -428,15 +428,15 @@ def test_a_killed_run_holds_no_lock(tmp_path):
         "lock = filelock.FileLock(sys.argv[1])\n"
         "lock.acquire()\n"
         "if os.fork() == 0:\n"  # as the workers of a loader, which live on for a while
+        "    print('locked and forked', flush=True)\n"
         "    sys.stdin.read()\n"
         "    os._exit(0)\n"
-        "print('locked', flush=True)\n"
         "sys.stdin.read()"
     )
     command = [sys.executable, "-c", program, str(tmp_path / ".lock")]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe) as child:
-        assert child.stdout.readline() == b"locked\n"
+        assert child.stdout.readline() == b"locked and forked\n"
         with pytest.raises(CheckpointError, match="Another run"):
             store.lock()
         assert rest.exists()
