@@ -275,6 +275,11 @@ def test_batches_of_many_lengths_are_measured_once(clock):
             [(False, 1), (True, 1), (False, 4), (True, 4)],
             (False, 4),
         ),
+        (
+            {(False, 1): 70e-3, (True, 1): 200e-3, (False, 3): 180e-3},
+            [(False, 1), (True, 1), (False, 3)],
+            (False, 3),
+        ),
         ({(False, 1): 0.3, (True, 1): 0.2}, [(False, 1), (True, 1)], (True, 1)),
         # What one compiler can't do, the other does.
         (

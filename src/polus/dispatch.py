@@ -19,7 +19,7 @@ from polus.state import Snapshot
 # Progress still moves, Ctrl-C still works, and the dispatch itself is lost in it.
 DISPATCH_SECS = 0.04
 LONGEST_SECS = 0.25  # of the few steps at a time that are tried where each one is long
-FEWEST_STEPS = 4
+FEW_STEPS = 4
 MAX_STEPS = 512  # beyond it nothing is won, and the stacked batches take memory
 MAX_BYTES = 2**26  # of stacked batches per dispatch
 MANY_SHAPES = 8
@@ -203,11 +203,12 @@ def _count(
     # Of compilers that differ so much step by step, the slower one does not win by its loop.
     if one > 3 * min(seconds for (_, count), seconds in measured.items() if count == 1):
         return 0
-    if longest == 1 or FEWEST_STEPS * one > LONGEST_SECS:
+    few = min(FEW_STEPS, int(LONGEST_SECS / one))
+    if longest == 1 or few < 2:
         return 0
     # Room for more than single steps suggest: a loop is faster than they are. On long steps, too:
     # XLA runs a transformer a third faster inside of one.
-    return min(longest, max(FEWEST_STEPS, int(2.5 * DISPATCH_SECS / one)))
+    return min(longest, max(few, int(2.5 * DISPATCH_SECS / one)))
 
 
 def _first_line(error: Exception) -> str:
