@@ -645,6 +645,18 @@ def test_data_made_in_the_middle_of_it_draws_what_it_would_have_drawn(look):
     np.testing.assert_array_equal(losses(True), losses(False))
 
 
+def test_a_dataset_may_evaluate_while_it_makes_a_batch():
+    trainer, seen = classifier(), []
+
+    def batches():
+        yield INPUTS[:4], LABELS[:4]
+        seen.append(trainer.evaluate([(INPUTS[:4], LABELS[:4])]))  # the lock is this thread's own
+        yield INPUTS[4:8], LABELS[4:8]
+
+    trainer.train(batches, 1, steps_per_dispatch=1)
+    assert len(seen) == 1
+
+
 def test_a_metric_that_was_never_fed_is_not_fed_by_a_sweep():
     trainer = classifier()
     trainer.lr_finder(DATASETS["arrays"](), num_steps=16)

@@ -76,8 +76,9 @@ def value_and_grad(
     With `sparse`, that of an embedding comes as the rows that were looked up, a repeated one
     several times: what Keras' optimizers are given in `fit`. It can't be computed with.
     """
-    # TensorFlow orders the reads in here before an update that follows; a control dependency of
-    # ours may take its own away (its graph optimizer drops the one for the other, then folds ours).
+    # TensorFlow orders the reads in here before an update that follows. One of ours between the
+    # value and the update took its own away (its graph optimizer drops the one for the other, then
+    # folds ours).
     with tf.GradientTape() as tape:
         result = fn()
         value = result[0] if has_aux else result

@@ -92,7 +92,7 @@ class Feed:
         self.waited_secs = 0.0
         self.tracked = False
         self.current: Epoch | None = None
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()  # a dataset of the user's may call evaluate
         self._resumed: Epoch | None = None
         known = source.num_batches
         self.num_batches = known if steps is None else steps if known is None else min(steps, known)
