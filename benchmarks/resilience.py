@@ -146,7 +146,7 @@ def child(source: str, folder: Path, result: Path, log: Path) -> None:
         held_out = [(x[EXAMPLES:], y[EXAMPLES:].astype("int32"))]
         callbacks = [ValidationDataCallback(held_out), EarlyStop("loss", patience=EPOCHS)]
     history = trainer.train(
-        data, EPOCHS, [*callbacks, checkpoint, Logged()], resume=folder, steps_per_dispatch=3
+        data, EPOCHS, [*callbacks, checkpoint, Logged()], resume=folder, steps_per_execution=3
     )
     weights = [keras.ops.convert_to_numpy(v).tobytes() for v in trainer.state_variables()]
     outcome = {

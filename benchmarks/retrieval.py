@@ -140,7 +140,7 @@ def polus_run(job: dict[str, Any]) -> dict[str, Any]:
     batches = PairBatches(queries, documents, task.relevant, job["batch"])
     clock, before = EpochClock(), peak_mib()
     trainer.train(
-        batches, job["epochs"], [clock], steps=job.get("steps"), steps_per_dispatch=job.get("once")
+        batches, job["epochs"], [clock], steps=job.get("steps"), steps_per_execution=job.get("once")
     )
     result = {**clock.last, "storing": storing_secs, "mib": peak_mib() - before}
     if job.get("evaluate"):

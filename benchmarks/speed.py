@@ -359,7 +359,7 @@ def race(name: str, rounds: int, seconds: float) -> dict[str, Any]:
     reference = None
     for way, make in WAYS.items():
         handler = Measuring()
-        logging.getLogger("polus.dispatch").addHandler(handler)
+        logging.getLogger("polus.steps").addHandler(handler)
         try:
             model, train = make(work)
             train(1)  # compiles, and measures where that is to be measured
@@ -371,7 +371,7 @@ def race(name: str, rounds: int, seconds: float) -> dict[str, Any]:
             absent[way] = f"{type(error).__name__}: {error}"
             continue
         finally:
-            logging.getLogger("polus.dispatch").removeHandler(handler)
+            logging.getLogger("polus.steps").removeHandler(handler)
         if hasattr(handler, "text"):
             measuring[way] = {"seconds": handler.seconds, "text": handler.text}
         weights = model.get_weights()

@@ -35,9 +35,9 @@ def _seeds():
 @pytest.fixture(autouse=True)
 def _quick_data(monkeypatch):
     """On a busy machine too no block of a test is cut short for its data being slow."""
-    from polus.data import feed
+    from polus.data import reader
 
-    monkeypatch.setattr(feed, "GROUP_SECS", 60.0)
+    monkeypatch.setattr(reader, "GROUP_SECS", 60.0)
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ from polus.callbacks import (
     ConsoleLogCallback,
     EarlyStop,
     LossSmoothCallback,
+    Phase,
     SaveModelCallback,
     TimerCallback,
     ValidationDataCallback,
@@ -39,7 +40,7 @@ def make_trainer(rate=1e-2, **kwargs):
 class Shared(Callback):
     """Keeps what the run shared at each epoch's end."""
 
-    order = 2
+    phase = Phase.SAVE
 
     def __init__(self):
         super().__init__()
@@ -86,9 +87,9 @@ def test_events_of_batches_need_each_step_unless_said_otherwise():
         make_trainer().train(BATCHES, epochs=1, callbacks=[mine])
 
 
-@pytest.mark.parametrize("steps_per_dispatch", [1, 2, 5])
-def test_each_step_is_told_once_in_order_with_its_loss(steps_per_dispatch):
-    class Recorder(Callback):
+@pytest.mark.parametrize("steps_per_execution", [1, 2, 5])
+def test_each_step_is_told_once_in_order_with_its_loss(steps_per_execution):
+    class VariableRecorder(Callback):
         every_steps = None
 
         def __init__(self):
@@ -102,9 +103,9 @@ def test_each_step_is_told_once_in_order_with_its_loss(steps_per_dispatch):
             self.heard.append(("end", epoch, step))
             self.loss = float(loss)
 
-    recorder = Recorder()
+    recorder = VariableRecorder()
     history = make_trainer().train(
-        BATCHES, epochs=2, callbacks=[recorder], steps_per_dispatch=steps_per_dispatch
+        BATCHES, epochs=2, callbacks=[recorder], steps_per_execution=steps_per_execution
     )
     expected = [(event, e, s) for e in range(2) for s in range(5) for event in ("begin", "end")]
     assert recorder.heard == expected
@@ -403,7 +404,7 @@ def test_long_epochs_without_a_terminal_say_that_they_are_alive():
     trainer = TwoTerms(trainer.model, trainer.optimizer, CROSS_ENTROPY)
     console = Console(file=(out := io.StringIO()), width=200)
     progress = ConsoleLogCallback(console, clock=lambda: next(ticks))
-    history = trainer.train(BATCHES, epochs=1, callbacks=[progress], steps_per_dispatch=1)
+    history = trainer.train(BATCHES, epochs=1, callbacks=[progress], steps_per_execution=1)
     lines = out.getvalue().splitlines()
     loss = history.steps["loss"][4]
     assert lines[-3].startswith(f"  step 5/5  loss {loss:.4g}  half[1] {loss / 2:.4g}  ")
@@ -443,7 +444,7 @@ def test_waiting_for_data_is_said():
 
     class Waits(Callback):
         def on_epoch_end(self, epoch):
-            self.coordinator.feed.waited_secs += 43.0
+            self.coordinator.reader.waited_secs += 43.0
 
-    trainer.train(BATCHES, epochs=1, callbacks=[slow, Waits()], steps_per_dispatch=1)
+    trainer.train(BATCHES, epochs=1, callbacks=[slow, Waits()], steps_per_execution=1)
     assert "input-bound: 43%" in out.getvalue().replace("\n", " ")

@@ -25,10 +25,10 @@ from polus.callbacks import Callback
 from polus.checkpoint import Checkpoint, CheckpointError
 from polus.checkpoint import run as run_module
 from polus.checkpoint.__main__ import main
-from polus.checkpoint.store import Store, put_together, read, take_apart
+from polus.checkpoint.store import Store, flatten_state, read, unflatten_state
 from polus.data import from_arrays
-from polus.dispatch import Dispatch
 from polus.metrics import Accuracy
+from polus.steps.compiled import CompiledStep
 from polus.training import ClassifierTrainer
 
 generator = np.random.default_rng(0)
@@ -110,7 +110,7 @@ def train(folder, at=None, then=None, epochs=3, trainer=None, dataset=None, **kw
     remembers = Remembers(at, then)
     callbacks = [Checkpoint(folder, **{"every_steps": 2, **kwargs}), remembers]
     history = trainer.train(
-        dataset or data(), epochs, callbacks, resume=folder, steps_per_dispatch=4
+        dataset or data(), epochs, callbacks, resume=folder, steps_per_execution=4
     )
     return result(trainer, history, remembers)
 
@@ -268,7 +268,7 @@ def test_a_signal_after_the_last_step_counts_too(tmp_path, one_epoch, moment):
 def test_a_signal_in_a_dispatch_of_many_steps(tmp_path, monkeypatch):
     def weights(callbacks=(), resume=None):
         trainer = new_trainer()
-        trainer.train(data(), 2, callbacks, steps_per_dispatch=4, resume=resume)
+        trainer.train(data(), 2, callbacks, steps_per_execution=4, resume=resume)
         return [keras.ops.convert_to_numpy(v).tobytes() for v in trainer.model.variables]
 
     def prepare(self, block):
@@ -281,9 +281,9 @@ def test_a_signal_in_a_dispatch_of_many_steps(tmp_path, monkeypatch):
 
         return interrupted, arguments
 
-    prepared = Dispatch.prepare
+    prepared = CompiledStep.prepare
     with monkeypatch.context() as patch:
-        patch.setattr(Dispatch, "prepare", prepare)
+        patch.setattr(CompiledStep, "prepare", prepare)
         with pytest.raises(SystemExit):
             weights([Checkpoint(tmp_path)])
     assert [t["progress"]["step"] for t in trees(tmp_path)] == [4]
@@ -723,7 +723,7 @@ def test_another_environment_is_said(one_epoch, monkeypatch, caplog):
     assert "and is 'Difference Engine'" in caplog.text
     assert f"jit_compile was {backend.candidates()[0]} and is 'auto'" in caplog.text
     assert "dtype policies was ['float32'] and is ['float32', 'mixed_bfloat16']" in caplog.text
-    assert "steps_per_dispatch was 4 and is None" in caplog.text
+    assert "steps_per_execution was 4 and is None" in caplog.text
     assert "may not be bit by bit those" in caplog.text
 
 
@@ -745,9 +745,9 @@ def test_a_state_that_cannot_be_stored_says_where(tmp_path):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8", "bool", "int32"])
 def test_variables_of_each_dtype_come_back(dtype):
     variable = keras.Variable(np.array([[0, 1], [1, 0]]).T, dtype=dtype, trainable=False)
-    state = json.loads(json.dumps(take_apart(run_module._variable_state(variable)).skeleton))
+    state = json.loads(json.dumps(flatten_state(run_module._variable_state(variable)).skeleton))
     assert state["value"]["dtype"] == variable.dtype
-    value = put_together(take_apart(run_module._variable_state(variable)))["value"]
+    value = unflatten_state(flatten_state(run_module._variable_state(variable)))["value"]
     again = keras.Variable(np.zeros((2, 2)), dtype=dtype, trainable=False)
     again.assign(value)
     np.testing.assert_array_equal(
@@ -758,9 +758,9 @@ def test_variables_of_each_dtype_come_back(dtype):
 def test_the_first_copy_takes_the_memory_that_was_fetched_for_it():
     dtypes = ("float32", "bfloat16", "int8")
     variables = [keras.Variable(np.ones((3, 2)), dtype=d, trainable=False) for d in dtypes]
-    memory = run_module.room_for(variables)
+    memory = run_module.allocate_buffers(variables)
     states = [run_module._variable_state(variable) for variable in variables]
-    arrays = take_apart({"variables": states}, memory).arrays
+    arrays = flatten_state({"variables": states}, memory).arrays
     assert len(memory) == len(variables)
     assert all(np.shares_memory(memory[name], arrays[name]) for name in arrays)
 

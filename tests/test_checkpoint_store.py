@@ -17,9 +17,9 @@ from polus.checkpoint.store import (
     CheckpointError,
     DamagedError,
     Store,
-    put_together,
+    flatten_state,
     read,
-    take_apart,
+    unflatten_state,
     verify,
 )
 
@@ -32,7 +32,7 @@ def tree_of(value):
 
 
 def write(store, value, keep=3):
-    return store.write(take_apart(tree_of(value)), {"epoch": value}, keep)
+    return store.write(flatten_state(tree_of(value)), {"epoch": value}, keep)
 
 
 def assert_same(found, expected):
@@ -79,7 +79,7 @@ def test_a_tree_comes_back_with_the_same_bits(tmp_path):
         "values": [None, True, 0, 2**200, 0.1, float("nan"), float("-inf"), -0.0, "ä/~", [], {}],
     }
     store = Store(tmp_path / "new" / "folder")
-    path = store.write(take_apart(tree), {"versions": {"numpy": "2"}}, keep=1)
+    path = store.write(flatten_state(tree), {"versions": {"numpy": "2"}}, keep=1)
     saved = store.read_newest()
     assert_same(saved.tree, tree)
     assert saved.facts == {"versions": {"numpy": "2"}}
@@ -93,9 +93,9 @@ def test_a_tree_comes_back_with_the_same_bits(tmp_path):
 
 def test_a_snapshot_is_a_copy():
     array = np.zeros(2)
-    snapshot = take_apart({"array": array})
+    snapshot = flatten_state({"array": array})
     array += 1
-    assert_same(put_together(snapshot), {"array": np.zeros(2)})
+    assert_same(unflatten_state(snapshot), {"array": np.zeros(2)})
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_a_snapshot_is_a_copy():
 )
 def test_what_needs_pickle_is_refused_with_its_place(value, message):
     with pytest.raises(TypeError, match=message):
-        take_apart({"callbacks": [{"seen": value}]})
+        flatten_state({"callbacks": [{"seen": value}]})
 
 
 def test_the_newest_are_kept(tmp_path):
@@ -279,11 +279,11 @@ def test_a_safetensors_file_is_as_the_library_writes_it(tmp_path):
 
 
 def test_a_copy_takes_the_memory_of_an_earlier_one():
-    first = take_apart(ARRAYS | {"grows": np.zeros(2)})
+    first = flatten_state(ARRAYS | {"grows": np.zeros(2)})
     changed = {name: np.roll(array, 1) for name, array in ARRAYS.items()}
     expected = changed | {"grows": np.ones(3), "new": np.ones(1)}
-    second = take_apart(expected, first.arrays)
-    assert_same(put_together(second), expected)
+    second = flatten_state(expected, first.arrays)
+    assert_same(unflatten_state(second), expected)
     for name in changed:
         assert np.shares_memory(second.arrays[name], first.arrays[name]) or not changed[name].size
 
@@ -389,7 +389,7 @@ def test_a_later_format_is_neither_read_nor_set_aside(tmp_path):
     manifest = json.loads((path / "manifest.json").read_text())
     del manifest["sha256"]
     manifest["format"] = 2
-    manifest["sha256"] = store_module._seal(manifest)
+    manifest["sha256"] = store_module._manifest_sha256(manifest)
     (path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match="has format 2, this version of Polus reads format 1"):
         store.read_newest()
@@ -404,7 +404,7 @@ def test_a_full_disk_is_an_error_that_leaves_nothing(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
         with pytest.raises(OSError, match="File too large"):
-            store.write(take_apart({"big": np.ones(100_000)}), {}, keep=1)
+            store.write(flatten_state({"big": np.ones(100_000)}), {}, keep=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert os.listdir(tmp_path) == ["checkpoint-00000001"]

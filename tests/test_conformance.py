@@ -35,10 +35,10 @@ class Traces(Callback):
         self.counts.append(self.coordinator.trainer.traces)
 
 
-def trained(case, steps_per_dispatch):
-    counter = Traces(steps_per_dispatch)
+def trained(case, steps_per_execution):
+    counter = Traces(steps_per_execution)
     history = case.trainer.train(
-        case.batches, epochs=1, callbacks=[counter], steps_per_dispatch=steps_per_dispatch
+        case.batches, epochs=1, callbacks=[counter], steps_per_execution=steps_per_execution
     )
     return history.steps["loss"], np.diff(counter.counts)
 

@@ -86,7 +86,7 @@ def test_nothing_is_read_while_a_step_changes_it(name, at_a_time, tmp_path):
     case = build(name)
 
     def train():
-        case.trainer.train(case.batches[:2], epochs=1, steps_per_dispatch=at_a_time)
+        case.trainer.train(case.batches[:2], epochs=1, steps_per_execution=at_a_time)
 
     graphs = list(optimized_graphs(train, tmp_path))
     assert any("Assign" in node.op for graph in graphs for node in graph.node)

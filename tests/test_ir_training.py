@@ -505,7 +505,7 @@ def test_micro_batches_train_in_the_loop():
             optimizer=keras.optimizers.Adam(1e-2),
             post_process_grads=lambda gradients: [g * 0.5 for g in gradients],
         )
-        trainer.train(data, epochs=2, steps_per_dispatch=2)
+        trainer.train(data, epochs=2, steps_per_execution=2)
         weights[size] = [numpy(weight) for weight in model.trainable_weights]
     for ours, theirs in zip(weights[3], weights[None], strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-4)
@@ -715,7 +715,7 @@ def test_the_best_model_is_put_back_with_its_statistics():
     model = DualEncoder(encoder(normalization=True))
     trainer = trainer_of(model, freeze_encoder=False)
     data = PairBatches(queries, documents, [[row] for row in range(12)], batch_size=4)
-    trainer.train(data, epochs=2, callbacks=[validation], steps_per_dispatch=1)
+    trainer.train(data, epochs=2, callbacks=[validation], steps_per_execution=1)
     best = validation.run()
     assert evaluate(qrels, best, ["MRR@10"])["MRR@10"] == validation.best
     for weight in model.weights:

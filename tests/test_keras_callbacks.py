@@ -64,7 +64,7 @@ def run(callbacks, how, epochs=4, rate=0.1, optimizer=None, **arguments):
     return model
 
 
-class Recorder(keras.callbacks.Callback):
+class VariableRecorder(keras.callbacks.Callback):
     """Everything that it hears."""
 
     def __init__(self):
@@ -94,7 +94,7 @@ class Recorder(keras.callbacks.Callback):
 def test_the_same_events_and_logs_as_in_fit():
     heard = {}
     for how in ("fit", "train"):
-        recorder = Recorder()
+        recorder = VariableRecorder()
         run([recorder], how, epochs=2)
         heard[how] = recorder.heard
     names = [[(name, number) for name, number, _ in heard[how]] for how in ("fit", "train")]
@@ -244,7 +244,7 @@ def test_a_csv_log_goes_on_with_a_resumed_run(tmp_path):
 def test_training_ends_at_a_loss_that_is_not_finite():
     batches = {}
     for how in ("fit", "train"):
-        recorder = Recorder()
+        recorder = VariableRecorder()
         run([recorder, keras.callbacks.TerminateOnNaN()], how, rate=float("nan"))
         batches[how] = [n for name, n, _ in recorder.heard if name == "on_train_batch_end"]
     # The first loss is of the weights before the first update.

@@ -25,15 +25,15 @@ from polus.data import from_arrays
 from polus.lr_finder import (
     SUGGESTIONS,
     LRFinderResult,
-    falls,
+    has_descent,
     highest_allowed,
     main,
     minimum,
+    remove_batch_noise,
     slide,
     smooth,
     steep,
     valley,
-    without_batch_noise,
 )
 from polus.metrics import Accuracy
 from polus.state import random_state
@@ -132,10 +132,10 @@ CLEAN = 2 - 1 / (1 + np.exp(-3 * (X + 3)))
 
 def test_what_the_batches_do_is_taken_off_the_losses():
     level = HARDNESS.mean()
-    cleared = without_batch_noise(RATES, CLEAN + HARDNESS, HARDNESS)
+    cleared = remove_batch_noise(RATES, CLEAN + HARDNESS, HARDNESS)
     assert np.abs(cleared - CLEAN - level).max() < 0.1 * HARDNESS.std()
     # Half of it, where the losses follow the baseline by half.
-    cleared = without_batch_noise(RATES, CLEAN + HARDNESS / 2, HARDNESS)
+    cleared = remove_batch_noise(RATES, CLEAN + HARDNESS / 2, HARDNESS)
     assert np.abs(cleared - CLEAN - level / 2).max() < 0.1 * HARDNESS.std()
 
 
@@ -145,7 +145,7 @@ def test_what_the_batches_do_is_taken_off_the_losses():
     ids=["equally hard", "the other way round"],
 )
 def test_nothing_is_taken_off_where_the_losses_do_not_follow_the_baseline(losses, baseline):
-    np.testing.assert_array_equal(without_batch_noise(RATES, losses, baseline), losses)
+    np.testing.assert_array_equal(remove_batch_noise(RATES, losses, baseline), losses)
 
 
 def test_a_fall_below_the_noise_of_batches_is_seen_by_their_baseline():
@@ -174,7 +174,7 @@ def test_a_baseline_that_is_not_finite_is_left_out():
 @pytest.mark.parametrize("noise", [np.ones(81), np.geomspace(0.01, 1, 81)], ids=["even", "growing"])
 def test_pure_noise_does_not_fall(noise):
     curves = 1 + noise * np.random.default_rng(0).normal(size=(400, 81))
-    assert sum(falls(RATES, losses) for losses in curves) <= 8
+    assert sum(has_descent(RATES, losses) for losses in curves) <= 8
 
 
 # The result
@@ -334,7 +334,7 @@ def test_the_baseline_is_what_the_same_batches_lose_at_the_rate_zero(monkeypatch
     np.testing.assert_array_equal(result.baseline, np.float32([*HARDNESS[:30]] * 2))
     assert result.losses[-1] < result.baseline[-1] - 0.1
     assert 1e-4 < result.suggestion <= 1e-1
-    monkeypatch.setattr("polus.lr_finder.MAX_BYTES", 60 * 8 - 1)
+    monkeypatch.setattr("polus.lr_finder.sweep.MAX_BYTES", 60 * 8 - 1)
     without = trainer.lr_finder(batches, start_lr=1e-4, end_lr=1e-1, num_steps=60)
     assert without.baseline is None
     np.testing.assert_array_equal(without.losses, result.losses)
@@ -359,7 +359,7 @@ def test_a_sweep_of_less_than_a_decade_stops_too():
 def test_the_bar_says_that_the_second_pass_is_of_no_rate(monkeypatch):
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, width=200)
-    monkeypatch.setattr("polus.lr_finder.Console", lambda **arguments: console)
+    monkeypatch.setattr("polus.lr_finder.sweep.Console", lambda **arguments: console)
     Slope(keras.optimizers.SGD()).lr_finder(ONES, num_steps=16)
     assert "the same batches, untrained, loss" in out.getvalue()
     assert "rate 0.0e+00" not in out.getvalue()
@@ -559,7 +559,7 @@ class Searcher(Callback):
 
 def trained(trainer, data, searcher) -> list[np.ndarray]:
     """Everything that two epochs leave behind."""
-    history = trainer.train(data, 2, [searcher], steps_per_dispatch=1)
+    history = trainer.train(data, 2, [searcher], steps_per_execution=1)
     logs = [history.steps["loss"], history.to_dict()["accuracy"]]
     return [*logs, *everything(trainer), *flattened(random_state())]
 
@@ -639,7 +639,7 @@ def test_data_made_in_the_middle_of_it_draws_what_it_would_have_drawn(look):
                     getattr(self.coordinator.trainer, look)(seen)
 
         trainer = classifier()
-        history = trainer.train(batches, 1, [Looker()], noisy, steps_per_dispatch=1)
+        history = trainer.train(batches, 1, [Looker()], noisy, steps_per_execution=1)
         return history.steps["loss"]
 
     np.testing.assert_array_equal(losses(True), losses(False))
@@ -653,7 +653,7 @@ def test_a_dataset_may_evaluate_while_it_makes_a_batch():
         seen.append(trainer.evaluate([(INPUTS[:4], LABELS[:4])]))  # the lock is this thread's own
         yield INPUTS[4:8], LABELS[4:8]
 
-    trainer.train(batches, 1, steps_per_dispatch=1)
+    trainer.train(batches, 1, steps_per_execution=1)
     assert len(seen) == 1
 
 

@@ -309,7 +309,7 @@ def test_a_loss_is_that_of_the_weights_before_the_update(trial):
     core.set_jit_compile(backend.candidates()[0])
     try:
         trainer = ClassifierTrainer(model, keras.optimizers.SGD(0.5), terms)
-        history = trainer.train([(X, X)] * 3, epochs=1, steps_per_dispatch=3)
+        history = trainer.train([(X, X)] * 3, epochs=1, steps_per_execution=3)
     finally:
         core.set_jit_compile("auto")
     for i in range(3):
@@ -353,10 +353,10 @@ def test_variables_that_share_a_buffer_go_their_own_ways():
     start = ops.convert_to_numpy(trainer.source).copy()
     held = trainer.source.value
     trainer.target.assign(trainer.source)  # one buffer from here on, on some backends
-    for steps_per_dispatch in (1, 3):
+    for steps_per_execution in (1, 3):
         trainer.source.assign(start)
         trainer.target.assign(trainer.source)
-        trainer.train([(X,)] * 6, epochs=1, steps_per_dispatch=steps_per_dispatch)
+        trainer.train([(X,)] * 6, epochs=1, steps_per_execution=steps_per_execution)
         np.testing.assert_allclose(trainer.source, start - 6 * slope, rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(trainer.target, start - 5 * slope, rtol=1e-4, atol=1e-5)
     # A value that the user took before is not torn away by a donated buffer.
@@ -384,7 +384,7 @@ def test_callbacks_see_and_set_variables_between_dispatches():
     for callback in (single, several):
         trainer = Following()
         trainer.source.assign(np.ones((4, 1)))
-        trainer.train([(X,)] * 9, epochs=1, callbacks=[callback], steps_per_dispatch=3)
+        trainer.train([(X,)] * 9, epochs=1, callbacks=[callback], steps_per_execution=3)
     assert sorted(several.seen) == [2, 5, 8]
     slope = X.mean(axis=0)[:, None]
     for step, kernel in several.seen.items():
@@ -422,8 +422,8 @@ def test_what_the_user_sets_between_steps_is_seen():
     ],
     ids=lambda value: value if isinstance(value, str) else next(iter(value), "plain"),
 )
-@pytest.mark.parametrize("steps_per_dispatch", [1, 4])
-def test_optimizers_do_what_they_do_in_fit(optimizer, policy, steps_per_dispatch):
+@pytest.mark.parametrize("steps_per_execution", [1, 4])
+def test_optimizers_do_what_they_do_in_fit(optimizer, policy, steps_per_execution):
     # A layer's policy is not a model's, which both of us look at.
     scaled = policy == "mixed_float16"
 
@@ -440,7 +440,7 @@ def test_optimizers_do_what_they_do_in_fit(optimizer, policy, steps_per_dispatch
 
     # Compilers may keep more bits between two operations than a 16-bit type has.
     tolerance = {"rtol": 1e-4, "atol": 1e-5} if policy == "float32" else {"atol": 2e-2}
-    as_in_fit(make, X, steps_per_dispatch, **tolerance)
+    as_in_fit(make, X, steps_per_execution, **tolerance)
 
 
 def embedding():
@@ -466,7 +466,7 @@ def test_layers_do_what_they_do_in_fit(layers):
     as_in_fit(make, x, 4, rtol=1e-4, atol=1e-5)
 
 
-def as_in_fit(make, x, steps_per_dispatch, **tolerance):
+def as_in_fit(make, x, steps_per_execution, **tolerance):
     """Trains twice what `make` gives, and compares the weights."""
     y = (X[:, :1] > 0).astype("int32")
     keras.utils.set_random_seed(1)
@@ -481,7 +481,7 @@ def as_in_fit(make, x, steps_per_dispatch, **tolerance):
     core.set_jit_compile(backend.candidates()[0])
     try:
         trainer = ClassifierTrainer(ours, optimizer, CROSS_ENTROPY)
-        trainer.train(batches, epochs=1, steps_per_dispatch=steps_per_dispatch)
+        trainer.train(batches, epochs=1, steps_per_execution=steps_per_execution)
     finally:
         core.set_jit_compile("auto")
     weights = ours.get_weights()
@@ -517,7 +517,7 @@ model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
 loss = keras.losses.MeanSquaredError()
 trainer = polus.training.ClassifierTrainer(model, keras.optimizers.SGD(), loss)
 x = np.ones((4, 2), "float32")
-trainer.train([(x, x[:, :1])], epochs=1, steps_per_dispatch=1)
+trainer.train([(x, x[:, :1])], epochs=1, steps_per_execution=1)
 others = {"tensorflow", "jax", "torch"} - {keras.backend.backend()}
 extras = {"matplotlib.pyplot", "pandas", "sklearn", "ir_measures", "tokenizers"}
 found = (others | extras) & (set(sys.modules) - before)
@@ -542,7 +542,7 @@ def test_the_way_from_train_to_the_gradient():
     core.set_jit_compile(backend.candidates()[0])  # nothing is to be measured
     try:
         trainer = ClassifierTrainer(model, keras.optimizers.SGD(), loss)
-        trainer.train([(X, X[:, :1])], epochs=1, steps_per_dispatch=1)
+        trainer.train([(X, X[:, :1])], epochs=1, steps_per_execution=1)
     finally:
         core.set_jit_compile("auto")
     ours = [(f[len(SOURCE) + 1 :], name) for f, name in frames[-1] if f.startswith(SOURCE)]

@@ -369,11 +369,11 @@ def kinds_of_data():
 
 
 @pytest.mark.parametrize("kind", kinds_of_data())
-@pytest.mark.parametrize("steps_per_dispatch", [1, 3])
-def test_every_kind_of_dataset_trains_alike(kind, steps_per_dispatch):
+@pytest.mark.parametrize("steps_per_execution", [1, 3])
+def test_every_kind_of_dataset_trains_alike(kind, steps_per_execution):
     def losses(data):
         keras.utils.set_random_seed(2)
-        return make_trainer().train(data, epochs=2, steps_per_dispatch=steps_per_dispatch).steps
+        return make_trainer().train(data, epochs=2, steps_per_execution=steps_per_execution).steps
 
     expected, got = losses(BATCHES), losses(kinds_of_data()[kind]())
     np.testing.assert_allclose(got["loss"], expected["loss"], rtol=1e-5)
@@ -407,7 +407,7 @@ def test_a_pydataset_hears_of_epochs():
     assert data.heard == ["begin", *range(5), "end"] * 2
     for num_batches, steps in ((5, 5), (5, 3), (None, 7)):  # the last one is endless
         data = Heard(num_batches)
-        make_trainer().train(data, epochs=2, steps=steps, steps_per_dispatch=1)
+        make_trainer().train(data, epochs=2, steps=steps, steps_per_execution=1)
         first, second = "-".join(map(str, data.heard)).split("-end-")
         for epoch in (first, second):  # it may be read ahead
             assert epoch.startswith("-".join(map(str, ["begin", *range(steps)])))
@@ -606,7 +606,7 @@ def test_a_layer_that_draws_numbers_in_inference_mode_goes_on_in_training_as_bef
         model = make_model()
         model.add(Noise())
         trainer = make_trainer(model)
-        history = trainer.train(BATCHES, epochs=2, callbacks=callbacks, steps_per_dispatch=1)
+        history = trainer.train(BATCHES, epochs=2, callbacks=callbacks, steps_per_execution=1)
         losses.append(history.steps["loss"])
     np.testing.assert_allclose(*losses, rtol=1e-5)
 

@@ -6,7 +6,7 @@ Every backend gives
 - ``value_and_grad(fn, variables, has_aux, sparse)``: the value of a closure and its gradients;
 - ``value_and_input_grad(fn, inputs)``: the same by tensors instead of variables;
 - ``repeat(step, row)``: many steps as one function to compile, over stacked batches;
-- ``trace(fn, args)``: runs ``fn`` abstractly under a `Recorder`, to see what it would do;
+- ``trace(fn, args)``: runs ``fn`` abstractly under a `VariableRecorder`, to see what it would do;
 - ``apply_gradients(optimizer, gradients, variables)``: one update;
 - ``stack(batches, capacity)``, ``take``, ``to_device``, ``copy``, ``wait``: batches and arrays on
   the device; ``view``: a variable for the host to copy;

@@ -1,9 +1,9 @@
 """JAX: a stateful Keras function becomes one jitted pure function of the variables that it meets.
 
-A function is run abstractly first, without its gradients and updates, under a `Recorder` that sees
-which Keras variables it reads and which it assigns. The compiled program takes (assigned values,
-read values, arguments) and returns (new values, outputs); only the assigned values are donated. A
-variable that is only read is an argument, never a constant of the program.
+A function is run abstractly first, without its gradients and updates, under a `VariableRecorder`
+that sees which Keras variables it reads and which it assigns. The compiled program takes (assigned
+values, read values, arguments) and returns (new values, outputs); only the assigned values are
+donated. A variable that is only read is an argument, never a constant of the program.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 
-from polus.backends.recorder import Recorder, current
+from polus.backends.scopes import VariableRecorder, current
 
 Tree = Any
 COMPILES = True  # a new shape costs a compilation
@@ -54,7 +54,7 @@ def _signature(leaf: Any) -> Any:
     return (leaf.shape, leaf.dtype) if _is_array(leaf) else (type(leaf), leaf)
 
 
-class _Discovery(Recorder):
+class _Discovery(VariableRecorder):
     """The scope in which a function shows its variables; gradients and updates are left out."""
 
 
@@ -81,7 +81,7 @@ class _Program:
         self._discover([leaves[slot] for slot in slots])
 
     def _discover(self, arrays: list[Any]) -> None:
-        with _Discovery() if self.quickly else Recorder() as met:
+        with _Discovery() if self.quickly else VariableRecorder() as met:
             # Outside the trace this scope ends, so variables that `fn` creates get real values.
             jax.eval_shape(lambda arrays: self.call(arrays), arrays)
         self.assigned = list(met.assigned.values())
@@ -90,7 +90,7 @@ class _Program:
 
         def pure(assigned: list[Any], read: list[Any], arrays: list[Any]) -> tuple[Tree, list[Any]]:
             known = (*self.assigned, *self.read)
-            with Recorder(zip(known, (*assigned, *read), strict=True)) as scope:
+            with VariableRecorder(zip(known, (*assigned, *read), strict=True)) as scope:
                 outputs = self.call(arrays)
                 new = [scope.get_current_value(v) for v in self.assigned]
             missed = [v.path for key, v in scope.assigned.items() if key not in met.assigned]
@@ -136,7 +136,7 @@ def _read_out(tree: Tree) -> Tree:
     )
 
 
-class _Detaching(Recorder):
+class _Detaching(VariableRecorder):
     """The scope of a gradient: a variable is assigned a value, not the way to it.
 
     As on the other backends, the gradient by a variable that is assigned inside is that at the new
@@ -249,7 +249,7 @@ def repeat(step: Callable[..., Tree], row: Callable[[Tree, Any], tuple[Any, ...]
 
         def body(carry: tuple[Any, list[Any], Tree]) -> tuple[Any, list[Any], Tree]:
             i, values, rows = carry
-            with Recorder(zip(variables, values, strict=True), outer) as scope:
+            with VariableRecorder(zip(variables, values, strict=True), outer) as scope:
                 output = one(i)
                 values = [scope.get_current_value(variable) for variable in variables]
             if missed := scope.assigned.keys() - met.assigned.keys():
@@ -268,10 +268,10 @@ def repeat(step: Callable[..., Tree], row: Callable[[Tree, Any], tuple[Any, ...]
 
 def trace(fn: Callable[..., Tree], args: Sequence[Any]) -> list[Any]:
     """Runs `fn(*args)` abstractly and returns the Keras variables it met. Nothing is changed."""
-    with Recorder() as scope:
+    with VariableRecorder() as scope:
         # A new function each time: JAX would remember the old one's trace, and meet nothing.
         jax.eval_shape(lambda *args: fn(*args), *args)
-    return scope.met
+    return scope.variables
 
 
 def apply_gradients(optimizer: Any, gradients: Sequence[Any], variables: Sequence[Any]) -> None:

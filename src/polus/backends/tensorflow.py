@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from polus.backends.recorder import Foreign, Recorder, current
+from polus.backends.scopes import BackendVariable, VariableRecorder, current
 
 Tree = Any
 COMPILES = True  # a new shape costs a compilation
@@ -144,19 +144,21 @@ def trace(fn: Callable[..., Tree], args: Sequence[Any]) -> list[Any]:
 
     Those of Keras, and TensorFlow's own: a `tf.Variable`, the state of a `tf.random.Generator`.
     """
-    with Recorder() as scope:
+    with VariableRecorder() as scope:
         graph = tf.function(fn, autograph=False).get_concrete_function(
             *tf.nest.map_structure(_tensor, args)
         )
-    of_keras = {id(variable.value) for variable in scope.met}
+    of_keras = {id(variable.value) for variable in scope.variables}
     others = {id(v.handle): v for v in graph.variables if id(v) not in of_keras}
     # In the order of their first meeting; the graph's own list has them in any order.
-    return scope.met + [_foreign(others[id(t)]) for t in graph.captured_inputs if id(t) in others]
+    return scope.variables + [
+        _foreign(others[id(t)]) for t in graph.captured_inputs if id(t) in others
+    ]
 
 
-def _foreign(variable: tf.Variable) -> Foreign:
+def _foreign(variable: tf.Variable) -> BackendVariable:
     name, shape = variable.name.partition(":")[0], tuple(variable.shape)
-    return Foreign(name, shape, variable.dtype.name, variable.read_value, variable.assign)
+    return BackendVariable(name, shape, variable.dtype.name, variable.read_value, variable.assign)
 
 
 def apply_gradients(optimizer: Any, gradients: Sequence[Any], variables: Sequence[Any]) -> None:

@@ -14,7 +14,7 @@ import keras
 import numpy as np
 import torch
 
-from polus.backends.recorder import Foreign, Recorder
+from polus.backends.scopes import BackendVariable, VariableRecorder
 
 Tree = Any
 COMPILES = False  # a new shape costs nothing
@@ -180,7 +180,7 @@ def trace(fn: Callable[..., Tree], args: Sequence[Any]) -> list[Any]:
         # Keras' PyTorch optimizers write into a variable's tensor in place, past every scope.
         return value.detach().clone().requires_grad_(value.requires_grad)
 
-    buffers: list[Foreign] = []
+    buffers: list[BackendVariable] = []
     modules: set[torch.nn.Module] = set()
 
     def meet(module: torch.nn.Module, _: Any) -> None:
@@ -193,17 +193,17 @@ def trace(fn: Callable[..., Tree], args: Sequence[Any]) -> list[Any]:
     before = random_state()
     hook = torch.nn.modules.module.register_module_forward_pre_hook(meet)
     try:
-        with torch.no_grad(), Recorder(copies=stand_in) as scope:
+        with torch.no_grad(), VariableRecorder(copies=stand_in) as scope:
             fn(*keras.tree.map_structure(_tensor, args))
     finally:
         hook.remove()
         for buffer, value in zip(buffers, values, strict=True):
             buffer.assign(value)
         set_random_state(before)
-    return [*scope.met, *buffers]
+    return [*scope.variables, *buffers]
 
 
-def _buffer(module: torch.nn.Module, name: str) -> Foreign:
+def _buffer(module: torch.nn.Module, name: str) -> BackendVariable:
     def read() -> Any:  # by name: a module may put another tensor in its place
         return getattr(module, name)
 
@@ -213,7 +213,9 @@ def _buffer(module: torch.nn.Module, name: str) -> Foreign:
 
     tensor = read()
     dtype = keras.backend.standardize_dtype(tensor.dtype)
-    return Foreign(f"{type(module).__name__}/{name}", tuple(tensor.shape), dtype, read, assign)
+    return BackendVariable(
+        f"{type(module).__name__}/{name}", tuple(tensor.shape), dtype, read, assign
+    )
 
 
 def apply_gradients(optimizer: Any, gradients: Sequence[Any], variables: Sequence[Any]) -> None:

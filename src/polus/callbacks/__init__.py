@@ -1,6 +1,6 @@
 """Callbacks: what runs between the steps. Keras' own callbacks work as they are."""
 
-from polus.callbacks.base import Callback, CallbackCoordinator, ICallback
+from polus.callbacks.base import Callback, CallbackCoordinator, ICallback, Phase
 from polus.callbacks.console import ConsoleLogCallback
 from polus.callbacks.early_stop import EarlyStop
 from polus.callbacks.save_model import SaveModelCallback
@@ -15,6 +15,7 @@ __all__ = [
     "EarlyStop",
     "ICallback",
     "LossSmoothCallback",
+    "Phase",
     "SaveModelCallback",
     "TimerCallback",
     "ValidationDataCallback",

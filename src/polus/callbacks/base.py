@@ -1,20 +1,35 @@
 """The protocol of callbacks, and the coordinator that delivers events to all of them."""
 
 import contextlib
+import enum
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import keras
 import numpy as np
 
 from polus.core import BaseLogger
-from polus.data.feed import Block, Feed
+from polus.data.reader import DataReader, StepBlock
 from polus.history import History
+from polus.host import DeviceValues
 from polus.signals import Signals
 
 if TYPE_CHECKING:
     from polus.training import BaseTrainer
+
+
+class Phase(enum.IntEnum):
+    """The order in which callbacks hear of an event; within a phase it is that of the list."""
+
+    MEASURE = 0
+    """Adds values to the logs: validation, smoothed losses."""
+    REACT = 1
+    """Reads the logs and acts on the run: early stopping, schedules, Keras callbacks."""
+    REPORT = 2
+    """Shows what the others found: the console, timers."""
+    SAVE = 3
+    """Writes the model, after anything that may still change it."""
 
 
 class ICallback:
@@ -26,7 +41,7 @@ class ICallback:
     steps that were asked for.
     """
 
-    order: int = 0  # callbacks of a lower order hear of each event first, else those named first
+    phase: Phase = Phase.REACT
 
     @property
     def every_steps(self) -> int | None:
@@ -119,9 +134,9 @@ class CallbackCoordinator:
         trainer: the trainer of the run. callbacks: the callbacks, Keras' own ones adapted.
         epochs: the number of epochs. steps: the steps of one epoch, None where it is not known yet.
         epoch, step: what comes next, both from 0.
-        continues: whether there is a checkpoint that the run goes on from.
-        steps_per_dispatch: how many steps the user wants run in one call, None where not said.
-        feed: the data. history: the `History` of the run.
+        resuming: whether there is a checkpoint that the run goes on from.
+        steps_per_execution: how many steps the user wants run in one call, None where not said.
+        reader: the data. history: the `History` of the run.
         shared_dict: what callbacks tell each other: `"smooth_loss"`, `"validation"` (set name ->
             metric name -> list of values), `"epoch_logs"`.
         signals: the signals that came and wait for the end of a step.
@@ -129,16 +144,16 @@ class CallbackCoordinator:
     """
 
     def __init__(
-        self, callbacks: Iterable[Any], trainer: "BaseTrainer", epochs: int, feed: Feed
+        self, callbacks: Iterable[Any], trainer: "BaseTrainer", epochs: int, reader: DataReader
     ) -> None:
         self.trainer = trainer
         self.epochs = epochs
-        self.steps = feed.num_batches
-        self.feed = feed
+        self.steps = reader.num_batches
+        self.reader = reader
         self.epoch = 0
         self.step = 0
-        self.continues = False
-        self.steps_per_dispatch: int | None = None
+        self.resuming = False
+        self.steps_per_execution: int | None = None
         self.batch_sizes: list[int] = []  # of the steps of this epoch so far
         self.history = History()
         self.shared_dict: dict[str, Any] = {"validation": {}, "epoch_logs": {}}
@@ -146,7 +161,7 @@ class CallbackCoordinator:
         self.exception: BaseException | None = None
         self.closing = contextlib.ExitStack()  # what callbacks want undone behind the last of them
         adapted = [_adapted(callback) for callback in callbacks]
-        self.callbacks = sorted(adapted, key=lambda callback: callback.order)
+        self.callbacks = sorted(adapted, key=lambda callback: callback.phase)
         for callback in self.callbacks:
             callback.add_coordinator(self)
 
@@ -172,7 +187,7 @@ class CallbackCoordinator:
         for metric, value in results.items():
             values.setdefault(metric, []).append(value)
 
-    def next_due(self, step: int) -> int | None:
+    def steps_until_callback(self, step: int) -> int | None:
         """How many steps may run from `step` on before a callback has to; None for no limit.
 
         Raises:
@@ -190,9 +205,9 @@ class CallbackCoordinator:
             due = n - step % n if due is None else min(due, n - step % n)
         return due
 
-    def longest_dispatch(self) -> int:
+    def max_steps_per_execution(self) -> int:
         """The largest number of steps that may ever run without a callback in between."""
-        limits = [n for n in (self.next_due(0), self.steps) if n is not None]
+        limits = [n for n in (self.steps_until_callback(0), self.steps) if n is not None]
         return min(limits, default=sys.maxsize)
 
     def poll(self) -> None:
@@ -251,11 +266,11 @@ class CallbackCoordinator:
         for callback in self.callbacks:
             callback.on_train_batch_begin(self.epoch, self.step)
 
-    def on_steps_end(self, block: Block, outputs: Any) -> None:
+    def on_steps_end(self, block: StepBlock, outputs: Any) -> None:
         """Records the steps of a block, and tells of them."""
         terms = outputs if isinstance(outputs, dict) else {"loss": outputs}
         terms = {"loss": terms["loss"], **terms}  # JAX sorts them by name
-        logs = {name: Losses(values, block.count) for name, values in terms.items()}
+        logs = {name: DeviceValues(values, block.count) for name, values in terms.items()}
         steps = range(self.step, self.step + block.count)
         self.history.add_steps(self.epoch, self.step, logs)
         self.batch_sizes += [block.batch_size] * block.count
@@ -267,7 +282,7 @@ class CallbackCoordinator:
 
     def on_epoch_end(self, metrics: dict[str, Any]) -> None:
         """Closes an epoch: its logs, the callbacks, and the next one begins."""
-        wanted = self.feed.steps
+        wanted = self.reader.steps
         if wanted is not None and self.step < wanted and not self.trainer.early_stop:
             self.trainer.logger.warning(
                 "The dataset ended after %d of the %d steps of epoch %d. Give it more batches, "
@@ -317,25 +332,3 @@ def _adapted(callback: Any) -> ICallback:
         f"{type(callback).__name__}: {callback!r}. For a function, write a class with the event "
         "that it should hear: class Report(Callback): def on_epoch_end(self, epoch): ..."
     )
-
-
-class Losses(Sequence[float]):
-    """The losses of some steps, left on the device until somebody reads one."""
-
-    def __init__(self, values: Any, count: int) -> None:
-        self._values = values
-        self._count = count
-        self._read: np.ndarray[Any, Any] | None = None
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
-        if self._read is None:
-            values = np.asarray(keras.ops.convert_to_numpy(self._values), np.float32)
-            self._read = values.reshape(-1)[: self._count]
-            self._values = None
-        return self._read if dtype is None else self._read.astype(dtype)
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, i: Any) -> Any:
-        return np.asarray(self)[i]

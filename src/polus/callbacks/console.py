@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 
-from polus.callbacks.base import Callback
+from polus.callbacks.base import Callback, Phase
 from polus.callbacks.smooth import LossSmoothCallback
 
 REFRESH_SECS = 0.2  # losses are read from the device only then
@@ -31,7 +31,7 @@ class ConsoleLogCallback(Callback):
         clock: tells the time in seconds.
     """
 
-    order = 1  # the epoch's line has what the others found
+    phase = Phase.REPORT  # the epoch's line has what the others found
 
     def __init__(
         self, console: Console | None = None, clock: Callable[[], float] = time.perf_counter
@@ -46,7 +46,7 @@ class ConsoleLogCallback(Callback):
         self._began = self._epoch_began = self._shown = self.clock()
         # When the first steps were done, how many they were, and their examples.
         self._first: tuple[float, int, int] | None = None
-        self._waited = self.coordinator.feed.waited_secs
+        self._waited = self.coordinator.reader.waited_secs
         self._steps = self._examples = self._epochs = 0
         self._smooth = next(
             (c for c in self.coordinator.callbacks if isinstance(c, LossSmoothCallback)), None
@@ -135,7 +135,7 @@ class ConsoleLogCallback(Callback):
         summary = f"{epochs} in {seconds:.1f} s: {first:.1f} s to the first"
         if rates := self._rates(now):
             summary += f", then {rates}"
-        waited = self.coordinator.feed.waited_secs - self._waited
+        waited = self.coordinator.reader.waited_secs - self._waited
         if waited >= max(1.0, 0.05 * seconds):
             share = waited / seconds
             summary += f"; input-bound: {share:.0%} of the time went into waiting for data"

@@ -8,7 +8,7 @@ import keras
 import numpy as np
 
 from polus.callbacks.base import Callback
-from polus.callbacks.monitor import falls
+from polus.callbacks.monitor import lower_is_better
 
 BATCH_EVENTS = (
     "on_batch_begin",
@@ -61,10 +61,10 @@ class KerasCallback(Callback):
         if self is next(c for c in run.callbacks if isinstance(c, KerasCallback)):  # once for all
             run.closing.enter_context(_as_in_fit(model, run.trainer.optimizer))
         if getattr(self.callback, "mode", None) == "auto":  # which asks metrics of a compiled model
-            self.callback.mode = "min" if falls(self.callback.monitor) else "max"
+            self.callback.mode = "min" if lower_is_better(self.callback.monitor) else "max"
         self.callback.set_params({"epochs": run.epochs, "steps": run.steps, "verbose": 1})
         self.callback.set_model(model)
-        if run.continues and isinstance(self.callback, keras.callbacks.CSVLogger):
+        if run.resuming and isinstance(self.callback, keras.callbacks.CSVLogger):
             self.callback.append = True  # else it empties the file
         self.callback.on_train_begin({})
         # Where BackupAndRestore leaves the epoch that it restored.
@@ -119,7 +119,7 @@ class KerasCallback(Callback):
         self.callback.on_test_end(results)
 
     def get_state(self) -> dict[str, Any]:
-        from polus.checkpoint.store import take_apart
+        from polus.checkpoint.store import flatten_state
 
         changed = {}
         for name, value in vars(self.callback).items():
@@ -127,7 +127,7 @@ class KerasCallback(Callback):
             if name in NO_STATE or (scalar and value == self._given.get(name, MISSING)):
                 continue
             with contextlib.suppress(TypeError):  # files, functions: it makes them anew
-                take_apart(value)
+                flatten_state(value)
                 changed[name] = value
         return {"changed": changed, "sums": self._sums, "examples": self._examples}
 

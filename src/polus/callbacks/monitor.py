@@ -11,7 +11,7 @@ LOWER = (
 )
 
 
-def falls(name: str) -> bool:
+def lower_is_better(name: str) -> bool:
     """Whether a value of this name is better when it is lower."""
     return any(part in name.lower() for part in LOWER)
 
@@ -35,7 +35,7 @@ class Monitor:
         if min_delta < 0:
             raise ValueError(f"min_delta is at least 0, and got {min_delta!r}.")
         self.name = name
-        self.sign = -1 if mode == "min" or (mode == "auto" and falls(name)) else 1
+        self.sign = -1 if mode == "min" or (mode == "auto" and lower_is_better(name)) else 1
         self.min_delta = min_delta
         self.best: float | None = None
 

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from polus.callbacks.base import Callback
+from polus.callbacks.base import Callback, Phase
 from polus.callbacks.monitor import Monitor
 from polus.files import atomic_write
 
@@ -22,7 +22,9 @@ class SaveModelCallback(Callback):
         min_delta: a change less than this is no improvement.
     """
 
-    order = 1  # of an epoch's end others come first: Keras callbacks may change the weights
+    phase = (
+        Phase.SAVE
+    )  # of an epoch's end others come first: Keras callbacks may change the weights
 
     def __init__(
         self,

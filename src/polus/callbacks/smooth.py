@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from polus.callbacks.base import Callback
+from polus.callbacks.base import Callback, Phase
 
 MAX_UNREAD = 4096  # blocks of losses left on the device; then the older half is read
 
@@ -20,7 +20,7 @@ class LossSmoothCallback(Callback):
         beta: what remains of the old value at each step, 0 to below 1.
     """
 
-    order = -1  # read by others at the end of an epoch
+    phase = Phase.MEASURE  # read by others at the end of an epoch
 
     def __init__(self, beta: float = 0.97) -> None:
         super().__init__()

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 
-from polus.callbacks.base import Callback
+from polus.callbacks.base import Callback, Phase
 
 
 class TimerCallback(Callback):
@@ -16,7 +16,7 @@ class TimerCallback(Callback):
         clock: tells the time in seconds.
     """
 
-    order = 1  # the epoch is over when the others are done with it
+    phase = Phase.REPORT  # the epoch is over when the others are done with it
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         super().__init__()
@@ -24,10 +24,10 @@ class TimerCallback(Callback):
 
     def on_train_begin(self) -> None:
         self.coordinator.shared_dict.setdefault("timer", [])
-        self._began, self._waited = self.clock(), self.coordinator.feed.waited_secs
+        self._began, self._waited = self.clock(), self.coordinator.reader.waited_secs
 
     def on_epoch_begin(self, epoch: int) -> None:
-        self._began, self._waited = self.clock(), self.coordinator.feed.waited_secs
+        self._began, self._waited = self.clock(), self.coordinator.reader.waited_secs
 
     def on_epoch_end(self, epoch: int) -> None:
         seconds = self.clock() - self._began
@@ -35,6 +35,6 @@ class TimerCallback(Callback):
             {
                 "seconds": seconds,
                 "seconds_per_step": seconds / max(1, self.coordinator.step),
-                "waited_seconds": self.coordinator.feed.waited_secs - self._waited,
+                "waited_seconds": self.coordinator.reader.waited_secs - self._waited,
             }
         )

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from polus.callbacks.base import Callback, CallbackCoordinator
+from polus.callbacks.base import Callback, CallbackCoordinator, Phase
 
 
 class ValidationDataCallback(Callback):
@@ -22,7 +22,7 @@ class ValidationDataCallback(Callback):
         steps: how many batches at most.
     """
 
-    order = -1  # its results are there when others hear of the epoch's end
+    phase = Phase.MEASURE  # its results are there when others hear of the epoch's end
 
     def __init__(
         self,

@@ -15,8 +15,8 @@ import keras
 import numpy as np
 
 from polus.callbacks.base import Callback, CallbackCoordinator
-from polus.checkpoint.run import Variables, environment, room_for, run_state
-from polus.checkpoint.store import CheckpointError, Snapshot, Store, take_apart
+from polus.checkpoint.run import Variables, allocate_buffers, environment, run_state
+from polus.checkpoint.store import CheckpointError, Snapshot, Store, flatten_state
 
 logger = logging.getLogger("polus.checkpoint")
 
@@ -80,7 +80,7 @@ class Checkpoint(Callback):
     def add_coordinator(self, coordinator: CallbackCoordinator) -> None:
         """Makes the data remember where an epoch began."""
         super().add_coordinator(coordinator)
-        coordinator.feed.tracked = True
+        coordinator.reader.tracked = True
 
     def on_train_begin(self) -> None:
         """Takes the folder, and the signals."""
@@ -92,10 +92,10 @@ class Checkpoint(Callback):
         self._position: tuple[int, int] | None = None
         self._environment = environment(self.coordinator)
         try:
-            self._take_folder()
+            self._acquire_lock()
         except OSError as error:
             self._failed(error)
-        old = [] if self.coordinator.continues else self.store.paths()
+        old = [] if self.coordinator.resuming else self.store.paths()
         self.store.spared = {path.name for path in old}
         if old:
             logger.warning(
@@ -151,7 +151,7 @@ class Checkpoint(Callback):
             if not self.coordinator.signals.second:
                 self._finish()
         finally:
-            self._give_folder_back()
+            self._release_lock()
         if self._newest is None and self._failure and self.coordinator.exception is None:
             raise CheckpointError(
                 f"Not one checkpoint could be written to {self.store.directory}: "
@@ -170,7 +170,7 @@ class Checkpoint(Callback):
         if self._position == (run.epoch, run.step) and self._failure is None:
             return
         try:
-            snapshot = take_apart(run_state(run, variables), memory)
+            snapshot = flatten_state(run_state(run, variables), memory)
         except TypeError as error:
             names = (f"callbacks/{i} is {type(c).__name__}" for i, c in enumerate(run.callbacks))
             error.add_note(", ".join(names))
@@ -190,7 +190,7 @@ class Checkpoint(Callback):
         if self._variables is None:
             self._variables = self.coordinator.trainer.state_variables()
             # Memory that is fresh from the system costs many times the copy: a thread fetches it.
-            self._in_background(room_for, self._variables)
+            self._in_background(allocate_buffers, self._variables)
         return self._variables
 
     def _is_due(self) -> bool:
@@ -210,14 +210,14 @@ class Checkpoint(Callback):
 
     def _write(self, snapshot: Snapshot, facts: dict[str, Any]) -> dict[str, np.ndarray]:
         try:
-            self._take_folder()
+            self._acquire_lock()
             self._newest = self.store.write(snapshot, facts, self.keep)
             self._failure = None
         except (OSError, CheckpointError) as error:
             self._failed(error)
         return snapshot.arrays
 
-    def _take_folder(self) -> None:
+    def _acquire_lock(self) -> None:
         if self._lock is not None:
             if self._locked == _identity(self._lock.lock_file):
                 return
@@ -239,7 +239,7 @@ class Checkpoint(Callback):
 
         threading.Thread(target=work, name="polus-checkpoint", daemon=True).start()
 
-    def _give_folder_back(self) -> None:
+    def _release_lock(self) -> None:
         """Releases the lock, once nothing is written any more."""
         lock, writing = self._lock, self._writing
         self._lock = self._writing = None

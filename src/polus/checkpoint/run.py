@@ -17,9 +17,9 @@ import ml_dtypes
 import numpy as np
 
 from polus.backends import backend
-from polus.checkpoint.store import CheckpointError, Store, take_apart
+from polus.checkpoint.store import CheckpointError, Store, flatten_state
 from polus.core import get_jit_compile
-from polus.data import position
+from polus.data import resume
 from polus.state import layers_of, random_state, set_random_state
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def run_state(run: "CallbackCoordinator", variables: Variables) -> Tree:
         "layers": _layers(run),
         "variables": [_variable_state(variable) for variable in variables],
         "random": random_state(),
-        "data": position.get_state(run.feed, run.epoch, run.step),
+        "data": resume.get_state(run.reader, run.epoch, run.step),
         "history": run.history.get_state(),
         "shared": {k: v for k, v in run.shared_dict.items() if _can_be_stored(k, v)},
         "callbacks": [[type(c).__name__, c.get_state()] for c in run.callbacks],
@@ -67,10 +67,10 @@ def run_state(run: "CallbackCoordinator", variables: Variables) -> Tree:
     }
 
 
-def room_for(variables: Variables) -> dict[str, np.ndarray]:
+def allocate_buffers(variables: Variables) -> dict[str, np.ndarray]:
     """Memory for a copy of the variables, by the names that they are stored under."""
     zeros = [{"value": np.broadcast_to(np.zeros((), v.dtype), v.shape)} for v in variables]
-    return take_apart({"variables": zeros}).arrays
+    return flatten_state({"variables": zeros}).arrays
 
 
 def resume_run(run: "CallbackCoordinator", directory: str | os.PathLike[str]) -> None:
@@ -79,7 +79,7 @@ def resume_run(run: "CallbackCoordinator", directory: str | os.PathLike[str]) ->
     Raises:
         CheckpointError: if the checkpoint is of another run, or all are damaged.
     """
-    run.feed.tracked = True
+    run.reader.tracked = True
     saved = Store(directory).read_newest()
     if saved is None:
         logger.info("There is no checkpoint in %s: training starts from the beginning.", directory)
@@ -114,8 +114,8 @@ def _restore(run: "CallbackCoordinator", tree: Tree, same_backend: bool) -> None
         begun = [data["begun"]] + [data["before"]["begun"]] * ("before" in data)
         for state in (tree["random"], *(b["random"] for b in begun)):
             state["backend"] = random_state()["backend"]
-    epoch, random = position.resume(
-        run.feed, run.epoch, run.step, tree["data"], tree["random"], lambda: _stop_if_asked(run)
+    epoch, random = resume.resume(
+        run.reader, run.epoch, run.step, tree["data"], tree["random"], lambda: _stop_if_asked(run)
     )
     trainer._example = epoch.example
     # From here on nothing of the data is read any more, and what building draws is put back.
@@ -247,7 +247,7 @@ def _counted(items: list[Any], name_of: Any) -> list[tuple[Any, int]]:
 
 def _can_be_stored(name: str, value: Any) -> bool:
     try:
-        take_apart(value)
+        flatten_state(value)
     except TypeError as error:
         logger.warning("shared_dict[%r] will not be there after a resume: %s", name, error)
         return False
@@ -267,7 +267,7 @@ def environment(run: "CallbackCoordinator") -> dict[str, Any]:
         "floatx": keras.config.floatx(),
         "dtype policies": sorted({x.dtype_policy.name for x in layers_of(run.trainer.model)}),
         "jit_compile": get_jit_compile(),
-        "steps_per_dispatch": run.steps_per_dispatch,
+        "steps_per_execution": run.steps_per_execution,
         "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
         "processor": _processor(),
         **backend.describe(),

@@ -65,7 +65,7 @@ class Saved(NamedTuple):
     facts: dict[str, Any]
 
 
-def take_apart(tree: Any, into: Mapping[str, np.ndarray] | None = None) -> Snapshot:
+def flatten_state(tree: Any, into: Mapping[str, np.ndarray] | None = None) -> Snapshot:
     """Copies a tree of dicts, lists, JSON values and NumPy arrays, so that its owner may go on.
 
     Args:
@@ -119,8 +119,8 @@ def _room(used: np.ndarray | None, node: Any) -> np.ndarray:
     return room
 
 
-def put_together(snapshot: Snapshot) -> Any:
-    """The tree that `take_apart` was given (tuples are lists, NumPy scalars are arrays)."""
+def unflatten_state(snapshot: Snapshot) -> Any:
+    """The tree that `flatten_state` was given (tuples are lists, NumPy scalars are arrays)."""
 
     def visit(node: Any) -> Any:
         if isinstance(node, dict):
@@ -187,7 +187,7 @@ class Store:
         """Writes one more checkpoint, verifies it, and then removes all but the newest `keep`.
 
         Args:
-            snapshot: What `take_apart` gave.
+            snapshot: What `flatten_state` gave.
             facts: JSON values to be read without the tree: progress, versions.
             keep: How many to keep, this one counted.
 
@@ -208,9 +208,11 @@ class Store:
                 "facts": facts,
                 "tree": snapshot.skeleton,
             }
-            (folder / MANIFEST).write_text(json.dumps(manifest | {"sha256": _seal(manifest)}))
+            (folder / MANIFEST).write_text(
+                json.dumps(manifest | {"sha256": _manifest_sha256(manifest)})
+            )
         try:
-            if _seal(verify(path)) != _seal(manifest):
+            if _manifest_sha256(verify(path)) != _manifest_sha256(manifest):
                 raise DamagedError(f"{path / MANIFEST} reads back differently from what it was")
         except DamagedError as error:
             self._set_aside(path, error)
@@ -270,7 +272,7 @@ def verify(path: Path) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads((path / MANIFEST).read_bytes())
         seal = manifest.pop("sha256")
-        if seal != _seal(manifest):
+        if seal != _manifest_sha256(manifest):
             raise DamagedError(f"{path / MANIFEST} is damaged: its checksum differs")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedError(f"{path / MANIFEST} can't be read: {error!r}") from error
@@ -293,7 +295,7 @@ def read(path: Path) -> Saved:
     """Verifies and reads one checkpoint; raises as `verify` does."""
     manifest = verify(path)
     arrays = load_file(path / STATE)
-    return Saved(path, put_together(Snapshot(manifest["tree"], arrays)), manifest["facts"])
+    return Saved(path, unflatten_state(Snapshot(manifest["tree"], arrays)), manifest["facts"])
 
 
 def _write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -324,7 +326,7 @@ def _fingerprint(path: Path) -> dict[str, Any]:
         return {"bytes": file.tell(), "sha256": digest}
 
 
-def _seal(manifest: dict[str, Any]) -> str:
+def _manifest_sha256(manifest: dict[str, Any]) -> str:
     """The checksum of a manifest's meaning: JSON in one certain spelling."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 

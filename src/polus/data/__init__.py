@@ -1,17 +1,17 @@
 """What a dataset may be, how its batches are fed, and where in the data a run stands."""
 
+from polus.data.adapters import DataAdapter, as_adapter, as_arguments
 from polus.data.arrays import ArrayDataset, from_arrays
-from polus.data.feed import Block, Feed
-from polus.data.saved_iterator import with_iterator_state
-from polus.data.source import Source, as_arguments, as_source
+from polus.data.reader import DataReader, StepBlock
+from polus.data.tf_iterator import with_iterator_state
 
 __all__ = [
     "ArrayDataset",
-    "Block",
-    "Feed",
-    "Source",
+    "DataAdapter",
+    "DataReader",
+    "StepBlock",
+    "as_adapter",
     "as_arguments",
-    "as_source",
     "from_arrays",
     "with_iterator_state",
 ]

@@ -104,7 +104,7 @@ class RetrievalValidation(_Search):
     def on_epoch_begin(self, epoch: int) -> None:
         # Here and not where training begins: a run that is resumed knows its best by now.
         if epoch == 0 and self.best == -np.inf:
-            data = self.coordinator.feed.current
+            data = self.coordinator.reader.current
             assert data is not None  # an epoch has begun
             self._trainer.meet(*data.example)  # so that what may change is known
             self._keep_if_best(evaluate(self.qrels, self.run(), self.measures), epoch=-1)

@@ -11,7 +11,7 @@ import keras
 import numpy as np
 from numpy.typing import NDArray
 
-from polus.data import Source
+from polus.data import DataAdapter
 
 Rows = NDArray[np.int64]
 
@@ -124,7 +124,7 @@ def as_features(features: Any) -> Features:
     return features if isinstance(features, Features) else Features(features)
 
 
-class PairBatches(Source):
+class PairBatches(DataAdapter):
     """Batches of judged pairs for `EfficientDenseRetrievalTrainer`, shuffled anew each epoch.
 
     A batch is `(query, positive, [negatives,] {"positive_ids", "relevant_ids"[, "negative_ids"]})`.

@@ -12,8 +12,8 @@ import numpy as np
 
 from polus.backends import backend
 from polus.core import JitMode
-from polus.data.feed import Block, Epoch, row
-from polus.data.source import as_arguments
+from polus.data.adapters import as_arguments
+from polus.data.reader import EpochReader, StepBlock, row
 from polus.state import Snapshot
 
 # Progress still moves, Ctrl-C still works, and the dispatch itself is lost in it.
@@ -24,10 +24,10 @@ MAX_STEPS = 512  # beyond it nothing is won, and the stacked batches take memory
 MAX_BYTES = 2**26  # of stacked batches per dispatch
 MANY_SHAPES = 8
 
-logger = logging.getLogger("polus.dispatch")
+logger = logging.getLogger("polus.steps")
 
 
-class Dispatch:
+class CompiledStep:
     """One step, compiled as needed: for a batch by itself or for many in one call.
 
     Args:
@@ -56,7 +56,7 @@ class Dispatch:
         self._steps: dict[Any, Callable[..., Any]] = {}
         self._shapes: list[Any] = []
 
-    def prepare(self, block: Block) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    def prepare(self, block: StepBlock) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         """The program for a block, and its arguments. What it returns has a row for each step."""
         if block.signature not in self._shapes:
             self._shapes.append(block.signature)
@@ -97,8 +97,8 @@ def _one(step: Callable[..., Any], fetch: Any) -> Callable[..., Any]:
 
 
 def choose(
-    dispatch: Dispatch,
-    epoch: Epoch,
+    dispatch: CompiledStep,
+    epoch: EpochReader,
     survey: Callable[[], Iterable[Any]],
     jit_mode: JitMode,
     longest: int,
@@ -215,7 +215,7 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or repr(error)).splitlines()[0]
 
 
-def _seconds(dispatch: Dispatch, block: Block) -> float:
+def _seconds(dispatch: CompiledStep, block: StepBlock) -> float:
     """The shortest of some runs, after two that compile: the second meets what the first made."""
     began = time.perf_counter()
     program, arguments = dispatch.prepare(block)

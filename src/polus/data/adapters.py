@@ -8,8 +8,8 @@ import keras
 import numpy as np
 
 from polus.backends import backend
-from polus.data import position
 from polus.data.arrays import ArrayDataset
+from polus.data.fingerprint import checksum, leaves_of, same
 from polus.state import random_state
 
 
@@ -18,7 +18,7 @@ def as_arguments(batch: Any) -> tuple[Any, ...]:
     return tuple(batch) if isinstance(batch, tuple | list) else (batch,)
 
 
-class Source:
+class DataAdapter:
     """A dataset as the loop reads it.
 
     Attributes:
@@ -111,7 +111,7 @@ class Source:
         self._resume_from = state
 
 
-class _Arrays(Source):
+class _Arrays(DataAdapter):
     seekable = True
     _facts: dict[str, Any] | None = None
 
@@ -127,12 +127,12 @@ class _Arrays(Source):
             rows = slice(None, None, 1 + nbytes // MAX_CHECKED_BYTES)
             sample = keras.tree.map_structure(lambda array: array[rows], data.arrays)
             self._facts = {name: getattr(data, name) for name in names}
-            self._facts["arrays"] = position.leaves_of(data.arrays)
-            self._facts["checksum of the arrays"] = position.checksum(sample)
+            self._facts["arrays"] = leaves_of(data.arrays)
+            self._facts["checksum of the arrays"] = checksum(sample)
         return self._facts
 
 
-class TensorFlowData(Source):
+class TensorFlowData(DataAdapter):
     """A `tf.data.Dataset`, on any backend: tensors on TensorFlow, NumPy arrays elsewhere."""
 
     def __init__(self, dataset: Any) -> None:
@@ -163,7 +163,7 @@ class TensorFlowData(Source):
                 pass
 
 
-class _PyDataset(Source):
+class _PyDataset(DataAdapter):
     """A `keras.utils.PyDataset`, whose own `workers` are not used: one thread reads it ahead."""
 
     def __init__(self, dataset: Any) -> None:
@@ -196,7 +196,7 @@ class _PyDataset(Source):
         self._begun = False
         before = random_state()
         self.dataset.on_epoch_end()
-        if not position.same(before, random_state()):
+        if not same(before, random_state()):
             self.unrepeatable = (
                 f"{type(self.dataset).__name__}.on_epoch_end draws from a global random generator, "
                 "whose state at the end of each epoch nobody knows any more. Let it draw from a "
@@ -205,7 +205,7 @@ class _PyDataset(Source):
             )
 
 
-class _Function(Source):
+class _Function(DataAdapter):
     """A generator function: called anew for each epoch."""
 
     def __init__(self, dataset: Callable[[], Any]) -> None:
@@ -216,7 +216,7 @@ class _Function(Source):
         return iter(self.dataset())
 
 
-class _Once(Source):
+class _Once(DataAdapter):
     """A bare iterator: what was read is gone, and an epoch goes on where the last one stopped."""
 
     reads_once = True
@@ -253,7 +253,7 @@ def _has(dataset: Any, operation: str) -> bool:
     return type(dataset).__name__ == operation or any(_has(i, operation) for i in inputs)
 
 
-def as_source(dataset: Any) -> Source:
+def as_adapter(dataset: Any) -> DataAdapter:
     """`dataset` as the loop reads it.
 
     Args:
@@ -264,7 +264,7 @@ def as_source(dataset: Any) -> Source:
     Raises:
         TypeError: for anything else, also for bare arrays, whose rows are no batches.
     """
-    if isinstance(dataset, Source):
+    if isinstance(dataset, DataAdapter):
         return dataset
     if isinstance(dataset, ArrayDataset):
         return _Arrays(dataset)
@@ -280,7 +280,7 @@ def as_source(dataset: Any) -> Source:
     if not bare and hasattr(dataset, "__next__"):
         return _Once(dataset)
     if not bare and (hasattr(dataset, "__iter__") or hasattr(dataset, "__getitem__")):
-        return Source(dataset)
+        return DataAdapter(dataset)
     raise TypeError(
         f"A dataset gives batches one after the other, and got a {type(dataset).__name__}. For "
         "arrays in memory write polus.data.from_arrays((x, y), batch_size=32); a "

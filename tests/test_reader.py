@@ -10,7 +10,8 @@ import keras
 import numpy as np
 import pytest
 
-from polus.data import Feed, as_source, feed, from_arrays
+from polus.data import DataReader, as_adapter, from_arrays
+from polus.data import reader as reader_module
 
 X = np.arange(44, dtype="float32").reshape(22, 2)
 Y = np.arange(22, dtype="int32")
@@ -101,7 +102,7 @@ def rows(block) -> list:
 
 def read(dataset, capacity, transform=None, steps=None, due=lambda step: None) -> tuple[list, list]:
     """All batches of an epoch, and the sizes of the blocks they came in."""
-    data = Feed(as_source(dataset), transform, steps).epoch(0)
+    data = DataReader(as_adapter(dataset), transform, steps).epoch(0)
     with contextlib.closing(data.blocks(capacity, due)) as blocks:
         found = [(block.count, rows(block)) for block in blocks]
     return list(itertools.chain(*(batches for _, batches in found))), [count for count, _ in found]
@@ -117,7 +118,7 @@ def assert_same(batches, expected):
 
 
 def feeding_threads() -> list:
-    return [thread for thread in threading.enumerate() if thread.name == "polus-feed"]
+    return [thread for thread in threading.enumerate() if thread.name == "polus-prefetch"]
 
 
 # ---------------------------------------------------------------------- what comes
@@ -147,12 +148,12 @@ def test_no_block_is_longer_than_a_callback_allows(kind):
 @pytest.mark.parametrize("kind", ["generator function", "tf.data"])
 def test_slow_data_comes_in_shorter_blocks_for_the_same_programs(kind, monkeypatch):
     def programs():
-        data = Feed(as_source(KINDS[kind][0]())).epoch(0)
+        data = DataReader(as_adapter(KINDS[kind][0]())).epoch(0)
         with contextlib.closing(data.blocks(4)) as blocks:
             return [(block.count, block.capacity) for block in blocks]
 
     assert programs() == [(4, 4), (1, 1), (1, 1)]
-    monkeypatch.setattr(feed, "GROUP_SECS", 0.0)
+    monkeypatch.setattr(reader_module, "GROUP_SECS", 0.0)
     assert programs() in (
         [(2, 4), (1, 4), (1, 4), (1, 1), (1, 1)],
         [(2, 4), (2, 4), (1, 1), (1, 1)],  # TensorFlow reads two at least
@@ -180,7 +181,7 @@ def test_a_transform_sees_the_batches_as_they_are():
 
 def test_an_epoch_that_begins_in_the_middle_goes_on_in_its_order():
     dataset = from_arrays(np.arange(10), 3, seed=7)
-    with contextlib.closing(Feed(as_source(dataset)).epoch(3, start=2).blocks(2)) as blocks:
+    with contextlib.closing(DataReader(as_adapter(dataset)).epoch(3, start=2).blocks(2)) as blocks:
         found = [batch.tolist() for block in blocks for batch in rows(block)]
     assert found == [[6, 8, 4], [1]]
 
@@ -259,7 +260,7 @@ def broken_after(count):
 
 def test_an_exception_of_the_dataset_comes_after_its_batches_and_shows_the_line():
     seen: list = []
-    data = Feed(as_source(lambda: broken_after(3))).epoch(0)
+    data = DataReader(as_adapter(lambda: broken_after(3))).epoch(0)
     blocks = data.blocks(1)
     with pytest.raises(OSError, match="the disk is gone") as caught:
         seen.extend(batch for block in blocks for batch in rows(block))
@@ -291,8 +292,8 @@ def test_the_first_batch_of_an_epoch_is_waited_for(monkeypatch):
         now[0] += 7.0
         yield from ragged()
 
-    monkeypatch.setattr(feed, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
-    data = Feed(as_source(slow))
+    monkeypatch.setattr(reader_module, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+    data = DataReader(as_adapter(slow))
     data.epoch(0).peek()
     assert data.waited_secs == 7.0
 
@@ -317,7 +318,7 @@ def test_reading_ends_with_the_reader_in_the_middle_of_a_block(monkeypatch, capa
         stopped.set()
         join(thread, timeout)
 
-    data = Feed(as_source(endless))
+    data = DataReader(as_adapter(endless))
     blocks = data.epoch(0).blocks(capacity, due=lambda step: None if step else 1)
     next(blocks)
     assert reading.wait(60)
@@ -331,7 +332,7 @@ def test_a_bare_iterator_goes_on_in_the_next_epoch():
     def batches():
         yield from ragged()
 
-    data = Feed(as_source(batches()), steps=2)
+    data = DataReader(as_adapter(batches()), steps=2)
     found = []
     for epoch in range(3):
         with contextlib.closing(data.epoch(epoch).blocks()) as blocks:
@@ -347,7 +348,7 @@ def test_reading_ahead_is_bounded_and_ends_with_the_reader():
             taken.append(i)
             yield np.zeros((1,), "float32")
 
-    blocks = Feed(as_source(endless)).epoch(0).blocks(capacity=5)
+    blocks = DataReader(as_adapter(endless)).epoch(0).blocks(capacity=5)
     next(blocks)
     assert len(feeding_threads()) == 1
     blocks.close()
@@ -368,7 +369,7 @@ def test_what_waits_for_data_can_be_interrupted():
         if released.is_set():
             raise KeyboardInterrupt
 
-    blocks = Feed(as_source(slow)).epoch(0).blocks(1, poll=poll)
+    blocks = DataReader(as_adapter(slow)).epoch(0).blocks(1, poll=poll)
     next(blocks)
     released.set()
     with pytest.raises(KeyboardInterrupt):

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 from keras import ops
 
-import polus.data.feed
-import polus.dispatch
+import polus.data.reader
+import polus.steps.compiled
 from polus import core
 from polus.backends import backend
 from polus.callbacks import Callback
-from polus.data import Feed, as_source, from_arrays
-from polus.dispatch import Dispatch, choose
+from polus.data import DataReader, as_adapter, from_arrays
 from polus.signals import Signals
 from polus.state import random_state
+from polus.steps.compiled import CompiledStep, choose
 from polus.training import ClassifierTrainer
 
 X = np.random.default_rng(0).normal(size=(80, 6)).astype("float32")
@@ -64,7 +64,7 @@ def number(tensor) -> float:
 
 
 @pytest.mark.parametrize(
-    ("steps_per_dispatch", "every_steps", "counts"),
+    ("steps_per_execution", "every_steps", "counts"),
     [
         (1, None, [1] * 10),
         (4, None, [4, 4, 2]),
@@ -74,11 +74,13 @@ def number(tensor) -> float:
     ],
 )
 @pytest.mark.parametrize("kind", ["batches", "arrays"])
-def test_blocks_are_as_long_as_asked_for_and_allowed(kind, steps_per_dispatch, every_steps, counts):
+def test_blocks_are_as_long_as_asked_for_and_allowed(
+    kind, steps_per_execution, every_steps, counts
+):
     data = BATCHES if kind == "batches" else from_arrays((X, Y), 8, shuffle=False)
     reference, heard = Blocks(), Blocks(every_steps)
-    make_trainer().train(data, 2, [reference], steps_per_dispatch=1)
-    make_trainer().train(data, 2, [heard], steps_per_dispatch=steps_per_dispatch)
+    make_trainer().train(data, 2, [reference], steps_per_execution=1)
+    make_trainer().train(data, 2, [heard], steps_per_execution=steps_per_execution)
     assert heard.counts == 2 * counts
     assert [h[:2] for h in heard.heard] == [h[:2] for h in reference.heard]
     losses = [[h[2] for h in callback.heard] for callback in (heard, reference)]
@@ -87,10 +89,10 @@ def test_blocks_are_as_long_as_asked_for_and_allowed(kind, steps_per_dispatch, e
 
 def test_slow_data_changes_no_bit(monkeypatch):
     def losses():
-        return make_trainer().train(BATCHES, 1, steps_per_dispatch=4).steps["loss"]
+        return make_trainer().train(BATCHES, 1, steps_per_execution=4).steps["loss"]
 
     quick = losses()
-    monkeypatch.setattr(polus.data.feed, "GROUP_SECS", 0.0)
+    monkeypatch.setattr(polus.data.reader, "GROUP_SECS", 0.0)
     np.testing.assert_array_equal(losses(), quick)
 
 
@@ -107,9 +109,9 @@ def test_who_hears_of_batches_finds_the_model_as_it_was_then():
 def test_a_shape_is_compiled_once():
     shapes = [BATCHES[0]] * 3 + [(X[:4], Y[:4])] * 3 + [BATCHES[0]] * 2 + [(X[:4], Y[:4])]
     trainer = make_trainer(Traced)
-    trainer.train(shapes, 1, steps_per_dispatch=3)
+    trainer.train(shapes, 1, steps_per_execution=3)
     runs = trainer.runs
-    trainer.train(shapes, 3, steps_per_dispatch=3)
+    trainer.train(shapes, 3, steps_per_execution=3)
     again = trainer.runs - runs
     assert again == (0 if backend.COMPILES else 3 * len(shapes))
 
@@ -162,7 +164,7 @@ def test_no_interruption_is_lost():
 
 def measured_on(trainer, dispatch, **kwargs):
     """Chooses for ten batches of a list."""
-    data = Feed(as_source(BATCHES)).epoch(0)
+    data = DataReader(as_adapter(BATCHES)).epoch(0)
     inputs = data.example
     trainer._build(inputs)
     arguments = {"jit_mode": "auto", "longest": 64, **kwargs}
@@ -173,11 +175,11 @@ def measured_on(trainer, dispatch, **kwargs):
 def test_measuring_leaves_no_trace():
     layers = keras.layers.BatchNormalization(), keras.layers.Dropout(0.5)
     trainer = make_trainer(ClassifierTrainer, *layers)
-    trainer._example = Feed(as_source(BATCHES)).epoch(0).example
+    trainer._example = DataReader(as_adapter(BATCHES)).epoch(0).example
     variables = trainer.state_variables()
     before = [np.array(variable) for variable in variables]
     generators = random_state()
-    dispatch = Dispatch(trainer._step, None)
+    dispatch = CompiledStep(trainer._step, None)
     data = measured_on(trainer, dispatch)
     assert dispatch.measured
     for variable, value in zip(variables, before, strict=True):
@@ -200,7 +202,7 @@ def clock(monkeypatch):
             raise result
         return result
 
-    monkeypatch.setattr(polus.dispatch, "_seconds", seconds)
+    monkeypatch.setattr(polus.steps.compiled, "_seconds", seconds)
     monkeypatch.setattr(backend, "candidates", lambda: (False, True))
     monkeypatch.setattr(backend, "LONG_RUN_SECS", {})
     return taken, asked
@@ -209,7 +211,7 @@ def clock(monkeypatch):
 def test_of_a_short_run_less_is_measured_and_of_a_longer_one_the_rest(clock):
     taken, asked = clock
     taken.update({(False, 1): 5e-3, (True, 1): 4e-3, (False, 20): 20e-3, (True, 25): 10e-3})
-    trainer, dispatch = make_trainer(), Dispatch(None, None)
+    trainer, dispatch = make_trainer(), CompiledStep(None, None)
     measured_on(trainer, dispatch, steps=100)  # half a second, and to compile takes one
     measured_on(trainer, dispatch, steps=100)
     assert asked == [(False, 1)]
@@ -224,7 +226,7 @@ def test_a_run_that_allows_longer_calls_is_measured_for_them(clock, monkeypatch)
     taken, asked = clock
     singles, pairs = {(False, 1): 5e-3, (True, 1): 4e-3}, {(False, 2): 8e-3, (True, 2): 6e-3}
     taken |= singles | pairs | {(False, 20): 20e-3, (True, 25): 10e-3}
-    trainer, dispatch = make_trainer(), Dispatch(None, None)
+    trainer, dispatch = make_trainer(), CompiledStep(None, None)
     for longest in (2, 3):
         measured_on(trainer, dispatch, longest=longest)
         assert asked == [*singles, *pairs]
@@ -234,7 +236,7 @@ def test_a_run_that_allows_longer_calls_is_measured_for_them(clock, monkeypatch)
         assert asked == list(taken)
         assert (dispatch.jit_compile, dispatch.capacity) == (True, 25)
     # Batches of which 25 are too many for one call: what was measured of fewer tells enough.
-    monkeypatch.setattr(polus.dispatch, "MAX_BYTES", 2 * 8 * (8 * 6 + 8))
+    monkeypatch.setattr(polus.steps.compiled, "MAX_BYTES", 2 * 8 * (8 * 6 + 8))
     measured_on(trainer, dispatch)
     assert asked == list(taken)
     assert (dispatch.jit_compile, dispatch.capacity) == (True, 2)
@@ -291,7 +293,7 @@ def test_batches_of_many_lengths_are_measured_once(clock):
 )
 def test_the_fastest_way_is_taken_and_nothing_tried_that_cannot_win(clock, taken, asked, chosen):
     clock[0].update(taken)
-    dispatch = Dispatch(None, None)
+    dispatch = CompiledStep(None, None)
     measured_on(make_trainer(), dispatch)
     assert clock[1] == asked
     assert (dispatch.jit_compile, dispatch.capacity) == chosen
@@ -302,7 +304,7 @@ def test_a_slow_compiler_is_tried_in_a_long_run_only(clock, monkeypatch):
     monkeypatch.setattr(backend, "LONG_RUN_SECS", {True: 300.0})
     taken, asked = clock
     taken.update({(False, 1): 5e-3, (True, 1): 4e-3, (False, 20): 20e-3, (True, 25): 10e-3})
-    trainer, dispatch = make_trainer(), Dispatch(None, None)
+    trainer, dispatch = make_trainer(), CompiledStep(None, None)
     for steps in (10_000, math.inf):  # 50 seconds; nobody knows
         measured_on(trainer, dispatch, steps=steps)
         assert asked == [(False, 1), (False, 20)]
@@ -327,7 +329,7 @@ def test_torch_compiles_a_step_as_one_program_that_computes_what_the_eager_one_d
         core.set_jit_compile(mode)
         try:
             trainer = make_trainer()
-            losses.append(trainer.train(BATCHES, 2, steps_per_dispatch=4).steps["loss"])
+            losses.append(trainer.train(BATCHES, 2, steps_per_execution=4).steps["loss"])
         finally:
             core.set_jit_compile("auto")
     np.testing.assert_allclose(*losses, rtol=1e-5)
@@ -347,7 +349,7 @@ def test_an_error_of_the_step_is_no_compilers_fault(caplog):
 def test_what_was_measured_is_logged(clock, caplog):
     clock[0].update({(False, 1): 5e-3, (True, 1): 4e-3, (False, 20): 20e-3, (True, 25): 10e-3})
     with caplog.at_level(logging.INFO, "polus"):
-        measured_on(make_trainer(), Dispatch(None, None))
+        measured_on(make_trainer(), CompiledStep(None, None))
     (said,) = [r.getMessage() for r in caplog.records if "Measured" in r.getMessage()]
     assert said.endswith(
         "fastest first: jit_compile=True, 25 at a time: 2,500 steps/s; "
@@ -368,7 +370,7 @@ def test_a_step_that_xla_refuses_runs_without(caplog):
             return x, y
 
     trainer = make_trainer(Host)
-    dispatch = Dispatch(trainer._step, None)
+    dispatch = CompiledStep(trainer._step, None)
     with caplog.at_level(logging.WARNING, "polus"):
         measured_on(trainer, dispatch)
     assert dispatch.jit_compile is False

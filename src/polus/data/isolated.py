@@ -11,26 +11,26 @@ from typing import Any
 import keras
 import numpy as np
 
-from polus.data.source import Source, as_source
+from polus.data.adapters import DataAdapter, as_adapter
 
 
-def replica(dataset: Any) -> Source:
+def isolated_copy(dataset: Any) -> DataAdapter:
     """The batches of `dataset`, read so that a later epoch of `dataset` itself does not notice.
 
     What a dataset remembers from epoch to epoch (the seed generator of a shuffle, a cache, a
-    sampler's generator) is the replica's own; the examples are shared. The global generators, from
+    sampler's generator) is the copy's own; the examples are shared. The global generators, from
     which a PyTorch `DataLoader` draws, are the caller's to keep. What hides in an iterable or a
     function of the user's (a file position, a generator of its own) is known to nobody and moves;
     so does what a `PyDataset` changes in `on_epoch_begin` inside of an object that it holds, but
     for generators, lists and arrays of one axis.
 
     Args:
-        dataset: anything that `as_source` takes, but for a bare iterator.
+        dataset: anything that `as_adapter` takes, but for a bare iterator.
 
     Raises:
         ValueError: for a bare iterator, whose batches nobody could put back.
     """
-    source = as_source(dataset)
+    source = as_adapter(dataset)
     dataset = source.dataset
     if hasattr(dataset, "__next__"):
         raise ValueError(
@@ -39,13 +39,13 @@ def replica(dataset: Any) -> Source:
             "of batches, or polus.data.from_arrays(...)."
         )
     if hasattr(dataset, "as_numpy_iterator") and hasattr(dataset, "element_spec"):
-        return as_source(_of_tensorflow_data(dataset))
+        return as_adapter(_of_tensorflow_data(dataset))
     if isinstance(dataset, keras.utils.PyDataset):
-        return as_source(_of_pydataset(dataset))
+        return as_adapter(_of_pydataset(dataset))
     # A user of a DataLoader has imported PyTorch.
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(dataset, torch.utils.data.DataLoader):
-        return as_source(_of_loader(dataset))
+        return as_adapter(_of_loader(dataset))
     return source
 
 
@@ -55,7 +55,7 @@ def _of_tensorflow_data(dataset: Any) -> Any:
     A shuffle keeps its seeds, and a cache its elements, in a resource that every iterator of the
     dataset shares. In the graph of the pipeline it is a constant; with a dummy in its place the
     operation makes a resource of its own, as TensorFlow's own rewriters do. The examples of
-    `from_tensor_slices` are copied for as long as the replica lives.
+    `from_tensor_slices` are copied for as long as the copy lives.
     """
     import tensorflow as tf
 

@@ -36,11 +36,11 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.progress import Progress
 
-from polus.data import Block, Feed
-from polus.data.replica import replica
-from polus.dispatch import Dispatch
+from polus.data import DataReader, StepBlock
+from polus.data.isolated import isolated_copy
 from polus.signals import Signals
 from polus.state import Snapshot, random_state_kept
+from polus.steps.compiled import CompiledStep
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -90,7 +90,7 @@ def _smoother(distance: Array, weight: Array) -> Array:
     return matrix
 
 
-def without_batch_noise(rates: Array, losses: Array, baseline: Array) -> Array:
+def remove_batch_noise(rates: Array, losses: Array, baseline: Array) -> Array:
     """Gives the losses, had all batches been equally hard.
 
     How hard a batch is shows its loss with untrained weights, the baseline; what is above its mean
@@ -126,7 +126,7 @@ def noise(rates: Array, losses: Array) -> Array:
     return larger
 
 
-def falls(rates: Array, losses: Array) -> bool:
+def has_descent(rates: Array, losses: Array) -> bool:
     """Whether the curve of the losses falls anywhere, by more than its noise.
 
     It does where its smoothed value is below the median of those before by more than five standard
@@ -250,12 +250,12 @@ class LRFinderResult:
             losses = np.minimum(losses, descent.max() + np.ptp(descent))
         if n < 2 or self.baseline is None or not np.isfinite(self.baseline[:n]).all():
             return losses
-        return without_batch_noise(self.rates[:n], losses, self.baseline[:n])
+        return remove_batch_noise(self.rates[:n], losses, self.baseline[:n])
 
     @cached_property
     def suggestions(self) -> dict[str, float]:
         """Each suggestion by name; none of them where `suggestion` raises."""
-        if self.why_none:
+        if self.failure_reason:
             return {}
         n = self._num_finite
         return {
@@ -270,8 +270,8 @@ class LRFinderResult:
         Raises:
             ValueError: If the loss never fell, or diverged at once: such a curve suggests nothing.
         """
-        if self.why_none:
-            raise ValueError(f"no learning rate to suggest: {self.why_none}")
+        if self.failure_reason:
+            raise ValueError(f"no learning rate to suggest: {self.failure_reason}")
         return self.suggestions[self.method]
 
     @property
@@ -280,7 +280,7 @@ class LRFinderResult:
         return len(finite) if finite.all() else int(finite.argmin())
 
     @cached_property
-    def why_none(self) -> str:
+    def failure_reason(self) -> str:
         """Why this curve suggests nothing, and what to try; empty if it does."""
         rates, losses, n = self.rates, self.smoothed_losses, self._num_finite
         if n < MIN_STEPS:
@@ -289,7 +289,7 @@ class LRFinderResult:
                 f"rates {rates[0]:.1e} and {rates[-1]:.1e}, and fewer than {MIN_STEPS} show no "
                 f"curve: sweep from a smaller start_lr, and check the data for NaN"
             )
-        if falls(rates[:n], self._readable):
+        if has_descent(rates[:n], self._readable):
             return ""
         first, last = losses[0], self.losses[n - 1]
         seen = f"{first:.4g} at the rate {rates[0]:.1e}, {last:.4g} at {rates[n - 1]:.1e}"
@@ -322,8 +322,8 @@ class LRFinderResult:
 
     def __repr__(self) -> str:
         swept = f"{len(self.rates)} steps from {self.rates[0]:.1e} to {self.rates[-1]:.1e}"
-        if self.why_none:
-            return f"LRFinderResult({swept}, no suggestion: {self.why_none})"
+        if self.failure_reason:
+            return f"LRFinderResult({swept}, no suggestion: {self.failure_reason})"
         rest = ", ".join(f"{k}={v:.2e}" for k, v in self.suggestions.items() if k != self.method)
         return f"LRFinderResult({swept}, suggestion={self.suggestion:.2e} ({self.method}), {rest})"
 
@@ -419,10 +419,10 @@ def find(
             "schedule. Leave use_lr_found out and build the schedule anew, for example "
             "keras.optimizers.schedules.CosineDecay(result.suggestion, decay_steps=10_000)"
         )
-    feed = Feed(replica(dataset), config.get("custom_data_transform_f"))
+    reader = DataReader(isolated_copy(dataset), config.get("custom_data_transform_f"))
     fed = [metric.has_samples for metric in trainer.metrics]
     with random_state_kept():
-        inputs = feed.epoch(0).example
+        inputs = reader.epoch(0).example
     # Outside of random_state_kept: what building draws, training would have drawn.
     trainer._refresh()
     trainer._build(inputs)
@@ -432,7 +432,7 @@ def find(
             f"the training step does not use the optimizer {optimizer.name!r}, so its rate changes "
             f"nothing. Give the one to sweep: lr_finder(dataset, optimizer=trainer.d_optimizer)"
         )
-    dispatch = Dispatch(trainer._step, trainer._jit_compile)
+    dispatch = CompiledStep(trainer._step, trainer._jit_compile)
     if _settable(optimizer):  # else a schedule is compiled into the programs
         dispatch = trainer._dispatches.setdefault(("lr_finder", trainer._jit_compile), dispatch)
     rates = np.geomspace(start_lr, end_lr, num_steps)
@@ -441,7 +441,7 @@ def find(
         try:
             with _swept(optimizer) as set_rate:
                 losses, baseline = _sweep(
-                    dispatch, feed, rates, set_rate, stop_factor, snapshot.restore, signals.check
+                    dispatch, reader, rates, set_rate, stop_factor, snapshot.restore, signals.check
                 )
         finally:
             snapshot.restore()
@@ -457,8 +457,8 @@ def find(
 
 
 def _sweep(
-    dispatch: Dispatch,
-    feed: Feed,
+    dispatch: CompiledStep,
+    reader: DataReader,
     rates: Array,
     set_rate: Callable[[float], Any],
     stop_factor: float,
@@ -474,11 +474,11 @@ def _sweep(
     console = Console(stderr=True)
     with (
         Progress(console=console, transient=True, disable=not console.is_terminal) as progress,
-        contextlib.closing(_endless(feed, poll)) as blocks,
+        contextlib.closing(_endless(reader, poll)) as blocks,
     ):
         task = progress.add_task("", total=2 * len(rates))
 
-        def run(block: Block, losses: list[float], doing: str) -> None:
+        def run(block: StepBlock, losses: list[float], doing: str) -> None:
             program, arguments = dispatch.prepare(block)
             outputs = program(*arguments)
             outputs = outputs["loss"] if isinstance(outputs, dict) else outputs
@@ -487,7 +487,7 @@ def _sweep(
             poll()
 
         losses: list[float] = []
-        kept: list[Block] = []
+        kept: list[StepBlock] = []
         for rate, block in zip(rates, blocks, strict=False):
             if not losses:
                 keep = _num_bytes(block) * len(rates) <= MAX_BYTES
@@ -514,7 +514,7 @@ def _sweep(
     return np.array(losses), np.array(baseline)
 
 
-def _num_bytes(block: Block) -> int:
+def _num_bytes(block: StepBlock) -> int:
     """The memory that keeping a block takes."""
     if block.fetch is not None:  # from examples that live on the device anyway
         return 0
@@ -532,10 +532,10 @@ def highest_allowed(losses: list[float], stop_factor: float) -> float:
     return best + (stop_factor - 1) * (best if best > 0 else max(-best, losses[0] - best))
 
 
-def _endless(feed: Feed, poll: Callable[[], None]) -> Generator[Block]:
+def _endless(reader: DataReader, poll: Callable[[], None]) -> Generator[StepBlock]:
     """The batches one by one, from the start again where the dataset ends."""
     for epoch in itertools.count():
-        data = feed.epoch(epoch)
+        data = reader.epoch(epoch)
         data.peek()  # raises where there is nothing to read (any more)
         with contextlib.closing(data.blocks(poll=poll)) as blocks:
             yield from blocks
@@ -615,12 +615,8 @@ def main(arguments: list[str] | None = None) -> int:
     result = trainer.lr_finder(**options)
     for method, rate in result.suggestions.items():
         print(f"{method:8} {rate:.2e}{'  (suggested)' if method == result.method else ''}")
-    if result.why_none:
-        print(f"no learning rate to suggest: {result.why_none}", file=sys.stderr)
+    if result.failure_reason:
+        print(f"no learning rate to suggest: {result.failure_reason}", file=sys.stderr)
     result.plot(path)
     print(f"picture: {path}")
-    return bool(result.why_none)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return bool(result.failure_reason)

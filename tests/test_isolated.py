@@ -1,4 +1,4 @@
-"""A replica is read, and the dataset itself does not notice."""
+"""A isolated_copy is read, and the dataset itself does not notice."""
 
 import itertools
 
@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from polus.data import from_arrays
-from polus.data.replica import replica
+from polus.data.isolated import isolated_copy
 from polus.state import random_state_kept
 
 NUMBERS = tf.data.Dataset.range(12)
@@ -129,9 +129,9 @@ def elements(batches) -> list[int]:
 
 
 def epoch(dataset, number: int) -> list[int]:
-    from polus.data import as_source
+    from polus.data import as_adapter
 
-    return elements(as_source(dataset).batches(number))
+    return elements(as_adapter(dataset).batches(number))
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_reading_a_replica_leaves_the_order_of_later_epochs_alone(make):
     seen = []
     for i in range(3):
         with random_state_kept():
-            copied = replica(dataset)
+            copied = isolated_copy(dataset)
             whole = elements(copied.batches(0))  # to the end
             next(iter(copied.batches(1)))  # and not to the end
         assert len(whole) == len(expected[i]) - 1
@@ -170,13 +170,13 @@ def test_reading_a_replica_leaves_the_order_of_later_epochs_alone(make):
 
 def test_a_replica_has_the_examples_of_its_dataset():
     dataset = NUMBERS.shuffle(12, seed=1).batch(4)
-    assert sorted(elements(replica(dataset).batches(0))) == list(range(12))
+    assert sorted(elements(isolated_copy(dataset).batches(0))) == list(range(12))
     data = loader(shuffle=True)
-    assert replica(data).dataset.dataset is data.dataset  # shared, not copied
+    assert isolated_copy(data).dataset.dataset is data.dataset  # shared, not copied
 
 
 def test_an_endless_pydataset_is_read_as_far_as_asked():
-    batches = replica(Endless(np.arange(24))).batches(0)
+    batches = isolated_copy(Endless(np.arange(24))).batches(0)
     assert len(elements(itertools.islice(batches, 4))) == 16
 
 
@@ -186,14 +186,14 @@ def test_workers_that_persist_stay_with_their_loader():
     data = loader(shuffle=True, num_workers=1, persistent_workers=True)
     epoch(data, 0)
     workers = data._iterator
-    assert sorted(epoch(replica(data).dataset, 0)) == list(range(12))
+    assert sorted(epoch(isolated_copy(data).dataset, 0)) == list(range(12))
     assert data._iterator is workers
 
 
 def test_a_replica_of_a_bare_iterator_is_refused():
     batches = iter([np.arange(4)])
     with pytest.raises(ValueError, match=r"What is read from a list_iterator is gone.*function"):
-        replica(batches)
+        isolated_copy(batches)
     assert next(batches) is not None
 
 
@@ -202,4 +202,4 @@ def test_a_dataset_too_large_for_its_graph_is_read_itself_with_a_warning(monkeyp
     monkeypatch.setattr(tf.raw_ops, "DatasetToGraphV2", lambda **arguments: tf.constant(b""))
     dataset = NUMBERS.batch(4)
     with pytest.warns(UserWarning, match=r"more than the 2 GB.*from_arrays"):
-        assert replica(dataset).dataset is dataset
+        assert isolated_copy(dataset).dataset is dataset

@@ -11,7 +11,7 @@ _local = threading.local()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Foreign:
+class BackendVariable:
     """A variable that isn't Keras', with as much of its interface as saving and restoring takes."""
 
     path: str
@@ -27,7 +27,7 @@ class Foreign:
         return self.read()
 
 
-class Recorder(keras.StatelessScope):
+class VariableRecorder(keras.StatelessScope):
     """A scope in which assignments are recorded instead of carried out.
 
     What is read is met in `read`, what is assigned in `assigned`: variables by identity, in the
@@ -44,7 +44,7 @@ class Recorder(keras.StatelessScope):
     def __init__(
         self,
         values: Iterable[tuple[Any, Any]] = (),
-        outer: "Recorder | None" = None,
+        outer: "VariableRecorder | None" = None,
         copies: Any = None,
     ) -> None:
         super().__init__(collect_losses=True, initialize_variables=outer is None)
@@ -55,7 +55,7 @@ class Recorder(keras.StatelessScope):
         # Not through the constructor: it converts and checks each value again.
         self.state_mapping.update({id(variable): value for variable, value in values})
 
-    def __enter__(self) -> "Recorder":
+    def __enter__(self) -> "VariableRecorder":
         self._before = current()
         _local.recorder = self
         super().__enter__()
@@ -84,11 +84,11 @@ class Recorder(keras.StatelessScope):
         super().add_update(update)
 
     @property
-    def met(self) -> list[Any]:
+    def variables(self) -> list[Any]:
         """All variables read or assigned, in the order of the first meeting."""
         return list({**self.read, **self.assigned}.values())
 
 
-def current() -> Recorder | None:
+def current() -> VariableRecorder | None:
     """The innermost active recorder of this thread."""
     return getattr(_local, "recorder", None)

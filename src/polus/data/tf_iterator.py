@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from polus.backends import backend
-from polus.data.replica import replica
-from polus.data.source import TensorFlowData
+from polus.data.adapters import TensorFlowData
+from polus.data.isolated import isolated_copy
 
 
 def with_iterator_state(
@@ -65,7 +65,7 @@ class SavedIterator(TensorFlowData):
             skip = 0
             # A dataset of its own: what is put back are also the seeds of a shuffle, which all
             # iterators of a dataset share, and there they stand for a later epoch.
-            self._iterator = backend.iterate(replica(self.dataset).dataset)
+            self._iterator = backend.iterate(isolated_copy(self.dataset).dataset)
             with tempfile.TemporaryDirectory() as folder:
                 for name, content in state.items():
                     (Path(folder) / name).write_bytes(content)

@@ -13,9 +13,10 @@ import keras
 import numpy as np
 import pytest
 
-from polus.checkpoint.store import Store, take_apart
-from polus.data import Feed, as_source, from_arrays, position, with_iterator_state
-from polus.data.feed import row
+from polus.checkpoint.store import Store, flatten_state
+from polus.data import DataReader, as_adapter, from_arrays, resume, with_iterator_state
+from polus.data.fingerprint import checksum
+from polus.data.reader import row
 from polus.state import random_state, set_random_state
 
 torch = pytest.importorskip("torch")
@@ -228,7 +229,7 @@ def read(feed, epoch=0, step=0, until=None, log=None):
                     rows = (
                         block.payload if block.fetch is None else row(block.fetch(block.payload), i)
                     )
-                    log.append((epoch, step, position.checksum(rows)))
+                    log.append((epoch, step, checksum(rows)))
                     step += 1
                 if until is not None and (epoch, step) >= until:
                     return epoch, step
@@ -240,9 +241,9 @@ def read(feed, epoch=0, step=0, until=None, log=None):
 
 def checkpointed(folder, epoch, step, feed):
     """What was written and read again, as after a restart."""
-    state = {"data": position.get_state(feed, epoch, step), "random": random_state()}
+    state = {"data": resume.get_state(feed, epoch, step), "random": random_state()}
     store = Store(folder)
-    store.write(take_apart(state), {}, keep=1)
+    store.write(flatten_state(state), {}, keep=1)
     return store.read_newest().tree
 
 
@@ -255,7 +256,7 @@ def test_a_new_process_reads_on_as_if_nothing_had_happened(tmp_path, name, caplo
         torch.manual_seed(1)  # Keras does so only on its own backend
         for _ in range(drawn):
             random.random(), np.random.random(), torch.rand(())
-        return Feed(as_source(make()), transform, steps)
+        return DataReader(as_adapter(make()), transform, steps)
 
     expected: list = []
     read(process(0), log=expected)
@@ -266,7 +267,7 @@ def test_a_new_process_reads_on_as_if_nothing_had_happened(tmp_path, name, caplo
         epoch, step = read(feed, until=place, log=log)
         tree = checkpointed(tmp_path / str(place), epoch, step, feed)
         again = process(2)
-        _, state = position.resume(again, epoch, step, tree["data"], tree["random"])
+        _, state = resume.resume(again, epoch, step, tree["data"], tree["random"])
         set_random_state(state)
         read(again, epoch, step, log=log)
         assert log == expected, place
@@ -274,11 +275,11 @@ def test_a_new_process_reads_on_as_if_nothing_had_happened(tmp_path, name, caplo
 
 
 def test_what_has_a_state_is_not_read_again(tmp_path):
-    feed = Feed(as_source(StatefulLoader()))
+    feed = DataReader(as_adapter(StatefulLoader()))
     epoch, step = read(feed, until=(1, 4), log=[])
     tree = checkpointed(tmp_path, epoch, step, feed)
     dataset = StatefulLoader()
-    position.resume(Feed(as_source(dataset)), epoch, step, tree["data"], tree["random"])
+    resume.resume(DataReader(as_adapter(dataset)), epoch, step, tree["data"], tree["random"])
     assert dataset.num_read <= 1 + 2  # the first of the epoch, and what was read in advance
 
 
@@ -286,7 +287,7 @@ def test_the_state_of_an_iterator_has_its_buffers(tmp_path):
     def make(seed):
         tf = pytest.importorskip("tensorflow")
         dataset = tf.data.Dataset.from_tensor_slices(x).shuffle(9, seed=seed).batch(1)
-        return Feed(as_source(with_iterator_state(dataset, 0)))
+        return DataReader(as_adapter(with_iterator_state(dataset, 0)))
 
     def rest(data):
         with contextlib.closing(data.blocks()) as blocks:
@@ -296,8 +297,8 @@ def test_the_state_of_an_iterator_has_its_buffers(tmp_path):
     epoch, step = read(feed, until=(0, 8), log=[])
     tree = checkpointed(tmp_path, epoch, step, feed)
     again = make(seed=2)  # whose own order is another one
-    data, _ = position.resume(again, epoch, step, tree["data"], tree["random"])
-    same = position.resume(make(seed=1), epoch, step, tree["data"], tree["random"])[0]
+    data, _ = resume.resume(again, epoch, step, tree["data"], tree["random"])
+    same = resume.resume(make(seed=1), epoch, step, tree["data"], tree["random"])[0]
     assert rest(data) == rest(same)
 
 
@@ -308,7 +309,7 @@ def test_after_a_saved_iterator_later_epochs_have_their_own_order(num_read):
         return with_iterator_state(tensorflow_data(), 0)
 
     def order(epochs):
-        return [[position.checksum(batch) for batch in epoch] for epoch in epochs]
+        return [[checksum(batch) for batch in epoch] for epoch in epochs]
 
     whole = source()
     expected = order(whole.batches(epoch) for epoch in range(3))
@@ -317,7 +318,7 @@ def test_after_a_saved_iterator_later_epochs_have_their_own_order(num_read):
     read = list(itertools.islice(first.batches(1), num_read))
     again = source()
     again.rewind(1, None)
-    next(iter(again.batches(1)))  # as `position.resume` looks at the first batch
+    next(iter(again.batches(1)))  # as `resume.resume` looks at the first batch
     again.resume_from(first.iterator_state())
     epochs = [[*read, *again.batches(1)], again.batches(2)]
     assert order(epochs) == expected[1:]
@@ -329,7 +330,7 @@ def test_an_iterator_that_cannot_be_saved_is_said():
         with_iterator_state(tensorflow_data(repeat=True))
     spec = tf.TensorSpec((2,), tf.float32)
     dataset = tf.data.Dataset.from_generator(lambda: iter([[0.0, 1.0]]), output_signature=spec)
-    feed = Feed(as_source(with_iterator_state(dataset)))
+    feed = DataReader(as_adapter(with_iterator_state(dataset)))
     feed.tracked = True
     with (
         pytest.raises(ValueError, match=r"can't save the iterator .* without with_iterator_state"),
@@ -340,7 +341,7 @@ def test_an_iterator_that_cannot_be_saved_is_said():
 
 def test_a_position_is_right_where_data_is_read_slowly(tmp_path):
     """The batch that was looked at first had been read when the state was noted."""
-    feed, read_on = Feed(as_source(StatefulLoader())), threading.Event()
+    feed, read_on = DataReader(as_adapter(StatefulLoader())), threading.Event()
     feed.tracked = True
     data = feed.epoch(0)
     data.peek()
@@ -352,10 +353,10 @@ def test_a_position_is_right_where_data_is_read_slowly(tmp_path):
         next(blocks)
         tree = checkpointed(tmp_path, 0, 2, feed)
         read_on.set()
-        expected = position.checksum(row(next(blocks).payload, 0))
-    again = Feed(as_source(StatefulLoader()))
-    data, _ = position.resume(again, 0, 2, tree["data"], tree["random"])
-    assert position.checksum(data.peek()) == expected
+        expected = checksum(row(next(blocks).payload, 0))
+    again = DataReader(as_adapter(StatefulLoader()))
+    data, _ = resume.resume(again, 0, 2, tree["data"], tree["random"])
+    assert checksum(data.peek()) == expected
 
 
 class OwnGenerator:
@@ -388,11 +389,11 @@ FIRST = "The order of the data does not repeat: the first batch of epoch 2"
 )
 def test_an_order_that_does_not_repeat_is_said(tmp_path, make, place, message, caplog):
     steps = 7 if "7 steps" in message else None
-    feed = Feed(as_source(make()), steps=steps)
+    feed = DataReader(as_adapter(make()), steps=steps)
     epoch, step = read(feed, until=place, log=[])
     tree = checkpointed(tmp_path, epoch, step, feed)
-    feed = Feed(as_source(make()), steps=steps)
-    position.resume(feed, epoch, step, tree["data"], tree["random"])
+    feed = DataReader(as_adapter(make()), steps=steps)
+    resume.resume(feed, epoch, step, tree["data"], tree["random"])
     assert message in caplog.text
 
 
@@ -410,38 +411,38 @@ def test_an_order_that_does_not_repeat_is_said(tmp_path, make, place, message, c
 )
 @pytest.mark.parametrize("place", [(1, 0), (1, 2)])
 def test_another_dataset_is_refused(tmp_path, place, other, message):
-    feed = Feed(as_source(from_arrays((x,), 4)))
+    feed = DataReader(as_adapter(from_arrays((x,), 4)))
     epoch, step = read(feed, until=place, log=[])
     tree = checkpointed(tmp_path, epoch, step, feed)
     with pytest.raises(ValueError, match=message):
-        position.resume(Feed(as_source(other())), epoch, step, tree["data"], tree["random"])
+        resume.resume(DataReader(as_adapter(other())), epoch, step, tree["data"], tree["random"])
 
 
 def test_other_arrays_in_a_batch_are_refused(tmp_path):
-    feed = Feed(as_source([x[:4], x[4:8]]))
+    feed = DataReader(as_adapter([x[:4], x[4:8]]))
     epoch, step = read(feed, until=(1, 0), log=[])
     tree = checkpointed(tmp_path, epoch, step, feed)
-    other = Feed(as_source([x[:4].astype("int32"), x[4:8]]))
+    other = DataReader(as_adapter([x[:4].astype("int32"), x[4:8]]))
     with pytest.raises(ValueError, match=r"were \[\['float32', 1\]\]"):
-        position.resume(other, epoch, step, tree["data"], tree["random"])
+        resume.resume(other, epoch, step, tree["data"], tree["random"])
 
 
 def test_of_large_arrays_some_rows_are_looked_at(monkeypatch):
-    monkeypatch.setattr("polus.data.source.MAX_CHECKED_BYTES", 40)  # of 88
+    monkeypatch.setattr("polus.data.adapters.MAX_CHECKED_BYTES", 40)  # of 88
 
     def facts(example):
         changed = x.copy()
         changed[example] = 99
-        return as_source(from_arrays((changed,), 4)).facts()
+        return as_adapter(from_arrays((changed,), 4)).facts()
 
     assert facts(3) != facts(6)
     assert facts(4) == facts(5)
 
 
 def test_a_dataset_that_became_shorter_is_refused(tmp_path):
-    feed = Feed(as_source(lambda: batches(np.arange(EXAMPLES))))
+    feed = DataReader(as_adapter(lambda: batches(np.arange(EXAMPLES))))
     epoch, step = read(feed, until=(1, 4), log=[])
     tree = checkpointed(tmp_path, epoch, step, feed)
-    feed = Feed(as_source(lambda: list(batches(np.arange(EXAMPLES)))[:3]))
+    feed = DataReader(as_adapter(lambda: list(batches(np.arange(EXAMPLES)))[:3]))
     with pytest.raises(ValueError, match="it ended after 3 batches of epoch 2"):
-        position.resume(feed, epoch, step, tree["data"], tree["random"])
+        resume.resume(feed, epoch, step, tree["data"], tree["random"])

@@ -23,14 +23,15 @@ import numpy as np
 from keras import ops
 
 from polus.backends import backend
-from polus.callbacks.base import CallbackCoordinator, Losses
+from polus.callbacks.base import CallbackCoordinator
 from polus.core import BaseLogger, function, get_jit_compile
-from polus.data import Feed, as_arguments, as_source
-from polus.data.feed import Epoch
-from polus.dispatch import Dispatch, choose
+from polus.data import DataReader, as_adapter, as_arguments
+from polus.data.reader import EpochReader
 from polus.history import History
+from polus.host import DeviceValues
 from polus.metrics import as_metric
 from polus.state import Snapshot, layers_of
+from polus.steps.compiled import CompiledStep, choose
 
 if TYPE_CHECKING:
     from polus.lr_finder import LRFinderResult
@@ -129,7 +130,7 @@ class BaseTrainer(BaseLogger):
         self._built = False
         self._built_of: list[Any] = []  # see `_refresh`
         self._updates: list[tuple[Any, list[Any]]] = []  # each optimizer, and what it updates
-        self._dispatches: dict[Any, Dispatch] = {}
+        self._dispatches: dict[Any, CompiledStep] = {}
         self._choices: dict[str, list[Any]] = {}  # of an earlier process: see `_dispatch`
         self._example: tuple[Any, ...] | None = None  # the step's arguments, to look at
         self._steps_before = 0  # of earlier calls of `train`
@@ -294,7 +295,7 @@ class BaseTrainer(BaseLogger):
         learning_rate: float | None = None,
         *,
         train_map_f: Callable[[Any], Any] | None = None,
-        steps_per_dispatch: int | None = None,
+        steps_per_execution: int | None = None,
         resume: Any = None,
     ) -> History:
         """Trains for some epochs.
@@ -302,7 +303,7 @@ class BaseTrainer(BaseLogger):
         What is not given is taken from `changing_train_config`.
 
         Args:
-            tf_dataset: see `polus.data.as_source` for what it may be. A batch that is a tuple or
+            tf_dataset: see `polus.data.as_adapter` for what it may be. A batch that is a tuple or
                 list is spread over the step's arguments; anything else is one argument.
             epochs: how often the data is gone through.
             callbacks: `polus.callbacks` and `keras.callbacks` objects.
@@ -311,7 +312,7 @@ class BaseTrainer(BaseLogger):
                 tell its length.
             learning_rate: the optimizer's rate for this run; afterwards it is what it was before.
             train_map_f: another name of `custom_data_transform_f`.
-            steps_per_dispatch: how many steps the backend runs in one call; by default it is
+            steps_per_execution: how many steps the backend runs in one call; by default it is
                 measured which number is the fastest. Fewer at a time while data is slow.
             resume: a folder of checkpoints to continue from and, with a
                 `polus.checkpoint.Checkpoint` among the callbacks, to save to.
@@ -326,24 +327,24 @@ class BaseTrainer(BaseLogger):
             name: value for name, value in locals().items() if name != "self" and value is not None
         }
         config = _checked_config({**self._train_config, **_one_name(given)})
-        feed = Feed(
-            as_source(config["tf_dataset"]),
+        reader = DataReader(
+            as_adapter(config["tf_dataset"]),
             config.get("custom_data_transform_f"),
             config.get("steps"),
         )
-        if feed.num_batches is None and feed.source.endless:
+        if reader.num_batches is None and reader.adapter.endless:
             raise ValueError(
                 "The dataset is endless. Say how many steps make an epoch: train(..., steps=1000)."
             )
         callbacks = config.get("callbacks", ())
-        run = CallbackCoordinator(callbacks, self, config["epochs"], feed)
-        run.steps_per_dispatch = config.get("steps_per_dispatch")
+        run = CallbackCoordinator(callbacks, self, config["epochs"], reader)
+        run.steps_per_execution = config.get("steps_per_execution")
         self.early_stop = False
         if (resume := config.get("resume")) is not None:
             from polus.checkpoint import resume_run
             from polus.checkpoint.store import Store
 
-            run.continues = bool(Store(resume).paths())
+            run.resuming = bool(Store(resume).paths())
         with self._rate(config.get("learning_rate")), run.running(), self._misfits_explained():
             if resume is not None:
                 resume_run(run, resume)
@@ -357,14 +358,14 @@ class BaseTrainer(BaseLogger):
             for metric in self.metrics:
                 metric.reset()
         while run.epoch < run.epochs and not self.early_stop:
-            data = run.feed.epoch(run.epoch, start=run.step)
+            data = run.reader.epoch(run.epoch, start=run.step)
             if run.step == 0:
                 run.on_epoch_begin()
             dispatch = self._dispatch(run, data)
             with (
-                self._reading(run.feed),
+                self._reading(run.reader),
                 contextlib.closing(
-                    data.blocks(dispatch.capacity, run.next_due, run.poll)
+                    data.blocks(dispatch.capacity, run.steps_until_callback, run.poll)
                 ) as blocks,
             ):
                 for block in blocks:
@@ -496,27 +497,29 @@ class BaseTrainer(BaseLogger):
         variables |= {id(v): v for v in self._owned_variables() if "int" in v.dtype}
         snapshot = Snapshot(variables.values())
         fed = [metric.has_samples for metric in self.metrics]
-        losses: list[dict[str, Losses]] = []
+        losses: list[dict[str, DeviceValues]] = []
         sizes: list[int] = []
-        feed = Feed(as_source(dataset), custom_data_transform_f, steps)
+        reader = DataReader(as_adapter(dataset), custom_data_transform_f, steps)
         try:
             for metric in self.metrics:
                 metric.reset()
-            data = feed.epoch(0)
+            data = reader.epoch(0)
             key = "evaluation", get_jit_compile()
             dispatch = self._dispatches.get(key)
             if dispatch is None:
                 # Of a resumed run, the compiler that its first validation had.
                 chosen, _ = self._choices.get(str(key), (self._jit_compile, None))
-                dispatch = self._dispatches[key] = Dispatch(self._evaluation, chosen)
+                dispatch = self._dispatches[key] = CompiledStep(self._evaluation, chosen)
                 if not _built(self.model):
                     backend.trace(self._evaluation, data.example)
-            capacity = min(self._capacity, feed.num_batches or self._capacity)
+            capacity = min(self._capacity, reader.num_batches or self._capacity)
             with contextlib.closing(data.blocks(capacity)) as blocks:
                 for block in blocks:
                     program, arguments = dispatch.prepare(block)
                     terms = program(*arguments)
-                    losses.append({k: Losses(values, block.count) for k, values in terms.items()})
+                    losses.append(
+                        {k: DeviceValues(values, block.count) for k, values in terms.items()}
+                    )
                     sizes += [block.batch_size] * block.count
             results = {metric.name: metric.evaluate() for metric in self.metrics}
         finally:
@@ -631,19 +634,19 @@ class BaseTrainer(BaseLogger):
         owned = [getattr(value, "variables", []) for value in (*vars(self).values(), *held)]
         return list(itertools.chain(*owned))
 
-    def _dispatch(self, run: CallbackCoordinator, data: Epoch) -> Dispatch:
+    def _dispatch(self, run: CallbackCoordinator, data: EpochReader) -> CompiledStep:
         """The compiled step, and how many at a time: measured once where nothing is said."""
         self._refresh()
         mode = get_jit_compile()
-        longest = run.longest_dispatch()
+        longest = run.max_steps_per_execution()
         self._example = data.example
         # Without sizes: batches that are bucketed by length begin each epoch with another one.
         kinds = keras.tree.map_structure(lambda a: (str(a.dtype), len(a.shape)), self._example)
-        key = mode, run.steps_per_dispatch, longest > 1, str(kinds)
+        key = mode, run.steps_per_execution, longest > 1, str(kinds)
         dispatch = self._dispatches.get(key)
         if dispatch is None:
             self._build(self._example)
-            self._dispatches[key] = dispatch = Dispatch(
+            self._dispatches[key] = dispatch = CompiledStep(
                 self._step, None if mode == "auto" else mode
             )
             if str(key) in self._choices:
@@ -655,16 +658,16 @@ class BaseTrainer(BaseLogger):
             lambda: self._survey(data.example),
             mode,
             longest,
-            run.steps_per_dispatch,
+            run.steps_per_execution,
             self._steps_before + run.epochs * (run.steps or math.inf),
         )
         self._jit_compile, self._capacity = dispatch.jit_compile, dispatch.capacity
         return dispatch
 
     @contextlib.contextmanager
-    def _reading(self, feed: Feed) -> Iterator[None]:
-        """For the length of the block a thread makes the batches of `feed`."""
-        before, self._data_lock = self._data_lock, feed.lock
+    def _reading(self, reader: DataReader) -> Iterator[None]:
+        """For the length of the block a thread makes the batches of `reader`."""
+        before, self._data_lock = self._data_lock, reader.lock
         try:
             yield
         finally:
@@ -912,7 +915,7 @@ def _checked_config(config: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(
                 f"train needs {name}: give it, or keep it with changing_train_config({name}=...)."
             )
-    for name in ("epochs", "steps", "steps_per_dispatch"):
+    for name in ("epochs", "steps", "steps_per_execution"):
         value = config.get(name)
         if value is not None and (not isinstance(value, int | np.integer) or value < 1):
             raise ValueError(f"{name} is a positive integer, and got {value!r}.")

@@ -14,8 +14,9 @@ import keras
 import numpy as np
 
 from polus.backends import backend
-from polus.data import position
-from polus.data.source import Source, as_arguments
+from polus.data import resume
+from polus.data.adapters import DataAdapter, as_arguments
+from polus.data.fingerprint import checksum, leaves_of
 
 Due = Callable[[int], int | None]
 
@@ -24,7 +25,7 @@ GROUP_SECS = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
-class Block:
+class StepBlock:
     """Batches of equal shape for one dispatch.
 
     Attributes:
@@ -64,7 +65,7 @@ def row(batches: Any, i: Any) -> tuple[Any, ...]:
     return as_arguments(keras.tree.map_structure(lambda a: backend.index(a, i), batches))
 
 
-class Feed:
+class DataReader:
     """Reads a dataset epoch by epoch.
 
     Args:
@@ -82,18 +83,18 @@ class Feed:
 
     def __init__(
         self,
-        source: Source,
+        source: DataAdapter,
         transform: Callable[[Any], Any] | None = None,
         steps: int | None = None,
     ) -> None:
-        self.source = source
+        self.adapter = source
         self.transform = transform
         self.steps = steps
         self.waited_secs = 0.0
         self.tracked = False
-        self.current: Epoch | None = None
+        self.current: EpochReader | None = None
         self.lock = threading.RLock()  # a dataset of the user's may call evaluate
-        self._resumed: Epoch | None = None
+        self._resumed: EpochReader | None = None
         known = source.num_batches
         self.num_batches = known if steps is None else steps if known is None else min(steps, known)
         dataset = source.dataset
@@ -101,49 +102,49 @@ class Feed:
         if getattr(dataset, "on_device", False) and transform is None:
             self._examples = keras.tree.map_structure(backend.to_device, dataset.arrays)
 
-    def epoch(self, epoch: int, start: int = 0) -> "Epoch":
+    def epoch(self, epoch: int, start: int = 0) -> "EpochReader":
         """The batches of an epoch from batch `start` on."""
         resumed, self._resumed = self._resumed, None
-        self.current = resumed or Epoch(self, epoch, start)
+        self.current = resumed or EpochReader(self, epoch, start)
         return self.current
 
-    def resumed(self, epoch: int, start: int, begun: dict[str, Any]) -> "Epoch":
+    def resumed(self, epoch: int, start: int, begun: dict[str, Any]) -> "EpochReader":
         """The epoch that the next call of `epoch` gives, which began as `begun` says."""
-        self._resumed = self.current = Epoch(self, epoch, start, begun)
+        self._resumed = self.current = EpochReader(self, epoch, start, begun)
         return self._resumed
 
 
-class Epoch:
+class EpochReader:
     """One pass over the data, from batch `start` on. Close it when done.
 
     Attributes:
-        begun, checksum, leaves, marks: see `polus.data.position`; kept where the feed is tracked.
+        begun, checksum, leaves, marks: see `polus.data.resume`; kept where the reader is tracked.
     """
 
     def __init__(
-        self, feed: Feed, epoch: int, start: int, begun: dict[str, Any] | None = None
+        self, reader: DataReader, epoch: int, start: int, begun: dict[str, Any] | None = None
     ) -> None:
-        self.feed = feed
+        self.reader = reader
         self.number = epoch
         self.start = start
-        self.begun = begun or (position.beginning(feed) if feed.tracked else None)
+        self.begun = begun or (resume.beginning(reader) if reader.tracked else None)
         self.checksum: int | None = None
         self.leaves: list[list[Any]] | None = None
         self.marks: collections.deque[tuple[int, Any]] = collections.deque(maxlen=8)
         self._head: Any = None
-        self.reader = feed.source.batches(epoch, start)
+        self.raw_batches = reader.adapter.batches(epoch, start)
         self.batches = self._transformed()
         self._first: list[Any] = []
 
     def _transformed(self) -> Iterator[tuple[Any, ...]]:
         # In a generator a StopIteration of the transform is an error, and no end of the data.
-        transform = self.feed.transform
-        for batch in self.reader:
+        transform = self.reader.transform
+        for batch in self.raw_batches:
             yield as_arguments(batch if transform is None else transform(batch))
 
     def _read(self) -> list[Any]:
         """The next batch; empty at the end."""
-        with self.feed.lock:
+        with self.reader.lock:
             return list(itertools.islice(self.batches, 1))
 
     def peek(self) -> Any:
@@ -153,17 +154,17 @@ class Epoch:
             ValueError: if there is none.
         """
         if not self._first:
-            ended = self.feed.steps is not None and self.start >= self.feed.steps
+            ended = self.reader.steps is not None and self.start >= self.reader.steps
             began = time.perf_counter()
             self._first = [] if ended else self._read()
-            self.feed.waited_secs += time.perf_counter() - began
+            self.reader.waited_secs += time.perf_counter() - began
         if not self._first and self.start == 0:
             raise ValueError(
                 f"The dataset gave no batch in epoch {self.number + 1}: it is empty, or an "
                 "iterator that was exhausted before. Check what it yields; give a re-iterable, not "
                 "an iterator."
             )
-        if self.feed.tracked and self.checksum is None and self.start == 0:
+        if self.reader.tracked and self.checksum is None and self.start == 0:
             self._note(self._first[0])
         return self._first[0] if self._first else None
 
@@ -181,7 +182,7 @@ class Epoch:
         self._note(self._head)
 
     def _note(self, batch: Any) -> None:
-        self.checksum, self.leaves = position.checksum(batch), position.leaves_of(batch)
+        self.checksum, self.leaves = checksum(batch), leaves_of(batch)
 
     @property
     def example(self) -> tuple[Any, ...]:
@@ -191,24 +192,24 @@ class Epoch:
         arguments: tuple[Any, ...] = keras.tree.map_structure(_plain, first)
         return arguments
 
-    def sample(self, count: int) -> Block:
+    def sample(self, count: int) -> StepBlock:
         """The first batch, `count` times over, to measure with."""
         first = self.example
-        if self.feed._examples is not None:
-            rows = np.zeros((count, self.feed.source.dataset.batch_size), np.int32)
-            payload = (self.feed._examples, backend.to_device(rows))
-            return Block(count, rows.shape[1], gathered, payload, count, rows.shape[1:])
+        if self.reader._examples is not None:
+            rows = np.zeros((count, self.reader.adapter.dataset.batch_size), np.int32)
+            payload = (self.reader._examples, backend.to_device(rows))
+            return StepBlock(count, rows.shape[1], gathered, payload, count, rows.shape[1:])
         if count == 1:
             return _single(first)
         payload = backend.stack([first] * count, count)
-        return Block(count, _size(first), stacked, payload, count, signature_of(first))
+        return StepBlock(count, _size(first), stacked, payload, count, signature_of(first))
 
     def blocks(
         self,
         capacity: int = 1,
         due: Due = lambda step: None,
         poll: Callable[[], None] = lambda: None,
-    ) -> Generator[Block]:
+    ) -> Generator[StepBlock]:
         """The batches in blocks of up to `capacity`, none longer than `due(step)` allows.
 
         Args:
@@ -218,7 +219,9 @@ class Epoch:
         """
 
         def want(step: int) -> int:
-            left = capacity if self.feed.steps is None else min(capacity, self.feed.steps - step)
+            left = (
+                capacity if self.reader.steps is None else min(capacity, self.reader.steps - step)
+            )
             allowed = due(step)
             return left if allowed is None else min(left, allowed)
 
@@ -226,11 +229,11 @@ class Epoch:
             while True:
                 began = time.perf_counter()
                 block = next(blocks, None)
-                self.feed.waited_secs += time.perf_counter() - began
+                self.reader.waited_secs += time.perf_counter() - began
                 if block is None:
                     break
                 yield block
-        self.feed.source.end_epoch()
+        self.reader.adapter.end_epoch()
 
     @contextlib.contextmanager
     def _letting_go(self) -> Iterator[None]:
@@ -238,22 +241,22 @@ class Epoch:
         try:
             yield
         finally:
-            self.reader = self.batches = iter(())
-            self.feed.source._iterator = None
+            self.raw_batches = self.batches = iter(())
+            self.reader.adapter._iterator = None
 
     def _made(
         self, want: Callable[[int], int], capacity: int, poll: Callable[[], None]
-    ) -> Generator[Block]:
-        if self.feed._examples is not None:
+    ) -> Generator[StepBlock]:
+        if self.reader._examples is not None:
             return self._gathered(want, capacity)
-        graph = backend.graph_blocks(self.reader) if self.feed.transform is None else None
+        graph = backend.graph_blocks(self.raw_batches) if self.reader.transform is None else None
         if graph is not None:
             return self._in_graph(graph, want, capacity, poll)
         stopped = threading.Event()
         return _ahead(self._stacked(want, capacity, stopped), poll, stopped)
 
-    def _gathered(self, want: Callable[[int], int], capacity: int) -> Generator[Block]:
-        dataset, step = self.feed.source.dataset, self.start
+    def _gathered(self, want: Callable[[int], int], capacity: int) -> Generator[StepBlock]:
+        dataset, step = self.reader.adapter.dataset, self.start
         order = dataset.order(self.number)
         size, end = dataset.batch_size, len(dataset)
         whole = dataset.num_examples // size
@@ -261,14 +264,14 @@ class Epoch:
             # Of the last, smaller batch a block of its own.
             count = min(count, whole - step) if step < whole else 1
             rows = order[step * size : (step + count) * size]
-            examples, width = self.feed._examples, min(size, len(rows))
+            examples, width = self.reader._examples, min(size, len(rows))
             if count > 1:
                 table = np.zeros((capacity, width), np.int32)
                 table[:count] = rows.reshape(count, width)
             else:
                 table = rows[None]
             payload = (examples, table)  # the call moves so little faster than we could
-            yield Block(count, width, gathered, payload, len(table), (width,))
+            yield StepBlock(count, width, gathered, payload, len(table), (width,))
             step += count
 
     # A batch runs in the program for one or in that for many by its place in the data, however slow
@@ -277,7 +280,7 @@ class Epoch:
 
     def _in_graph(
         self, graph: Any, want: Callable[[int], int], capacity: int, poll: Callable[[], None]
-    ) -> Generator[Block]:
+    ) -> Generator[StepBlock]:
         step, left, signature = self.start, 0, None
         pending = self._first or self._read()
         while pending and (count := want(step)) > 0:
@@ -292,7 +295,7 @@ class Epoch:
                 count, rows, other = graph.read(first, left, GROUP_SECS)
             if count > 1 or rest:
                 rows = backend.pad(rows, capacity)
-                yield Block(count, _size(first), stacked, rows, capacity, signature)
+                yield StepBlock(count, _size(first), stacked, rows, capacity, signature)
             else:
                 yield _single(first)
             step, left = step + count, left - count
@@ -303,7 +306,7 @@ class Epoch:
 
     def _stacked(
         self, want: Callable[[int], int], capacity: int, stopped: threading.Event
-    ) -> Generator[Block]:
+    ) -> Generator[StepBlock]:
         def read() -> list[Any]:
             return [keras.tree.map_structure(_plain, batch) for batch in self._read()]
 
@@ -331,20 +334,20 @@ class Epoch:
                 group += following
             if len(group) > 1 or rest:
                 payload = backend.stack(group, capacity)
-                yield Block(len(group), _size(group[0]), stacked, payload, capacity, signature)
+                yield StepBlock(len(group), _size(group[0]), stacked, payload, capacity, signature)
             else:
                 yield _single(group[0])
             step, left = step + len(group), left - len(group)
 
     def _mark(self, num_read: int) -> None:
         """Notes the state of the dataset's iterator, behind `num_read` batches of the epoch."""
-        if self.feed.tracked and (state := self.feed.source.iterator_state()) is not None:
+        if self.reader.tracked and (state := self.reader.adapter.iterator_state()) is not None:
             self.marks.append((num_read, state))
 
 
-def _single(batch: Any) -> Block:
+def _single(batch: Any) -> StepBlock:
     payload = keras.tree.map_structure(backend.to_device, batch)
-    return Block(1, _size(batch), None, payload, 1, signature_of(batch))
+    return StepBlock(1, _size(batch), None, payload, 1, signature_of(batch))
 
 
 def _plain(leaf: Any) -> Any:
@@ -374,8 +377,8 @@ def _size(batch: Any) -> int:
 
 
 def _ahead(
-    blocks: Generator[Block], poll: Callable[[], None], stopped: threading.Event, depth: int = 2
-) -> Generator[Block]:
+    blocks: Generator[StepBlock], poll: Callable[[], None], stopped: threading.Event, depth: int = 2
+) -> Generator[StepBlock]:
     """`blocks`, made by a thread that is `depth` ahead at most and ends with this generator.
 
     It sets `stopped` then, so that `blocks` reads no further either.
@@ -399,7 +402,7 @@ def _ahead(
         except BaseException as exception:  # raised again where the block is asked for
             put(exception)
 
-    thread = threading.Thread(target=work, name="polus-feed", daemon=True)
+    thread = threading.Thread(target=work, name="polus-prefetch", daemon=True)
     thread.start()
     try:
         while True:

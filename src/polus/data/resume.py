@@ -15,31 +15,30 @@ that of the earlier one, which is begun once more for that.
 import logging
 import sys
 import time
-import zlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import keras
 import numpy as np
 
+from polus.data.fingerprint import same
 from polus.state import random_state, set_random_state
 
 if TYPE_CHECKING:
-    from polus.data.feed import Epoch, Feed
-    from polus.data.source import Source
+    from polus.data.adapters import DataAdapter
+    from polus.data.reader import DataReader, EpochReader
 
 logger = logging.getLogger("polus.data")
 
 
-def get_state(feed: "Feed", epoch: int, step: int) -> dict[str, Any]:
+def get_state(reader: "DataReader", epoch: int, step: int) -> dict[str, Any]:
     """What `resume` needs to come back to before `step` of `epoch`, for a checkpoint to hold."""
-    current = feed.current
-    state: dict[str, Any] = {"dataset": _facts(feed)}
+    current = reader.current
+    state: dict[str, Any] = {"dataset": _facts(reader)}
     if current is not None:
         state |= {"leaves": current.leaves, "checksum": None, "mark": None}
     if current is not None and current.number == epoch:  # else the epoch has not begun
         marks = [mark for mark in list(current.marks) if mark[0] <= step]
-        if feed.num_batches in (None, step) and len(marks) > 1:
+        if reader.num_batches in (None, step) and len(marks) > 1:
             # A loader whose state is that behind the last batch may begin the next epoch.
             marks = [mark for mark in marks if mark[0] < step]
         state |= {
@@ -48,32 +47,32 @@ def get_state(feed: "Feed", epoch: int, step: int) -> dict[str, Any]:
             "mark": [marks[-1][0], _encoded(marks[-1][1])] if marks else None,
         }
     else:
-        state["begun"] = beginning(feed)
-        if current is not None and not (feed.source.reads_once and feed.steps is None):
+        state["begun"] = beginning(reader)
+        if current is not None and not (reader.adapter.reads_once and reader.steps is None):
             state["before"] = {"begun": current.begun, "checksum": current.checksum}
-        whole = feed.steps is None or feed.steps == feed.source.num_batches
-        if feed.source.has_state and whole:
-            state["ended"] = _encoded(feed.source.iterator_state())
+        whole = reader.steps is None or reader.steps == reader.adapter.num_batches
+        if reader.adapter.has_state and whole:
+            state["ended"] = _encoded(reader.adapter.iterator_state())
     return state
 
 
-def beginning(feed: "Feed") -> dict[str, Any]:
+def beginning(reader: "DataReader") -> dict[str, Any]:
     """The generators that the order of an epoch depends on, before it begins."""
-    return {"random": random_state(), "source": feed.source.get_state()}
+    return {"random": random_state(), "source": reader.adapter.get_state()}
 
 
 def resume(
-    feed: "Feed",
+    reader: "DataReader",
     epoch: int,
     step: int,
     state: dict[str, Any],
     random: dict[str, Any],
     poll: Callable[[], None] = lambda: None,
-) -> tuple["Epoch", dict[str, Any]]:
-    """Makes `feed` go on before `step` of `epoch`.
+) -> tuple["EpochReader", dict[str, Any]]:
+    """Makes `reader` go on before `step` of `epoch`.
 
     Args:
-        feed: the data, not read yet.
+        reader: the data, not read yet.
         epoch: where to go on.
         step: where to go on.
         state: what `get_state` gave there.
@@ -86,7 +85,7 @@ def resume(
     Raises:
         ValueError: if the dataset is of another kind or shape, or ends before that step.
     """
-    now = _facts(feed)
+    now = _facts(reader)
     differing = [
         f"{name}: it was {value!r}, and is {now[name]!r}"
         for name, value in state["dataset"].items()
@@ -94,14 +93,14 @@ def resume(
     ]
     if differing:
         raise ValueError("The dataset is another one. " + "; ".join(differing) + ".")
-    source = feed.source
+    source = reader.adapter
     mark, ended = state.get("mark") if step else None, state.get("ended")
     # What has its state put back needs no look at how it came there.
     before = state.get("before") if ended is None else None
-    source.rewind(epoch if before is None else epoch - 1, feed.steps)
+    source.rewind(epoch if before is None else epoch - 1, reader.steps)
     if before is not None:
         _put_back(source, before["begun"])
-        earlier = feed.resumed(epoch - 1, 0, before["begun"])
+        earlier = reader.resumed(epoch - 1, 0, before["begun"])
         earlier.remember(earlier.peek())
         _say_if_other(earlier, before["checksum"])
         while source.read_through and earlier.drop() is not None:
@@ -116,15 +115,15 @@ def resume(
             source.resume_from(_decoded(ended))
         set_random_state(state["begun"]["random"])
     drawn = {}
-    if mark is not None or (source.seekable and feed.transform is None):
+    if mark is not None or (source.seekable and reader.transform is None):
         head = next(iter(source.batches(epoch)), None)
         if mark is not None:
             source.resume_from(_decoded(mark[1]))
-        data = feed.resumed(epoch, step if mark is None else mark[0], state["begun"])
+        data = reader.resumed(epoch, step if mark is None else mark[0], state["begun"])
         data.remember(head)
         _skip(data, step, poll)
     else:
-        data = feed.resumed(epoch, 0, state["begun"])
+        data = reader.resumed(epoch, 0, state["begun"])
         if (head := data.peek()) is not None:
             data.remember(head)
         first = random_state()
@@ -145,13 +144,13 @@ def resume(
     return data, random | drawn if step else random_state()
 
 
-def _put_back(source: "Source", begun: dict[str, Any]) -> None:
+def _put_back(source: "DataAdapter", begun: dict[str, Any]) -> None:
     """The generators as they were before an epoch began."""
     source.set_state(begun["source"])
     set_random_state(begun["random"])
 
 
-def _say_if_other(data: "Epoch", checksum: int | None) -> None:
+def _say_if_other(data: "EpochReader", checksum: int | None) -> None:
     if checksum not in (None, data.checksum):
         logger.warning(
             "The order of the data does not repeat: the first batch of epoch %d is not the one "
@@ -163,15 +162,15 @@ def _say_if_other(data: "Epoch", checksum: int | None) -> None:
         )
 
 
-def _facts(feed: "Feed") -> dict[str, Any]:
+def _facts(reader: "DataReader") -> dict[str, Any]:
     """What tells the dataset from others."""
-    kind = type(feed.source.dataset)
+    kind = type(reader.adapter.dataset)
     # What tf.data's datasets are called depends on their last operation.
     name = "tf.data.Dataset" if kind.__module__.startswith("tensorflow.") else kind.__qualname__
-    return {"kind": name, "num_batches": feed.num_batches, **feed.source.facts()}
+    return {"kind": name, "num_batches": reader.num_batches, **reader.adapter.facts()}
 
 
-def _skip(data: "Epoch", step: int, poll: Callable[[], None]) -> None:
+def _skip(data: "EpochReader", step: int, poll: Callable[[], None]) -> None:
     """Reads batches and drops them, up to `step`."""
     count, told = step - data.start, time.monotonic()
     for done in range(count):
@@ -184,34 +183,6 @@ def _skip(data: "Epoch", step: int, poll: Callable[[], None]) -> None:
                 f"The dataset is another one: it ended after {data.start} batches of epoch "
                 f"{data.number + 1}, in which the run stood after {step}."
             )
-
-
-def checksum(batch: Any) -> int:
-    """A CRC-32 of everything in a batch."""
-    value = 0
-    for leaf in keras.tree.flatten(batch):
-        array = _array(leaf)
-        value = zlib.crc32(array.tobytes() if array.dtype != object else repr(leaf).encode(), value)
-    return value
-
-
-def leaves_of(batch: Any) -> list[list[Any]]:
-    """The dtype and the number of axes of each array of a batch."""
-    arrays = [_array(leaf) for leaf in keras.tree.flatten(batch)]
-    return [[array.dtype.name, array.ndim] for array in arrays]
-
-
-def _array(leaf: Any) -> np.ndarray[Any, Any]:
-    return keras.ops.convert_to_numpy(leaf) if keras.ops.is_tensor(leaf) else np.asarray(leaf)
-
-
-def same(a: Any, b: Any) -> bool:
-    """Whether two random states are equal."""
-    if isinstance(a, dict):
-        return all(same(a[key], b[key]) for key in a)
-    if isinstance(a, tuple | list):
-        return all(map(same, a, b))
-    return bool(np.array_equal(a, b))
 
 
 def _encoded(state: Any) -> Any:

@@ -1,0 +1,49 @@
+"""Values on their way from the device to Python, and hints for misspelled names."""
+
+import difflib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+
+def to_host(value: Any) -> np.ndarray[Any, Any]:
+    """Returns a tensor, variable, number or array-like as a NumPy array. Waits for the device."""
+    # Keras reads what NumPy cannot, such as a bfloat16 tensor of PyTorch.
+    if keras.ops.is_tensor(value) or isinstance(value, keras.Variable):
+        return keras.ops.convert_to_numpy(value)  # type: ignore[no-any-return]
+    return np.asarray(value)
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """Returns `"Did you mean 'loss'?"` for the closest of `names`, or "" if none is close."""
+    close = difflib.get_close_matches(name, list(names), n=1)
+    return f"Did you mean {close[0]!r}?" if close else ""
+
+
+class DeviceValues(Sequence[float]):
+    """One scalar per step, left on the device until somebody reads one.
+
+    Args:
+        values: A tensor whose first `count` elements are the values; it may be padded.
+        count: The number of steps.
+    """
+
+    def __init__(self, values: Any, count: int) -> None:
+        self._values = values
+        self._count = count
+        self._read: np.ndarray[Any, Any] | None = None
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
+        if self._read is None:
+            values = np.asarray(to_host(self._values), np.float32)
+            self._read = values.reshape(-1)[: self._count]
+            self._values = None
+        return self._read if dtype is None else self._read.astype(dtype)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, i: Any) -> Any:
+        return np.asarray(self)[i]

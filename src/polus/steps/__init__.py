@@ -1,0 +1,1 @@
+"""The compiled step: its variables, its programs and their tuning."""
