@@ -1,5 +1,6 @@
-"""The trainers: one step, described by its user, and the loop around it."""
+"""The trainers, and the loop that runs their steps."""
 
-from polus.training.trainer import BaseTrainer, ClassifierTrainer
+from polus.training.classifier import ClassifierTrainer
+from polus.training.trainer import BaseTrainer
 
 __all__ = ["BaseTrainer", "ClassifierTrainer"]

@@ -1,0 +1,174 @@
+"""Delivers the events of a run to its callbacks."""
+
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import keras
+
+from polus.callbacks.base import ICallback, RunView, TrainerView
+from polus.callbacks.keras_callback import KerasCallback
+from polus.host import DeviceValues
+from polus.log import BaseLogger
+
+
+class CallbackCoordinator(BaseLogger):
+    """The callbacks of one run, in the order of their phases, and what they tell each other.
+
+    Args:
+        callbacks: Callbacks of Polus and of Keras; the latter are adapted.
+        run: The run.
+
+    Attributes:
+        callbacks: The callbacks, ordered by phase.
+        run: The run.
+        shared_dict: What callbacks tell each other: `"smooth_loss"`, `"validation"` (set name ->
+            metric name -> list of values), `"epoch_logs"`.
+    """
+
+    def __init__(self, callbacks: Iterable[Any], run: RunView) -> None:
+        super().__init__()
+        self.run = run
+        self.shared_dict: dict[str, Any] = {"validation": {}, "epoch_logs": {}}
+        adapted = [_adapt(callback) for callback in _checked_list(callbacks)]
+        self.callbacks = sorted(adapted, key=lambda callback: callback.phase)
+        for callback in self.callbacks:
+            callback.add_coordinator(self)
+        self._begun: list[ICallback] = []
+
+    @property
+    def trainer(self) -> TrainerView:
+        """The trainer of the run."""
+        return self.run.trainer
+
+    @property
+    def logs(self) -> dict[str, Any]:
+        """The logs of the run's current epoch."""
+        return self.run.logs
+
+    @property
+    def exception(self) -> BaseException | None:
+        """What ended the run early, else None."""
+        return self.run.exception
+
+    def has_callback(self, cls: type) -> bool:
+        """Returns whether a callback of this class (or a Keras callback of it) is in the list."""
+        return any(
+            isinstance(c, cls) or (isinstance(c, KerasCallback) and isinstance(c.callback, cls))
+            for c in self.callbacks
+        )
+
+    def steps_until_callback(self, step: int) -> int | None:
+        """Returns how many steps may run from `step` on before a callback has to; None for no limit.
+
+        Raises:
+            ValueError: If a callback's `every_steps` is neither None nor a positive integer.
+        """
+        limit = None
+        for callback in self.callbacks:
+            if (n := callback.every_steps) is None:
+                continue
+            if not isinstance(n, int) or n < 1:
+                raise ValueError(
+                    f"{type(callback).__name__}.every_steps must be a positive integer, or None "
+                    f"for a callback that runs only between epochs, got {n!r}."
+                )
+            left = n - step % n
+            limit = left if limit is None else min(limit, left)
+        return limit
+
+    @property
+    def max_steps_per_execution(self) -> int:
+        """The largest number of steps that may ever run without a callback in between."""
+        limits = [n for n in (self.steps_until_callback(0), self.run.steps) if n is not None]
+        return min(limits, default=sys.maxsize)
+
+    def on_train_begin(self) -> None:
+        """Begins training for each callback."""
+        for callback in self.callbacks:
+            callback.on_train_begin()
+            self._begun.append(callback)
+
+    def on_epoch_begin(self) -> None:
+        for callback in self.callbacks:
+            callback.on_epoch_begin(self.run.epoch)
+
+    def on_train_batch_begin(self) -> None:
+        for callback in self.callbacks:
+            callback.on_train_batch_begin(self.run.epoch, self.run.step)
+
+    def on_steps_end(self, steps: range, losses: DeviceValues) -> None:
+        for callback in self.callbacks:
+            callback.on_steps_end(self.run.epoch, steps, losses)
+
+    def on_boundary(self) -> None:
+        """Lets each callback save, also if an earlier one ends the program."""
+        ended = None
+        for callback in self.callbacks:
+            try:
+                callback.on_boundary()
+            except SystemExit as exit_:
+                ended = ended or exit_
+        if ended is not None:
+            raise ended
+
+    def on_validation_begin(self) -> None:
+        for callback in self.callbacks:
+            callback.on_validation_begin()
+
+    def on_validation_end(self, results: dict[str, Any]) -> None:
+        for callback in self.callbacks:
+            callback.on_validation_end(results)
+
+    def on_epoch_end(self) -> None:
+        for callback in self.callbacks:
+            callback.on_epoch_end(self.run.epoch)
+
+    def on_train_end(self) -> BaseException | None:
+        """Ends training for each callback that began; one that fails does not stop the others.
+
+        Returns:
+            The first error, unless the run had failed already.
+        """
+        first: BaseException | None = None
+        for callback in self._begun:
+            try:
+                callback.on_train_end()
+            except BaseException as exception:
+                if self.run.exception is None:
+                    self.run.exception = first = exception
+                else:
+                    self.logger.error(
+                        "%s.on_train_end failed as well", type(callback).__name__, exc_info=exception
+                    )
+        return first
+
+
+def _checked_list(callbacks: Any) -> list[Any]:
+    if isinstance(callbacks, ICallback | keras.callbacks.Callback):
+        raise TypeError(
+            f"callbacks must be a list, got a single {type(callbacks).__name__}. Write "
+            f"callbacks=[{type(callbacks).__name__}(...)]."
+        )
+    listed = list(callbacks)
+    for i, callback in enumerate(listed):
+        if any(callback is other for other in listed[:i]):
+            raise ValueError(
+                f"callbacks has the same {type(callback).__name__} twice, and it would hear each "
+                "event twice. Remove one, or make a second object."
+            )
+    return listed
+
+
+def _adapt(callback: Any) -> ICallback:
+    if isinstance(callback, ICallback):
+        return callback
+    if isinstance(callback, keras.callbacks.Callback):
+        return KerasCallback(callback)
+    hint = f" Write {callback.__name__}(...)." if isinstance(callback, type) else ""
+    raise TypeError(
+        "A callback must be a polus.callbacks.Callback or a keras.callbacks.Callback, got "
+        f"{callback!r} of type {type(callback).__name__}.{hint} To use a function, write a class "
+        "with the event that it should hear: class Report(Callback): def on_epoch_end(self, "
+        "epoch): ..."
+    )

@@ -1,0 +1,57 @@
+"""From gradients to weights: unscale, post-process, apply."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+from keras import ops
+
+from polus.backends import backend
+
+Gradients = list[Any]
+PostProcess = Callable[[Gradients], Gradients]
+
+
+def apply_gradients(
+    optimizer: keras.optimizers.Optimizer,
+    gradients: Sequence[Any],
+    variables: Sequence[keras.Variable],
+    post_process_grads: PostProcess | None = None,
+    scaled: bool = False,
+) -> None:
+    """Updates variables by their gradients.
+
+    Args:
+        optimizer: The optimizer. It is built if it is not.
+        gradients: One gradient per variable; None for a variable without one.
+        variables: The variables to update.
+        post_process_grads: Takes and returns the list of gradients, unscaled.
+        scaled: Whether the gradients are those of a scaled loss, as the optimizer expects them.
+
+    Raises:
+        ValueError: If `post_process_grads` returns another number of gradients.
+    """
+    gradients = list(gradients)
+    if post_process_grads is not None:
+        if scaled:
+            gradients = _times(gradients, 1 / optimizer.scale_loss(ops.ones(())))
+        gradients = _post_processed(gradients, post_process_grads)
+    if post_process_grads is not None or not scaled:
+        gradients = _times(gradients, optimizer.scale_loss(ops.ones(())))
+    if not optimizer.built:
+        optimizer.build(variables)
+    backend.apply_gradients(optimizer, gradients, variables)
+
+
+def _post_processed(gradients: Gradients, post_process_grads: PostProcess) -> Gradients:
+    processed = list(post_process_grads(gradients))
+    if len(processed) != len(gradients):
+        raise ValueError(
+            f"post_process_grads must return one gradient for each that it takes, in the same "
+            f"order: it took {len(gradients)} and returned {len(processed)}."
+        )
+    return processed
+
+
+def _times(gradients: Gradients, scale: Any) -> Gradients:
+    return [None if g is None else g * ops.cast(scale, g.dtype) for g in gradients]

@@ -1,0 +1,165 @@
+"""The variables of a step, and what a compiled step depends on besides them."""
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import keras
+
+from polus.backends.scopes import BackendVariable, DryRun
+from polus.metrics import IMetric, as_metric
+from polus.state import layers_of
+
+Variables = list[keras.Variable]
+
+
+def unique(variables: Iterable[Any]) -> list[Any]:
+    """Returns the variables in their order, each once."""
+    return list({id(variable): variable for variable in variables}.values())
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one optimizer of a step updates."""
+
+    optimizer: keras.optimizers.Optimizer
+    variables: Variables
+
+
+@dataclass(frozen=True)
+class StepVariables:
+    """What one dry run of a step has seen.
+
+    Attributes:
+        used: All variables that the step reads or assigns, in first-use order, the optimizers' too.
+        assigned: Those that it assigns, and those of the backend's own, which may be assigned.
+        differentiated: Those that it reads where gradients flow.
+        updates: What each optimizer updates.
+        result: What the step returned: tensors, or descriptions of them.
+    """
+
+    used: Variables
+    assigned: Variables
+    differentiated: Variables
+    updates: list[Update]
+    result: Any
+
+    @classmethod
+    def of(cls, seen: DryRun) -> "StepVariables":
+        """Collects what a dry run recorded; its optimizers are built."""
+        merged: dict[int, tuple[Any, list[Any]]] = {}
+        for optimizer, variables in seen.updates:
+            merged.setdefault(id(optimizer), (optimizer, []))[1].extend(variables)
+        updates = [Update(optimizer, unique(variables)) for optimizer, variables in merged.values()]
+        updated = [v for u in updates for v in (*u.variables, *u.optimizer.variables)]
+        foreign = [v for v in seen.variables if isinstance(v, BackendVariable)]
+        return cls(
+            used=unique([*seen.variables, *updated]),
+            assigned=unique([*seen.assigned.values(), *updated, *foreign]),
+            differentiated=unique(seen.differentiated),
+            updates=updates,
+            result=seen.result,
+        )
+
+    @property
+    def untrained(self) -> Variables:
+        """The trainable variables that gradients reach and no optimizer updates."""
+        updated = {id(v) for update in self.updates for v in update.variables}
+        return [v for v in self.differentiated if v.trainable and id(v) not in updated]
+
+
+def held(owner: object) -> Iterator[Any]:
+    """Yields what the attributes of an object hold, lists, tuples and dicts of them too."""
+    for value in vars(owner).values():
+        if isinstance(value, list | tuple | Mapping):
+            yield from keras.tree.flatten(value)
+        else:
+            yield value
+
+
+def is_built(layer: keras.layers.Layer) -> bool:
+    """Returns whether a layer and all layers in it are built."""
+    # A Sequential with a wrapped PyTorch module says it is built before the layers behind it are.
+    return all(part.built for part in layers_of(layer))
+
+
+def held_layers(owner: object) -> list[keras.layers.Layer]:
+    """Returns the layers and models that the attributes of an object hold."""
+    return unique(value for value in held(owner) if isinstance(value, keras.layers.Layer))
+
+
+def held_variables(owner: object) -> Variables:
+    """Returns the variables of the layers, optimizers and metrics that an object holds."""
+    found = [
+        [value] if isinstance(value, keras.Variable) else getattr(value, "variables", [])
+        for value in held(owner)
+    ]
+    return unique(itertools.chain.from_iterable(each for each in found if isinstance(each, list)))
+
+
+class MetricsOwner(Protocol):
+    """Something with metrics: a trainer."""
+
+    @property
+    def metrics(self) -> Sequence[IMetric]: ...
+
+
+def fed_metrics(owner: MetricsOwner, variables: StepVariables) -> list[IMetric]:
+    """Returns the metrics that a step updates: the owner's, and those in attributes and layers.
+
+    A metric in an attribute or a layer is left out if the step returns a term of its name: then it
+    is recorded already.
+    """
+    assigned = {id(variable) for variable in variables.assigned}
+    found: dict[str, IMetric] = {metric.name: metric for metric in owner.metrics}
+    known = {id(v) for metric in owner.metrics for v in metric.variables}
+    terms = variables.result if isinstance(variables.result, dict) else {"loss": None}
+    others = [value for value in held(owner) if isinstance(value, keras.metrics.Metric)]
+    for layer in held_layers(owner):
+        others += [m for part in layers_of(layer) for m in _metrics_of(part)]
+    for metric in others:
+        new = not any(id(v) in known for v in metric.variables)
+        if new and metric.name not in found and metric.name not in terms:
+            found[metric.name] = as_metric(metric)
+    return [m for m in found.values() if any(id(v) in assigned for v in m.variables)]
+
+
+def _metrics_of(layer: keras.layers.Layer) -> list[keras.metrics.Metric]:
+    found = [value for value in vars(layer).values() if isinstance(value, keras.metrics.Metric)]
+    return found
+
+
+def plain_attributes(owner: object, ignored: Iterable[str] = ()) -> dict[str, Any]:
+    """Returns the numbers, strings and flags among an object's attributes and its layers'.
+
+    A compiled step has read them as constants, so a change of one needs another compilation.
+    """
+    ignored = set(ignored)
+    plain = {
+        name: value
+        for name, value in vars(owner).items()
+        if name not in ignored and _is_plain(value)
+    }
+    for root in held_layers(owner):
+        for i, layer in enumerate(layers_of(root)):
+            for name, value in _layer_attributes(layer):
+                plain[f"{root.name}/{layer.name}#{i}.{name}"] = value
+    return plain
+
+
+def _layer_attributes(layer: keras.layers.Layer) -> Iterator[tuple[str, Any]]:
+    yield "trainable", layer.trainable
+    for name, value in vars(layer).items():
+        if not name.startswith("_") and name not in _KERAS_LOOP and _is_plain(value):
+            yield name, value
+
+
+# What Keras' own loops and callbacks set on a model.
+_KERAS_LOOP = {"built", "stop_training", "stop_evaluating", "stop_predicting", "seed"}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)

@@ -1,0 +1,128 @@
+"""The arguments of `train`, given at once or kept for a later call."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from os import PathLike
+from typing import Any, Literal, Self
+
+import keras
+import numpy as np
+
+from polus.data import DataAdapter, as_adapter
+from polus.host import did_you_mean, to_host
+
+# The documented names, of which two are spellings of one argument.
+NAMES = {"tf_dataset": "dataset", "custom_data_transform_f": "transform", "train_map_f": "transform"}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The checked arguments of one call of `train`; see there."""
+
+    dataset: DataAdapter
+    epochs: int
+    callbacks: Sequence[Any] = ()
+    transform: Callable[[Any], Any] | None = None
+    steps: int | None = None
+    learning_rate: float | None = None
+    steps_per_execution: int | None = None
+    resume: str | PathLike[str] | None = None
+    resume_changes: Literal["refuse", "accept"] = "refuse"
+
+    @classmethod
+    def checked(cls, arguments: dict[str, Any]) -> Self:
+        """Checks the arguments of `train`.
+
+        Raises:
+            ValueError: If one is missing or out of range.
+            TypeError: If one is of the wrong kind.
+        """
+        given = {NAMES.get(name, name): value for name, value in arguments.items()}
+        for name in ("tf_dataset", "epochs"):
+            if given.get(NAMES.get(name, name)) is None:
+                raise ValueError(
+                    f"train needs {name}. Pass it, or keep it with "
+                    f"changing_train_config({name}=...)."
+                )
+        for name in ("epochs", "steps", "steps_per_execution"):
+            _check_count(name, given.get(name))
+        _check_learning_rate(given.get("learning_rate"))
+        if not (given.get("transform") is None or callable(given["transform"])):
+            raise TypeError(
+                "custom_data_transform_f must be a function of one batch, got "
+                f"{given['transform']!r}."
+            )
+        changes = given.get("resume_changes", "refuse")
+        if changes not in ("refuse", "accept"):
+            raise ValueError(f'resume_changes must be "refuse" or "accept", got {changes!r}.')
+        return cls(**{**given, "dataset": as_adapter(given["dataset"])})
+
+
+def one_transform(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Returns the arguments that were given, with one name for the transform.
+
+    Raises:
+        TypeError: If both of its names were given.
+    """
+    given = {name: value for name, value in arguments.items() if value is not None}
+    if "train_map_f" in given:
+        if "custom_data_transform_f" in given:
+            raise TypeError(
+                "train_map_f and custom_data_transform_f are two names of one argument. Pass one."
+            )
+        given["custom_data_transform_f"] = given.pop("train_map_f")
+    return given
+
+
+def check_names(arguments: dict[str, Any]) -> None:
+    """Raises TypeError for a name that is no argument of `train`."""
+    known = [field.name for field in fields(TrainConfig) if field.name not in NAMES.values()]
+    known = [*NAMES, *known]
+    for name in arguments:
+        if name not in known:
+            hint = f" {hint}" if (hint := did_you_mean(name, known)) else ""
+            raise TypeError(
+                f"train takes no argument {name!r}.{hint} It takes {', '.join(known)}."
+            )
+
+
+def _check_count(name: str, value: Any) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+        raise ValueError(f"{name} must be a positive integer, got {value!r}.")
+
+
+def _check_learning_rate(value: Any) -> None:
+    if value is None:
+        return
+    number = isinstance(value, int | float | np.floating | np.integer)
+    if isinstance(value, bool) or not number or not 0 <= value < float("inf"):
+        raise ValueError(
+            f"learning_rate must be a number of at least 0, got {value!r}. A schedule belongs to "
+            "the optimizer: keras.optimizers.Adam(schedule)."
+        )
+
+
+@contextlib.contextmanager
+def learning_rate_set(
+    optimizer: keras.optimizers.Optimizer, learning_rate: float | None
+) -> Iterator[None]:
+    """Sets the optimizer's learning rate, and restores it at the end."""
+    if learning_rate is None:
+        yield
+        return
+    before = float(to_host(optimizer.learning_rate))
+    try:
+        optimizer.learning_rate = learning_rate
+    except (TypeError, AttributeError):
+        raise ValueError(
+            f"learning_rate={learning_rate} was passed to train, but the learning rate of this "
+            "optimizer is a schedule, which can't be set. Make the optimizer with a number, or "
+            "leave learning_rate out."
+        ) from None
+    try:
+        yield
+    finally:
+        optimizer.learning_rate = before

@@ -1,0 +1,108 @@
+"""Copies of trainers: each compiles, trains and counts for itself."""
+
+import copy
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+import keras
+
+from polus.host import to_host
+from polus.state import layers_of
+from polus.steps.variables import held
+
+T = TypeVar("T")
+Finish = Callable[[Any], None]
+
+
+def shallow_copy(trainer: T, finish: Finish) -> T:
+    """Returns a trainer of the same model, optimizer, loss and metrics.
+
+    Args:
+        trainer: The trainer.
+        finish: Gives the copy an engine of its own.
+    """
+    new = _bare(trainer)
+    for name, value in vars(trainer).items():
+        vars(new)[name] = list(value) if type(value) is list else value
+    vars(new)["step_counter"] = copy_variable(vars(trainer)["step_counter"])
+    finish(new)
+    return new
+
+
+def deep_copy(trainer: T, memo: dict[int, Any], finish: Finish) -> T:
+    """Returns a trainer of copied models, optimizers and attributes.
+
+    Models are copied first, then what refers to their variables: optimizers and lists of weights.
+
+    Args:
+        trainer: The trainer.
+        memo: The copies made so far, by identity, as `copy.deepcopy` has it.
+        finish: Gives the copy an engine of its own.
+    """
+    new = _bare(trainer)
+    memo[id(trainer)] = new
+    parts = list(held(trainer))
+    for kind in (keras.Model, keras.layers.Layer):
+        for part in parts:
+            if isinstance(part, kind) and id(part) not in memo:
+                _copy_with_variables(part, memo)
+    for part in parts:
+        if isinstance(part, keras.metrics.Metric) and id(part) not in memo:
+            _copy_with_variables(part, memo)
+        if isinstance(part, keras.Variable) and id(part) not in memo:
+            memo[id(part)] = copy_variable(part)
+    weights = getattr(trainer, "trainable_weights", [])
+    layers = [p.trainable_variables for p in parts if isinstance(p, keras.layers.Layer)]
+    for part in parts:
+        if isinstance(part, keras.optimizers.Optimizer) and id(part) not in memo:
+            memo[id(part)] = _copy_optimizer(part, [weights, *layers], memo)
+    for name, value in vars(trainer).items():
+        if name not in ENGINE:
+            vars(new)[name] = copy.deepcopy(value, memo)
+    finish(new)
+    return new
+
+
+ENGINE = ("_engine",)
+
+
+def copy_variable(variable: keras.Variable) -> keras.Variable:
+    """Returns a new variable of the same value."""
+    return keras.Variable(
+        to_host(variable),
+        dtype=variable.dtype,
+        trainable=variable.trainable,
+        name=variable.name,
+    )
+
+
+def _bare(trainer: T) -> T:
+    return type(trainer).__new__(type(trainer))
+
+
+def _copy_with_variables(part: Any, memo: dict[int, Any]) -> None:
+    """Copies a layer, model or metric, and notes which part and variable of the copy is which."""
+    new = memo[id(part)] = copy.deepcopy(part, memo)
+    for old, own in zip(part.variables, new.variables, strict=True):
+        memo.setdefault(id(old), own)
+    if isinstance(part, keras.layers.Layer):
+        for old, own in zip(layers_of(part), layers_of(new), strict=True):
+            memo.setdefault(id(old), own)
+
+
+def _copy_optimizer(optimizer: Any, candidates: Iterable[list[Any]], memo: dict[int, Any]) -> Any:
+    """Returns an optimizer of the same configuration and state for the copied variables.
+
+    Which variables it was built for, Keras doesn't tell: of the candidates the first that leads to
+    slots of the same shapes.
+    """
+    shapes = [tuple(variable.shape) for variable in optimizer.variables]
+    for variables in candidates if optimizer.built else ():
+        new = type(optimizer).from_config(optimizer.get_config())
+        new.build([memo.get(id(variable), variable) for variable in variables])
+        if [tuple(variable.shape) for variable in new.variables] == shapes:
+            for old, own in zip(optimizer.variables, new.variables, strict=True):
+                own.assign(old)
+                memo.setdefault(id(old), own)
+            return new
+    return type(optimizer).from_config(optimizer.get_config())

@@ -1,0 +1,88 @@
+"""What a trainer keeps between calls of its methods, and how its step is compiled."""
+
+import contextlib
+import functools
+import inspect
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from polus.steps.executor import StepExecutor, StepOwner
+from polus.training.run import Run
+
+
+class Engine:
+    """The executor of a trainer's step, and what `train` remembers.
+
+    Args:
+        trainer: The trainer.
+        evaluation: Its evaluation step.
+
+    Attributes:
+        executor: Prepares, compiles and tunes the step.
+        arguments: The arguments of `train` that `changing_train_config` keeps.
+        run: The run in progress, else None.
+        steps: The number of steps that earlier calls of `train` asked for.
+        epochs: The number of epochs that earlier calls of `train` trained.
+    """
+
+    def __init__(self, trainer: StepOwner, evaluation: Callable[..., Any]) -> None:
+        self.executor = StepExecutor(
+            trainer, functools.partial(uncompiled, trainer, "train_step"), evaluation
+        )
+        self.arguments: dict[str, Any] = {}
+        self.run: Run | None = None
+        self.steps = 0
+        self.epochs = 0
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Keeps the prefetch thread from making batches.
+
+        Held while evaluation restores the global random state, so that the thread does not draw
+        from it meanwhile.
+        """
+        with contextlib.nullcontext() if self.run is None else self.run.reader.paused():
+            yield
+
+    @contextlib.contextmanager
+    def running(self, run: Run) -> Iterator[None]:
+        """Makes `run` the run in progress, and counts what it trained."""
+        before, self.run = self.run, run
+        try:
+            yield
+        finally:
+            self.run = before
+            self.epochs += run.epoch
+        self.steps += run.epochs * (run.steps or 0)
+
+
+class CompiledMethod:
+    """A `train_step` that runs one compiled update when it is called outside of `train`.
+
+    Through `super()` or on the class it is the plain function, which becomes a part of the step
+    that calls it.
+
+    Args:
+        fn: The function.
+        update: Returns what runs one compiled update of a trainer.
+    """
+
+    def __init__(self, fn: Callable[..., Any], update: Callable[[Any], Callable[..., Any]]) -> None:
+        functools.update_wrapper(self, fn)
+        self.fn = fn
+        self.update = update
+
+    def __get__(self, trainer: Any, owner: type | None = None) -> Callable[..., Any]:
+        if trainer is None:
+            return self.fn
+        if inspect.getattr_static(type(trainer), self.fn.__name__, None) is self:
+            return self.update(trainer)
+        return types.MethodType(self.fn, trainer)
+
+
+def uncompiled(trainer: Any, name: str) -> Callable[..., Any]:
+    """Returns a trainer's own step as it was written."""
+    if name in vars(trainer):
+        return vars(trainer)[name]  # type: ignore[no-any-return]
+    return types.MethodType(getattr(type(trainer), name), trainer)

@@ -1,0 +1,438 @@
+"""One call of `train`: where it stands, how it ended, and its state for a checkpoint."""
+
+import contextlib
+import enum
+import math
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import keras
+import numpy as np
+
+from polus.callbacks.base import TrainerView
+from polus.callbacks.coordinator import CallbackCoordinator
+from polus.core import get_jit_compile
+from polus.data import DataReader, StepBlock
+from polus.data.reader import EpochReader
+from polus.environment import environment
+from polus.history import History
+from polus.host import DeviceValues
+from polus.log import BaseLogger
+from polus.metrics import IMetric
+from polus.run_state import (
+    can_be_stored,
+    check_layers,
+    check_parts,
+    check_variables,
+    layer_names,
+    restore_callbacks,
+    variables_state,
+)
+from polus.signals import Signals
+from polus.state import layers_of, random_state, set_random_state
+from polus.steps.compiled import CompiledStep, as_terms
+from polus.steps.executor import StepExecutor
+from polus.training.config import TrainConfig
+
+
+class TrainerParts(TrainerView, Protocol):
+    """What a run uses of its trainer."""
+
+    loss: Any
+
+
+class RunStatus(enum.Enum):
+    """The states of a run."""
+
+    CREATED = "created"
+    RESTORED = "restored"
+    RUNNING = "running"
+    EPOCH_END = "epoch_end"
+    COMPLETED = "completed"
+    STOPPED = "stopped"
+    INTERRUPTED = "interrupted"
+    FAILED = "failed"
+
+
+ENDED = (RunStatus.COMPLETED, RunStatus.STOPPED, RunStatus.INTERRUPTED, RunStatus.FAILED)
+TRANSITIONS = {
+    RunStatus.CREATED: (RunStatus.RESTORED, RunStatus.RUNNING, *ENDED),
+    RunStatus.RESTORED: (RunStatus.RUNNING, *ENDED),
+    RunStatus.RUNNING: (RunStatus.EPOCH_END, *ENDED),
+    RunStatus.EPOCH_END: (RunStatus.RUNNING, *ENDED),
+}
+
+
+class Run(BaseLogger):
+    """One call of `train`.
+
+    ```
+    CREATED -> (RESTORED) -> RUNNING <-> EPOCH_END -> COMPLETED      all epochs are done
+                                |-> STOPPED(stop_reason)             early stop, a callback's request
+                                |-> INTERRUPTED(signal)              saved, if there is a checkpoint
+                                '-> FAILED(exception)
+    ```
+
+    Args:
+        trainer: The trainer.
+        executor: The trainer's executor.
+        config: The arguments of `train`.
+        total_steps: The steps of earlier calls on this trainer, which count for tuning.
+        first_epoch: The number that the data's order has in this run's first epoch.
+
+    Attributes:
+        trainer: The trainer.
+        executor: Prepares, compiles and tunes the step.
+        config: The arguments of `train`.
+        reader: The training data.
+        callbacks: The coordinator of the callbacks.
+        history: What was recorded so far; what `train` returns.
+        signals: The signals that wait for the end of a step.
+        epochs: The number of epochs.
+        steps: The steps of an epoch; None until it is known.
+        epoch: The current epoch, from 0.
+        step: The next step of the epoch, from 0.
+        batch_sizes: The number of examples of each step of this epoch so far.
+        step_logs: The loss and terms of the newest steps, by name.
+        logs: The logs of the newest epoch: means of loss and terms, metrics, validations as
+            `<set>_<metric>`, and what callbacks add. One dict per epoch, shared by all callbacks.
+        status: The state of the run.
+        stop_reason: Why the run was stopped early; empty if it was not.
+        exception: What ended the run early, else None.
+        resuming: Whether the run continues from a checkpoint.
+        closing: What callbacks want closed after the last of them has ended.
+    """
+
+    def __init__(
+        self,
+        trainer: TrainerParts,
+        executor: StepExecutor,
+        config: TrainConfig,
+        total_steps: int = 0,
+        first_epoch: int = 0,
+    ) -> None:
+        super().__init__()
+        self.trainer = trainer
+        self.executor = executor
+        self.config = config
+        self.reader = DataReader(config.dataset, config.transform, config.steps)
+        self.reader.check_ends("train")
+        self.history = History()
+        self.signals = Signals()
+        self.epochs = config.epochs
+        self.steps = self.reader.num_batches
+        self.steps_before = total_steps
+        self.epoch = 0
+        self.step = 0
+        self.batch_sizes: list[int] = []
+        self.step_logs: dict[str, DeviceValues] = {}
+        self.logs: dict[str, Any] = {}
+        self.status = RunStatus.CREATED
+        self.stop_reason = ""
+        self.exception: BaseException | None = None
+        self.resuming = False
+        self.closing = contextlib.ExitStack()
+        self.callbacks = CallbackCoordinator(config.callbacks, self)
+
+    # ------------------------------------------------------------------ from beginning to end
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Begins the run, and ends it for each callback that began, whatever happens."""
+        with self.closing:
+            try:
+                with self.signals:
+                    self.callbacks.on_train_begin()
+                    yield
+            except BaseException as exception:
+                self.exception = exception
+                interrupted = self.signals.pending is not None
+                self._move(RunStatus.INTERRUPTED if interrupted else RunStatus.FAILED)
+                raise
+            else:
+                self._move(RunStatus.STOPPED if self.stopping else RunStatus.COMPLETED)
+            finally:
+                if (error := self.callbacks.on_train_end()) is not None:
+                    self.status = RunStatus.FAILED
+                    raise error
+
+    @property
+    def finished(self) -> bool:
+        """Whether all epochs are done, or the run is stopping."""
+        return self.epoch >= self.epochs or self.stopping
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the run ends after the current step."""
+        return self.trainer.early_stop
+
+    def stop(self, reason: str) -> None:
+        """Ends the run after the current step, in order."""
+        self.stop_reason = self.stop_reason or reason
+        self.trainer.early_stop = True
+
+    def open_epoch(self) -> EpochReader:
+        """Begins an epoch, or continues one, and returns its data."""
+        resumed = self.step > 0
+        data = self.reader.epoch(self.epoch, start=self.step)
+        if not resumed:
+            self.batch_sizes, self.logs = [], {}
+            self.callbacks.shared_dict["epoch_logs"] = self.logs
+            self.callbacks.on_epoch_begin()
+        self.executor.example = data.example
+        self._move(RunStatus.RUNNING)
+        return data
+
+    def tuned_step(self, data: EpochReader) -> CompiledStep:
+        """Returns the compiled step, tuned for the batches of an epoch; its metrics start empty."""
+        if self.step == 0:
+            for metric in self.metrics:
+                metric.reset()
+        return self.executor.tuned(
+            data,
+            self.callbacks.max_steps_per_execution,
+            self.config.steps_per_execution,
+            self.steps_before + self.epochs * (self.steps or math.inf),
+        )
+
+    def record(self, block: StepBlock, outputs: Any) -> None:
+        """Records the steps of a block, and tells the callbacks."""
+        terms = as_terms(outputs)
+        names = sorted(terms, key=lambda name: name != "loss")  # JAX sorts them by name
+        self.step_logs = {name: DeviceValues(terms[name], block.count) for name in names}
+        steps = range(self.step, self.step + block.count)
+        self.history.add_steps(self.epoch, self.step, self.step_logs)
+        self.batch_sizes += [block.batch_size] * block.count
+        self.step = steps.stop
+        self.callbacks.on_steps_end(steps, self.step_logs["loss"])
+        self.callbacks.on_boundary()
+
+    def close_epoch(self) -> None:
+        """Ends an epoch: its logs, the callbacks, and the next one begins."""
+        self._warn_of_missing_steps()
+        self.steps = self.steps or self.step
+        metrics = {metric.name: metric.evaluate() for metric in self.metrics}
+        self.logs.update(self._weighted_means() | metrics | self._validation_logs())
+        self._move(RunStatus.EPOCH_END)
+        self.callbacks.on_epoch_end()
+        measured = self._validation_logs()
+        own = {k: v for k, v in self.logs.items() if k not in measured or v is not measured[k]}
+        self.history.end_epoch(self.epoch, own)
+        self.epoch, self.step = self.epoch + 1, 0
+        self.callbacks.on_boundary()
+
+    def validated(self, name: str, results: dict[str, Any]) -> None:
+        """Records the results of a validation on the set `name`, after the last step that ran."""
+        self.history.add_validation(self.epoch, self.step - 1, name, results)
+        self.logs.update({f"{name}_{metric}": value for metric, value in results.items()})
+        values = self.callbacks.shared_dict["validation"].setdefault(name, {})
+        for metric, value in results.items():
+            values.setdefault(metric, []).append(value)
+
+    def handle_signals(self) -> None:
+        """Handles a pending signal. Called between steps and while waiting for data."""
+        if self.signals.pending is not None:
+            self.callbacks.on_boundary()  # a checkpoint saves first
+            self.signals.check()
+
+    @property
+    def metrics(self) -> list[IMetric]:
+        """The metrics that the step feeds."""
+        return self.executor.fed_metrics
+
+    @property
+    def steps_per_execution(self) -> int | None:
+        """The steps per call of the backend that the user asked for; None if it is tuned."""
+        return self.config.steps_per_execution
+
+    def _move(self, status: RunStatus) -> None:
+        if status not in TRANSITIONS[self.status]:
+            raise RuntimeError(f"A run can't go from {self.status.name} to {status.name}.")
+        self.status = status
+
+    def _warn_of_missing_steps(self) -> None:
+        wanted = self.reader.steps
+        if wanted is not None and self.step < wanted and not self.stopping:
+            self.logger.warning(
+                "The dataset ended after %d of the %d steps of epoch %d. Give it more batches, "
+                "repeat it, or lower steps.",
+                self.step,
+                wanted,
+                self.epoch + 1,
+            )
+
+    def _validation_logs(self) -> dict[str, Any]:
+        """Returns the newest result of each validation of this epoch."""
+        return {
+            f"{validation.name}_{metric}": value
+            for validation in self.history.validations
+            if validation.epoch == self.epoch
+            for metric, value in validation.results.items()
+        }
+
+    def _weighted_means(self) -> dict[str, float]:
+        """Returns the means of loss and terms over the epoch, weighted by the batches' sizes."""
+        columns = self.history.steps_of(self.epoch)
+        means = {}
+        for name, column in columns.items():
+            if name in ("epoch", "step") or (name != "loss" and np.isnan(column).all()):
+                continue
+            means[name] = float(np.average(column.astype(np.float64), weights=self.batch_sizes))
+        bad = np.flatnonzero(~np.isfinite(columns["loss"]))
+        if len(bad):
+            self.logger.warning(
+                "The loss is not finite from step %d of epoch %d on (%s). Try a smaller learning "
+                "rate (trainer.lr_finder finds one), or clip gradients: "
+                "keras.optimizers.Adam(clipnorm=1.0).",
+                bad[0],
+                self.epoch + 1,
+                columns["loss"][bad[0]],
+            )
+        return means
+
+    # ------------------------------------------------------------------ for checkpoints
+
+    def variables(self) -> list[keras.Variable]:
+        """Returns all variables of the run, in an order that is the same in each process."""
+        return self.executor.state_variables()
+
+    def environment(self) -> dict[str, Any]:
+        """Returns what the bits of a result depend on besides the steps."""
+        policies = {layer.dtype_policy.name for layer in layers_of(self.trainer.model)}
+        return environment(
+            {
+                "dtype policies": sorted(policies),
+                "jit_compile": get_jit_compile(),
+                "steps_per_execution": self.steps_per_execution,
+            }
+        )
+
+    def get_state(self) -> dict[str, Any]:
+        """Returns the run as it stands between two steps: nested dicts, JSON values, arrays."""
+        return {
+            "progress": {
+                "epoch": self.epoch,
+                "step": self.step,
+                "steps": self.steps,
+                "epochs": self.epochs,
+                "early_stop": self.stopping,
+                "stop_reason": self.stop_reason,
+                "batch_sizes": np.array(self.batch_sizes, np.int64),
+            },
+            "parts": self._parts(),
+            "layers": layer_names(self.trainer.model),
+            "variables": variables_state(self.variables()),
+            "random": random_state(),
+            "data": self.reader.get_state(self.epoch, self.step),
+            "history": self.history.get_state(),
+            "shared": {
+                name: value
+                for name, value in self.callbacks.shared_dict.items()
+                if can_be_stored(name, value)
+            },
+            "callbacks": [[type(c).__name__, c.get_state()] for c in self.callbacks.callbacks],
+            "tuning": self.executor.get_state(),
+        }
+
+    def set_state(self, state: dict[str, Any], same_backend: bool = True) -> None:
+        """Continues from what `get_state` returned, in a new process too.
+
+        Args:
+            state: The state.
+            same_backend: Whether it was saved on the present backend; if not, the backend's own
+                generators and the tuning start fresh.
+
+        Raises:
+            ValueError: If it is the state of another run; the message says what differs.
+        """
+        check_parts(state["parts"], self._parts())
+        progress = state["progress"]
+        self.epoch, self.step = progress["epoch"], progress["step"]
+        self.steps = self.steps or progress["steps"]
+        self.executor.set_state(state["tuning"] if same_backend else {})
+        if not same_backend:
+            _use_own_generators(state)
+        random = self.reader.set_state(
+            state["data"], self.epoch, self.step, state["random"], self._stop_if_asked
+        )
+        self._set_up(self.reader.current.example)
+        # Nothing reads the data from here on, and what building draws is undone below.
+        variables = self.variables()
+        check_variables(state["variables"], variables, same_backend)
+        check_layers(state["layers"], layer_names(self.trainer.model))
+        for variable, saved in zip(variables, state["variables"], strict=True):
+            variable.assign(saved["value"])
+        self.batch_sizes = progress["batch_sizes"].tolist()
+        self.history.set_state(state["history"])
+        self.callbacks.shared_dict |= state["shared"]
+        self.logs = self.callbacks.shared_dict["epoch_logs"] = self._validation_logs()
+        restore_callbacks(self.callbacks.callbacks, state["callbacks"])
+        self._restore_early_stop(progress)
+        set_random_state(random)
+        self._move(RunStatus.RESTORED)
+
+    def _set_up(self, example: tuple[Any, ...]) -> None:
+        """Does what happened before the first step: callbacks set themselves up, models are built.
+
+        What they change is overwritten afterwards.
+        """
+        self.executor.example = example
+        if not self.step:
+            return
+        if self.epoch:  # only the first epoch began with unbuilt models
+            self.executor.prepare(example)
+        self.callbacks.on_epoch_begin()
+
+    def _restore_early_stop(self, progress: dict[str, Any]) -> None:
+        self.trainer.early_stop = progress["early_stop"]
+        self.stop_reason = progress["stop_reason"]
+        if not self.stopping:
+            return
+        if self.epochs > progress["epochs"]:
+            self.logger.info(
+                "The saved run was stopped early in epoch %d (%s) and %d epochs are asked for "
+                "instead of %d: training continues.",
+                progress["epoch"],
+                self.stop_reason or "early_stop",
+                self.epochs,
+                progress["epochs"],
+            )
+            self.trainer.early_stop, self.stop_reason = False, ""
+        else:
+            self.logger.warning(
+                "The saved run was stopped early in epoch %d (%s), so nothing is left to train. "
+                "To train on, ask for more than its %d epochs.",
+                progress["epoch"],
+                self.stop_reason or "early_stop",
+                progress["epochs"],
+            )
+
+    def _stop_if_asked(self) -> None:
+        """Ends the run on a signal before it continues: a save would be of half a run."""
+        if self.signals.pending is not None:
+            self.logger.warning(
+                "Interrupted before the run continued, and nothing was saved. Start the program "
+                "again to continue from the same checkpoint."
+            )
+            self.signals.check()
+
+    def _parts(self) -> dict[str, str]:
+        """Returns the kinds of the run's parts: a checkpoint of others is another run's."""
+        trainer = self.trainer
+        return {
+            "trainer": type(trainer).__name__,
+            "model": type(trainer.model).__name__,
+            "optimizer": type(trainer.optimizer).__name__,
+            "loss": getattr(trainer.loss, "__name__", type(trainer.loss).__name__),
+            "metrics": ", ".join(metric.name for metric in trainer.metrics),
+        }
+
+
+def _use_own_generators(state: dict[str, Any]) -> None:
+    """Replaces the states of another backend's generators by this one's."""
+    data, own = state["data"], random_state()["backend"]
+    starts = [data["epoch_start"]]
+    if "previous_epoch" in data:
+        starts.append(data["previous_epoch"]["epoch_start"])
+    for random in (state["random"], *(start["random"] for start in starts)):
+        random["backend"] = own
