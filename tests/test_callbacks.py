@@ -1,4 +1,4 @@
-"""The callbacks of Polus: what they show, save, validate and stop."""
+"""Polus callbacks: progress, saving, validation, early stopping."""
 
 import contextlib
 import io
@@ -38,7 +38,7 @@ def make_trainer(rate=1e-2, **kwargs):
 
 
 class Shared(Callback):
-    """Keeps what the run shared at each epoch's end."""
+    """Keeps the shared values of the run at the end of each epoch."""
 
     phase = Phase.SAVE
 
@@ -50,8 +50,8 @@ class Shared(Callback):
         self.seen.append({**self.coordinator.shared_dict, **self.coordinator.logs})
 
 
-class Falls(ClassifierTrainer):
-    """Training whose validation metric goes the way that it is told."""
+class FixedMetric(ClassifierTrainer):
+    """A trainer whose validation metric takes the given values."""
 
     def __init__(self, values):
         trainer = make_trainer()
@@ -62,18 +62,18 @@ class Falls(ClassifierTrainer):
         return {"f1": next(self.values)}
 
 
-# ---------------------------------------------------------------------- what needs the steps
+# ---------------------------------------------------------------------- steps per execution
 
 
 @pytest.mark.parametrize(
     "callback",
     [ConsoleLogCallback, LossSmoothCallback, TimerCallback, lambda: EarlyStop("loss")],
 )
-def test_our_own_need_no_step_by_itself(callback):
+def test_polus_callbacks_do_not_limit_steps_per_execution(callback):
     assert callback().every_steps is None
 
 
-def test_events_of_batches_need_each_step_unless_said_otherwise():
+def test_batch_events_need_single_steps_unless_every_steps_is_set():
     class Mine(Callback):
         def on_train_batch_end(self, epoch, step, loss):
             pass
@@ -88,8 +88,8 @@ def test_events_of_batches_need_each_step_unless_said_otherwise():
 
 
 @pytest.mark.parametrize("steps_per_execution", [1, 2, 5])
-def test_each_step_is_told_once_in_order_with_its_loss(steps_per_execution):
-    class VariableRecorder(Callback):
+def test_batch_events_come_once_per_step_in_order_with_the_loss(steps_per_execution):
+    class Recorder(Callback):
         every_steps = None
 
         def __init__(self):
@@ -103,7 +103,7 @@ def test_each_step_is_told_once_in_order_with_its_loss(steps_per_execution):
             self.heard.append(("end", epoch, step))
             self.loss = float(loss)
 
-    recorder = VariableRecorder()
+    recorder = Recorder()
     history = make_trainer().train(
         BATCHES, epochs=2, callbacks=[recorder], steps_per_execution=steps_per_execution
     )
@@ -112,10 +112,10 @@ def test_each_step_is_told_once_in_order_with_its_loss(steps_per_execution):
     assert recorder.loss == history.steps["loss"][-1]
 
 
-# ---------------------------------------------------------------------- smooth loss and time
+# ---------------------------------------------------------------------- smoothed loss and timing
 
 
-def test_the_smooth_loss_is_a_bias_corrected_average():
+def test_smooth_loss_is_a_bias_corrected_average():
     smooth, shared = LossSmoothCallback(beta=0.8), Shared()
     history = make_trainer().train(BATCHES, epochs=2, callbacks=[shared, smooth])
     average = 0.0
@@ -124,11 +124,11 @@ def test_the_smooth_loss_is_a_bias_corrected_average():
         corrected = average / (1 - 0.8**i)
     assert smooth.smooth_loss == pytest.approx(corrected, rel=1e-6)
     assert shared.seen[-1]["smooth_loss"] == smooth.smooth_loss
-    with pytest.raises(ValueError, match="less than 1"):
+    with pytest.raises(ValueError, match="less than 1, got"):
         LossSmoothCallback(1.0)
 
 
-def test_the_smooth_loss_goes_on_from_its_state():
+def test_smooth_loss_resumes_from_its_state():
     whole, first, second = (LossSmoothCallback() for _ in range(3))
     losses = np.linspace(3, 1, 9)
     whole.on_steps_end(0, range(9), losses)
@@ -138,7 +138,7 @@ def test_the_smooth_loss_goes_on_from_its_state():
     assert second.smooth_loss == pytest.approx(whole.smooth_loss, rel=1e-12)
 
 
-def test_the_smooth_loss_waits_for_no_step_until_it_is_read():
+def test_smooth_loss_stays_on_the_device_until_it_is_read():
     class Unread:
         def __array__(self, dtype=None, copy=None):
             reads.append(self)
@@ -150,12 +150,12 @@ def test_the_smooth_loss_waits_for_no_step_until_it_is_read():
     assert not reads
     assert smooth.smooth_loss == pytest.approx(1)
     assert len(reads) == 3
-    for _ in range(5000):  # but does not keep them all
+    for _ in range(5000):  # but not all of them
         smooth.on_steps_end(0, range(2), Unread())
     assert len(reads) > 2000
 
 
-def test_the_timer_measures_epochs_by_its_clock():
+def test_timer_measures_epochs_with_its_clock():
     time = iter(range(100))
     shared = Shared()
     timer = TimerCallback(clock=lambda: next(time))
@@ -167,11 +167,11 @@ def test_the_timer_measures_epochs_by_its_clock():
 # ---------------------------------------------------------------------- validation
 
 
-def test_validation_sets_by_name_after_each_epoch():
+def test_several_validation_sets_after_each_epoch():
     shared = Shared()
     sets = [ValidationDataCallback(BATCHES[:2], "dev"), ValidationDataCallback(BATCHES[2:], "test")]
     trainer = make_trainer()
-    # First in the list: what validations found is there all the same.
+    # First in the list, but the validation results are in the logs all the same.
     history = trainer.train(BATCHES, epochs=2, callbacks=[shared, *sets])
     logits = ops.convert_to_numpy(trainer.model(X[:32]))
     accuracy = (logits.argmax(-1) == Y[:32]).mean()
@@ -181,7 +181,7 @@ def test_validation_sets_by_name_after_each_epoch():
     assert len(history.validations) == 4
 
 
-def test_validation_every_n_steps_within_an_epoch():
+def test_validation_every_n_steps():
     validation = ValidationDataCallback(BATCHES, every_steps=2)
     history = make_trainer().train(BATCHES, epochs=2, callbacks=[validation])
     assert [(v.epoch, v.step) for v in history.validations] == [
@@ -189,7 +189,7 @@ def test_validation_every_n_steps_within_an_epoch():
     ]
 
 
-def test_two_validation_sets_of_one_name_are_an_error():
+def test_duplicate_validation_set_names_raise():
     sets = [ValidationDataCallback(BATCHES), ValidationDataCallback(BATCHES)]
     with pytest.raises(ValueError, match="Two validation sets are named 'val'"):
         make_trainer().train(BATCHES, epochs=1, callbacks=sets)
@@ -207,12 +207,12 @@ def test_two_validation_sets_of_one_name_are_an_error():
         ("accuracy", "max", [float("nan"), 0.1], [False, True]),
     ],
 )
-def test_what_an_improvement_is(name, mode, values, improved):
+def test_monitor_detects_improvements(name, mode, values, improved):
     monitor = Monitor(name, mode)
     assert [monitor.improved(value) for value in values] == improved
 
 
-def test_a_change_below_the_minimum_is_no_improvement():
+def test_changes_below_min_delta_are_no_improvement():
     monitor = Monitor("loss", min_delta=0.1)
     assert [monitor.improved(v) for v in (1.0, 0.95, 0.85)] == [True, False, True]
 
@@ -220,23 +220,26 @@ def test_a_change_below_the_minimum_is_no_improvement():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: EarlyStop("loss", patience=0), "at least 1"),
+        (
+            lambda: EarlyStop("loss", patience=0),
+            "patience must be a positive number of epochs, got 0",
+        ),
         (lambda: EarlyStop("loss", mode="up"), '"min", "max" or "auto"'),
         (lambda: EarlyStop("loss", min_delta=-1), "at least 0"),
         (lambda: SaveModelCallback("sometimes"), '"best", "every" or "end"'),
-        (lambda: SaveModelCallback("best", "model.pt"), "ends in .keras"),
-        (lambda: SaveModelCallback("every", "model.keras"), "needs the epoch's number"),
+        (lambda: SaveModelCallback("best", "model.pt"), "must end in .keras or .weights.h5"),
+        (lambda: SaveModelCallback("every", "model.keras"), "must contain the epoch number"),
     ],
 )
-def test_bad_arguments(make, message):
+def test_invalid_arguments_raise(make, message):
     with pytest.raises(ValueError, match=message):
         make()
 
 
-def test_an_unknown_name_to_monitor_says_what_there_is():
+def test_unknown_monitor_lists_the_available_names():
     callbacks = [ValidationDataCallback(BATCHES), EarlyStop("val_acuracy")]
     with pytest.raises(
-        ValueError, match=r"Did you mean 'val_accuracy'\?.*There are accuracy, loss"
+        ValueError, match=r"Did you mean 'val_accuracy'\?.*They have accuracy, loss"
     ):
         make_trainer().train(BATCHES, epochs=1, callbacks=callbacks)
 
@@ -244,16 +247,18 @@ def test_an_unknown_name_to_monitor_says_what_there_is():
 # ---------------------------------------------------------------------- early stop
 
 
-def test_early_stop_waits_as_long_as_it_is_told(caplog):
+def test_early_stop_respects_patience(caplog):
     caplog.set_level(logging.INFO)
-    trainer = Falls([0.1, 0.3, 0.2, 0.25, 0.9])
+    trainer = FixedMetric([0.1, 0.3, 0.2, 0.25, 0.9])
     callbacks = [EarlyStop("val_f1", patience=2), ValidationDataCallback(BATCHES)]
     history = trainer.train(BATCHES, epochs=5, callbacks=callbacks)
     assert len(history.epochs) == 4
-    assert "stops after epoch 4: val_f1 did not improve on 0.3 for 2 epochs" in caplog.text
+    assert (
+        "Training stops after epoch 4: val_f1 did not improve on 0.3 for 2 epochs" in caplog.text
+    )
 
 
-def test_early_stop_at_a_loss_that_is_not_finite():
+def test_early_stop_ends_training_at_a_non_finite_loss():
     history = make_trainer(rate=float("nan")).train(BATCHES, epochs=9, callbacks=[EarlyStop()])
     assert len(history.epochs) == 1
 
@@ -261,9 +266,9 @@ def test_early_stop_at_a_loss_that_is_not_finite():
 # ---------------------------------------------------------------------- saving
 
 
-def test_the_best_model_is_saved_and_loads(tmp_path):
+def test_best_model_is_saved_and_can_be_loaded(tmp_path):
     path = tmp_path / "made" / "best.keras"
-    trainer = Falls([0.1, 0.3, 0.2])
+    trainer = FixedMetric([0.1, 0.3, 0.2])
     weights = []
 
     class Weights(Callback):
@@ -279,7 +284,7 @@ def test_the_best_model_is_saved_and_loads(tmp_path):
     assert [file.name for file in path.parent.iterdir()] == ["best.keras"]
 
 
-def test_every_epoch_and_the_end(tmp_path):
+def test_models_are_saved_every_epoch_and_at_the_end(tmp_path):
     callbacks = [
         SaveModelCallback("every", tmp_path / "{epoch:02d}.weights.h5"),
         SaveModelCallback("end", tmp_path / "last.keras"),
@@ -289,7 +294,7 @@ def test_every_epoch_and_the_end(tmp_path):
     assert names == ["01.weights.h5", "02.weights.h5", "last.keras"]
 
 
-def test_a_failing_save_leaves_the_older_file_whole(tmp_path, monkeypatch):
+def test_failed_save_keeps_the_previous_file(tmp_path, monkeypatch):
     path = tmp_path / "model.keras"
     trainer = make_trainer()
     trainer.train(BATCHES, epochs=1, callbacks=[SaveModelCallback("end", path)])
@@ -306,7 +311,7 @@ def test_a_failing_save_leaves_the_older_file_whole(tmp_path, monkeypatch):
     assert [file.name for file in tmp_path.iterdir()] == ["model.keras"]
 
 
-def test_no_last_model_after_an_error(tmp_path):
+def test_no_model_is_saved_at_the_end_after_an_error(tmp_path):
     class Fails(Callback):
         def on_epoch_end(self, epoch):
             raise RuntimeError
@@ -329,7 +334,7 @@ def shown(terminal: bool, callbacks=(), clock=None, width=120, error=None) -> st
     return out.getvalue()
 
 
-def test_plain_lines_where_there_is_no_terminal():
+def test_plain_lines_without_a_terminal():
     lines = shown(False, [ValidationDataCallback(BATCHES)]).splitlines()
     assert [line.split("  ")[0] for line in lines[:2]] == ["epoch 1/2", "epoch 2/2"]
     for part in ("loss ", "accuracy 0.", "val_accuracy 0.", " s"):
@@ -339,7 +344,7 @@ def test_plain_lines_where_there_is_no_terminal():
     assert "examples/s" in lines[2]
 
 
-def test_a_bar_in_a_terminal():
+def test_progress_bar_in_a_terminal():
     ticks = iter(range(10_000))
     text = shown(True, [LossSmoothCallback()], clock=lambda: next(ticks))
     for part in ("epoch 1/2 ━", "epoch 2/2 ━", "smooth loss", "steps/s", "5/5"):
@@ -348,7 +353,7 @@ def test_a_bar_in_a_terminal():
 
 
 class Clock(Callback):
-    """Told by hand: each step takes so many seconds."""
+    """A clock that advances by a fixed time at each step."""
 
     every_steps = 1
 
@@ -368,7 +373,7 @@ def bars_of(text):
     return [line for line in text.replace("\x1b[2K", "\n").splitlines() if "━" in line]
 
 
-def test_the_bar_tells_the_remaining_time_of_all_epochs():
+def test_bar_shows_the_remaining_time_of_all_epochs():
     clock = Clock(20 * 60)
     bars = bars_of(shown(True, [clock], clock=clock))
     left = [bar.split("━ ")[-1].split()[0] for bar in bars if "steps/s" in bar]
@@ -378,13 +383,13 @@ def test_the_bar_tells_the_remaining_time_of_all_epochs():
     ]
 
 
-def test_epochs_shorter_than_the_time_between_two_drawings_are_shown_too():
+def test_epochs_shorter_than_the_refresh_interval_are_shown():
     clock = Clock(0.03)
     bars = bars_of(shown(True, [clock], clock=clock))
     assert any(bar.startswith("epoch 2/2") and " 2/5  loss " in bar for bar in bars)
 
 
-def test_a_narrow_terminal_keeps_what_matters():
+def test_narrow_terminal_keeps_epoch_and_loss():
     ticks = iter(range(10_000))
     text = shown(True, [LossSmoothCallback()], clock=lambda: next(ticks), width=60)
     bars = bars_of(text)
@@ -392,7 +397,7 @@ def test_a_narrow_terminal_keeps_what_matters():
     assert all(len(line) <= 60 for line in bars)
 
 
-def test_long_epochs_without_a_terminal_say_that_they_are_alive():
+def test_long_epochs_print_lines_without_a_terminal():
     ticks = iter(range(0, 100_000, 20))
 
     class TwoTerms(ClassifierTrainer):
@@ -410,7 +415,7 @@ def test_long_epochs_without_a_terminal_say_that_they_are_alive():
     assert lines[-3].startswith(f"  step 5/5  loss {loss:.4g}  half[1] {loss / 2:.4g}  ")
 
 
-def test_the_bar_is_closed_after_an_error():
+def test_bar_is_closed_after_an_error():
     class Fails(Callback):
         def on_epoch_end(self, epoch):
             raise RuntimeError
@@ -420,7 +425,7 @@ def test_the_bar_is_closed_after_an_error():
     assert "0 epochs, 5 steps in " in text.splitlines()[-1]
 
 
-def test_an_error_in_a_callback_ends_the_others_in_order():
+def test_callback_error_still_ends_the_other_callbacks():
     class Fails(Callback):
         def on_epoch_end(self, epoch):
             raise RuntimeError("mine")
@@ -437,7 +442,7 @@ def test_an_error_in_a_callback_ends_the_others_in_order():
     assert [end.ended for end in ends] == [error.value] * 2
 
 
-def test_waiting_for_data_is_said():
+def test_summary_reports_time_spent_waiting_for_data():
     seconds = itertools.chain([0], itertools.repeat(100))
     slow = ConsoleLogCallback(Console(file=(out := io.StringIO())), clock=lambda: next(seconds))
     trainer = make_trainer()

@@ -1,4 +1,4 @@
-"""Keras' own callbacks do in `train` what they do in `fit`."""
+"""Keras callbacks behave in `train` as they do in `fit`."""
 
 import csv
 import logging
@@ -34,7 +34,7 @@ def _one_compiler():
 
 
 def run(callbacks, how, epochs=4, rate=0.1, optimizer=None, **arguments):
-    """Trains the same model on the same batches by `fit` or `train`; gives the model."""
+    """Trains the same model on the same batches with `fit` or `train`; returns the model."""
     keras.utils.set_random_seed(7)
     model = keras.Sequential([keras.Input((5,)), keras.layers.Dense(2)])
     optimizer = optimizer() if optimizer else keras.optimizers.SGD(rate)
@@ -64,8 +64,8 @@ def run(callbacks, how, epochs=4, rate=0.1, optimizer=None, **arguments):
     return model
 
 
-class VariableRecorder(keras.callbacks.Callback):
-    """Everything that it hears."""
+class Recorder(keras.callbacks.Callback):
+    """Records every event with its logs."""
 
     def __init__(self):
         super().__init__()
@@ -91,10 +91,10 @@ class VariableRecorder(keras.callbacks.Callback):
         pass
 
 
-def test_the_same_events_and_logs_as_in_fit():
+def test_events_and_logs_match_fit():
     heard = {}
     for how in ("fit", "train"):
-        recorder = VariableRecorder()
+        recorder = Recorder()
         run([recorder], how, epochs=2)
         heard[how] = recorder.heard
     names = [[(name, number) for name, number, _ in heard[how]] for how in ("fit", "train")]
@@ -128,7 +128,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_same_model_as_in_fit(case, tmp_path):
+def test_model_and_files_match_fit(case, tmp_path):
     def optimizer():
         return keras.optimizers.SGD(0.1, use_ema=case == "swap EMA", ema_momentum=0.5)
 
@@ -150,7 +150,7 @@ def test_the_same_model_as_in_fit(case, tmp_path):
             np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_the_same_history_as_in_fit():
+def test_history_matches_fit():
     histories = {how: keras.callbacks.History() for how in ("fit", "train")}
     for how, history in histories.items():
         run([history], how)
@@ -160,7 +160,7 @@ def test_the_same_history_as_in_fit():
         assert got[name] == pytest.approx(values, rel=1e-4), name
 
 
-def test_a_backup_is_restored_as_in_fit(tmp_path):
+def test_backup_is_restored_as_in_fit(tmp_path):
     models, epochs = {}, {}
     for how in ("fit", "train"):
         epochs[how] = []
@@ -181,11 +181,11 @@ def test_a_backup_is_restored_as_in_fit(tmp_path):
     weights = (models[how].get_weights() for how in ("train", "fit"))
     for got, expected in zip(*weights, strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-6)
-    assert not list(tmp_path.iterdir())  # it was needed no more
+    assert not list(tmp_path.iterdir())  # deleted after success
 
 
-def test_a_resumed_run_goes_on_with_what_keras_callbacks_know(tmp_path, caplog):
-    """Interrupted within an epoch, with every callback in the list, it ends as it would have."""
+def test_resumed_run_restores_the_state_of_keras_callbacks(tmp_path, caplog):
+    """A run interrupted within an epoch ends exactly like an uninterrupted one."""
 
     def callbacks(folder, fails=False):
         def end(step, logs):
@@ -216,7 +216,7 @@ def test_a_resumed_run_goes_on_with_what_keras_callbacks_know(tmp_path, caplog):
     assert not caplog.records
 
 
-def test_a_csv_log_has_the_rows_of_fit(tmp_path):
+def test_csv_log_has_the_same_rows_as_in_fit(tmp_path):
     rows = {}
     for how in ("fit", "train"):
         run([keras.callbacks.CSVLogger(tmp_path / how)], how)
@@ -229,29 +229,29 @@ def test_a_csv_log_has_the_rows_of_fit(tmp_path):
             assert float(got[name]) == pytest.approx(float(expected[name]), rel=1e-4)
 
 
-def test_a_csv_log_goes_on_with_a_resumed_run(tmp_path):
+def test_resumed_run_appends_to_the_csv_log(tmp_path):
     def log(name, *totals):
         for epochs in totals:
             given = [keras.callbacks.CSVLogger(tmp_path / name), Checkpoint(tmp_path / f"{name}.d")]
             run(given, "train", epochs, resume=tmp_path / f"{name}.d")
         return (tmp_path / name).read_text()
 
-    (tmp_path / "parts").write_text("of an earlier run")
-    assert log("parts", 2, 2, 3) == log("whole", 3)  # a finished run does nothing
+    (tmp_path / "parts").write_text("from an earlier run")
+    assert log("parts", 2, 2, 3) == log("whole", 3)  # resuming a finished run changes nothing
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
-def test_training_ends_at_a_loss_that_is_not_finite():
+def test_terminate_on_nan_ends_training_as_in_fit():
     batches = {}
     for how in ("fit", "train"):
-        recorder = VariableRecorder()
+        recorder = Recorder()
         run([recorder, keras.callbacks.TerminateOnNaN()], how, rate=float("nan"))
         batches[how] = [n for name, n, _ in recorder.heard if name == "on_train_batch_end"]
-    # The first loss is of the weights before the first update.
+    # The first loss is finite: it belongs to the weights before the first update.
     assert batches["train"] == batches["fit"] == [[0], [1]]
 
 
-def test_a_compiled_model_keeps_its_own_optimizer():
+def test_compiled_model_keeps_its_own_optimizer():
     model = keras.Sequential([keras.Input((5,)), keras.layers.Dense(2)])
     own = keras.optimizers.SGD()
     model.compile(own, CROSS_ENTROPY)
@@ -260,7 +260,7 @@ def test_a_compiled_model_keeps_its_own_optimizer():
     assert model.optimizer is own
 
 
-def test_keras_callbacks_that_need_no_step_do_not_ask_for_it(tmp_path):
+def test_epoch_level_keras_callbacks_do_not_limit_steps_per_execution(tmp_path):
     class Mine(keras.callbacks.ModelCheckpoint):
         def on_train_batch_end(self, batch, logs=None):
             pass
@@ -285,6 +285,6 @@ def test_keras_callbacks_that_need_no_step_do_not_ask_for_it(tmp_path):
     }
 
 
-def test_tensorboard_writes(tmp_path):
+def test_tensorboard_writes_event_files(tmp_path):
     run([keras.callbacks.TensorBoard(tmp_path)], "train", epochs=1)
     assert list(tmp_path.rglob("events*"))

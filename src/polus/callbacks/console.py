@@ -1,4 +1,4 @@
-"""Progress that can be watched: a bar in a terminal, plain lines elsewhere."""
+"""Training progress: a bar in a terminal, plain lines elsewhere."""
 
 import math
 import time
@@ -13,25 +13,24 @@ from rich.table import Column
 from polus.callbacks.base import Callback, Phase
 from polus.callbacks.smooth import LossSmoothCallback
 
-REFRESH_SECS = 0.2  # losses are read from the device only then
-LINE_SECS = 30.0  # where there is no terminal, a long epoch says that it is alive
+REFRESH_SECS = 0.2  # losses are read from the device only at a refresh
+LINE_SECS = 30.0  # without a terminal, a long epoch prints a line this often
 
 
 class ConsoleLogCallback(Callback):
-    """Shows the loss, its smoothed value, steps and examples per second, and the remaining time.
+    """Shows the loss, steps and examples per second, and the remaining time of the whole run.
 
-    The remaining time is that of all epochs; the smoothed loss is shown where a
-    `LossSmoothCallback` is among the callbacks. In a terminal there is a bar for the running epoch,
-    and a line stays for each that ended. Where there is no terminal, there are only the lines. At
-    the end a summary says how fast it was, and how much of the time went into waiting for data,
-    where it is worth knowing.
+    The smoothed loss is shown as well if a `LossSmoothCallback` is among the callbacks. A terminal
+    shows a bar for the current epoch and keeps one line per finished epoch; other outputs get only
+    the lines. A summary at the end reports the speed and, if it was noticeable, the time spent
+    waiting for data.
 
     Args:
-        console: where to write; standard output by default.
-        clock: tells the time in seconds.
+        console: The console to write to; standard output by default.
+        clock: Returns the current time in seconds.
     """
 
-    phase = Phase.REPORT  # the epoch's line has what the others found
+    phase = Phase.REPORT  # the epoch's line shows the results of the other callbacks
 
     def __init__(
         self, console: Console | None = None, clock: Callable[[], float] = time.perf_counter
@@ -44,7 +43,7 @@ class ConsoleLogCallback(Callback):
     def on_train_begin(self) -> None:
         self._out = self.console or Console(highlight=False, soft_wrap=True)
         self._began = self._epoch_began = self._shown = self.clock()
-        # When the first steps were done, how many they were, and their examples.
+        # The time at which the first block of steps ended, its steps and its examples.
         self._first: tuple[float, int, int] | None = None
         self._waited = self.coordinator.reader.waited_secs
         self._steps = self._examples = self._epochs = 0
@@ -56,14 +55,14 @@ class ConsoleLogCallback(Callback):
                 TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=20, table_column=Column(no_wrap=True)),
                 TextColumn("{task.fields[left]}", markup=False),
-                # Takes what is left of the line: a narrow terminal cuts it at its end.
+                # Takes the rest of the line, so a narrow terminal truncates only this column.
                 TextColumn(
                     "{task.fields[report]}",
                     markup=False,
                     table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"),
                 ),
                 console=self._out,
-                auto_refresh=False,  # no thread: the loop says when
+                auto_refresh=False,  # the loop refreshes it; no thread
                 transient=True,
                 expand=True,
             )
@@ -89,7 +88,7 @@ class ConsoleLogCallback(Callback):
         examples = sum(run.batch_sizes[-len(steps) :])
         self._steps += len(steps)
         self._examples += examples
-        if self._first is None:  # they wait for compilers, and say nothing of the speed
+        if self._first is None:  # compilation is part of it, so it is excluded from the rates
             np.asarray(losses)
             now = self.clock()
             self._first = (now, self._steps, self._examples)
@@ -138,18 +137,18 @@ class ConsoleLogCallback(Callback):
         waited = self.coordinator.reader.waited_secs - self._waited
         if waited >= max(1.0, 0.05 * seconds):
             share = waited / seconds
-            summary += f"; input-bound: {share:.0%} of the time went into waiting for data"
+            summary += f"; input-bound: {share:.0%} of the time was spent waiting for data"
         self._print(summary)
 
     def _print(self, line: str) -> None:
-        self._out.print(line, markup=False)  # a name may have brackets
+        self._out.print(line, markup=False)  # names may contain brackets
 
     def _title(self, epoch: int) -> str:
         epochs = self.coordinator.epochs
         return f"epoch {epoch + 1:{len(str(epochs))}}/{epochs}"
 
     def _left(self, now: float) -> str:
-        """The remaining time of all epochs; empty where nothing tells it yet."""
+        """Returns the remaining time of all epochs, or "" while it is unknown."""
         run = self.coordinator
         if run.steps is None or self._first is None or self._steps == self._first[1]:
             return ""
@@ -160,7 +159,7 @@ class ConsoleLogCallback(Callback):
         return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
     def _rates(self, now: float) -> str:
-        """Steps and examples per second since the first steps were done; empty before the next."""
+        """Returns steps and examples per second since the first block, or "" until the second."""
         if self._first is None or self._steps == self._first[1]:
             return ""
         began, *before = self._first

@@ -1,19 +1,19 @@
-"""The end of training when it no longer helps."""
+"""Early stopping."""
 
 import math
 from typing import Any
 
 from polus.callbacks.base import Callback
-from polus.callbacks.monitor import Monitor
+from polus.callbacks.monitor import Mode, Monitor
 
 
 class EarlyStop(Callback):
-    """Ends training when a monitored value has not improved for some epochs, or is not finite.
+    """Ends training when a monitored value stops improving or is not finite.
 
     Args:
-        monitor: a name of the logs: `"loss"`, `"val_macro_f1"`, ...
-        patience: how many epochs without improvement are waited for; at least 1.
-        min_delta: a change less than this is no improvement.
+        monitor: The name of the value in the logs: `"loss"`, `"val_macro_f1"`, ...
+        patience: The number of epochs without improvement after which training ends; at least 1.
+        min_delta: The smallest change that counts as an improvement.
         mode: `"min"`, `"max"` or `"auto"`; see `polus.callbacks.monitor.Monitor`.
     """
 
@@ -22,11 +22,11 @@ class EarlyStop(Callback):
         monitor: str = "loss",
         patience: int = 3,
         min_delta: float = 0.0,
-        mode: str = "auto",
+        mode: Mode = "auto",
     ) -> None:
         super().__init__()
         if patience < 1:
-            raise ValueError(f"patience is a number of epochs, at least 1, and got {patience!r}.")
+            raise ValueError(f"patience must be a positive number of epochs, got {patience!r}.")
         self.monitor = Monitor(monitor, mode, min_delta)
         self.patience = patience
         self.waited = 0
@@ -50,7 +50,8 @@ class EarlyStop(Callback):
                 )
 
     def _stop(self, reason: str) -> None:
-        self.logger.info("Training stops after epoch %d: %s.", self.coordinator.epoch + 1, reason)
+        epoch = self.coordinator.epoch + 1
+        self.logger.info("Training stops after epoch %d: %s.", epoch, reason)
         self.coordinator.trainer.early_stop = True
 
     def get_state(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Keras' own callbacks, as they work in `fit`."""
+"""Adapts Keras callbacks, so that they work as they do in `fit`."""
 
 import contextlib
 from collections.abc import Iterator
@@ -16,8 +16,8 @@ BATCH_EVENTS = (
     "on_train_batch_begin",
     "on_train_batch_end",
 )
-# What is no state of a callback. Keras turns the sign of min_delta when it chooses the direction,
-# in every process anew.
+# Attributes that are not part of a callback's state. Keras negates min_delta when it chooses the
+# direction, once in every process.
 NO_STATE = {*vars(keras.callbacks.Callback()), "min_delta"}
 COUNTERS = (
     keras.callbacks.BackupAndRestore,
@@ -28,23 +28,23 @@ MISSING = object()
 
 
 class KerasCallback(Callback):
-    """Delivers a run's events to a `keras.callbacks.Callback`.
+    """Delivers the events of a run to a `keras.callbacks.Callback`.
 
-    The model has the trainer's optimizer as `model.optimizer` while it trains, and `stop_training`
-    ends the run. Logs are those of `fit`: of a batch the running means over the epoch, of an epoch
-    these and the validations', as `<set>_<metric>`. Of a validation it hears the begin and the end,
-    not the batches; `model.evaluate` needs a compiled model, as anywhere. A resumed run gives it
-    back what changed of its attributes, such as `wait` and `best`.
+    During training `model.optimizer` is the trainer's optimizer, and `model.stop_training = True`
+    ends the run. The logs are those of `fit`: running means over the epoch for a batch, and these
+    plus the validation results (`<set>_<metric>`) for an epoch. The callback is told when a
+    validation begins and ends, but not about its batches; `model.evaluate` needs a compiled model,
+    as usual. A resumed run restores the attributes that changed, such as `wait` and `best`.
 
     Args:
-        callback: the Keras callback; it is kept as `callback`.
+        callback: The Keras callback, kept as `callback`.
     """
 
     def __init__(self, callback: keras.callbacks.Callback) -> None:
         super().__init__()
         self.callback = callback
         self._overrides = any(_overridden(callback, event) for event in BATCH_EVENTS)
-        # Keras' own that save or write only between epochs just count the steps.
+        # Keras' own callbacks that save or write once per epoch only count the steps.
         self._counts = type(callback) in COUNTERS and "epoch" in (
             getattr(callback, "save_freq", None),
             getattr(callback, "update_freq", None),
@@ -58,22 +58,22 @@ class KerasCallback(Callback):
         run = self.coordinator
         model = run.trainer.model
         self._sums, self._examples = {}, 0
-        if self is next(c for c in run.callbacks if isinstance(c, KerasCallback)):  # once for all
-            run.closing.enter_context(_as_in_fit(model, run.trainer.optimizer))
-        if getattr(self.callback, "mode", None) == "auto":  # which asks metrics of a compiled model
+        if self is next(c for c in run.callbacks if isinstance(c, KerasCallback)):  # once per run
+            run.closing.enter_context(_fit_attributes(model, run.trainer.optimizer))
+        if getattr(self.callback, "mode", None) == "auto":  # Keras asks the compiled metrics
             self.callback.mode = "min" if lower_is_better(self.callback.monitor) else "max"
         self.callback.set_params({"epochs": run.epochs, "steps": run.steps, "verbose": 1})
         self.callback.set_model(model)
         if run.resuming and isinstance(self.callback, keras.callbacks.CSVLogger):
-            self.callback.append = True  # else it empties the file
+            self.callback.append = True  # otherwise it empties the file
         self.callback.on_train_begin({})
-        # Where BackupAndRestore leaves the epoch that it restored.
+        # BackupAndRestore leaves the epoch to continue from here.
         run.epoch = model._initial_epoch or run.epoch
 
     def on_epoch_begin(self, epoch: int) -> None:
         self._sums, self._examples = {}, 0
         self.callback.on_epoch_begin(epoch, {})
-        self._look()
+        self._check_stop()
 
     def on_train_batch_begin(self, epoch: int, step: int) -> None:
         if self._overrides:
@@ -86,7 +86,7 @@ class KerasCallback(Callback):
             for step in steps:
                 if len(steps) > 1:
                     self.callback.on_train_batch_begin(step, {})
-                self.callback.on_train_batch_end(step, {})  # waits for no loss
+                self.callback.on_train_batch_end(step, {})  # no wait for the loss
             return
         run = self.coordinator
         sizes = run.batch_sizes[-len(steps) :]
@@ -100,16 +100,16 @@ class KerasCallback(Callback):
                 self._sums[name] = self._sums.get(name, 0.0) + float(values[i]) * sizes[i]
             means = {name: total / self._examples for name, total in self._sums.items()}
             self.callback.on_train_batch_end(step, {**means, **metrics})
-        self._look()
+        self._check_stop()
 
     def on_epoch_end(self, epoch: int) -> None:
         self.callback.on_epoch_end(epoch, dict(self.coordinator.logs))
-        self._look()
+        self._check_stop()
 
     def on_train_end(self) -> None:
         failed = self.coordinator.exception is not None
         if failed and isinstance(self.callback, keras.callbacks.BackupAndRestore):
-            return  # it would delete what the next run is to restore
+            return  # it would delete the backup that the next run restores
         self.callback.on_train_end(dict(self.coordinator.logs))
 
     def on_validation_begin(self) -> None:
@@ -126,7 +126,7 @@ class KerasCallback(Callback):
             scalar = isinstance(value, bool | int | float | str | None)
             if name in NO_STATE or (scalar and value == self._given.get(name, MISSING)):
                 continue
-            with contextlib.suppress(TypeError):  # files, functions: it makes them anew
+            with contextlib.suppress(TypeError):  # files, functions: the callback recreates them
                 flatten_state(value)
                 changed[name] = value
         return {"changed": changed, "sums": self._sums, "examples": self._examples}
@@ -135,18 +135,18 @@ class KerasCallback(Callback):
         vars(self.callback).update(state["changed"])
         self._sums, self._examples = state["sums"], state["examples"]
 
-    def _look(self) -> None:
+    def _check_stop(self) -> None:
         trainer = self.coordinator.trainer
         trainer.early_stop = trainer.early_stop or bool(trainer.model.stop_training)
 
 
 @contextlib.contextmanager
-def _as_in_fit(model: keras.Model, optimizer: keras.optimizers.Optimizer) -> Iterator[None]:
-    """Lends the model what callbacks look for there; a compiled one gets its own back."""
+def _fit_attributes(model: keras.Model, optimizer: keras.optimizers.Optimizer) -> Iterator[None]:
+    """Sets the model attributes that callbacks read, and restores the model's own afterwards."""
     lent = {"optimizer": optimizer, "stop_training": False, "_initial_epoch": None}
     before = {name: model.__dict__.get(name, MISSING) for name in lent}
     for name, value in lent.items():
-        object.__setattr__(model, name, value)  # not tracked as a part of the model
+        object.__setattr__(model, name, value)  # not tracked as part of the model
     try:
         yield
     finally:
@@ -158,8 +158,8 @@ def _as_in_fit(model: keras.Model, optimizer: keras.optimizers.Optimizer) -> Ite
 
 def _overridden(callback: keras.callbacks.Callback, event: str) -> bool:
     if isinstance(callback, keras.callbacks.LambdaCallback) and event in callback.__dict__:
-        # It sets each event it was given as an attribute, and a function of no use for the others.
-        name: str = callback.__dict__[event].__qualname__
+        # It stores a function for each event; a lambda of its own for those it was not given.
+        name: str = getattr(callback.__dict__[event], "__qualname__", "")
         return name != "LambdaCallback.__init__.<locals>.<lambda>"
     method = getattr(callback, event)
     return getattr(method, "__func__", method) is not getattr(keras.callbacks.Callback, event)

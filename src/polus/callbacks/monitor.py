@@ -1,65 +1,67 @@
-"""Whether a monitored value is better than the best one before."""
+"""Decides whether a monitored value improved."""
 
 import math
+from typing import Literal
 
 from polus.callbacks.base import CallbackCoordinator
+from polus.host import did_you_mean
 
-# A name with one of these parts is better when it is lower.
-LOWER = (
+Mode = Literal["auto", "min", "max"]
+
+# A value whose name contains one of these words is better when it is lower.
+LOWER_IS_BETTER = (
     *("loss", "error", "mse", "mae", "divergence", "perplexity"),
     *("entropy", "hinge", "poisson", "cosh"),
 )
 
 
 def lower_is_better(name: str) -> bool:
-    """Whether a value of this name is better when it is lower."""
-    return any(part in name.lower() for part in LOWER)
+    """Returns True if a value of this name is a loss or an error, judging by the name."""
+    return any(word in name.lower() for word in LOWER_IS_BETTER)
 
 
 class Monitor:
-    """Compares a value of the logs, epoch by epoch, with its best.
+    """Compares a value of the epoch's logs with the best one so far.
 
     Args:
-        name: as in the logs: `"loss"`, a term or metric, or `"<set>_<metric>"` of a validation set.
-        mode: `"min"`, `"max"`, or `"auto"`: what is called a loss or an error is to fall, anything
-            else to rise.
-        min_delta: a change less than this is no improvement.
+        name: The name in the logs: `"loss"`, a loss term, a metric, or `"<set>_<metric>"` for a
+            validation set.
+        mode: `"min"`, `"max"` or `"auto"`. `"auto"` minimizes values named like a loss or an error
+            and maximizes all others.
+        min_delta: The smallest change that counts as an improvement.
 
     Attributes:
-        best: the best value so far, None before the first.
+        best: The best value so far, None before the first one.
     """
 
-    def __init__(self, name: str, mode: str = "auto", min_delta: float = 0.0) -> None:
+    def __init__(self, name: str, mode: Mode = "auto", min_delta: float = 0.0) -> None:
         if mode not in ("auto", "min", "max"):
-            raise ValueError(f'mode is "min", "max" or "auto", and got {mode!r}.')
+            raise ValueError(f'mode must be "min", "max" or "auto", got {mode!r}.')
         if min_delta < 0:
-            raise ValueError(f"min_delta is at least 0, and got {min_delta!r}.")
+            raise ValueError(f"min_delta must be at least 0, got {min_delta!r}.")
         self.name = name
         self.sign = -1 if mode == "min" or (mode == "auto" and lower_is_better(name)) else 1
         self.min_delta = min_delta
         self.best: float | None = None
 
     def value(self, run: CallbackCoordinator) -> float:
-        """The present value.
+        """Returns the current value.
 
         Raises:
-            ValueError: if the logs have no such name.
+            ValueError: If the logs have no such name.
         """
         logs = run.logs
         if self.name not in logs:
-            import difflib
-
-            close = difflib.get_close_matches(self.name, logs, n=1)
-            hint = f"Did you mean {close[0]!r}? " if close else ""
-            names = ", ".join(sorted(logs))
+            hint = did_you_mean(self.name, logs)
             raise ValueError(
-                f"There is no {self.name!r} to monitor. {hint}There are {names}; a "
-                "ValidationDataCallback adds those of its set, <name>_<metric>."
+                f"The logs have no value named {self.name!r} to monitor. {hint + ' ' * bool(hint)}"
+                f"They have {', '.join(sorted(logs))}. A ValidationDataCallback adds the metrics "
+                "of its set as <name>_<metric>."
             )
         return float(logs[self.name])
 
     def improved(self, value: float) -> bool:
-        """Whether `value` is better than the best, which it then becomes."""
+        """Returns True and keeps `value` as the best one if it is better; NaN never is."""
         if math.isnan(value):
             return False
         better = self.best is None or self.sign * (value - self.best) > self.min_delta

@@ -1,49 +1,49 @@
-"""The model on disk: the best one, each epoch's, or the last."""
+"""Saves the model to disk: the best one, one per epoch, or the last one."""
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from polus.callbacks.base import Callback, Phase
-from polus.callbacks.monitor import Monitor
+from polus.callbacks.monitor import Mode, Monitor
 from polus.files import atomic_write
+
+Strategy = Literal["best", "every", "end"]
 
 
 class SaveModelCallback(Callback):
-    """Saves the model in Keras' format; a file is whole or absent, whatever happens.
+    """Saves the model in Keras' format. A file is written completely or not at all.
 
     Args:
-        strategy: `"best"` saves whenever the monitored value improved, `"every"` after each epoch,
-            `"end"` when training ended without an error.
-        path: the file, ending in `.keras` or `.weights.h5`. It may hold `{epoch}` (from 1), and has
-            to with `"every"`, lest each epoch overwrite the last one.
-        monitor: a name of the logs, for `"best"`: `"loss"`, `"val_macro_f1"`, ...
+        strategy: `"best"` saves whenever the monitored value improves, `"every"` after each epoch,
+            `"end"` when training ends without an error.
+        path: The file, ending in `.keras` or `.weights.h5`. It may contain `{epoch}` (counted from
+            1), and must with `"every"`, since each epoch would overwrite the previous one's file.
+        monitor: The name of a value in the logs, for `"best"`: `"loss"`, `"val_macro_f1"`, ...
         mode: `"min"`, `"max"` or `"auto"`; see `polus.callbacks.monitor.Monitor`.
-        min_delta: a change less than this is no improvement.
+        min_delta: The smallest change that counts as an improvement.
     """
 
-    phase = (
-        Phase.SAVE
-    )  # of an epoch's end others come first: Keras callbacks may change the weights
+    phase = Phase.SAVE  # the others first: a Keras callback may change the weights
 
     def __init__(
         self,
-        strategy: str = "best",
+        strategy: Strategy = "best",
         path: str | os.PathLike[str] = "model.keras",
         monitor: str = "val_loss",
-        mode: str = "auto",
+        mode: Mode = "auto",
         min_delta: float = 0.0,
     ) -> None:
         super().__init__()
         self.path = os.fspath(path)
-        if strategy not in ("best", "every", "end"):
-            raise ValueError(f'strategy is "best", "every" or "end", and got {strategy!r}.')
+        if strategy not in get_args(Strategy):
+            raise ValueError(f'strategy must be "best", "every" or "end", got {strategy!r}.')
         if not self.path.endswith((".keras", ".weights.h5")):
-            raise ValueError(f"path ends in .keras or .weights.h5, and got {self.path!r}.")
+            raise ValueError(f"path must end in .keras or .weights.h5, got {self.path!r}.")
         if strategy == "every" and "{epoch" not in self.path:
             raise ValueError(
-                f'With "every", path needs the epoch\'s number: "model-{{epoch:03d}}.keras", and '
-                f"got {self.path!r}."
+                'With strategy="every", path must contain the epoch number, such as '
+                f'"model-{{epoch:03d}}.keras", got {self.path!r}.'
             )
         self.strategy = strategy
         self.monitor = Monitor(monitor, mode, min_delta)
@@ -56,7 +56,7 @@ class SaveModelCallback(Callback):
             value = self.monitor.value(self.coordinator)
             if self.monitor.improved(value):
                 path = self._save(epoch)
-                self.logger.debug("%s is %.4g: saved %s", self.monitor.name, value, path)
+                self.logger.debug("%s improved to %.4g: saved %s", self.monitor.name, value, path)
         elif self.strategy == "every":
             self._save(epoch)
 

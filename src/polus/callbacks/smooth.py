@@ -1,4 +1,4 @@
-"""A loss that can be read: each step's, smoothed."""
+"""The smoothed training loss."""
 
 from typing import Any
 
@@ -6,26 +6,26 @@ import numpy as np
 
 from polus.callbacks.base import Callback, Phase
 
-MAX_UNREAD = 4096  # blocks of losses left on the device; then the older half is read
+MAX_UNREAD = 4096  # blocks of losses kept on the device; beyond that the older half is read
 
 
 class LossSmoothCallback(Callback):
-    """Keeps an exponential moving average of every step's loss, corrected for its start.
+    """Keeps a bias-corrected exponential moving average of the loss of every step.
 
     After step t it is `sum(beta**(t - i) * loss_i) / sum(beta**(t - i))`: Adam's bias correction
-    (Kingma and Ba 2015, arXiv:1412.6980, section 3). It is read as `smooth_loss`, and stands in
-    `shared_dict["smooth_loss"]` from the first epoch's end on. A loss that is not finite counts.
+    (Kingma and Ba 2015, arXiv:1412.6980, section 3). Read it as `smooth_loss`, or at the end of
+    each epoch from `shared_dict["smooth_loss"]`. Losses that are not finite are included.
 
     Args:
-        beta: what remains of the old value at each step, 0 to below 1.
+        beta: The decay rate, at least 0 and less than 1.
     """
 
-    phase = Phase.MEASURE  # read by others at the end of an epoch
+    phase = Phase.MEASURE  # other callbacks read it when an epoch ends
 
     def __init__(self, beta: float = 0.97) -> None:
         super().__init__()
         if not 0 <= beta < 1:
-            raise ValueError(f"beta is at least 0 and less than 1, and got {beta!r}.")
+            raise ValueError(f"beta must be at least 0 and less than 1, got {beta!r}.")
         self.beta = beta
         self._sum = 0.0
         self._weight = 0.0
@@ -45,19 +45,19 @@ class LossSmoothCallback(Callback):
 
     @property
     def smooth_loss(self) -> float:
-        """The smoothed loss after the last step; NaN before the first. Waits for the device."""
+        """The smoothed loss after the last step, NaN before the first. Waits for the device."""
         self._read(len(self._unread))
         return self._sum / self._weight if self._weight else float("nan")
 
     def _read(self, count: int) -> None:
-        """Adds the oldest `count` blocks of losses."""
+        """Adds the oldest `count` blocks of losses to the average."""
         blocks, self._unread = self._unread[:count], self._unread[count:]
         if blocks:
             losses = np.concatenate([np.asarray(block, np.float64) for block in blocks])
             powers = self.beta ** np.arange(len(losses) - 1, -1, -1.0)
-            rest = self.beta ** len(losses)
-            self._sum = rest * self._sum + float(powers @ losses)
-            self._weight = rest * self._weight + float(powers.sum())
+            decay = self.beta ** len(losses)
+            self._sum = decay * self._sum + float(powers @ losses)
+            self._weight = decay * self._weight + float(powers.sum())
 
     def get_state(self) -> dict[str, Any]:
         _ = self.smooth_loss

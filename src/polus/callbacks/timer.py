@@ -1,4 +1,4 @@
-"""How long epochs and steps take."""
+"""Epoch and step times."""
 
 import time
 from collections.abc import Callable
@@ -7,16 +7,16 @@ from polus.callbacks.base import Callback, Phase
 
 
 class TimerCallback(Callback):
-    """Measures each epoch: `shared_dict["timer"]` is a list of dicts, one for each epoch.
+    """Measures the time of each epoch: `shared_dict["timer"]` is a list with one dict per epoch.
 
-    `seconds` is the wall time of the epoch, what other callbacks do included; `seconds_per_step`
-    the same by its number of steps; `waited_seconds` is how long of it the loop waited for data.
+    `seconds` is the wall-clock time of the epoch, other callbacks included; `seconds_per_step` is
+    that time divided by the number of steps; `waited_seconds` is how long the loop waited for data.
 
     Args:
-        clock: tells the time in seconds.
+        clock: Returns the current time in seconds.
     """
 
-    phase = Phase.REPORT  # the epoch is over when the others are done with it
+    phase = Phase.REPORT  # the epoch ends when the other callbacks have finished
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         super().__init__()

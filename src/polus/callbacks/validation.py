@@ -1,4 +1,4 @@
-"""Validation while training: the trainer's metrics over other data."""
+"""Validation during training."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,22 +7,23 @@ from polus.callbacks.base import Callback, CallbackCoordinator, Phase
 
 
 class ValidationDataCallback(Callback):
-    """Evaluates on a data set after every epoch, or every n steps within one.
+    """Evaluates the trainer on a dataset after every epoch, or every n steps within an epoch.
 
-    Results go to `history`, to `shared_dict["validation"][name][metric]` (a list, one value for
-    each validation), and count as the epoch's logs under `<name>_<metric>`, e.g. `val_macro_f1`.
-    Several sets are several callbacks with a name each. Training is not disturbed, its metrics
-    neither.
+    The results go to `history`, to `shared_dict["validation"][name][metric]` (a list with one value
+    per validation) and, as `<name>_<metric>`, to the epoch's logs: for example `val_macro_f1`. Use
+    one callback per validation set, each with its own name. The training metrics and random
+    generators are left as they were.
 
     Args:
-        dataset: as for `train`.
-        name: of the set.
-        every_steps: after each n-th step of an epoch; None for after every epoch.
-        custom_data_transform_f: a Python function applied to each batch.
-        steps: how many batches at most.
+        dataset: The validation data, as for `train`.
+        name: The name of the validation set.
+        every_steps: Validates after every n-th step of an epoch, and after its last step; None
+            validates after every epoch.
+        custom_data_transform_f: A Python function applied to each batch.
+        steps: The maximum number of batches.
     """
 
-    phase = Phase.MEASURE  # its results are there when others hear of the epoch's end
+    phase = Phase.MEASURE  # the others find the results in the epoch's logs
 
     def __init__(
         self,
@@ -44,7 +45,7 @@ class ValidationDataCallback(Callback):
         names = coordinator.shared_dict["validation"]
         if self.name in names:
             raise ValueError(
-                f"Two validation sets are named {self.name!r}. Give each a name of its own: "
+                f"Two validation sets are named {self.name!r}. Give each one its own name: "
                 "ValidationDataCallback(dataset, name=...)."
             )
         names[self.name] = {metric.name: [] for metric in coordinator.trainer.metrics}
@@ -54,7 +55,7 @@ class ValidationDataCallback(Callback):
             self._validate()
 
     def on_epoch_end(self, epoch: int) -> None:
-        # Not a second time for the same model.
+        # Skipped if the last step was just validated: the model has not changed since.
         if not self.every_steps or self.coordinator.step % self.every_steps:
             self._validate()
 
@@ -67,7 +68,8 @@ class ValidationDataCallback(Callback):
             callback.on_validation_end(results)
         if not results:
             raise ValueError(
-                f"There is nothing to validate on {self.name!r}: the trainer has no metrics and no "
-                "evaluation_loss. Give it metrics=[...], or leave this callback out."
+                f"Validation on {self.name!r} has nothing to compute: the trainer has no metrics "
+                "and no evaluation_loss. Pass metrics=[...] to the trainer, or remove this "
+                "callback."
             )
         run.add_validation(self.name, results)
