@@ -18,7 +18,8 @@ from polus.callbacks import Callback
 from polus.data import DataReader, as_adapter, from_arrays
 from polus.signals import Signals
 from polus.state import random_state
-from polus.steps.compiled import CompiledStep, choose
+from polus.steps.autotune import Autotuner, Limits, Timing, Tuning
+from polus.steps.compiled import CompiledStep
 from polus.training import ClassifierTrainer
 
 X = np.random.default_rng(0).normal(size=(80, 6)).astype("float32")
@@ -162,26 +163,39 @@ def test_no_interruption_is_lost():
 # ---------------------------------------------------------------------- how it is chosen
 
 
-def measured_on(trainer, dispatch, **kwargs):
-    """Chooses for ten batches of a list."""
-    data = DataReader(as_adapter(BATCHES)).epoch(0)
-    inputs = data.example
-    trainer._build(inputs)
-    arguments = {"jit_mode": "auto", "longest": 64, **kwargs}
-    choose(dispatch, data, lambda: trainer._survey(inputs), **arguments)
-    return data
+class Clock:
+    """Two compilers: the seconds that a call takes in each configuration, and what was asked."""
+
+    def __init__(self, secs, **limits):
+        self.secs = {Tuning(*key): value for key, value in secs.items()}
+        self.asked = []
+        self.tuner = Autotuner()
+        self.limits = {"modes": (False, True), "max_steps": 64, "max_batches": 10_000, **limits}
+
+    def tune(self, **limits):
+        return self.tuner(Limits(**{**self.limits, **limits}), self.time, contextlib.nullcontext)
+
+    def time(self, tuning):
+        self.asked.append(tuning)
+        if isinstance(result := self.secs[tuning], Exception):
+            raise result
+        return Timing(result, compile_secs=1.0)
 
 
-def test_measuring_leaves_no_trace():
+def executor_of(trainer):
+    return trainer._engine.executor
+
+
+def test_timing_leaves_no_trace():
     layers = keras.layers.BatchNormalization(), keras.layers.Dropout(0.5)
     trainer = make_trainer(ClassifierTrainer, *layers)
-    trainer._example = DataReader(as_adapter(BATCHES)).epoch(0).example
-    variables = trainer.state_variables()
+    data = DataReader(as_adapter(BATCHES)).epoch(0)
+    executor = executor_of(trainer)
+    executor.example = data.example
+    variables = executor.state_variables()
     before = [np.array(variable) for variable in variables]
     generators = random_state()
-    dispatch = CompiledStep(trainer._step, None)
-    data = measured_on(trainer, dispatch)
-    assert dispatch.measured
+    executor.tuned(data, max_steps=64, steps_per_execution=None)
     for variable, value in zip(variables, before, strict=True):
         np.testing.assert_array_equal(np.array(variable), value, err_msg=variable.path)
     assert str(random_state()) == str(generators)
@@ -189,89 +203,68 @@ def test_measuring_leaves_no_trace():
         assert sum(block.count for block in blocks) == len(BATCHES)
 
 
-@pytest.fixture
-def clock(monkeypatch):
-    """Two compilers: (jit_compile, steps) -> the seconds that a call takes, and what was asked."""
-    taken, asked = {}, []
+def test_short_runs_time_less_and_longer_runs_the_rest():
+    clock = Clock({(False, 1): 5e-3, (True, 1): 4e-3, (False, 20): 20e-3, (True, 25): 10e-3})
+    # Half a second of steps, while compiling takes a second.
+    assert clock.tune(total_steps=100) == clock.tune(total_steps=100) == (False, 1)
+    assert clock.asked == [(False, 1)]
+    assert clock.tune() == clock.tune() == (True, 25)
+    assert sorted(clock.asked) == sorted(clock.secs)
 
-    def seconds(dispatch, block):
-        key = dispatch.jit_compile, block.count
-        asked.append(key)
-        dispatch.compile_secs = 1.0
-        if isinstance(result := taken[key], Exception):
-            raise result
-        return result
 
-    monkeypatch.setattr(polus.steps.compiled, "_seconds", seconds)
+def test_runs_that_allow_longer_calls_are_timed_again():
+    singles, pairs = {(False, 1): 5e-3, (True, 1): 4e-3}, {(False, 2): 8e-3, (True, 2): 6e-3}
+    clock = Clock(singles | pairs | {(False, 20): 20e-3, (True, 25): 10e-3})
+    for max_steps in (2, 3):
+        assert clock.tune(max_steps=max_steps) == (True, 2)
+        assert clock.asked == [*singles, *pairs]
+    for _ in range(2):
+        assert clock.tune() == (True, 25)
+        assert clock.asked == list(clock.secs)
+    # Batches of which 25 do not fit into one call: the timings of fewer tell enough.
+    assert clock.tune(max_batches=2) == (True, 2)
+    assert clock.asked == list(clock.secs)
+
+
+def test_batches_of_many_lengths_are_timed_once(monkeypatch):
+    secs = {(False, 1): 5e-3, (True, 1): 6e-3, (False, 20): 20e-3, (True, 16): 20e-3}
+    asked = []
+
+    def time(step, block):
+        asked.append((step.jit_compile, block.count))
+        return Timing(secs[asked[-1]], 1.0)
+
+    monkeypatch.setattr(CompiledStep, "time", time)
     monkeypatch.setattr(backend, "candidates", lambda: (False, True))
     monkeypatch.setattr(backend, "LONG_RUN_SECS", {})
-    return taken, asked
-
-
-def test_of_a_short_run_less_is_measured_and_of_a_longer_one_the_rest(clock):
-    taken, asked = clock
-    taken.update({(False, 1): 5e-3, (True, 1): 4e-3, (False, 20): 20e-3, (True, 25): 10e-3})
-    trainer, dispatch = make_trainer(), CompiledStep(None, None)
-    measured_on(trainer, dispatch, steps=100)  # half a second, and to compile takes one
-    measured_on(trainer, dispatch, steps=100)
-    assert asked == [(False, 1)]
-    assert (dispatch.jit_compile, dispatch.capacity) == (False, 1)
-    measured_on(trainer, dispatch, steps=math.inf)
-    measured_on(trainer, dispatch, steps=math.inf)
-    assert sorted(asked) == sorted(taken)
-    assert (dispatch.jit_compile, dispatch.capacity) == (True, 25)
-
-
-def test_a_run_that_allows_longer_calls_is_measured_for_them(clock, monkeypatch):
-    taken, asked = clock
-    singles, pairs = {(False, 1): 5e-3, (True, 1): 4e-3}, {(False, 2): 8e-3, (True, 2): 6e-3}
-    taken |= singles | pairs | {(False, 20): 20e-3, (True, 25): 10e-3}
-    trainer, dispatch = make_trainer(), CompiledStep(None, None)
-    for longest in (2, 3):
-        measured_on(trainer, dispatch, longest=longest)
-        assert asked == [*singles, *pairs]
-        assert (dispatch.jit_compile, dispatch.capacity) == (True, 2)
-    for _ in range(2):
-        measured_on(trainer, dispatch)
-        assert asked == list(taken)
-        assert (dispatch.jit_compile, dispatch.capacity) == (True, 25)
-    # Batches of which 25 are too many for one call: what was measured of fewer tells enough.
-    monkeypatch.setattr(polus.steps.compiled, "MAX_BYTES", 2 * 8 * (8 * 6 + 8))
-    measured_on(trainer, dispatch)
-    assert asked == list(taken)
-    assert (dispatch.jit_compile, dispatch.capacity) == (True, 2)
-
-
-def test_batches_of_many_lengths_are_measured_once(clock):
-    clock[0].update({(False, 1): 5e-3, (True, 1): 6e-3, (False, 20): 20e-3, (True, 16): 20e-3})
     epochs = iter([[8, 4, 2], [4, 8, 2], [2, 4, 8]])
     trainer = make_trainer()
     trainer.train(lambda: ((X[:n], Y[:n]) for n in next(epochs)), 3)
-    assert sorted(clock[1]) == sorted(clock[0])
+    assert sorted(asked) == sorted(secs)
 
 
 @pytest.mark.parametrize(
-    ("taken", "asked", "chosen"),
+    ("secs", "asked", "chosen"),
     [
-        # Both step by step, then both in a loop, and the fastest of the four is kept.
+        # Both step by step, then both in a loop, and the fastest of the four wins.
         (
             {(False, 1): 5e-3, (True, 1): 4e-3, (False, 20): 40e-3, (True, 25): 25e-3},
             [(False, 1), (True, 1), (False, 20), (True, 25)],
             (True, 25),
         ),
-        # A loop that is slower than single steps is not taken.
+        # A loop that is slower than single steps loses.
         (
             {(False, 1): 5e-3, (True, 1): 6e-3, (False, 20): 400e-3, (True, 16): 400e-3},
             [(False, 1), (True, 1), (False, 20), (True, 16)],
             (False, 1),
         ),
-        # Of a compiler that is three times slower step by step no loop is tried.
+        # A compiler that is three times slower step by step gets no loop.
         (
             {(False, 1): 5e-3, (True, 1): 16e-3, (False, 20): 80e-3},
             [(False, 1), (True, 1), (False, 20)],
             (False, 20),
         ),
-        # Of long steps a few at a time are tried; of very long ones none.
+        # A few long steps per call are tried; very long ones are not.
         (
             {(False, 1): 50e-3, (True, 1): 60e-3, (False, 4): 160e-3, (True, 4): 170e-3},
             [(False, 1), (True, 1), (False, 4), (True, 4)],
@@ -291,27 +284,23 @@ def test_batches_of_many_lengths_are_measured_once(clock):
         ),
     ],
 )
-def test_the_fastest_way_is_taken_and_nothing_tried_that_cannot_win(clock, taken, asked, chosen):
-    clock[0].update(taken)
-    dispatch = CompiledStep(None, None)
-    measured_on(make_trainer(), dispatch)
-    assert clock[1] == asked
-    assert (dispatch.jit_compile, dispatch.capacity) == chosen
-    assert dispatch.settled
+def test_the_fastest_configuration_wins_and_hopeless_ones_are_skipped(secs, asked, chosen):
+    clock = Clock(secs)
+    assert clock.tune() == chosen
+    assert clock.asked == asked
+    assert clock.tuner.tuned
 
 
-def test_a_slow_compiler_is_tried_in_a_long_run_only(clock, monkeypatch):
-    monkeypatch.setattr(backend, "LONG_RUN_SECS", {True: 300.0})
-    taken, asked = clock
-    taken.update({(False, 1): 5e-3, (True, 1): 4e-3, (False, 20): 20e-3, (True, 25): 10e-3})
-    trainer, dispatch = make_trainer(), CompiledStep(None, None)
-    for steps in (10_000, math.inf):  # 50 seconds; nobody knows
-        measured_on(trainer, dispatch, steps=steps)
-        assert asked == [(False, 1), (False, 20)]
-        assert not dispatch.settled
-    measured_on(trainer, dispatch, steps=1_000_000)
-    assert asked == [(False, 1), (False, 20), (True, 1), (True, 25)]
-    assert dispatch.settled
+def test_a_slow_compiler_is_tried_in_long_runs_only():
+    secs = {(False, 1): 5e-3, (True, 1): 4e-3, (False, 20): 20e-3, (True, 25): 10e-3}
+    clock = Clock(secs, long_run_secs={True: 300.0})
+    for total_steps in (10_000, math.inf):  # 50 seconds; unknown
+        clock.tune(total_steps=total_steps)
+        assert clock.asked == [(False, 1), (False, 20)]
+        assert not clock.tuner.tuned
+    clock.tune(total_steps=1_000_000)
+    assert clock.asked == [(False, 1), (False, 20), (True, 1), (True, 25)]
+    assert clock.tuner.tuned
 
 
 @pytest.mark.skipif(
@@ -336,7 +325,7 @@ def test_torch_compiles_a_step_as_one_program_that_computes_what_the_eager_one_d
     assert not breaks
 
 
-def test_an_error_of_the_step_is_no_compilers_fault(caplog):
+def test_an_error_in_the_step_is_not_blamed_on_a_compiler(caplog):
     class Broken(ClassifierTrainer):
         def forward_with_grads(self, x, y):
             raise KeyError("mine")
@@ -346,22 +335,22 @@ def test_an_error_of_the_step_is_no_compilers_fault(caplog):
     assert not [r for r in caplog.records if "compile" in r.getMessage()]
 
 
-def test_what_was_measured_is_logged(clock, caplog):
-    clock[0].update({(False, 1): 5e-3, (True, 1): 4e-3, (False, 20): 20e-3, (True, 25): 10e-3})
+def test_timings_are_logged(caplog):
+    clock = Clock({(False, 1): 2.5, (True, 1): 4e-3, (False, 20): 20e-3, (True, 25): 10e-3})
     with caplog.at_level(logging.INFO, "polus"):
-        measured_on(make_trainer(), CompiledStep(None, None))
-    (said,) = [r.getMessage() for r in caplog.records if "Measured" in r.getMessage()]
+        clock.tune()
+    (said,) = [r.getMessage() for r in caplog.records if "Timed" in r.getMessage()]
+    assert said.startswith("Timed 3 ways to run a step in 3.0 s; fastest: ")
     assert said.endswith(
-        "fastest first: jit_compile=True, 25 at a time: 2,500 steps/s; "
-        "jit_compile=False, 20 at a time: 1,000 steps/s; "
-        "jit_compile=True, 1 at a time: 250 steps/s; jit_compile=False, 1 at a time: 200 steps/s"
+        "compiled, 25 steps per call (2,500 steps/s); then compiled, 1 step per call "
+        "(250 steps/s); then no XLA, 1 step per call (2.5 s/step)."
     )
 
 
 @pytest.mark.skipif(
     keras.config.backend() != "tensorflow", reason="only TensorFlow has steps that XLA refuses"
 )
-def test_a_step_that_xla_refuses_runs_without(caplog):
+def test_a_step_that_xla_refuses_runs_without_xla(caplog):
     class Host(ClassifierTrainer):
         def forward_without_grads(self, x, y):
             import tensorflow as tf
@@ -370,9 +359,10 @@ def test_a_step_that_xla_refuses_runs_without(caplog):
             return x, y
 
     trainer = make_trainer(Host)
-    dispatch = CompiledStep(trainer._step, None)
+    data = DataReader(as_adapter(BATCHES)).epoch(0)
+    executor = executor_of(trainer)
+    executor.prepare(data.example)
     with caplog.at_level(logging.WARNING, "polus"):
-        measured_on(trainer, dispatch)
-    assert dispatch.jit_compile is False
-    (said,) = [r.getMessage() for r in caplog.records if "can't compile" in r.getMessage()]
-    assert "\n" not in said
+        step = executor.tuned(data, max_steps=64, steps_per_execution=None)
+    assert step.jit_compile is False
+    assert "can't compile this step" in caplog.text

@@ -1,7 +1,8 @@
 """Callbacks: what runs between the steps. Keras' own callbacks work as they are."""
 
-from polus.callbacks.base import Callback, CallbackCoordinator, ICallback, Phase
+from polus.callbacks.base import Callback, ICallback, Phase
 from polus.callbacks.console import ConsoleLogCallback
+from polus.callbacks.coordinator import CallbackCoordinator
 from polus.callbacks.early_stop import EarlyStop
 from polus.callbacks.save_model import SaveModelCallback
 from polus.callbacks.smooth import LossSmoothCallback

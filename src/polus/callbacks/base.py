@@ -1,5 +1,6 @@
 """The interface of callbacks, and what a callback sees of its run."""
 
+import contextlib
 import enum
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -72,6 +73,10 @@ class RunView(Protocol):
     @property
     def signals(self) -> Signals: ...
     @property
+    def closing(self) -> contextlib.ExitStack: ...
+    @property
+    def metrics(self) -> Sequence[IMetric]: ...
+    @property
     def step(self) -> int: ...
     @property
     def epochs(self) -> int: ...
@@ -112,6 +117,8 @@ class Coordinator(Protocol):
     @property
     def callbacks(self) -> Sequence["ICallback"]: ...
     def has_callback(self, cls: type) -> bool: ...
+    def on_validation_begin(self) -> None: ...
+    def on_validation_end(self, results: dict[str, Any]) -> None: ...
 
 
 class ICallback:
@@ -208,16 +215,11 @@ class Callback(ICallback, BaseLogger):
     """A callback to extend.
 
     Attributes:
-        coordinator: The coordinator of its run: `has_callback(cls)`, `shared_dict`.
-        run: Its run: where it stands, what it recorded, and how to stop it.
+        coordinator: The coordinator of its run: `has_callback(cls)`, `shared_dict`, and
+            `run`: where the run stands, what it recorded, and how to stop it.
     """
 
     coordinator: Coordinator
-
-    @property
-    def run(self) -> RunView:
-        """The run that this callback belongs to."""
-        return self.coordinator.run
 
     def add_coordinator(self, coordinator: Coordinator) -> None:
         self.coordinator = coordinator

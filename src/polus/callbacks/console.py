@@ -45,7 +45,7 @@ class ConsoleLogCallback(Callback):
         self._began = self._epoch_began = self._shown = self.clock()
         # The time at which the first block of steps ended, its steps and its examples.
         self._first: tuple[float, int, int] | None = None
-        self._waited = self.coordinator.reader.waited_secs
+        self._waited = self.coordinator.run.reader.waited_secs
         self._steps = self._examples = self._epochs = 0
         self._smooth = next(
             (c for c in self.coordinator.callbacks if isinstance(c, LossSmoothCallback)), None
@@ -77,13 +77,13 @@ class ConsoleLogCallback(Callback):
             self._progress.update(
                 self._task,
                 description=self._title(epoch),
-                total=self.coordinator.steps,
-                completed=self.coordinator.step,
+                total=self.coordinator.run.steps,
+                completed=self.coordinator.run.step,
                 refresh=True,
             )
 
     def on_steps_end(self, epoch: int, steps: range, losses: Any) -> None:
-        run = self.coordinator
+        run = self.coordinator.run
         now = self.clock()
         examples = sum(run.batch_sizes[-len(steps) :])
         self._steps += len(steps)
@@ -115,7 +115,7 @@ class ConsoleLogCallback(Callback):
         )
 
     def on_epoch_end(self, epoch: int) -> None:
-        run = self.coordinator
+        run = self.coordinator.run
         self._epochs += 1
         seconds = self.clock() - self._epoch_began
         values = "  ".join(f"{name} {_short(value)}" for name, value in run.logs.items())
@@ -134,7 +134,7 @@ class ConsoleLogCallback(Callback):
         summary = f"{epochs} in {seconds:.1f} s: {first:.1f} s to the first"
         if rates := self._rates(now):
             summary += f", then {rates}"
-        waited = self.coordinator.reader.waited_secs - self._waited
+        waited = self.coordinator.run.reader.waited_secs - self._waited
         if waited >= max(1.0, 0.05 * seconds):
             share = waited / seconds
             summary += f"; input-bound: {share:.0%} of the time was spent waiting for data"
@@ -144,12 +144,12 @@ class ConsoleLogCallback(Callback):
         self._out.print(line, markup=False)  # names may contain brackets
 
     def _title(self, epoch: int) -> str:
-        epochs = self.coordinator.epochs
+        epochs = self.coordinator.run.epochs
         return f"epoch {epoch + 1:{len(str(epochs))}}/{epochs}"
 
     def _left(self, now: float) -> str:
         """Returns the remaining time of all epochs, or "" while it is unknown."""
-        run = self.coordinator
+        run = self.coordinator.run
         if run.steps is None or self._first is None or self._steps == self._first[1]:
             return ""
         secs_per_step = (now - self._first[0]) / (self._steps - self._first[1])

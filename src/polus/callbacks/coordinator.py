@@ -59,7 +59,7 @@ class CallbackCoordinator(BaseLogger):
         )
 
     def steps_until_callback(self, step: int) -> int | None:
-        """Returns how many steps may run from `step` on before a callback has to; None for no limit.
+        """Returns how many steps may run from `step` on before a callback must; None for no limit.
 
         Raises:
             ValueError: If a callback's `every_steps` is neither None nor a positive integer.
@@ -139,7 +139,9 @@ class CallbackCoordinator(BaseLogger):
                     self.run.exception = first = exception
                 else:
                     self.logger.error(
-                        "%s.on_train_end failed as well", type(callback).__name__, exc_info=exception
+                        "%s.on_train_end failed as well",
+                        type(callback).__name__,
+                        exc_info=exception,
                     )
         return first
 

@@ -36,7 +36,7 @@ class EarlyStop(Callback):
         self.monitor.best = None
 
     def on_epoch_end(self, epoch: int) -> None:
-        value = self.monitor.value(self.coordinator)
+        value = self.monitor.value(self.coordinator.run)
         name = self.monitor.name
         if not math.isfinite(value):
             self._stop(f"{name} is {value}")
@@ -50,9 +50,9 @@ class EarlyStop(Callback):
                 )
 
     def _stop(self, reason: str) -> None:
-        epoch = self.coordinator.epoch + 1
+        epoch = self.coordinator.run.epoch + 1
         self.logger.info("Training stops after epoch %d: %s.", epoch, reason)
-        self.coordinator.trainer.early_stop = True
+        self.coordinator.run.stop(reason)
 
     def get_state(self) -> dict[str, Any]:
         return {"waited": self.waited, "best": self.monitor.best}

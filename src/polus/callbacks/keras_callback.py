@@ -55,10 +55,12 @@ class KerasCallback(Callback):
         self._examples = 0
 
     def on_train_begin(self) -> None:
-        run = self.coordinator
+        run = self.coordinator.run
         model = run.trainer.model
         self._sums, self._examples = {}, 0
-        if self is next(c for c in run.callbacks if isinstance(c, KerasCallback)):  # once per run
+        if self is next(
+            c for c in self.coordinator.callbacks if isinstance(c, KerasCallback)
+        ):  # once per run
             run.closing.enter_context(_fit_attributes(model, run.trainer.optimizer))
         if getattr(self.callback, "mode", None) == "auto":  # Keras asks the compiled metrics
             self.callback.mode = "min" if lower_is_better(self.callback.monitor) else "max"
@@ -88,10 +90,10 @@ class KerasCallback(Callback):
                     self.callback.on_train_batch_begin(step, {})
                 self.callback.on_train_batch_end(step, {})  # no wait for the loss
             return
-        run = self.coordinator
+        run = self.coordinator.run
         sizes = run.batch_sizes[-len(steps) :]
         terms = {name: np.asarray(values) for name, values in run.step_logs.items()}
-        metrics = {m.name: _number(m.result()) for m in run.trainer.metrics if m.has_samples}
+        metrics = {metric.name: _number(metric.result()) for metric in run.metrics}
         for i, step in enumerate(steps):
             if len(steps) > 1:
                 self.callback.on_train_batch_begin(step, {})
@@ -103,14 +105,14 @@ class KerasCallback(Callback):
         self._check_stop()
 
     def on_epoch_end(self, epoch: int) -> None:
-        self.callback.on_epoch_end(epoch, dict(self.coordinator.logs))
+        self.callback.on_epoch_end(epoch, self.coordinator.run.logs)
         self._check_stop()
 
     def on_train_end(self) -> None:
-        failed = self.coordinator.exception is not None
+        failed = self.coordinator.run.exception is not None
         if failed and isinstance(self.callback, keras.callbacks.BackupAndRestore):
             return  # it would delete the backup that the next run restores
-        self.callback.on_train_end(dict(self.coordinator.logs))
+        self.callback.on_train_end(self.coordinator.run.logs)
 
     def on_validation_begin(self) -> None:
         self.callback.on_test_begin({})
@@ -136,7 +138,7 @@ class KerasCallback(Callback):
         self._sums, self._examples = state["sums"], state["examples"]
 
     def _check_stop(self) -> None:
-        trainer = self.coordinator.trainer
+        trainer = self.coordinator.run.trainer
         trainer.early_stop = trainer.early_stop or bool(trainer.model.stop_training)
 
 

@@ -3,7 +3,7 @@
 import math
 from typing import Literal
 
-from polus.callbacks.base import CallbackCoordinator
+from polus.callbacks.base import RunView
 from polus.host import did_you_mean
 
 Mode = Literal["auto", "min", "max"]
@@ -44,7 +44,7 @@ class Monitor:
         self.min_delta = min_delta
         self.best: float | None = None
 
-    def value(self, run: CallbackCoordinator) -> float:
+    def value(self, run: RunView) -> float:
         """Returns the current value.
 
         Raises:

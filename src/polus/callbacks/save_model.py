@@ -53,7 +53,7 @@ class SaveModelCallback(Callback):
 
     def on_epoch_end(self, epoch: int) -> None:
         if self.strategy == "best":
-            value = self.monitor.value(self.coordinator)
+            value = self.monitor.value(self.coordinator.run)
             if self.monitor.improved(value):
                 path = self._save(epoch)
                 self.logger.debug("%s improved to %.4g: saved %s", self.monitor.name, value, path)
@@ -61,16 +61,16 @@ class SaveModelCallback(Callback):
             self._save(epoch)
 
     def on_train_end(self) -> None:
-        if self.strategy == "end" and self.coordinator.exception is None:
-            self._save(self.coordinator.epoch - 1)
+        if self.strategy == "end" and self.coordinator.run.exception is None:
+            self._save(self.coordinator.run.epoch - 1)
 
     def _save(self, epoch: int) -> Path:
         path = Path(self.path.format(epoch=epoch + 1))
         with atomic_write(path) as temporary:
             if self.path.endswith(".keras"):
-                self.coordinator.trainer.model.save(temporary)
+                self.coordinator.run.trainer.model.save(temporary)
             else:
-                self.coordinator.trainer.model.save_weights(temporary)
+                self.coordinator.run.trainer.model.save_weights(temporary)
         return path
 
     def get_state(self) -> dict[str, Any]:

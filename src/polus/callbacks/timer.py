@@ -24,17 +24,17 @@ class TimerCallback(Callback):
 
     def on_train_begin(self) -> None:
         self.coordinator.shared_dict.setdefault("timer", [])
-        self._began, self._waited = self.clock(), self.coordinator.reader.waited_secs
+        self._began, self._waited = self.clock(), self.coordinator.run.reader.waited_secs
 
     def on_epoch_begin(self, epoch: int) -> None:
-        self._began, self._waited = self.clock(), self.coordinator.reader.waited_secs
+        self._began, self._waited = self.clock(), self.coordinator.run.reader.waited_secs
 
     def on_epoch_end(self, epoch: int) -> None:
         seconds = self.clock() - self._began
         self.coordinator.shared_dict["timer"].append(
             {
                 "seconds": seconds,
-                "seconds_per_step": seconds / max(1, self.coordinator.step),
-                "waited_seconds": self.coordinator.reader.waited_secs - self._waited,
+                "seconds_per_step": seconds / max(1, self.coordinator.run.step),
+                "waited_seconds": self.coordinator.run.reader.waited_secs - self._waited,
             }
         )

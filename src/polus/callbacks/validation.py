@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from polus.callbacks.base import Callback, CallbackCoordinator, Phase
+from polus.callbacks.base import Callback, Coordinator, Phase
 
 
 class ValidationDataCallback(Callback):
@@ -40,7 +40,7 @@ class ValidationDataCallback(Callback):
         self.custom_data_transform_f = custom_data_transform_f
         self.steps = steps
 
-    def add_coordinator(self, coordinator: CallbackCoordinator) -> None:
+    def add_coordinator(self, coordinator: Coordinator) -> None:
         super().add_coordinator(coordinator)
         names = coordinator.shared_dict["validation"]
         if self.name in names:
@@ -56,20 +56,18 @@ class ValidationDataCallback(Callback):
 
     def on_epoch_end(self, epoch: int) -> None:
         # Skipped if the last step was just validated: the model has not changed since.
-        if not self.every_steps or self.coordinator.step % self.every_steps:
+        if not self.every_steps or self.coordinator.run.step % self.every_steps:
             self._validate()
 
     def _validate(self) -> None:
-        run = self.coordinator
-        for callback in run.callbacks:
-            callback.on_validation_begin()
+        run = self.coordinator.run
+        self.coordinator.on_validation_begin()
         results = run.trainer.evaluate(self.dataset, self.custom_data_transform_f, self.steps)
-        for callback in run.callbacks:
-            callback.on_validation_end(results)
+        self.coordinator.on_validation_end(results)
         if not results:
             raise ValueError(
                 f"Validation on {self.name!r} has nothing to compute: the trainer has no metrics "
                 "and no evaluation_loss. Pass metrics=[...] to the trainer, or remove this "
                 "callback."
             )
-        run.add_validation(self.name, results)
+        run.validated(self.name, results)

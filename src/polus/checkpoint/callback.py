@@ -14,7 +14,7 @@ import filelock
 import keras
 import numpy as np
 
-from polus.callbacks.base import Callback, CallbackCoordinator
+from polus.callbacks.base import Callback, Coordinator
 from polus.checkpoint.run import Variables, allocate_buffers, environment, run_state
 from polus.checkpoint.store import CheckpointError, Snapshot, Store, flatten_state
 
@@ -77,7 +77,7 @@ class Checkpoint(Callback):
         self._locked: tuple[int, int] | None = None  # which file that is
         self._losses: Any = None  # of the newest steps
 
-    def add_coordinator(self, coordinator: CallbackCoordinator) -> None:
+    def add_coordinator(self, coordinator: Coordinator) -> None:
         """Makes the data remember where an epoch began."""
         super().add_coordinator(coordinator)
         coordinator.reader.tracked = True

@@ -62,7 +62,7 @@ class StepExecutor:
 
     Args:
         owner: The trainer.
-        step: Its step, a function of a batch's arguments.
+        get_step: Returns its step, a function of a batch's arguments.
         evaluation: Its evaluation step, which updates metrics and returns a dict of losses.
 
     Attributes:
@@ -72,10 +72,14 @@ class StepExecutor:
     """
 
     def __init__(
-        self, owner: StepOwner, step: Callable[..., Any], evaluation: Callable[..., Any]
+        self,
+        owner: StepOwner,
+        get_step: Callable[[], Callable[..., Any]],
+        evaluation: Callable[..., Any],
     ) -> None:
         self.owner = owner
-        self.step = step
+        self.get_step = get_step
+        self.step = get_step()
         self.evaluation_step = evaluation
         self.example: tuple[Any, ...] | None = None
         self.variables: StepVariables | None = None
@@ -83,6 +87,7 @@ class StepExecutor:
         self.tuning = Tuning(_fixed_mode(), 1)
         self._parts: list[Any] = []
         self._plain: dict[str, Any] = {}
+        self._own_plain: set[str] = set()
         self._steps: dict[Any, TunedStep] = {}
         self._evaluation: dict[Any, tuple[CompiledStep, list[Any]]] = {}
         self._saved_tunings: dict[str, list[Any]] = {}
@@ -92,12 +97,12 @@ class StepExecutor:
     # ------------------------------------------------------------------ preparing
 
     def refresh(self) -> None:
-        """Drops compiled programs if a part of the step was replaced or a plain attribute changed."""
+        """Drops compiled programs if a part of the step was replaced or an attribute changed."""
         if self.variables is None:
             return
-        parts, plain = self.owner.step_parts(), _plain_parts(self.owner)
-        same_parts = _same_objects(parts, self._parts)
-        if same_parts and plain == self._plain:
+        same_parts = _same_objects(self.owner.step_parts(), self._parts)
+        changes = self._changed_attributes()
+        if same_parts and not changes:
             return
         self.variables = self._update = None
         self._evaluation.clear()
@@ -106,21 +111,29 @@ class StepExecutor:
             return
         for tuned in self._steps.values():  # the same step in other words: its timings still hold
             tuned.step = CompiledStep(self.step, tuned.step.jit_compile)
-        self._report_changes(plain)
+        self._report(changes)
 
-    def _report_changes(self, plain: dict[str, Any]) -> None:
+    def _changed_attributes(self) -> list[str]:
+        """Describes the attributes that changed since the step was traced."""
+        plain = _plain_parts(self.owner)
         names = [n for n in plain | self._plain if plain.get(n) != self._plain.get(n)]
-        changes = ", ".join(
-            f"{name} ({self._plain.get(name)!r} -> {plain.get(name)!r})" for name in names[:5]
-        )
+        return [
+            f"{name} ({self._plain.get(name)!r} -> {plain.get(name)!r})"
+            for name in names
+            if name not in self._own_plain
+        ]
+
+    def _report(self, changes: list[str]) -> None:
         self._num_recompilations += 1
-        level = logging.WARNING if self._num_recompilations == MANY_RECOMPILATIONS else logging.DEBUG
+        level = (
+            logging.WARNING if self._num_recompilations == MANY_RECOMPILATIONS else logging.DEBUG
+        )
         logger.log(
             level,
             "Compiling the step again, since a compiled step reads attributes as constants and "
             "some changed: %s. If one changes often, make it a variable that the step reads: "
             "keras.Variable(value, trainable=False), changed by assign.",
-            changes,
+            ", ".join(changes[:5]),
         )
 
     def prepare(self, inputs: Sequence[Any]) -> StepVariables:
@@ -132,7 +145,9 @@ class StepExecutor:
         if self.variables is not None:
             return self.variables
         current_placement()
+        self.step = self.get_step()
         self.owner.prepare_step(*inputs)
+        before = _plain_parts(self.owner)
         for _ in range(2):  # the second time with the weights that the first one made
             unbuilt = [layer for layer in held_layers(self.owner) if not is_built(layer)]
             seen = backend.trace(self.step, inputs)
@@ -145,6 +160,8 @@ class StepExecutor:
         self.fed_metrics = fed_metrics(self.owner, self.variables)
         self.owner.check_step(self.variables)
         self._parts, self._plain = self.owner.step_parts(), _plain_parts(self.owner)
+        # What the step itself changes, such as a count of its calls, tells nothing.
+        self._own_plain |= {n for n, value in self._plain.items() if before.get(n) != value}
         return self.variables
 
     def state_variables(self) -> list[keras.Variable]:

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import keras
 
-from polus.backends.scopes import BackendVariable, DryRun
+from polus.backends.scopes import DryRun
 from polus.metrics import IMetric, as_metric
 from polus.state import layers_of
 
@@ -48,15 +48,11 @@ class StepVariables:
     @classmethod
     def of(cls, seen: DryRun) -> "StepVariables":
         """Collects what a dry run recorded; its optimizers are built."""
-        merged: dict[int, tuple[Any, list[Any]]] = {}
-        for optimizer, variables in seen.updates:
-            merged.setdefault(id(optimizer), (optimizer, []))[1].extend(variables)
-        updates = [Update(optimizer, unique(variables)) for optimizer, variables in merged.values()]
+        updates = [Update(optimizer, weights) for optimizer, weights in seen.merged_updates()]
         updated = [v for u in updates for v in (*u.variables, *u.optimizer.variables)]
-        foreign = [v for v in seen.variables if isinstance(v, BackendVariable)]
         return cls(
             used=unique([*seen.variables, *updated]),
-            assigned=unique([*seen.assigned.values(), *updated, *foreign]),
+            assigned=unique([*seen.assigned.values(), *updated, *seen.backend_variables]),
             differentiated=unique(seen.differentiated),
             updates=updates,
             result=seen.result,

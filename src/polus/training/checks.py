@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import traceback
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -75,12 +76,12 @@ def checked_variables(variables: Any) -> list[keras.Variable]:
             )
     distinct = unique(variables)
     if len(distinct) < len(variables):
-        seen: set[int] = set()
-        repeated = [v.path for v in variables if id(v) in seen or seen.add(id(v))]
+        counts = Counter(map(id, variables))
+        repeated = [variable.path for variable in distinct if counts[id(variable)] > 1]
         logger.warning(
             "trainable_weights lists %d variables more than once (%s); each is updated once.",
-            len(set(repeated)),
-            ", ".join(dict.fromkeys(repeated)),
+            len(repeated),
+            ", ".join(repeated),
         )
     return distinct
 

@@ -13,7 +13,11 @@ from polus.data import DataAdapter, as_adapter
 from polus.host import did_you_mean, to_host
 
 # The documented names, of which two are spellings of one argument.
-NAMES = {"tf_dataset": "dataset", "custom_data_transform_f": "transform", "train_map_f": "transform"}
+NAMES = {
+    "tf_dataset": "dataset",
+    "custom_data_transform_f": "transform",
+    "train_map_f": "transform",
+}
 
 
 @dataclass(frozen=True)
@@ -82,9 +86,7 @@ def check_names(arguments: dict[str, Any]) -> None:
     for name in arguments:
         if name not in known:
             hint = f" {hint}" if (hint := did_you_mean(name, known)) else ""
-            raise TypeError(
-                f"train takes no argument {name!r}.{hint} It takes {', '.join(known)}."
-            )
+            raise TypeError(f"train takes no argument {name!r}.{hint} It takes {', '.join(known)}.")
 
 
 def _check_count(name: str, value: Any) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from polus.steps.executor import StepExecutor, StepOwner
+from polus.training.evaluation import evaluation_step
 from polus.training.run import Run
 
 
@@ -16,7 +17,6 @@ class Engine:
 
     Args:
         trainer: The trainer.
-        evaluation: Its evaluation step.
 
     Attributes:
         executor: Prepares, compiles and tunes the step.
@@ -26,14 +26,21 @@ class Engine:
         epochs: The number of epochs that earlier calls of `train` trained.
     """
 
-    def __init__(self, trainer: StepOwner, evaluation: Callable[..., Any]) -> None:
+    def __init__(self, trainer: StepOwner) -> None:
         self.executor = StepExecutor(
-            trainer, functools.partial(uncompiled, trainer, "train_step"), evaluation
+            trainer,
+            functools.partial(uncompiled, trainer, "train_step"),
+            functools.partial(evaluation_step, trainer),
         )
         self.arguments: dict[str, Any] = {}
         self.run: Run | None = None
         self.steps = 0
         self.epochs = 0
+
+    def give_copy(self, trainer: Any) -> None:
+        """Gives a copied trainer an engine of its own, with the same arguments of `train`."""
+        trainer.__dict__["_engine"] = engine = Engine(trainer)
+        engine.arguments |= self.arguments
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -69,7 +76,7 @@ class CompiledMethod:
     """
 
     def __init__(self, fn: Callable[..., Any], update: Callable[[Any], Callable[..., Any]]) -> None:
-        functools.update_wrapper(self, fn)
+        functools.update_wrapper(self, fn)  # type: ignore[arg-type]
         self.fn = fn
         self.update = update
 

@@ -68,7 +68,7 @@ class Run(BaseLogger):
 
     ```
     CREATED -> (RESTORED) -> RUNNING <-> EPOCH_END -> COMPLETED      all epochs are done
-                                |-> STOPPED(stop_reason)             early stop, a callback's request
+                                |-> STOPPED(stop_reason)             early stop, `run.stop(...)`
                                 |-> INTERRUPTED(signal)              saved, if there is a checkpoint
                                 '-> FAILED(exception)
     ```

@@ -1,7 +1,6 @@
 """The trainer: one step, described by its user."""
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
@@ -25,7 +24,7 @@ from polus.training.config import (
 )
 from polus.training.copies import deep_copy, shallow_copy
 from polus.training.engine import CompiledMethod, Engine
-from polus.training.evaluation import evaluate, evaluation_step
+from polus.training.evaluation import evaluate
 from polus.training.loop import train_loop
 from polus.training.reports import check_step, describe_trainer
 from polus.training.run import Run
@@ -127,7 +126,7 @@ class BaseTrainer(BaseLogger):
             self.trainable_weights = trainable_weights
         self.step_counter = keras.Variable(0, dtype="int32", trainable=False, name="step_counter")
         self.early_stop = False
-        self._engine = Engine(self, functools.partial(evaluation_step, self))
+        self._engine = Engine(self)
 
     # ------------------------------------------------------------------ what a user describes
 
@@ -187,14 +186,14 @@ class BaseTrainer(BaseLogger):
     @trainable_weights.setter
     def trainable_weights(self, weights: Sequence[keras.Variable] | None) -> None:
         # Under its own name, where no attribute of a subclass can be in the way.
-        vars(self)["trainable_weights"] = (
+        self.__dict__["trainable_weights"] = (
             None if weights is None else checks.checked_variables(weights)
         )
 
     @property
     def explicit_trainable_weights(self) -> list[keras.Variable] | None:
         """The variables that `trainable_weights` was set to; None if it was not."""
-        return vars(self).get("trainable_weights")
+        return self.__dict__.get("trainable_weights")
 
     # ------------------------------------------------------------------ the step
 
@@ -206,6 +205,7 @@ class BaseTrainer(BaseLogger):
 
         Args:
             inputs: The parts of one batch.
+            kwargs: For overrides with named arguments.
 
         Returns:
             The loss, a scalar tensor, or the dict of its named terms.
@@ -450,16 +450,11 @@ class BaseTrainer(BaseLogger):
 
     def __copy__(self) -> Self:
         """Returns a trainer of the same parts, with an engine and a step counter of its own."""
-        return shallow_copy(self, _new_engine)
+        return shallow_copy(self, self._engine.give_copy)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Returns a trainer of copied parts, with an engine and a step counter of its own."""
-        return deep_copy(self, memo, _new_engine)
+        return deep_copy(self, memo, self._engine.give_copy)
 
     def __repr__(self) -> str:
         return describe_trainer(self)
-
-
-def _new_engine(trainer: BaseTrainer, arguments: Mapping[str, Any]) -> None:
-    trainer._engine = Engine(trainer, functools.partial(evaluation_step, trainer))
-    trainer._engine.arguments |= arguments
