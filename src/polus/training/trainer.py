@@ -29,12 +29,12 @@ from polus.data import DataReader, as_adapter, as_arguments
 from polus.data.reader import EpochReader
 from polus.history import History
 from polus.host import DeviceValues
-from polus.metrics import as_metric
+from polus.metrics import as_metric, kept_has_samples
 from polus.state import Snapshot, layers_of
 from polus.steps.compiled import CompiledStep, choose
 
 if TYPE_CHECKING:
-    from polus.lr_finder import LRFinderResult
+    from polus.lr_finder import LRFinderResult, SuggestionName
 
 SPELLINGS = {
     "foward_without_grads": "forward_without_grads",
@@ -393,7 +393,7 @@ class BaseTrainer(BaseLogger):
         end_lr: float = 10.0,
         num_steps: int = 100,
         stop_factor: float = 4.0,
-        suggestion: str = "steep",
+        suggestion: "SuggestionName" = "steep",
         optimizer: keras.optimizers.Optimizer | None = None,
     ) -> "LRFinderResult":
         """Finds a learning rate by the range test, and leaves no trace on the training.
@@ -431,20 +431,11 @@ class BaseTrainer(BaseLogger):
             ValueError: for arguments that make no sweep; with `use_lr_found`, for a curve that
                 suggests nothing, and for an optimizer whose rate is a schedule.
         """
-        from polus.lr_finder import find
+        from polus.lr_finder import SweepSettings, find
 
+        settings = SweepSettings(start_lr, end_lr, num_steps, stop_factor, suggestion)
         with self._data_lock:
-            return find(
-                self,
-                tf_dataset,
-                use_lr_found,
-                start_lr=start_lr,
-                end_lr=end_lr,
-                num_steps=num_steps,
-                stop_factor=stop_factor,
-                suggestion=suggestion,
-                optimizer=optimizer,
-            )
+            return find(self, tf_dataset, use_lr_found, settings, optimizer)
 
     def changing_train_config(self, **arguments: Any) -> None:
         """Keeps arguments of `train` for later calls that don't give them.
@@ -485,7 +476,7 @@ class BaseTrainer(BaseLogger):
         Returns:
             Metric name to value, and "loss" and its terms, weighted by the number of examples.
         """
-        with self._data_lock:
+        with self._data_lock, kept_has_samples(self.metrics):
             return self._evaluated(dataset, custom_data_transform_f, steps)
 
     def _evaluated(
@@ -496,7 +487,6 @@ class BaseTrainer(BaseLogger):
         # A layer may draw random numbers in inference mode too; its generator's state is integers.
         variables |= {id(v): v for v in self._owned_variables() if "int" in v.dtype}
         snapshot = Snapshot(variables.values())
-        fed = [metric.has_samples for metric in self.metrics]
         losses: list[dict[str, DeviceValues]] = []
         sizes: list[int] = []
         reader = DataReader(as_adapter(dataset), custom_data_transform_f, steps)
@@ -524,8 +514,6 @@ class BaseTrainer(BaseLogger):
             results = {metric.name: metric.evaluate() for metric in self.metrics}
         finally:
             snapshot.restore()
-            for metric, was_fed in zip(self.metrics, fed, strict=True):
-                metric.has_samples = was_fed
         columns = {
             name: np.concatenate([np.asarray(row[name], np.float64) for row in losses])
             for name in sorted(losses[0], key=lambda name: name != "loss")
