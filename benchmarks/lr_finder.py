@@ -1,15 +1,15 @@
-"""Is the suggested rate right? Two epochs at it, beside two epochs at each rate of a grid.
+"""Compares the suggested learning rates with a grid search, training two epochs at each rate.
 
-    KERAS_BACKEND=torch python benchmarks/lr_finder.py --peers > peers.json  # may be left out
+    KERAS_BACKEND=torch python benchmarks/lr_finder.py --peers > peers.json  # optional
     KERAS_BACKEND=jax python benchmarks/lr_finder.py --with peers.json > table.md
 
 Three tasks (an MLP on scikit-learn's digits, a CNN on 10,000 digits of MNIST, a transformer on SMS
-messages), Adam and SGD, three seeds: 18 rows. What is compared is the mean loss over the training
-examples after two epochs, in inference mode. A suggestion is right (bold) where it is within a
-factor of 3 of the grid's best rate, or its loss within 10 % of the grid's best.
+messages), Adam and SGD, three seeds: 18 rows. Rates are compared by the mean loss over the training
+examples after two epochs, in inference mode. A suggestion is right (bold) if it is within a factor
+of 3 of the grid's best rate, or its loss within 10 % of the grid's best.
 
-`--peers` lets fastai and Lightning search rates for the same models by their own range tests: on
-the PyTorch backend a Keras model is a PyTorch module. Neither is needed otherwise.
+`--peers` runs the range tests of fastai and Lightning on the same models: on the PyTorch backend a
+Keras model is a PyTorch module. Neither library is needed otherwise.
 """
 
 import argparse
@@ -44,7 +44,7 @@ Task = tuple[np.ndarray, np.ndarray, list[layers.Layer]]
 
 
 def digits() -> Task:
-    """Examples, labels and layers."""
+    """Returns the examples, the labels and the layers."""
     from sklearn.datasets import load_digits
 
     x, y = load_digits(return_X_y=True)
@@ -52,7 +52,7 @@ def digits() -> Task:
 
 
 def mnist() -> Task:
-    """Examples, labels and layers."""
+    """Returns the examples, the labels and the layers."""
     with np.load(SHARED_DATA / "mnist" / "mnist.npz") as data:
         x, y = data["x_train"][:10_000, ..., None] / 255, data["y_train"][:10_000]
     blocks = [
@@ -68,7 +68,7 @@ def mnist() -> Task:
 
 
 class Block(layers.Layer):
-    """One block of a transformer, with the normalisation before each part."""
+    """A transformer block with normalization before attention and before the dense layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,14 +77,14 @@ class Block(layers.Layer):
         self.dense = [layers.Dense(64, "gelu"), layers.Dense(32)]
 
     def call(self, x: Any) -> Any:
-        """The outputs, of the shape of the inputs."""
+        """Returns the outputs, in the shape of the inputs."""
         normed = self.norms[0](x)
         x = x + self.attention(normed, normed)
         return x + self.dense[1](self.dense[0](self.norms[1](x)))
 
 
 def sms() -> Task:
-    """Examples, labels and layers."""
+    """Returns the examples, the labels and the layers."""
     path = SHARED_DATA / "sms_spam" / "SMSSpamCollection.tsv.gz"
     with gzip.open(path, "rt", encoding="utf-8") as file:
         rows = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
@@ -102,7 +102,7 @@ OPTIMIZERS = {"Adam": keras.optimizers.Adam, "SGD": keras.optimizers.SGD}
 
 
 def prepared(task: str, seed: int) -> tuple[keras.Model, np.ndarray, np.ndarray]:
-    """A built model, its examples and its labels."""
+    """Returns a built model, its examples and its labels."""
     keras.utils.set_random_seed(seed)
     x, y, stack = TASKS[task]()
     model = keras.Sequential(stack)
@@ -111,7 +111,7 @@ def prepared(task: str, seed: int) -> tuple[keras.Model, np.ndarray, np.ndarray]
 
 
 def lightning_rate(task: str, optimizer: str, seed: int) -> float:
-    """What Lightning's range test suggests."""
+    """Returns the rate that Lightning's range test suggests."""
     import lightning.pytorch as pl
     import torch
     from lightning.pytorch.tuner import Tuner
@@ -139,7 +139,7 @@ def lightning_rate(task: str, optimizer: str, seed: int) -> float:
 
 
 def fastai_rate(task: str, optimizer: str, seed: int) -> float:
-    """What fastai's range test suggests: its valley."""
+    """Returns the rate that fastai's range test suggests, its `valley`."""
     import fastai.callback.progress
     import fastai.callback.schedule
     import fastai.optimizer
@@ -163,7 +163,7 @@ PEERS = {"fastai": fastai_rate, "lightning": lightning_rate}
 def row(
     task: str, optimizer: str, seed: int, peers: dict[str, float]
 ) -> dict[str, tuple[float, float]]:
-    """Rate and loss of the grid's best, of each suggestion, and of the peers'."""
+    """Returns the rate and loss of the grid's best, of each suggestion and of the peers."""
     model, x, y = prepared(task, seed)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     trainer = ClassifierTrainer(model, OPTIMIZERS[optimizer](), loss)
@@ -175,7 +175,7 @@ def row(
     def loss_at(rate: float) -> float:
         start.restore()
         trainer.train(batches, epochs=EPOCHS, learning_rate=float(rate))
-        value = trainer.evaluate(everything).get("loss", math.inf)  # NaN is left out there
+        value = trainer.evaluate(everything)["loss"]
         return value if math.isfinite(value) else math.inf
 
     best = min((loss_at(rate), rate) for rate in GRID)[::-1]
@@ -185,18 +185,18 @@ def row(
 
 
 def right(found: tuple[float, float], best: tuple[float, float]) -> bool:
-    """Whether a rate, or its loss, is as good as the grid's best."""
+    """Returns whether a rate and its loss are as good as the grid's best."""
     near = max(found[0] / best[0], best[0] / found[0]) <= 3
     return near or found[1] <= 1.1 * best[1]
 
 
 def main() -> None:
-    """Prints the table, or with --peers what the others suggest."""
+    """Prints the table or, with --peers, the rates that the other libraries suggest."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--task", choices=TASKS, action="append")
-    parser.add_argument("--peers", action="store_true", help="only search with fastai, Lightning")
-    parser.add_argument("--with", dest="known", type=Path, help="the file that --peers gave")
+    parser.add_argument("--peers", action="store_true", help="run the other libraries only")
+    parser.add_argument("--with", dest="known", type=Path, help="the output of --peers")
     options = parser.parse_args()
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")

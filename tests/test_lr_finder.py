@@ -1,4 +1,4 @@
-"""The range test: right on curves with known answers, and without a trace on the training."""
+"""The range test reads curves with known answers correctly and leaves training unchanged."""
 
 import contextlib
 import io
@@ -27,7 +27,6 @@ from polus.lr_finder import (
     LRFinderResult,
     has_descent,
     highest_allowed,
-    main,
     minimum,
     remove_batch_noise,
     slide,
@@ -35,6 +34,7 @@ from polus.lr_finder import (
     steep,
     valley,
 )
+from polus.lr_finder.__main__ import main
 from polus.metrics import Accuracy
 from polus.state import random_state
 from polus.training import BaseTrainer, ClassifierTrainer
@@ -45,7 +45,7 @@ FASTAI = json.loads((Path(__file__).parent / "data" / "fastai_suggestions.json")
 
 
 def curve(falls_at: float, lowest_at: float, noise: float = 0.0) -> np.ndarray:
-    """A loss of 2 that falls to 1 around one power of ten and diverges from another on."""
+    """Returns a loss that falls from 2 to 1 at one power of ten and diverges at another."""
     clean = 2 - 1 / (1 + np.exp(-8 * (X - falls_at))) + 10 ** (3 * (X - lowest_at) - 2)
     return clean + noise * np.random.default_rng(0).normal(size=len(X))
 
@@ -57,47 +57,47 @@ def test_minimum_is_a_tenth_of_the_rate_with_the_lowest_loss():
     assert minimum(RATES, np.abs(X + 2)) == pytest.approx(1e-3)
 
 
-def test_steep_is_where_the_loss_falls_most_per_log_rate_and_not_per_rate():
+def test_steep_is_the_steepest_point_per_log_rate():
     losses = np.interp(X, [-7, -4, -3, -1, 1], [3, 3, 2, 1, 5])
     assert steep(RATES, losses) == pytest.approx(1e-4)
 
 
-def test_steep_ignores_what_falls_after_the_minimum():
+def test_steep_ignores_falls_after_the_minimum():
     losses = np.interp(X, [-7, -4, -3, 0, 0.1, 1], [3, 3, 2, 100, 2.5, 2.5])
     assert steep(RATES, losses) == pytest.approx(1e-4)
 
 
 @pytest.mark.parametrize("step", [0, 10, 30])
-def test_valley_is_half_a_third_after_the_first_third_of_the_longest_descent(step):
+def test_valley_is_in_the_middle_third_of_the_longest_descent(step):
     losses = np.full(81, 10.0)
     losses[step : step + 30] = np.arange(30, 0, -1) / 10  # 30 falling steps, 31 with the one before
     start = step + 29 - (31 if step else 30)
     assert valley(RATES, losses) == RATES[start + 10 + 5]
 
 
-def test_valley_takes_the_descent_that_ends_first():
+def test_valley_of_equal_descents_is_in_the_first():
     losses = np.r_[[9.0] * 20, np.arange(9, 3, -1), [9.0] * 20, np.arange(9, 3, -1), [9.0] * 29]
     assert valley(RATES, losses) == RATES[25 - 6 + 2 + 1]
 
 
-def test_slide_is_the_left_end_of_the_last_interval_with_different_slopes():
+def test_slide_is_the_left_end_of_the_interval_where_slopes_become_equal():
     losses = np.interp(X, [-7, -3, 1], [2, 2, 1])  # the slope changes at step 40
-    # From the right: two ends on the descent are alike at once.
+    # Both ends start on the descent, where slopes are equal at once.
     assert slide(RATES, losses) == RATES[80 - 15]
     losses = np.r_[losses[:60], 2 + np.arange(21) ** 2 / 100]  # the last 21 steps diverge
-    # The right end leaves the divergence at step 59, where the central slope still feels it.
+    # The right end leaves the divergence at step 59, whose central difference still includes it.
     assert slide(RATES, losses) == RATES[59 - 15]
 
 
 @pytest.mark.parametrize("recorded", FASTAI.values(), ids=FASTAI)
-def test_suggestions_equal_fastai_on_recorded_curves(recorded):
+def test_suggestions_match_fastai_on_recorded_curves(recorded):
     rates, losses = np.array(recorded["rates"]), np.array(recorded["losses"])
     ours = {name: SUGGESTIONS[name](rates, losses) for name in recorded["suggestions"]}
     assert ours == pytest.approx(recorded["suggestions"], rel=1e-6)
 
 
-def test_valley_is_found_in_less_than_quadratic_time():
-    """A quadratic search would compare ten thousand million pairs here."""
+def test_valley_of_a_long_curve_does_not_take_quadratic_time():
+    """A quadratic search would compare ten billion pairs here."""
     n = 100_000
     descent = np.linspace(2, 1, n)
     assert valley(np.geomspace(1e-7, 10, n), descent) == pytest.approx(1e-3, rel=1e-3)
@@ -108,7 +108,7 @@ def test_valley_is_found_in_less_than_quadratic_time():
 
 @pytest.mark.parametrize("losses", [np.ones_like(X), X, 3 - 2 * X], ids=["constant", "up", "down"])
 @pytest.mark.parametrize("every", [1, 20])
-def test_smoothing_leaves_straight_lines_what_they_are_up_to_their_ends(losses, every):
+def test_smoothing_preserves_straight_lines_including_their_ends(losses, every):
     rates, losses = RATES[::every], losses[::every]
     np.testing.assert_allclose(smooth(rates, losses), losses, rtol=1e-12, atol=1e-12)
 
@@ -118,7 +118,7 @@ def test_smoothing_does_not_lag():
     assert smooth(RATES, bump).argmax() == bump.argmax()
 
 
-def test_smoothing_takes_noise_away():
+def test_smoothing_reduces_noise():
     noise = np.random.default_rng(0).normal(size=81)
     assert smooth(RATES, noise)[5:-5].std() < noise.std() / 2
 
@@ -130,7 +130,7 @@ HARDNESS = np.random.default_rng(0).gamma(2, 0.5, size=81)  # of the batches, be
 CLEAN = 2 - 1 / (1 + np.exp(-3 * (X + 3)))
 
 
-def test_what_the_batches_do_is_taken_off_the_losses():
+def test_batch_noise_is_removed_in_proportion_to_its_share():
     level = HARDNESS.mean()
     cleared = remove_batch_noise(RATES, CLEAN + HARDNESS, HARDNESS)
     assert np.abs(cleared - CLEAN - level).max() < 0.1 * HARDNESS.std()
@@ -144,11 +144,11 @@ def test_what_the_batches_do_is_taken_off_the_losses():
     [(CLEAN + HARDNESS, np.ones(81)), (CLEAN - HARDNESS, HARDNESS)],
     ids=["equally hard", "the other way round"],
 )
-def test_nothing_is_taken_off_where_the_losses_do_not_follow_the_baseline(losses, baseline):
+def test_losses_that_do_not_follow_the_baseline_are_unchanged(losses, baseline):
     np.testing.assert_array_equal(remove_batch_noise(RATES, losses, baseline), losses)
 
 
-def test_a_fall_below_the_noise_of_batches_is_seen_by_their_baseline():
+def test_baseline_reveals_a_descent_hidden_by_batch_noise():
     losses = CLEAN / 5 + HARDNESS
     with pytest.raises(ValueError, match="never fell by more than its noise"):
         _ = LRFinderResult(RATES, losses).suggestion
@@ -158,13 +158,13 @@ def test_a_fall_below_the_noise_of_batches_is_seen_by_their_baseline():
     assert result.losses.tolist() == losses.tolist()
 
 
-def test_a_hard_last_batch_is_no_divergence():
+def test_a_hard_last_batch_is_not_a_divergence():
     flat = np.roll(HARDNESS, 80 - HARDNESS.argmax())
     with pytest.raises(ValueError, match="never fell"):
         _ = LRFinderResult(RATES, flat, baseline=flat).suggestion
 
 
-def test_a_baseline_that_is_not_finite_is_left_out():
+def test_a_non_finite_baseline_is_ignored():
     baseline = np.where(np.arange(81) == 40, np.nan, HARDNESS)
     result = LRFinderResult(RATES, curve(-3, -0.5), baseline=baseline)
     assert result.suggestions == LRFinderResult(RATES, curve(-3, -0.5)).suggestions
@@ -172,7 +172,7 @@ def test_a_baseline_that_is_not_finite_is_left_out():
 
 
 @pytest.mark.parametrize("noise", [np.ones(81), np.geomspace(0.01, 1, 81)], ids=["even", "growing"])
-def test_pure_noise_does_not_fall(noise):
+def test_pure_noise_has_no_descent(noise):
     curves = 1 + noise * np.random.default_rng(0).normal(size=(400, 81))
     assert sum(has_descent(RATES, losses) for losses in curves) <= 8
 
@@ -180,7 +180,7 @@ def test_pure_noise_does_not_fall(noise):
 # The result
 
 
-def test_result_suggests_from_the_smoothed_curve_and_is_readable():
+def test_result_suggests_from_the_smoothed_curve():
     result = LRFinderResult(RATES, curve(-3, -0.5, noise=0.05))
     assert result.suggestion == result.suggestions["steep"]
     assert list(result.suggestions) == ["steep", "valley", "slide", "minimum"]
@@ -190,18 +190,18 @@ def test_result_suggests_from_the_smoothed_curve_and_is_readable():
     assert f"valley={result.suggestions['valley']:.2e}" in repr(result)
 
 
-def test_result_suggests_by_the_method_that_was_asked_for():
+def test_result_uses_the_given_method():
     result = LRFinderResult(RATES, curve(-3, -0.5), "minimum")
     assert result.suggestion == result.suggestions["minimum"]
 
 
-def test_result_knows_its_suggestions_by_name():
-    with pytest.raises(ValueError, match="no suggestion 'vally': did you mean 'valley'"):
+def test_unknown_suggestions_raise_with_a_hint():
+    with pytest.raises(ValueError, match=r"no suggestion 'vally'. Did you mean 'valley'"):
         LRFinderResult(RATES, X, "vally")
 
 
 @pytest.mark.parametrize("last", [np.nan, np.inf, -np.inf])
-def test_result_reads_a_curve_up_to_the_first_loss_that_is_not_finite(last):
+def test_result_ignores_losses_from_the_first_non_finite_one_on(last):
     losses = curve(-3, -0.5)
     cut = LRFinderResult(RATES[:71], np.append(losses[:70], last))
     assert cut.suggestions == LRFinderResult(RATES[:70], losses[:70]).suggestions
@@ -223,11 +223,11 @@ def test_result_reads_a_curve_up_to_the_first_loss_that_is_not_finite(last):
         (1 + 10 ** (X + 2), "diverged before it fell .*1 at the rate 1.0e-07.* smaller start_lr"),
         (np.r_[np.ones(20), np.nan], "diverged before it fell"),
         (np.r_[np.ones(60), np.full(21, 1.3)], "diverged before it fell"),
-        (np.r_[3, 2, np.nan], "diverged within 3 steps, 2 of them finite.*smaller start_lr"),
-        ([np.nan], "diverged within 1 steps, 0 of them finite.*check the data for NaN"),
+        (np.r_[3, 2, np.nan], "diverged after 2 finite steps .*smaller start_lr"),
+        ([np.nan], "diverged after 0 finite steps .*check the data for NaN"),
     ],
 )
-def test_a_curve_without_a_descent_gets_no_number(losses, seen):
+def test_a_curve_without_a_descent_has_no_suggestion(losses, seen):
     result = LRFinderResult(RATES[: len(losses)], losses)
     with pytest.raises(ValueError, match=seen):
         _ = result.suggestion
@@ -239,7 +239,7 @@ def test_a_curve_without_a_descent_gets_no_number(losses, seen):
 # The picture
 
 
-def test_plot_shows_and_names_everything(tmp_path):
+def test_plot_labels_losses_and_suggestions(tmp_path):
     result = LRFinderResult(RATES, curve(-3, -0.5, noise=0.05))
     figure = result.plot(tmp_path / "lr.png")
     (axes,) = figure.axes
@@ -259,7 +259,7 @@ def test_plot_shows_and_names_everything(tmp_path):
     assert int.from_bytes(picture[16:20]) == 800
 
 
-def test_plot_leaves_pyplot_alone():
+def test_plot_does_not_touch_pyplot():
     import matplotlib.pyplot as plt
 
     before = plt.get_fignums(), plt.get_backend()
@@ -267,9 +267,9 @@ def test_plot_leaves_pyplot_alone():
     assert (plt.get_fignums(), plt.get_backend()) == before
 
 
-def test_plot_without_matplotlib_names_the_extra(monkeypatch):
+def test_plot_without_matplotlib_names_the_missing_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"pip install polus\[plot\]"):
+    with pytest.raises(ImportError, match="Install it with `pip install matplotlib`"):
         LRFinderResult(RATES, X).plot()
 
 
@@ -277,7 +277,7 @@ def test_plot_without_matplotlib_names_the_extra(monkeypatch):
 
 
 class Slope(BaseTrainer):
-    """Its loss is its only weight: each step lowers it by the rate."""
+    """Its loss is its only weight, so that each step lowers it by the learning rate."""
 
     def __init__(self, optimizer, start=0.0, power=1):
         model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, use_bias=False)])
@@ -297,7 +297,7 @@ ONES = [np.ones((2, 1), "float32")] * 3
     ids=["number", "schedule", "callable"],
 )
 @pytest.mark.parametrize("scaled", [False, True], ids=["plain", "loss scaling"])
-def test_each_step_is_made_at_its_rate(rate, scaled):
+def test_each_step_uses_its_rate(rate, scaled):
     optimizer = inner = keras.optimizers.SGD(rate)
     if scaled:
         optimizer = keras.optimizers.LossScaleOptimizer(inner)
@@ -310,7 +310,7 @@ def test_each_step_is_made_at_its_rate(rate, scaled):
     assert float(inner.learning_rate) == 0.5
 
 
-def test_a_schedule_decays_after_the_sweep_as_it_did_before():
+def test_a_schedule_is_unaffected_by_the_sweep():
     schedule = keras.optimizers.schedules.ExponentialDecay(1.0, 1, 0.5)
     trainer = Slope(keras.optimizers.SGD(schedule))
     trainer.train_step(ONES[0])
@@ -321,13 +321,13 @@ def test_a_schedule_decays_after_the_sweep_as_it_did_before():
 
 
 class Uneven(Slope):
-    """The loss of a batch is its own mean above the weight."""
+    """The loss of a batch is the weight plus the mean of the batch."""
 
     def forward_with_grads(self, x):
         return x, ops.sum(self.model.weights[0]) + ops.mean(x)
 
 
-def test_the_baseline_is_what_the_same_batches_lose_at_the_rate_zero(monkeypatch):
+def test_baseline_is_the_loss_of_the_same_batches_at_rate_zero(monkeypatch):
     batches = [np.full((2, 1), h, "float32") for h in HARDNESS[:30]]
     trainer = Uneven(keras.optimizers.Adam())
     result = trainer.lr_finder(batches, start_lr=1e-4, end_lr=1e-1, num_steps=60)
@@ -340,7 +340,7 @@ def test_the_baseline_is_what_the_same_batches_lose_at_the_rate_zero(monkeypatch
     np.testing.assert_array_equal(without.losses, result.losses)
 
 
-def test_the_sweep_stops_where_the_smoothed_loss_diverges():
+def test_sweep_stops_when_the_smoothed_loss_diverges():
     # w**2 is multiplied by (1 - 2 rate)**2 at each step: it rises from the rate 1 on.
     result = Slope(keras.optimizers.SGD(), 1.0, 2).lr_finder(ONES)
     assert 1 < result.rates[-1] < 10
@@ -349,23 +349,23 @@ def test_the_sweep_stops_where_the_smoothed_loss_diverges():
     assert 0 < len(smoothed) - 1 - first <= 7  # seen when the window has passed it
 
 
-def test_a_sweep_of_less_than_a_decade_stops_too():
+def test_sweep_of_less_than_a_decade_stops_when_it_diverges():
     trainer = Slope(keras.optimizers.SGD(), 1.0, 2)
     result = trainer.lr_finder(ONES, start_lr=1.0, end_lr=1.2)
     assert 25 < len(result.losses) < 75
     assert np.isfinite(result.losses).all()
 
 
-def test_the_bar_says_that_the_second_pass_is_of_no_rate(monkeypatch):
+def test_progress_bar_names_the_baseline_pass(monkeypatch):
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, width=200)
     monkeypatch.setattr("polus.lr_finder.sweep.Console", lambda **arguments: console)
     Slope(keras.optimizers.SGD()).lr_finder(ONES, num_steps=16)
-    assert "the same batches, untrained, loss" in out.getvalue()
-    assert "rate 0.0e+00" not in out.getvalue()
+    assert "Baseline at rate 0, loss" in out.getvalue()
+    assert "Rate 0.0" not in out.getvalue()
 
 
-def test_the_sweep_stops_at_a_loss_that_is_not_finite():
+def test_sweep_stops_at_a_non_finite_loss():
     trainer = Slope(keras.optimizers.SGD(), 1.0, 2)
     result = trainer.lr_finder(ONES, end_lr=1e30, stop_factor=math.inf)
     assert not np.isfinite(result.losses[-1])
@@ -377,43 +377,43 @@ def test_the_sweep_stops_at_a_loss_that_is_not_finite():
     ("losses", "limit"),
     [
         ([3, 0.5, 1], 2.0),
-        ([-1], 2.0),  # its own size thrice
-        ([2, -1], 8.0),  # the fall of 3 thrice
+        ([-1], 2.0),  # rises by 3 times its absolute value
+        ([2, -1], 8.0),  # rises by 3 times the descent of 3
         ([-1, -5], 10.0),
         ([0], 0.0),
     ],
 )
-def test_a_loss_may_rise_by_the_stop_factor_also_below_zero(losses, limit):
+def test_highest_allowed_loss_for_positive_and_negative_losses(losses, limit):
     assert highest_allowed(losses, stop_factor=4) == limit
 
 
-def test_use_lr_found_sets_the_rate_and_says_so(caplog):
+def test_use_lr_found_sets_and_logs_the_rate(caplog):
     trainer = Slope(keras.optimizers.SGD(0.25), 1.0, 2)
     logging.getLogger("polus").propagate = True
     with caplog.at_level(logging.INFO, logger="polus"):
         result = trainer.lr_finder(ONES, use_lr_found=True, suggestion="valley")
     rate = result.suggestion
     assert float(trainer.optimizer.learning_rate) == pytest.approx(rate)
-    assert f"Learning rate: 0.25 before, {rate:.3g} found." in caplog.text
+    assert f"Learning rate set to {rate:.3g}, was 0.25." in caplog.text
     trainer.train(ONES, epochs=1)
     assert trainer.model.get_weights()[0].item() == pytest.approx((1 - 2 * rate) ** 3, rel=1e-4)
 
 
-def test_use_lr_found_leaves_the_rate_where_the_curve_suggests_nothing():
+def test_use_lr_found_without_a_suggestion_keeps_the_rate():
     trainer = Slope(keras.optimizers.SGD(0.25), 1.0, 2)
-    with pytest.raises(ValueError, match="no learning rate to suggest: the loss never fell"):
+    with pytest.raises(ValueError, match=r"suggests no learning rate. The loss never fell"):
         trainer.lr_finder(ONES, use_lr_found=True, start_lr=1e-12, end_lr=1e-10)
     assert float(trainer.optimizer.learning_rate) == 0.25
 
 
-def test_a_rate_found_is_not_set_on_a_schedule():
+def test_use_lr_found_with_a_schedule_raises():
     trainer = Slope(keras.optimizers.SGD(keras.optimizers.schedules.CosineDecay(0.1, 10)))
-    with pytest.raises(ValueError, match=r"schedule\. .*CosineDecay\(result.suggestion"):
+    with pytest.raises(ValueError, match=r"schedule .*CosineDecay\(result.suggestion"):
         trainer.lr_finder(ONES, use_lr_found=True)
 
 
 class Pair(BaseTrainer):
-    """Two weights, two optimizers, a step of its own that returns terms."""
+    """Its step trains two weights with one optimizer each and returns named terms."""
 
     def __init__(self):
         model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
@@ -428,7 +428,7 @@ class Pair(BaseTrainer):
         return {"loss": a + b, "second": b}
 
 
-def test_any_of_several_optimizers_can_be_swept():
+def test_optimizer_argument_selects_the_one_to_sweep():
     trainer = Pair()
     rates = np.geomspace(1e-3, 1e-1, 16)
     settings = {"start_lr": 1e-3, "end_lr": 1e-1, "num_steps": 16, "stop_factor": math.inf}
@@ -444,26 +444,38 @@ def test_any_of_several_optimizers_can_be_swept():
         trainer.lr_finder(ONES, optimizer="sgd")
 
 
+def test_one_optimizer_of_a_multi_optimizer_can_be_swept():
+    inner = keras.optimizers.SGD(0.5)
+    trainer = Slope(keras.optimizers.MultiOptimizer(lambda variable: inner))
+    with pytest.raises(ValueError, match=r"MultiOptimizer, .*optimizer=trainer.optimizer.optimi"):
+        trainer.lr_finder(ONES)
+    result = trainer.lr_finder(ONES, start_lr=1e-3, end_lr=1, num_steps=31, optimizer=inner)
+    expected = -np.append(0, np.cumsum(result.rates)[:-1])
+    np.testing.assert_allclose(result.losses, expected, rtol=1e-5)
+    assert float(inner.learning_rate) == 0.5
+
+
 @pytest.mark.parametrize(
     ("arguments", "seen"),
     [
-        ({"start_lr": 0}, "rises from start_lr to end_lr, but got 0 and 10"),
-        ({"start_lr": 1, "end_lr": 0.1}, "rises from start_lr to end_lr"),
-        ({"num_steps": 15}, "at least 16, but got 15"),
-        ({"num_steps": 20.5}, "integer of at least 16"),
-        ({"stop_factor": 1}, "stop_factor is above 1"),
-        ({"suggestion": "sharp"}, "no suggestion 'sharp': there are steep, valley"),
+        ({"start_lr": 0}, "positive and less than end_lr, got start_lr=0 and end_lr=10"),
+        ({"start_lr": 1, "end_lr": 0.1}, "less than end_lr, got start_lr=1 and end_lr=0.1"),
+        ({"num_steps": 15}, "integer of at least 16, got 15"),
+        ({"num_steps": 20.5}, "integer of at least 16, got 20.5"),
+        ({"stop_factor": 1}, "stop_factor must be greater than 1, got 1"),
+        ({"suggestion": "sharp"}, "no suggestion 'sharp'. Use one of 'steep', 'valley'"),
+        ({"suggestion": 3}, "no suggestion 3. Use one of"),
         ({"tf_dataset": None}, "lr_finder needs a dataset"),
         ({"tf_dataset": []}, "gave no batch"),
         ({"tf_dataset": iter(ONES)}, "What is read from a list_iterator is gone"),
     ],
 )
-def test_arguments_that_make_no_sweep_are_refused(arguments, seen):
+def test_invalid_arguments_raise(arguments, seen):
     with pytest.raises(ValueError, match=seen):
         Slope(keras.optimizers.SGD()).lr_finder(**{"tf_dataset": ONES, **arguments})
 
 
-# No trace
+# Training is unchanged
 
 
 INPUTS = (
@@ -505,7 +517,7 @@ DATASETS = {
 
 @contextlib.contextmanager
 def compiled_in_one_way():
-    """Measured, two runs might be compiled differently, and differ in the last bit."""
+    """Turns autotuning off: two runs compiled differently may differ in the last bit."""
     before = get_jit_compile()
     set_jit_compile(keras.config.backend() == "jax")
     yield
@@ -544,7 +556,7 @@ def flattened(state) -> list[np.ndarray]:
 
 
 class Searcher(Callback):
-    """Looks for a rate in the middle of an epoch and at its end; without data it does nothing."""
+    """Runs a sweep during an epoch and at its end. Does nothing without data."""
 
     def __init__(self, dataset=None):
         self.dataset = dataset
@@ -558,7 +570,7 @@ class Searcher(Callback):
 
 
 def trained(trainer, data, searcher) -> list[np.ndarray]:
-    """Everything that two epochs leave behind."""
+    """Trains for two epochs and returns the history and all state."""
     history = trainer.train(data, 2, [searcher], steps_per_execution=1)
     logs = [history.steps["loss"], history.to_dict()["accuracy"]]
     return [*logs, *everything(trainer), *flattened(random_state())]
@@ -575,21 +587,21 @@ def alone(make):
         return trained(classifier(), make(), Searcher())
 
 
-def test_training_is_the_same_with_sweeps_before_and_within(make, alone):
+def test_training_is_unchanged_by_sweeps_before_and_during_it(make, alone):
     trainer, data = classifier(), make()
     trainer.lr_finder(data, num_steps=20)  # longer than the data
     assert_equal(trained(trainer, data, Searcher(data)), alone)
 
 
-def test_training_is_the_same_after_a_sweep_that_built_the_model(make, alone):
+def test_training_is_unchanged_by_a_sweep_that_built_the_model(make, alone):
     trainer, data = classifier(built=False), make()
     trainer.lr_finder(data, num_steps=16)
     assert_equal(trained(trainer, data, Searcher()), alone)
 
 
-def test_training_is_the_same_after_sweeps_that_an_error_and_ctrl_c_ended(make, alone):
+def test_training_is_unchanged_by_sweeps_ended_by_an_error_or_ctrl_c(make, alone):
     def sweep(fails):
-        # The first batch is looked at once more, before the sweep.
+        # The first batch is read once more before the sweep.
         batches = iter(range(100))
         trainer.changing_train_config(
             custom_data_transform_f=lambda batch: fails(batch) if next(batches) == 37 else batch
@@ -617,7 +629,7 @@ def test_training_is_the_same_after_sweeps_that_an_error_and_ctrl_c_ended(make, 
 
 
 @pytest.mark.parametrize("look", ["lr_finder", "evaluate"])
-def test_data_made_in_the_middle_of_it_draws_what_it_would_have_drawn(look):
+def test_prefetching_draws_the_same_random_numbers_during_a_sweep_or_evaluation(look):
     batches = [(INPUTS[i : i + 4], LABELS[i : i + 4]) for i in range(0, 40, 4)]
 
     def losses(looks):
@@ -625,7 +637,7 @@ def test_data_made_in_the_middle_of_it_draws_what_it_would_have_drawn(look):
 
         def noisy(batch):
             if looks and next(number) == 3:
-                within.wait(0.5)  # in vain: nobody looks while a batch is made
+                within.wait(0.5)  # times out: the sweep waits for the batch to be made
             return batch[0] + np.random.normal(size=(4, 6)).astype("float32"), batch[1]
 
         def seen():
@@ -650,27 +662,27 @@ def test_a_dataset_may_evaluate_while_it_makes_a_batch():
 
     def batches():
         yield INPUTS[:4], LABELS[:4]
-        seen.append(trainer.evaluate([(INPUTS[:4], LABELS[:4])]))  # the lock is this thread's own
+        seen.append(trainer.evaluate([(INPUTS[:4], LABELS[:4])]))  # the lock is reentrant
         yield INPUTS[4:8], LABELS[4:8]
 
     trainer.train(batches, 1, steps_per_execution=1)
     assert len(seen) == 1
 
 
-def test_a_metric_that_was_never_fed_is_not_fed_by_a_sweep():
+def test_sweep_does_not_mark_metrics_as_updated():
     trainer = classifier()
     trainer.lr_finder(DATASETS["arrays"](), num_steps=16)
     assert not trainer.metrics[0].has_samples
 
 
-def test_the_baseline_has_the_random_numbers_of_the_sweep():
+def test_baseline_uses_the_random_numbers_of_the_sweep():
     data = DATASETS["arrays"]()
     result = classifier().lr_finder(data, start_lr=1e-31, end_lr=1e-30, num_steps=16)
     np.testing.assert_array_equal(result.losses, result.baseline)
     assert len(np.unique(result.baseline)) > 8
 
 
-def test_no_callback_hears_of_a_sweep_and_no_file_is_written(tmp_path, monkeypatch):
+def test_sweep_calls_no_callback_and_writes_no_file(tmp_path, monkeypatch):
     class Deaf(Callback):
         def __getattribute__(self, name):
             raise AssertionError(name)
@@ -684,7 +696,7 @@ def test_no_callback_hears_of_a_sweep_and_no_file_is_written(tmp_path, monkeypat
     assert not list(tmp_path.iterdir())
 
 
-# From the shell
+# The command
 
 
 PROGRAM = """
@@ -700,29 +712,29 @@ def init_trainer():
 """
 
 
-def test_the_shell_gets_a_table_and_a_picture(tmp_path, monkeypatch, capsys):
+def test_command_prints_suggestions_and_saves_a_plot(tmp_path, monkeypatch, capsys):
     (tmp_path / "lr_program.py").write_text(PROGRAM)
     monkeypatch.syspath_prepend(tmp_path)
     path = str(tmp_path / "lr.png")
     assert main(["lr_program:init_trainer", "--plot", path, "--suggestion", "valley"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == [*SUGGESTIONS, "picture:"]
+    assert [line.split()[0] for line in lines] == [*SUGGESTIONS, "Plot"]
     assert lines[1].endswith("(suggested)")
     assert Path(path).read_bytes().startswith(b"\x89PNG")
     flat = ["--start-lr", "1e-12", "--end-lr", "1e-10"]
     assert main(["lr_program:init_trainer", "--plot", path, *flat]) == 1
-    assert "no learning rate to suggest: the loss never fell" in capsys.readouterr().err
+    assert "No learning rate suggested. The loss never fell" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("function", "seen"),
     [
         ("lr_program:trainer", "the module 'lr_program' has no function 'trainer'"),
-        ("lr_programs:init_trainer", "there is no module 'lr_programs' here"),
-        ("builtins:list", "builtins:list returns a trainer, but gave []"),
+        ("lr_programs:init_trainer", "there is no module named 'lr_programs' here"),
+        ("builtins:list", "builtins:list must return a trainer, got []"),
     ],
 )
-def test_the_shell_says_what_is_no_function_that_returns_a_trainer(
+def test_command_rejects_functions_that_return_no_trainer(
     function, seen, tmp_path, monkeypatch, capsys
 ):
     (tmp_path / "lr_program.py").write_text(PROGRAM)
@@ -732,8 +744,8 @@ def test_the_shell_says_what_is_no_function_that_returns_a_trainer(
     assert seen in capsys.readouterr().err
 
 
-def test_the_module_runs(tmp_path):
+def test_module_runs_as_a_command(tmp_path):
     command = [sys.executable, "-W", "error", "-m", "polus.lr_finder", "package.module"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 2
-    assert "write package.module:function, not 'package.module'" in done.stderr
+    assert "the form package.module:function, got 'package.module'" in done.stderr

@@ -1,4 +1,4 @@
-"""Values on their way from the device to Python, and hints for misspelled names."""
+"""Values read from the device, and hints for misspelled names."""
 
 import difflib
 from collections.abc import Iterable, Sequence
@@ -16,14 +16,14 @@ def to_host(value: Any) -> np.ndarray[Any, Any]:
     return np.asarray(value)
 
 
-def did_you_mean(name: str, names: Iterable[str]) -> str:
+def did_you_mean(name: object, names: Iterable[str]) -> str:
     """Returns `"Did you mean 'loss'?"` for the closest of `names`, or "" if none is close."""
-    close = difflib.get_close_matches(name, list(names), n=1)
+    close = difflib.get_close_matches(str(name), list(names), n=1)
     return f"Did you mean {close[0]!r}?" if close else ""
 
 
 class DeviceValues(Sequence[float]):
-    """One scalar per step, left on the device until somebody reads one.
+    """One scalar per step, kept on the device until the first one is read.
 
     Args:
         values: A tensor whose first `count` elements are the values; it may be padded.

@@ -9,8 +9,9 @@ prediction leaves the device and none is kept::
     print(metric.evaluate())  # the measure over all batches; starts anew
 """
 
+import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import keras
@@ -317,6 +318,17 @@ class KerasMetric(IMetric):
 
     def reset_state(self) -> None:
         self.metric.reset_state()
+
+
+@contextlib.contextmanager
+def kept_has_samples(metrics: Iterable[IMetric]) -> Iterator[None]:
+    """Restores `has_samples` of each metric at the end: an evaluation or a dry run changes it."""
+    before = [(metric, metric.has_samples) for metric in metrics]
+    try:
+        yield
+    finally:
+        for metric, had in before:
+            metric.has_samples = had
 
 
 def as_metric(metric: Any) -> IMetric:

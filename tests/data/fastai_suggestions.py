@@ -1,6 +1,6 @@
-r"""Writes fastai_suggestions.json: curves recorded by fastai, and what fastai suggests on each.
+r"""Writes fastai_suggestions.json: curves recorded by fastai, with the rates that it suggests.
 
-fastai is no dependency. Made with fastai 2.8.12, PyTorch 2.13.0 and scikit-learn 1.9.1:
+fastai is not a dependency. Made with fastai 2.8.12, PyTorch 2.13.0 and scikit-learn 1.9.1:
 
     pip install --target elsewhere --no-deps fastai fastcore fasttransform fastdownload \
         fastprogress==1.0.3 plum-dispatch pyyaml
@@ -21,7 +21,7 @@ NUM_STEPS = 100
 
 
 def record(optimizer, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gives the rates and the losses, as fastai smooths them, of its range test on the digits."""
+    """Returns the rates and the smoothed losses of fastai's range test on the digits."""
     x, y = load_digits(return_X_y=True)
     samples = list(zip(tensor(x).float() / 16, tensor(y), strict=True))
     model = torch.nn.Sequential(

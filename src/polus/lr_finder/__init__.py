@@ -1,13 +1,23 @@
-"""The learning-rate range test."""
+"""The learning-rate range test: finds a learning rate for a model, its data and its optimizer.
 
-from polus.lr_finder.sweep import (
+```python
+result = trainer.lr_finder(dataset)
+print(result.suggestion, result.suggestions)
+result.plot("lr_finder.png")
+```
+
+From the command line, for a function that returns a trainer with its training configuration:
+
+    python -m polus.lr_finder package.module:init_trainer
+"""
+
+from polus.lr_finder.adapter import find
+from polus.lr_finder.curve import (
     MIN_STEPS,
     SUGGESTIONS,
-    LRFinderResult,
-    find,
+    SuggestionName,
     has_descent,
     highest_allowed,
-    main,
     minimum,
     noise,
     remove_batch_noise,
@@ -16,18 +26,22 @@ from polus.lr_finder.sweep import (
     steep,
     valley,
 )
+from polus.lr_finder.result import LRFinderResult
+from polus.lr_finder.sweep import SweepSettings, run_range_test
 
 __all__ = [
     "MIN_STEPS",
     "SUGGESTIONS",
     "LRFinderResult",
+    "SuggestionName",
+    "SweepSettings",
     "find",
     "has_descent",
     "highest_allowed",
-    "main",
     "minimum",
     "noise",
     "remove_batch_noise",
+    "run_range_test",
     "slide",
     "smooth",
     "steep",
