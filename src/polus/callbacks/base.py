@@ -2,6 +2,7 @@
 
 import contextlib
 import enum
+import secrets
 import sys
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -131,6 +132,7 @@ class CallbackCoordinator:
     """One run: where it stands, what it recorded, and the delivery of events to its callbacks.
 
     Attributes:
+        id: names the run in its checkpoints; a resumed run keeps it.
         trainer: the trainer of the run. callbacks: the callbacks, Keras' own ones adapted.
         epochs: the number of epochs. steps: the steps of one epoch, None where it is not known yet.
         epoch, step: what comes next, both from 0.
@@ -146,6 +148,7 @@ class CallbackCoordinator:
     def __init__(
         self, callbacks: Iterable[Any], trainer: "BaseTrainer", epochs: int, reader: DataReader
     ) -> None:
+        self.id = secrets.token_hex(8)
         self.trainer = trainer
         self.epochs = epochs
         self.steps = reader.num_batches
