@@ -22,14 +22,15 @@ import pytest
 import polus.core
 from polus.backends import backend
 from polus.callbacks import Callback
-from polus.checkpoint import Checkpoint, CheckpointError
-from polus.checkpoint import run as run_module
+from polus.checkpoint import Checkpoint, CheckpointError, environment, store
 from polus.checkpoint.__main__ import main
-from polus.checkpoint.store import Store, flatten_state, read, unflatten_state
+from polus.checkpoint.store import Store, read
 from polus.data import from_arrays
 from polus.metrics import Accuracy
+from polus.state_tree import flatten_state, unflatten_state
 from polus.steps.compiled import CompiledStep
 from polus.training import ClassifierTrainer
+from polus.training_state import allocate_buffers, canonical_paths, variables_state
 
 generator = np.random.default_rng(0)
 x = generator.normal(size=(52, 8)).astype("float32")
@@ -134,7 +135,7 @@ def uninterrupted(tmp_path_factory):
     return train(str(tmp_path_factory.mktemp("uninterrupted")))
 
 
-def test_a_run_killed_again_and_again_equals_an_uninterrupted_one(tmp_path, uninterrupted, caplog):
+def test_repeatedly_killed_run_equals_an_uninterrupted_one(tmp_path, uninterrupted, caplog):
     caplog.set_level(logging.INFO)
     folder = str(tmp_path)
     # The last step of an epoch, its end, the first after, the one before the last, any.
@@ -170,7 +171,7 @@ test_checkpoint.train(sys.argv[1])
 """
 
 
-def test_a_process_killed_in_a_save(tmp_path, uninterrupted):
+def test_process_killed_during_a_save(tmp_path, uninterrupted):
     command = [sys.executable, "-c", KILLED_IN_A_SAVE, str(tmp_path)]
     child = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True)
     assert child.returncode == -signal.SIGKILL, child.stderr.decode()
@@ -180,7 +181,7 @@ def test_a_process_killed_in_a_save(tmp_path, uninterrupted):
     assert not list(tmp_path.glob(".tmp-*"))
 
 
-def test_a_damaged_checkpoint_costs_steps_but_no_bit(tmp_path, uninterrupted, caplog):
+def test_damaged_checkpoint_costs_steps_but_no_bit(tmp_path, uninterrupted, caplog):
     with pytest.raises(Killed):
         train(str(tmp_path), ("step", 1, 5))
     newest = Store(tmp_path).paths()[-1] / "state.safetensors"
@@ -199,7 +200,7 @@ def test_a_damaged_checkpoint_costs_steps_but_no_bit(tmp_path, uninterrupted, ca
         ("SIGUSR1", ("epoch", 0)),  # where a validation runs
     ],
 )
-def test_a_signal_saves_and_ends_in_order(tmp_path, uninterrupted, name, moment, caplog):
+def test_signal_saves_and_exits(tmp_path, uninterrupted, name, moment, caplog):
     number = getattr(signal, name)
     handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     with pytest.raises(SystemExit) as exit_:
@@ -214,7 +215,7 @@ def test_a_signal_saves_and_ends_in_order(tmp_path, uninterrupted, name, moment,
     assert train(str(tmp_path), every_steps=None) == uninterrupted
 
 
-def test_a_signal_while_a_checkpoint_is_written(tmp_path, monkeypatch):
+def test_signal_while_a_checkpoint_is_written(tmp_path, monkeypatch):
     started = threading.Event()
     write = Store.write
 
@@ -236,7 +237,7 @@ def test_a_signal_while_a_checkpoint_is_written(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("moment", ["in the last save", "behind it", "in a finished run"])
-def test_a_signal_after_the_last_step_counts_too(tmp_path, one_epoch, moment):
+def test_signal_after_the_last_step_exits(tmp_path, one_epoch, moment):
     class Late(Callback):
         def term(self):
             self.term = lambda: None  # once
@@ -265,7 +266,7 @@ def test_a_signal_after_the_last_step_counts_too(tmp_path, one_epoch, moment):
     assert trees(folder)[-1]["progress"]["epoch"] == 1
 
 
-def test_a_signal_in_a_dispatch_of_many_steps(tmp_path, monkeypatch):
+def test_signal_during_a_call_of_many_steps(tmp_path, monkeypatch):
     def weights(callbacks=(), resume=None):
         trainer = new_trainer()
         trainer.train(data(), 2, callbacks, steps_per_execution=4, resume=resume)
@@ -290,7 +291,7 @@ def test_a_signal_in_a_dispatch_of_many_steps(tmp_path, monkeypatch):
     assert weights([Checkpoint(tmp_path)], resume=tmp_path) == weights()
 
 
-def test_a_signal_lets_each_checkpoint_save(tmp_path):
+def test_signal_lets_every_checkpoint_save(tmp_path):
     folders = [tmp_path / "a", tmp_path / "b"]
     term = Remembers(("step", 0, 3), lambda: signal.raise_signal(signal.SIGTERM))
     with pytest.raises(SystemExit):
@@ -298,7 +299,7 @@ def test_a_signal_lets_each_checkpoint_save(tmp_path):
     assert [[t["progress"]["step"] for t in trees(folder)] for folder in folders] == [[4], [4]]
 
 
-def test_a_second_signal_waits_for_no_write(tmp_path, monkeypatch):
+def test_second_signal_does_not_wait_for_the_save(tmp_path, monkeypatch):
     ended, write = threading.Event(), Store.write
 
     def slow(self, *arguments):
@@ -321,7 +322,7 @@ def test_a_second_signal_waits_for_no_write(tmp_path, monkeypatch):
     Store(tmp_path).lock().release()
 
 
-def test_a_signal_that_is_ignored_stays_ignored(tmp_path):
+def test_ignored_signal_stays_ignored(tmp_path):
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell starts what ends with &
     try:
         train(str(tmp_path), ("step", 0, 3), lambda: signal.raise_signal(signal.SIGINT), epochs=1)
@@ -334,7 +335,7 @@ def trees(folder):
     return [read(path).tree for path in Store(folder).paths()]
 
 
-def test_the_loop_is_not_far_ahead_of_the_device(tmp_path):
+def test_loop_waits_for_the_device(tmp_path):
     class Losses:
         def __array__(self, dtype=None, copy=None):
             waited.append(self)
@@ -347,7 +348,7 @@ def test_the_loop_is_not_far_ahead_of_the_device(tmp_path):
     assert waited == blocks[:2]
 
 
-def test_a_signal_while_the_data_is_late(tmp_path, monkeypatch):
+def test_signal_while_waiting_for_data(tmp_path, monkeypatch):
     late, save = threading.Event(), Checkpoint.save
     monkeypatch.setattr(Checkpoint, "save", lambda self: (save(self), late.set()))
 
@@ -364,7 +365,7 @@ def test_a_signal_while_the_data_is_late(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("name", "ends"), [("SIGTERM", SystemExit), ("SIGINT", KeyboardInterrupt)])
-def test_a_signal_while_a_resume_reads_what_was_seen(tmp_path, name, ends, caplog):
+def test_signal_while_a_resume_replays_the_data(tmp_path, name, ends, caplog):
     def batches():
         for i in range(6):
             if resuming:
@@ -381,7 +382,7 @@ def test_a_signal_while_a_resume_reads_what_was_seen(tmp_path, name, ends, caplo
         train(str(tmp_path), dataset=batches)
     assert ends is KeyboardInterrupt or ended.value.code == 128 + signal.SIGTERM
     assert read == [0, 1, 2]  # of the four that were seen
-    assert f"{name}: the run has not gone on yet, and nothing is saved" in caplog.text
+    assert f"{name}: the run has not continued yet, and nothing is saved" in caplog.text
     assert sorted(os.listdir(tmp_path)) == before
 
 
@@ -401,7 +402,7 @@ def full_disk(monkeypatch):
     return failing
 
 
-def test_a_full_disk_does_not_end_the_run(tmp_path, uninterrupted, full_disk, caplog):
+def test_full_disk_does_not_end_the_run(tmp_path, uninterrupted, full_disk, caplog):
     with pytest.raises(Killed):
         train(str(tmp_path), at=("step", 0, 2))
     newest = Store(tmp_path).paths()[-1]
@@ -413,7 +414,7 @@ def test_a_full_disk_does_not_end_the_run(tmp_path, uninterrupted, full_disk, ca
     assert len(trees(tmp_path)) == 3
 
 
-def test_where_nothing_could_be_written_it_is_an_error_at_the_end(tmp_path, full_disk):
+def test_no_checkpoint_at_all_raises_at_the_end(tmp_path, full_disk):
     full_disk.times = 1000
     trainer = new_trainer()
     with pytest.raises(CheckpointError, match="Not one checkpoint could be written to"):
@@ -421,22 +422,26 @@ def test_where_nothing_could_be_written_it_is_an_error_at_the_end(tmp_path, full
     assert int(keras.ops.convert_to_numpy(trainer.step_counter.value)) == 7
 
 
-def test_a_folder_that_cannot_be_made_is_tried_again(tmp_path, caplog):
-    file = tmp_path / "file"
-    file.write_text("in the way")
-    train(str(file / "run"), ("step", 0, 0), file.unlink, epochs=1)
+def test_folder_that_cannot_be_made_is_retried(tmp_path, caplog, monkeypatch):
+    def fails(path):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "make_folder", fails)
+        train(str(tmp_path / "run"), ("step", 0, 0), patch.undo, epochs=1)
     assert "NO CHECKPOINT WAS WRITTEN" in caplog.text
-    assert len(trees(file / "run")) == 3
+    assert "Read-only file system" in caplog.text
+    assert len(trees(tmp_path / "run")) == 3
 
 
-def test_two_runs_do_not_share_a_folder(tmp_path):
+def test_two_runs_cannot_share_a_folder(tmp_path):
     lock = Store(tmp_path).lock()
-    with pytest.raises(CheckpointError, match="Another run writes its checkpoints to"):
+    with pytest.raises(CheckpointError, match="Another run is writing its checkpoints to"):
         train(str(tmp_path))
     lock.release()
 
 
-def test_a_folder_that_was_removed_is_locked_anew(tmp_path):
+def test_removed_folder_is_locked_again(tmp_path):
     class Removes(Callback):
         refused = False
 
@@ -454,7 +459,7 @@ def test_a_folder_that_was_removed_is_locked_anew(tmp_path):
     Store(tmp_path).lock().release()
 
 
-def test_a_folder_that_another_run_has_taken_meanwhile_does_not_end_the_run(tmp_path, caplog):
+def test_folder_taken_by_another_run_does_not_end_the_run(tmp_path, caplog):
     class Taken(Callback):
         def on_epoch_end(self, epoch):
             if epoch == 0:
@@ -465,7 +470,7 @@ def test_a_folder_that_another_run_has_taken_meanwhile_does_not_end_the_run(tmp_
 
     new_trainer().train(data(), 3, [Checkpoint(tmp_path), Taken()])
     assert "NO CHECKPOINT WAS WRITTEN to" in caplog.text
-    assert "Another run writes its checkpoints to" in caplog.text
+    assert "Another run is writing its checkpoints to" in caplog.text
     assert trees(tmp_path)[-1]["progress"]["epoch"] == 3
 
 
@@ -477,7 +482,7 @@ def one_epoch(tmp_path_factory):
     return str(folder)
 
 
-def test_a_run_from_the_beginning_leaves_earlier_checkpoints_alone(one_epoch, tmp_path, caplog):
+def test_checkpoints_of_an_earlier_run_stay(one_epoch, tmp_path, caplog):
     folder = shutil.copytree(one_epoch, tmp_path / "run")
     paths, trainer = Store(folder).paths(), new_trainer()
     for count, resume in enumerate((None, tmp_path / "empty"), start=1):
@@ -507,7 +512,7 @@ def test_a_run_from_the_beginning_leaves_earlier_checkpoints_alone(one_epoch, tm
         ),
     ],
 )
-def test_a_checkpoint_of_another_run_is_refused_with_what_differs(one_epoch, kwargs, message):
+def test_checkpoint_of_another_run_raises_with_the_difference(one_epoch, kwargs, message):
     kwargs = {name: v() if callable(v) else v for name, v in kwargs.items()}
     with pytest.raises(CheckpointError, match=message):
         train(one_epoch, trainer=new_trainer(**kwargs))
@@ -539,7 +544,7 @@ def with_other_variables():
     return trainer, lambda: {"steps": int(steps), "noise": noise.state.numpy().tolist()}
 
 
-def test_variables_that_are_not_keras_are_part_of_a_run(tmp_path):
+def test_variables_of_the_backend_are_restored(tmp_path):
     trainer, values = with_other_variables()
     # Measuring, too, puts them back.
     history = trainer.train(data(), 2)
@@ -555,7 +560,7 @@ def test_variables_that_are_not_keras_are_part_of_a_run(tmp_path):
 
 
 @pytest.mark.skipif(keras.config.backend() != "tensorflow", reason="TensorFlow's variables")
-def test_variables_of_tensorflow_have_the_order_of_the_step():
+def test_tensorflow_variables_are_traced_in_first_use_order():
     tf = pytest.importorskip("tensorflow")
     variables = [tf.Variable(0.0, name=f"v{i}") for i in range(40)]
     met = backend.trace(lambda x: [v.assign_add(x) for v in variables], [np.float32(1)])
@@ -563,14 +568,14 @@ def test_variables_of_tensorflow_have_the_order_of_the_step():
     assert not any(map(float, variables))
 
 
-def test_a_layer_without_variables_more_is_refused(one_epoch):
+def test_added_layer_without_variables_raises(one_epoch):
     trainer = new_trainer()
     trainer.model.add(keras.layers.Activation("relu"))
     with pytest.raises(CheckpointError, match="layer 5 of the model was None, and is Activation"):
         train(one_epoch, trainer=trainer)
 
 
-def test_a_callback_that_sets_itself_up_when_an_epoch_begins(tmp_path):
+def test_callback_that_sets_itself_up_in_on_epoch_begin(tmp_path):
     class Counts(Callback):
         """Has no state: what it knows it sets up at the beginning."""
 
@@ -611,12 +616,12 @@ def test_a_callback_that_sets_itself_up_when_an_epoch_begins(tmp_path):
     assert float(keras.ops.convert_to_numpy(optimizer.learning_rate)) == 0.25
 
 
-def test_a_checkpoint_of_another_dataset_is_refused(one_epoch):
+def test_checkpoint_of_another_dataset_raises(one_epoch):
     with pytest.raises(CheckpointError, match="num_batches: it was 7, and is 26"):
         train(one_epoch, dataset=from_arrays((x, y), batch_size=2))
 
 
-def test_when_it_saves(tmp_path):
+def test_saves_are_on_schedule(tmp_path):
     now = [0.0]
 
     class Clock(Callback):
@@ -641,7 +646,7 @@ def test_when_it_saves(tmp_path):
     assert saved_at(every_epochs=None, every_secs=50) == [(0, 5), (1, 3), (2, 1), (2, 6), (3, 0)]
 
 
-def test_a_callback_may_have_the_run_saved(tmp_path):
+def test_callback_can_save(tmp_path):
     class Saves(Callback):
         def on_train_begin(self):
             with pytest.raises(RuntimeError, match="known from its first batch on"):
@@ -667,8 +672,8 @@ def test_a_callback_may_have_the_run_saved(tmp_path):
         {"every_secs": "a"},
     ],
 )
-def test_wrong_arguments(kwargs):
-    with pytest.raises(ValueError, match=f"{next(iter(kwargs))} is a .* and got"):
+def test_invalid_arguments_raise(kwargs):
+    with pytest.raises(ValueError, match=f"{next(iter(kwargs))} must be a .*, got"):
         Checkpoint("anywhere", **kwargs)
 
 
@@ -676,8 +681,8 @@ def once(dispatch, *_):
     assert dispatch.settled, "measured again"
 
 
-def test_the_choices_of_auto_are_part_of_a_run(tmp_path, monkeypatch):
-    from polus import training
+def test_autotuned_settings_are_restored(tmp_path, monkeypatch):
+    from polus.training import trainer as training
 
     polus.core.set_jit_compile("auto")
     trainer = new_trainer()
@@ -690,8 +695,8 @@ def test_the_choices_of_auto_are_part_of_a_run(tmp_path, monkeypatch):
     assert (trainer._jit_compile, trainer._capacity) == chosen
 
 
-def test_a_validation_behind_the_last_step_keeps_its_compiler(tmp_path, monkeypatch):
-    from polus import training
+def test_validation_after_the_last_step_keeps_its_compiler(tmp_path, monkeypatch):
+    from polus.training import trainer as training
 
     def chosen(dispatch, *_):
         dispatch.jit_compile, dispatch.capacity, dispatch.settled = True, 2, True
@@ -714,8 +719,8 @@ def test_a_validation_behind_the_last_step_keeps_its_compiler(tmp_path, monkeypa
     assert trainer._dispatches["evaluation", "auto"].jit_compile is True
 
 
-def test_another_environment_is_said(one_epoch, monkeypatch, caplog):
-    monkeypatch.setattr(run_module, "_processor", lambda: "Difference Engine")
+def test_changed_environment_warns(one_epoch, monkeypatch, caplog):
+    monkeypatch.setattr(environment, "processor", lambda: "Difference Engine")
     polus.core.set_jit_compile("auto")
     trainer = new_trainer()
     trainer.model.layers[0].dtype_policy = "mixed_bfloat16"
@@ -724,15 +729,15 @@ def test_another_environment_is_said(one_epoch, monkeypatch, caplog):
     assert f"jit_compile was {backend.candidates()[0]} and is 'auto'" in caplog.text
     assert "dtype policies was ['float32'] and is ['float32', 'mixed_bfloat16']" in caplog.text
     assert "steps_per_execution was 4 and is None" in caplog.text
-    assert "may not be bit by bit those" in caplog.text
+    assert "may not be bit for bit those" in caplog.text
 
 
-def test_a_callback_that_is_gone_is_said(one_epoch, caplog):
+def test_missing_callback_warns(one_epoch, caplog):
     new_trainer().train(data(), 1, [], resume=one_epoch)
     assert "the state of callbacks that are gone: ['Remembers']" in caplog.text
 
 
-def test_a_state_that_cannot_be_stored_says_where(tmp_path):
+def test_state_that_cannot_be_stored_raises_with_its_place(tmp_path):
     class Strange(Callback):
         def get_state(self):
             return {"model": object()}
@@ -743,11 +748,11 @@ def test_a_state_that_cannot_be_stored_says_where(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8", "bool", "int32"])
-def test_variables_of_each_dtype_come_back(dtype):
+def test_variables_of_every_dtype_round_trip(dtype):
     variable = keras.Variable(np.array([[0, 1], [1, 0]]).T, dtype=dtype, trainable=False)
-    state = json.loads(json.dumps(flatten_state(run_module._variable_state(variable)).skeleton))
-    assert state["value"]["dtype"] == variable.dtype
-    value = unflatten_state(flatten_state(run_module._variable_state(variable)))["value"]
+    flat = flatten_state(variables_state([variable]))
+    assert json.loads(json.dumps(flat.skeleton))[0]["value"]["dtype"] == variable.dtype
+    value = unflatten_state(flat)[0]["value"]
     again = keras.Variable(np.zeros((2, 2)), dtype=dtype, trainable=False)
     again.assign(value)
     np.testing.assert_array_equal(
@@ -755,12 +760,11 @@ def test_variables_of_each_dtype_come_back(dtype):
     )
 
 
-def test_the_first_copy_takes_the_memory_that_was_fetched_for_it():
+def test_first_copy_uses_the_allocated_buffers():
     dtypes = ("float32", "bfloat16", "int8")
     variables = [keras.Variable(np.ones((3, 2)), dtype=d, trainable=False) for d in dtypes]
-    memory = run_module.allocate_buffers(variables)
-    states = [run_module._variable_state(variable) for variable in variables]
-    arrays = flatten_state({"variables": states}, memory).arrays
+    memory = allocate_buffers(variables)
+    arrays = flatten_state({"variables": variables_state(variables)}, memory).arrays
     assert len(memory) == len(variables)
     assert all(np.shares_memory(memory[name], arrays[name]) for name in arrays)
 
@@ -774,11 +778,11 @@ def test_the_first_copy_takes_the_memory_that_was_fetched_for_it():
         (["a/dense/kernel"], ["a/dense/bias"], False),
     ],
 )
-def test_layers_may_be_counted_from_elsewhere_but_not_exchanged(then, now, same):
-    assert (run_module._canonical(then) == run_module._canonical(now)) == same
+def test_canonical_paths(then, now, same):
+    assert (canonical_paths(then) == canonical_paths(now)) == same
 
 
-def test_the_command_line(one_epoch, capsys, tmp_path):
+def test_command_line(one_epoch, capsys, tmp_path):
     assert main(["ls", one_epoch]) == 0
     assert "epoch 1 of 1, step 0" in capsys.readouterr().out
     assert main(["verify", one_epoch]) == 0

@@ -1,6 +1,7 @@
-"""Checkpoints on disk. No backend is involved, so one process tests them for all three."""
+"""Checkpoints on disk. No backend is involved, so one process covers all three."""
 
 import errno
+import hashlib
 import json
 import os
 import signal
@@ -13,15 +14,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from polus.checkpoint import store as store_module
-from polus.checkpoint.store import (
-    CheckpointError,
-    DamagedError,
-    Store,
-    flatten_state,
-    read,
-    unflatten_state,
-    verify,
-)
+from polus.checkpoint.state_file import write_arrays
+from polus.checkpoint.store import CheckpointError, DamagedError, Store, read, verify
+from polus.state_tree import STORED_DTYPES, flatten_state, unflatten_state
 
 
 def tree_of(value):
@@ -72,7 +67,7 @@ ARRAYS = {
 }
 
 
-def test_a_tree_comes_back_with_the_same_bits(tmp_path):
+def test_tree_round_trips_bit_for_bit(tmp_path):
     tree = {
         "arrays": ARRAYS,
         "names": {"a/b": {"c": np.zeros(1)}, "a": {"b/c": np.ones(1)}, "a~1b": {"c": np.ones(2)}},
@@ -91,7 +86,7 @@ def test_a_tree_comes_back_with_the_same_bits(tmp_path):
     )
 
 
-def test_a_snapshot_is_a_copy():
+def test_flatten_copies():
     array = np.zeros(2)
     snapshot = flatten_state({"array": array})
     array += 1
@@ -108,12 +103,12 @@ def test_a_snapshot_is_a_copy():
         ({1: "one"}, r"keys \[1\]"),
     ],
 )
-def test_what_needs_pickle_is_refused_with_its_place(value, message):
+def test_values_that_need_pickle_raise_with_their_place(value, message):
     with pytest.raises(TypeError, match=message):
         flatten_state({"callbacks": [{"seen": value}]})
 
 
-def test_the_newest_are_kept(tmp_path):
+def test_keep_removes_the_oldest(tmp_path):
     store = Store(tmp_path)
     assert store.read_newest() is None
     for value in range(12):
@@ -122,7 +117,7 @@ def test_the_newest_are_kept(tmp_path):
     assert sorted(os.listdir(tmp_path)) == [path.name for path in store.paths()]
 
 
-def test_what_a_user_puts_into_the_folder_stays(tmp_path):
+def test_foreign_files_are_left_alone(tmp_path):
     store, others = Store(tmp_path), ["checkpoint-best", "checkpoint-00000001-mine", ".tmp-mine"]
     for name in others:
         (tmp_path / name).mkdir()
@@ -182,7 +177,7 @@ sys.addaudithook(disk.audit)
 @pytest.fixture
 def faulty_disk(monkeypatch):
     fsync, write_text = os.fsync, store_module.Path.write_text
-    write_arrays = store_module._write_arrays
+    write_arrays = store_module.write_arrays
 
     def halved(path, write):
         def half():
@@ -198,7 +193,7 @@ def faulty_disk(monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda fd: (disk.operation(), fsync(fd)))
     monkeypatch.setattr(
         store_module,
-        "_write_arrays",
+        "write_arrays",
         lambda path, arrays: halved(path, lambda: write_arrays(path, arrays)),
     )
     monkeypatch.setattr(
@@ -221,9 +216,7 @@ def count_operations(disk, folder):
 
 
 @pytest.mark.parametrize("how", ["killed", errno.ENOSPC, errno.EIO])
-def test_after_any_failed_operation_of_a_save_a_whole_checkpoint_is_read(
-    tmp_path, faulty_disk, how
-):
+def test_save_that_fails_at_any_operation_leaves_a_valid_checkpoint(tmp_path, faulty_disk, how):
     operations = count_operations(faulty_disk, tmp_path / "count")
     assert operations > 20
     for fails_at in range(operations):
@@ -234,7 +227,7 @@ def test_after_any_failed_operation_of_a_save_a_whole_checkpoint_is_read(
         try:
             write(store, 2, keep=2)
             written = True
-        except (Killed, OSError, DamagedError):
+        except (Killed, OSError, CheckpointError):
             written = False
         faulty_disk.stop()
 
@@ -254,7 +247,7 @@ def test_after_any_failed_operation_of_a_save_a_whole_checkpoint_is_read(
 
 
 @pytest.mark.parametrize("name", ["state.safetensors", "manifest.json"])
-def test_what_reads_back_differently_is_not_kept(tmp_path, monkeypatch, name):
+def test_checkpoint_that_reads_back_differently_is_set_aside(tmp_path, monkeypatch, name):
     """A disk that loses a bit on the way, and says nothing."""
     store = Store(tmp_path)
     write(store, 1)
@@ -265,10 +258,10 @@ def test_what_reads_back_differently_is_not_kept(tmp_path, monkeypatch, name):
     assert_same(store.read_newest().tree, tree_of(1))
 
 
-def test_a_safetensors_file_is_as_the_library_writes_it(tmp_path):
-    arrays = {name: np.arange(3).astype(name)[None] for name in store_module.DTYPES}
+def test_state_file_matches_the_safetensors_library(tmp_path):
+    arrays = {name: np.arange(3).astype(name)[None] for name in STORED_DTYPES}
     arrays |= {"scalar": np.array(1.5), "empty": np.zeros((0, 4)), "ä/\\": np.zeros(1)}
-    store_module._write_arrays(tmp_path / "ours", arrays)
+    write_arrays(tmp_path / "ours", arrays)
     save_file(arrays, tmp_path / "theirs")
     found, expected = load_file(tmp_path / "ours"), load_file(tmp_path / "theirs")
     assert_same(dict(sorted(found.items())), dict(sorted(expected.items())))
@@ -278,7 +271,7 @@ def test_a_safetensors_file_is_as_the_library_writes_it(tmp_path):
         assert (data + entry["data_offsets"][0]) % arrays[name].itemsize == 0  # aligned
 
 
-def test_a_copy_takes_the_memory_of_an_earlier_one():
+def test_flatten_reuses_buffers():
     first = flatten_state(ARRAYS | {"grows": np.zeros(2)})
     changed = {name: np.roll(array, 1) for name, array in ARRAYS.items()}
     expected = changed | {"grows": np.ones(3), "new": np.ones(1)}
@@ -323,9 +316,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("name", ["state.safetensors", "manifest.json"])
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(
-    tmp_path, caplog, name, fault
-):
+def test_damaged_checkpoint_falls_back_to_the_previous_one(tmp_path, caplog, name, fault):
     store = Store(tmp_path)
     for value in (1, 2):
         path = write(store, value)
@@ -336,7 +327,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(
     assert name in caplog.text
 
 
-def test_each_flipped_bit_is_found(tmp_path):
+def test_every_flipped_bit_is_detected(tmp_path):
     path = write(Store(tmp_path), 1)
     generator = np.random.default_rng(0)
     for file in path.iterdir():
@@ -351,7 +342,7 @@ def test_each_flipped_bit_is_found(tmp_path):
     verify(path)
 
 
-def test_a_folder_with_nothing_in_it_is_damaged(tmp_path):
+def test_empty_checkpoint_folder_is_damaged(tmp_path):
     store = Store(tmp_path)
     write(store, 1)
     (tmp_path / "checkpoint-00000009").mkdir()
@@ -359,7 +350,7 @@ def test_a_folder_with_nothing_in_it_is_damaged(tmp_path):
     assert write(store, 2).name == "checkpoint-00000010"  # a number is used once
 
 
-def test_where_all_are_damaged_nothing_starts_afresh(tmp_path):
+def test_all_damaged_raises(tmp_path):
     store = Store(tmp_path)
     for value in (1, 2):
         truncate(9)(write(store, value) / "state.safetensors")
@@ -369,7 +360,7 @@ def test_where_all_are_damaged_nothing_starts_afresh(tmp_path):
         assert "checkpoint-00000001, damaged-checkpoint-00000002" in str(error.value)
 
 
-def test_a_checkpoint_that_cannot_be_set_aside_is_passed_over(tmp_path, monkeypatch, caplog):
+def test_damaged_checkpoint_on_read_only_disk_is_skipped(tmp_path, monkeypatch, caplog):
     store = Store(tmp_path)
     for value in (1, 2):
         path = write(store, value)
@@ -383,20 +374,30 @@ def test_a_checkpoint_that_cannot_be_set_aside_is_passed_over(tmp_path, monkeypa
     assert "Read-only file system" in caplog.text
 
 
-def test_a_later_format_is_neither_read_nor_set_aside(tmp_path):
+def reseal(path, change=None, **parts):
+    """Changes a manifest and gives it a checksum that is right, as a stranger would."""
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest.pop("sha256", None)
+    manifest |= parts
+    if change is not None:
+        change(manifest)
+    text = json.dumps(manifest, sort_keys=True).encode()
+    sealed = manifest | {"sha256": hashlib.sha256(text).hexdigest()}
+    (path / "manifest.json").write_text(json.dumps(sealed))
+
+
+@pytest.mark.parametrize("found", [1, 3])
+def test_other_formats_raise_and_stay(tmp_path, found):
     store = Store(tmp_path)
     path = write(store, 1)
-    manifest = json.loads((path / "manifest.json").read_text())
-    del manifest["sha256"]
-    manifest["format"] = 2
-    manifest["sha256"] = store_module._manifest_sha256(manifest)
-    (path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(CheckpointError, match="has format 2, this version of Polus reads format 1"):
+    reseal(path, format=found)
+    message = f"has format {found}, and this version of Polus reads format 2. Install"
+    with pytest.raises(CheckpointError, match=message):
         store.read_newest()
     assert store.paths() == [path]
 
 
-def test_a_full_disk_is_an_error_that_leaves_nothing(tmp_path):
+def test_full_disk_raises_and_leaves_nothing(tmp_path):
     resource = pytest.importorskip("resource")
     store = Store(tmp_path)
     write(store, 1)
@@ -411,15 +412,15 @@ def test_a_full_disk_is_an_error_that_leaves_nothing(tmp_path):
     assert_same(store.read_newest().tree, tree_of(1))
 
 
-def test_two_runs_do_not_share_a_folder(tmp_path):
+def test_folder_is_locked(tmp_path):
     lock = Store(tmp_path).lock()
-    with pytest.raises(CheckpointError, match="Another run writes its checkpoints to"):
+    with pytest.raises(CheckpointError, match="Another run is writing its checkpoints to"):
         Store(tmp_path).lock()
     lock.release()
     Store(tmp_path).lock().release()
 
 
-def test_a_killed_run_holds_no_lock(tmp_path):
+def test_killed_run_releases_its_lock(tmp_path):
     store = Store(tmp_path)
     rest = tmp_path / ".tmp-1234-checkpoint-00000001"
     rest.mkdir()

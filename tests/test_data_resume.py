@@ -13,11 +13,12 @@ import keras
 import numpy as np
 import pytest
 
-from polus.checkpoint.store import Store, flatten_state
+from polus.checkpoint.store import Store
 from polus.data import DataReader, as_adapter, from_arrays, resume, with_iterator_state
 from polus.data.fingerprint import checksum
 from polus.data.reader import row
 from polus.state import random_state, set_random_state
+from polus.state_tree import flatten_state
 
 torch = pytest.importorskip("torch")
 

@@ -1,4 +1,4 @@
-"""Signals that wait for the end of a step."""
+"""Signals that are held back until the end of a step."""
 
 import signal
 import threading
@@ -7,33 +7,33 @@ from typing import Any
 
 
 class Signals:
-    """Holds signals back until the loop asks: none falls between a step and its bookkeeping.
+    """Holds signals back until the loop asks for them: none interrupts a step's bookkeeping.
 
-    One that nobody asked for is raised at the end of the block. A second signal is not held back:
-    it goes to whoever handled signals before. Where handlers can't be set (outside the main thread)
-    nothing is held back at all, and a signal that the process ignores stays ignored.
+    A signal that nobody asked for is raised at the end of the block. A second signal is not held
+    back: the handler that was installed before gets it. Outside the main thread, where Python
+    cannot set handlers, nothing is held back. A signal that the process ignores stays ignored.
 
     Attributes:
-        pending: the number of the signal that came, or None.
-        second: whether another one came after it: the end is wanted at once.
+        pending: The number of the signal that arrived, or None.
+        second: Whether another one arrived after it, which asks for an immediate end.
     """
 
     def __init__(self, *numbers: int) -> None:
         self.numbers = numbers or (signal.SIGINT,)
         self.pending: int | None = None
         self.second = False
-        self._before: dict[int, Any] = {}
+        self._handlers: dict[int, Any] = {}  # those that were installed before
 
     def listen(self, number: int) -> None:
-        """Holds back this signal too, until the end of the block."""
+        """Holds back this signal as well, until the end of the block."""
         in_main_thread = threading.current_thread() is threading.main_thread()
-        # Shells set that for Ctrl-C in what a script starts in the background.
+        # A shell lets background jobs of a script ignore Ctrl-C.
         ignored = signal.getsignal(number) is signal.SIG_IGN
-        if in_main_thread and not ignored and number not in self._before:
-            self._before[number] = signal.signal(number, self._hold)
+        if in_main_thread and not ignored and number not in self._handlers:
+            self._handlers[number] = signal.signal(number, self._hold)
 
     def check(self) -> None:
-        """Raises KeyboardInterrupt if Ctrl-C came, and SystemExit for another signal."""
+        """Raises KeyboardInterrupt for a pending SIGINT, and SystemExit for another signal."""
         if self.pending == signal.SIGINT:
             raise KeyboardInterrupt
         if self.pending is not None:
@@ -44,12 +44,12 @@ class Signals:
             self.pending = number
             return
         self.second = True
-        self._give_back()
+        self._restore_handlers()
         signal.raise_signal(number)
 
-    def _give_back(self) -> None:
-        while self._before:
-            number, handler = self._before.popitem()
+    def _restore_handlers(self) -> None:
+        while self._handlers:
+            number, handler = self._handlers.popitem()
             signal.signal(number, handler)
 
     def __enter__(self) -> "Signals":
@@ -58,6 +58,6 @@ class Signals:
         return self
 
     def __exit__(self, kind: object, *exception: object) -> None:
-        self._give_back()
-        if kind is None:  # else the block has ended early, by this signal or by an error
+        self._restore_handlers()
+        if kind is None:  # otherwise this signal, or an error, has ended the block already
             self.check()

@@ -46,6 +46,7 @@ class RunView(Protocol):
     """What callbacks see of a run.
 
     Attributes:
+        id: Names the run in its checkpoints.
         trainer: The trainer.
         reader: The training data.
         history: What was recorded so far.
@@ -61,6 +62,7 @@ class RunView(Protocol):
         exception: What ended the run early, else None.
     """
 
+    id: str
     epoch: int
     exception: BaseException | None
 
@@ -98,7 +100,6 @@ class RunView(Protocol):
     def validated(self, name: str, results: dict[str, Any]) -> None: ...
     def get_state(self) -> dict[str, Any]: ...
     def variables(self) -> list[keras.Variable]: ...
-    def environment(self) -> dict[str, Any]: ...
 
 
 class Coordinator(Protocol):

@@ -121,7 +121,7 @@ class KerasCallback(Callback):
         self.callback.on_test_end(results)
 
     def get_state(self) -> dict[str, Any]:
-        from polus.checkpoint.store import flatten_state
+        from polus.state_tree import flatten_state
 
         changed = {}
         for name, value in vars(self.callback).items():

@@ -1,89 +1,101 @@
-"""Looks at a folder of checkpoints: `python -m polus.checkpoint ls|verify|show DIR`."""
+"""Shows the checkpoints of a folder: `python -m polus.checkpoint ls|verify|show DIR`.
+
+Everything printed may come from a stranger's file, so no control character of it reaches the
+terminal.
+"""
 
 import argparse
 import json
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from polus.checkpoint.store import ARRAY, CheckpointError, DamagedError, Store, verify
+from polus.checkpoint.store import CheckpointError, DamagedError, Store, read, read_manifest
+from polus.state_tree import ARRAY, printable
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command, and returns its exit code: 1 if a checkpoint is damaged or there is none."""
+    """Runs a command and returns its exit code: 1 if there is no checkpoint or a damaged one."""
     parser = argparse.ArgumentParser(prog="python -m polus.checkpoint")
     parser.add_argument(
         "command",
         choices=["ls", "verify", "show"],
-        help="ls: what there is. verify: the same, and reads every byte. show: what the newest "
-        "checkpoint holds, or the one whose folder is given.",
+        help="ls: lists the checkpoints. verify: lists them and reads every byte. show: prints the "
+        "newest checkpoint's content, or that of the checkpoint whose folder is given.",
     )
-    parser.add_argument("directory", type=Path, metavar="DIR")
-    given = parser.parse_args(arguments)
-    store = Store(given.directory)
-    paths = store.paths() or [p for p in [given.directory] if (p / "manifest.json").exists()]
-    if not paths and not store.damaged():
-        print(f"There is no checkpoint in {given.directory}.", file=sys.stderr)
+    parser.add_argument("directory", metavar="DIR")
+    options = parser.parse_args(arguments)
+    try:
+        return _run(options.command, options.directory)
+    except (CheckpointError, OSError, ValueError) as error:
+        print(printable(error), file=sys.stderr)
         return 1
-    if given.command == "show":
-        return _show(paths[-1:] or store.damaged()[-1:])
-    return max([_line(path, given.command == "verify") for path in paths + store.damaged()])
+
+
+def _run(command: str, directory: str) -> int:
+    store = Store(directory)
+    damaged = store.damaged()
+    itself = [store.directory] if os.path.lexists(store.directory / "manifest.json") else []
+    paths = store.paths() or itself
+    if not paths and not damaged:
+        print(f"There is no checkpoint in {printable(directory)}.", file=sys.stderr)
+        return 1
+    if command == "show":
+        _show((paths or damaged)[-1])
+        return 0
+    return max([_line(path, command == "verify") for path in paths + damaged])
 
 
 def _line(path: Path, every_byte: bool) -> int:
     try:
-        facts = (verify(path) if every_byte else _manifest(path))["facts"]
-    except CheckpointError as error:
-        print(f"{path.name}  DAMAGED: {error}")
+        facts = read(path).facts if every_byte else read_manifest(path).facts
+        size = sum(os.lstat(file).st_size for file in path.iterdir())
+    except (CheckpointError, OSError) as error:
+        kind = "DAMAGED" if isinstance(error, DamagedError) else "NOT READ"
+        print(f"{printable(path.name)}  {kind}: {printable(error)}")
         return 1
-    size = sum(file.stat().st_size for file in path.iterdir())
-    print(
-        f"{path.name}  {facts.get('saved', '')}  epoch {facts.get('epoch')} of "
-        f"{facts.get('epochs')}, step {facts.get('step')}  {facts.get('backend')}  {size:,} bytes"
-        f"{'  verified' if every_byte else ''}"
+    progress = "{saved}  epoch {epoch} of {epochs}, step {step}  {backend}".format(
+        **{
+            name: printable(facts.get(name, ""))
+            for name in ("saved", "epoch", "epochs", "step", "backend")
+        }
     )
+    verified = "  verified" if every_byte else ""
+    print(f"{printable(path.name)}  {progress}  {size:,} bytes{verified}")
     return 0
 
 
-def _manifest(path: Path) -> dict[str, Any]:
-    try:
-        manifest: dict[str, Any] = json.loads((path / "manifest.json").read_bytes())
-        return manifest | {"facts": dict(manifest["facts"])}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DamagedError(f"{path / 'manifest.json'} can't be read: {error!r}") from error
-
-
-def _show(paths: Sequence[Path]) -> int:
-    try:
-        manifest = verify(paths[0])
-    except CheckpointError as error:
-        print(error, file=sys.stderr)
-        return 1
-    print(paths[0])
-    for name, value in manifest["facts"].items():
+def _show(path: Path) -> None:
+    read(path)  # every byte
+    manifest = read_manifest(path)
+    print(printable(path))
+    for name, value in manifest.facts.items():
         if isinstance(value, dict):
-            print(f"{name}:", *(f"  {key}: {item}" for key, item in value.items()), sep="\n")
+            print(f"{printable(name)}:")
+            for key, item in value.items():
+                print(f"  {printable(key)}: {printable(item)}")
         else:
-            print(f"{name}: {value}")
-    print("state:")
-    _print_tree(manifest["tree"], "  ")
-    return 0
+            print(f"{printable(name)}: {printable(value)}")
+    for line in _lines({"state": manifest.skeleton}, ""):
+        print(line)
 
 
-def _print_tree(node: Any, indent: str) -> None:
+def _lines(node: Any, indent: str) -> Iterator[str]:
     items = node.items() if isinstance(node, dict) else enumerate(node)
     for name, value in items:
+        label = f"{indent}{printable(name)}"
         if isinstance(value, dict) and ARRAY in value:
-            print(f"{indent}{name}: {value['dtype']} {value['shape']}")
+            yield f"{label}: {printable(value['dtype'])} {printable(value['shape'])}"
         elif isinstance(value, dict) and value.keys() == {"path", "value"}:
-            _print_tree({f"{name} {value['path']}": value["value"]}, indent)
+            yield from _lines({f"{name} {value['path']}": value["value"]}, indent)
         elif isinstance(value, dict) or (isinstance(value, list) and not _is_plain(value)):
-            print(f"{indent}{name}:")
-            _print_tree(value, indent + "  ")
+            yield f"{label}:"
+            yield from _lines(value, indent + "  ")
         else:
             text = json.dumps(value)
-            print(f"{indent}{name}: {text if len(text) < 80 else text[:76] + ' ...'}")
+            yield f"{label}: {text if len(text) < 80 else text[:76] + ' ...'}"
 
 
 def _is_plain(values: list[Any]) -> bool:

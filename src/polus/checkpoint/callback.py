@@ -1,13 +1,13 @@
-"""The callback that saves a run, and ends it in order when a signal asks for that."""
+"""The callback that saves a run, and ends it in order if a signal asks for that."""
 
+import contextlib
 import logging
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable as Function
+from collections.abc import Callable
 from concurrent.futures import Future
-from pathlib import Path
 from typing import Any
 
 import filelock
@@ -15,17 +15,19 @@ import keras
 import numpy as np
 
 from polus.callbacks.base import Callback, Coordinator
-from polus.checkpoint.run import Variables, allocate_buffers, environment, run_state
-from polus.checkpoint.store import CheckpointError, Snapshot, Store, flatten_state
+from polus.checkpoint.environment import describe_environment
+from polus.checkpoint.store import CheckpointError, Store
+from polus.state_tree import Array, FlatState, flatten_state
+from polus.training_state import allocate_buffers
 
 logger = logging.getLogger("polus.checkpoint")
 
-# What schedulers send before they kill (SIGUSR1: Slurm's --signal); not every system has each.
+# What schedulers send before they kill (SIGUSR1: Slurm's --signal). Not every system has each.
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
 
 class Checkpoint(Callback):
-    """Saves the whole run from time to time, for `train(..., resume=directory)` to go on from.
+    """Saves the whole run regularly, for `train(..., resume=directory)` to continue from.
 
     ```python
     trainer.train(
@@ -33,21 +35,22 @@ class Checkpoint(Callback):
     )
     ```
 
-    The loop waits for a copy of the state; a thread writes it. On SIGTERM, SIGUSR1 and Ctrl-C the
-    run saves at the next step boundary, ends in order, and exits with 128 + the signal's number. A
-    save that fails (a full disk) is reported and tried again when the next one is due.
+    The loop waits only until the state is copied; a thread writes it. On SIGTERM, SIGUSR1 and
+    Ctrl-C the run saves at the next step boundary, calls each callback's `on_train_end`, and exits
+    with 128 + the signal's number. If a save fails (a full disk), an error is logged and the next
+    save is tried when it is due.
 
     Args:
-        directory: the folder of this run's checkpoints; one run at a time writes there.
-        every_steps: saves after each n-th step of an epoch.
-        every_secs: saves at the first opportunity after so many seconds since the last save.
-        every_epochs: saves after each n-th epoch; None for only at the end of the run.
-        keep: how many checkpoints to keep; the others are the reserve for a damaged one.
-        clock: tells the time in seconds.
+        directory: The folder of this run's checkpoints. One run at a time writes there.
+        every_steps: Saves after each n-th step of an epoch.
+        every_secs: Saves at the first opportunity after so many seconds since the last save.
+        every_epochs: Saves after each n-th epoch; None for only at the end of the run.
+        keep: The number of checkpoints to keep. Older ones are the reserve for a damaged one.
+        clock: Returns the time in seconds.
 
     Raises:
-        CheckpointError: at the start if another run writes to the folder; at the end if not one
-            checkpoint could be written.
+        CheckpointError: At the start if another run writes to the folder; at the end if not a
+            single checkpoint could be written.
     """
 
     def __init__(
@@ -58,124 +61,114 @@ class Checkpoint(Callback):
         every_epochs: int | None = 1,
         keep: int = 3,
         *,
-        clock: Function[[], float] = time.monotonic,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         super().__init__()
-        numbers = {"every_steps": every_steps, "every_epochs": every_epochs, "keep": keep}
-        for name, value in numbers.items():
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name} is a positive integer, and got {value!r}.")
-        if every_secs is not None and (not isinstance(every_secs, int | float) or every_secs < 0):
-            raise ValueError(f"every_secs is a number of seconds, and got {every_secs!r}.")
-        self.store = Store(Path(directory))
+        _check_rhythm(every_steps, every_secs, every_epochs, keep)
+        self.store = Store(directory)
         self.every_steps = every_steps
         self.every_secs = every_secs
         self.every_epochs = every_epochs
         self.keep = keep
         self.clock = clock
         self._lock: filelock.BaseFileLock | None = None
-        self._locked: tuple[int, int] | None = None  # which file that is
+        self._locked: tuple[int, int] | None = None  # the file that is locked
         self._losses: Any = None  # of the newest steps
 
     def add_coordinator(self, coordinator: Coordinator) -> None:
-        """Makes the data remember where an epoch began."""
+        """Lets the data remember where an epoch began."""
         super().add_coordinator(coordinator)
-        coordinator.reader.tracked = True
+        coordinator.run.reader.tracked = True
 
     def on_train_begin(self) -> None:
-        """Takes the folder, and the signals."""
-        self._variables: Variables | None = None
-        self._writing: Future[dict[str, np.ndarray]] | None = None
-        self._newest: Path | None = None
+        """Locks the folder and listens to signals."""
+        run = self.coordinator.run
+        self._allocated = False
+        self._writing: Future[dict[str, Array]] | None = None
+        self._newest: os.PathLike[str] | None = None
         self._failure: Exception | None = None
         self._last_time = self.clock()
         self._position: tuple[int, int] | None = None
-        self._environment = environment(self.coordinator)
+        self._environment = describe_environment(run.trainer.model, run.steps_per_execution)
         try:
             self._acquire_lock()
+            if not run.resuming:
+                self._warn_of_earlier_run()
         except OSError as error:
             self._failed(error)
-        old = [] if self.coordinator.resuming else self.store.paths()
-        self.store.spared = {path.name for path in old}
-        if old:
-            logger.warning(
-                "%s has checkpoints of an earlier run (the newest is %s), and this run starts from "
-                "the beginning. They stay until you remove them. To continue that run instead: "
-                "train(..., resume=%r).",
-                self.store.directory,
-                old[-1].name,
-                str(self.store.directory),
-            )
         for number in SIGNALS:
-            self.coordinator.signals.listen(number)
+            run.signals.listen(number)
 
     def on_steps_end(self, epoch: int, steps: range, losses: Any) -> None:
-        """Waits for the steps before these: a device may be dozens of steps behind the loop.
+        """Waits for the steps before these, since a device may be dozens of steps behind the loop.
 
-        A signal would have to wait for all of them, for seconds where a step is long.
+        A signal would have to wait for all of them: seconds, if a step is long.
         """
         before, self._losses = self._losses, losses
         if before is not None:
             np.asarray(before)
 
     def on_boundary(self) -> None:
-        """Saves if it is time, and ends the run if a signal came."""
-        self._know_variables()
+        """Saves if a save is due, and ends the run if a signal arrived."""
+        self._allocate()
         if self._is_due():
             self.save()
-        number = self.coordinator.signals.pending  # also one that came during that save
+        number = self.coordinator.run.signals.pending  # also one that arrived during that save
         if number is None:
             return
-        self.save()  # nothing, if that save was it
+        self.save()  # a no-op if that save was it
         self._finish()
-        name, folder = signal.Signals(number).name, self.store.directory
         if self._failure is None:
             logger.warning(
-                "%s: the run is saved in %s, %d epochs and %d steps are done. To continue it, "
-                "start the same program again with train(..., resume=%r).",
-                name,
+                "%s: the run is saved in %s after %d epochs and %d steps. To continue it, start "
+                "the same program again with train(..., resume=%r).",
+                signal.Signals(number).name,
                 self._newest,
-                self.coordinator.epoch,
-                self.coordinator.step,
-                str(folder),
+                self.coordinator.run.epoch,
+                self.coordinator.run.step,
+                str(self.store.directory),
             )
         raise SystemExit(128 + number)
 
     def on_train_end(self) -> None:
-        """Waits for what is being written, unless a second signal came, and gives the folder back.
+        """Waits for the writing thread, unless a second signal arrived, and unlocks the folder.
 
         Raises:
-            CheckpointError: if the run itself went well and not one checkpoint could be written.
+            CheckpointError: If the training succeeded, but not a single checkpoint was written.
         """
         try:
-            if not self.coordinator.signals.second:
+            if not self.coordinator.run.signals.second:
                 self._finish()
         finally:
             self._release_lock()
-        if self._newest is None and self._failure and self.coordinator.exception is None:
+        if self._newest is None and self._failure and self.coordinator.run.exception is None:
             raise CheckpointError(
                 f"Not one checkpoint could be written to {self.store.directory}: "
-                f"{self._failure!r}. The training itself is complete, and the model is as it "
-                "should be: save it now, elsewhere."
+                f"{self._failure!r}. The training itself is complete and the model is trained: "
+                "save it now, elsewhere."
             ) from self._failure
 
     def save(self) -> None:
-        """Saves the run as it stands. Returns when it is copied; a thread writes it.
+        """Saves the run as it is now. Returns when the state is copied; a thread writes it.
 
-        Call it in `on_boundary`: in other events some callbacks haven't heard of the newest steps.
+        Call it in `on_boundary`: in other events, some callbacks have not heard of the newest steps
+        yet.
         """
-        run, variables = self.coordinator, self._know_variables()
-        memory = self._finish()  # one at a time: else the copies pile up
+        run = self.coordinator.run
+        self._allocate()
+        buffers = self._finish()  # one save at a time, or the copies pile up
         self._last_time = self.clock()
         if self._position == (run.epoch, run.step) and self._failure is None:
             return
         try:
-            snapshot = flatten_state(run_state(run, variables), memory)
+            flat = flatten_state(run.get_state(), buffers)
         except TypeError as error:
-            names = (f"callbacks/{i} is {type(c).__name__}" for i, c in enumerate(run.callbacks))
+            callbacks = self.coordinator.callbacks
+            names = (f"callbacks/{i} is {type(c).__name__}" for i, c in enumerate(callbacks))
             error.add_note(", ".join(names))
             raise
         facts = {
+            "run": run.id,
             "epoch": run.epoch,
             "step": run.step,
             "epochs": run.epochs,
@@ -184,38 +177,37 @@ class Checkpoint(Callback):
             "environment": self._environment,
         }
         self._position = run.epoch, run.step
-        self._in_background(self._write, snapshot, facts)
+        self._in_background(self._write, flat, facts)
 
-    def _know_variables(self) -> Variables:
-        if self._variables is None:
-            self._variables = self.coordinator.trainer.state_variables()
-            # Memory that is fresh from the system costs many times the copy: a thread fetches it.
-            self._in_background(allocate_buffers, self._variables)
-        return self._variables
+    def _allocate(self) -> None:
+        """Lets a thread fetch the memory for the copies, once the variables are known."""
+        if not self._allocated:
+            self._allocated = True
+            self._in_background(allocate_buffers, self.coordinator.run.variables())
 
     def _is_due(self) -> bool:
-        run = self.coordinator
+        run = self.coordinator.run
         if run.step:
-            # A run that is stopping comes to the end of its epoch at once, and is saved there.
+            # A run that is stopping reaches the end of its epoch at once, and is saved there.
             steps = self.every_steps is not None and run.step % self.every_steps == 0
-            return (steps or self._time_is_up()) and not run.trainer.early_stop
+            return (steps or self._time_is_up()) and not run.stopping
         if run.epoch == 0:
             return False
         epochs = self.every_epochs is not None and run.epoch % self.every_epochs == 0
-        ended = run.epoch >= run.epochs or run.trainer.early_stop
+        ended = run.epoch >= run.epochs or run.stopping
         return epochs or ended or self._time_is_up()
 
     def _time_is_up(self) -> bool:
         return self.every_secs is not None and self.clock() - self._last_time >= self.every_secs
 
-    def _write(self, snapshot: Snapshot, facts: dict[str, Any]) -> dict[str, np.ndarray]:
+    def _write(self, flat: FlatState, facts: dict[str, Any]) -> dict[str, Array]:
         try:
             self._acquire_lock()
-            self._newest = self.store.write(snapshot, facts, self.keep)
+            self._newest = self.store.write(flat, facts, self.keep)
             self._failure = None
         except (OSError, CheckpointError) as error:
             self._failed(error)
-        return snapshot.arrays
+        return flat.arrays
 
     def _acquire_lock(self) -> None:
         if self._lock is not None:
@@ -226,9 +218,29 @@ class Checkpoint(Callback):
         self._lock = self.store.lock()
         self._locked = _identity(self._lock.lock_file)
 
-    def _in_background(self, function: Function[..., Any], *arguments: Any) -> None:
-        """Calls it in a thread that, unlike a pool's, doesn't hold up the end of the process."""
-        # Known before the thread is: a second Ctrl-C may fall between two lines.
+    def _release_lock(self) -> None:
+        """Releases the lock as soon as nothing is being written."""
+        lock, writing = self._lock, self._writing
+        self._lock = self._writing = None
+        if lock is not None and writing is not None:
+            writing.add_done_callback(lambda _: lock.release())
+        elif lock is not None:
+            lock.release()
+
+    def _warn_of_earlier_run(self) -> None:
+        if old := self.store.paths():
+            logger.warning(
+                "%s has checkpoints of an earlier run (the newest is %s), and this run starts from "
+                "the beginning. They stay until you remove them. To continue the earlier run "
+                "instead: train(..., resume=%r).",
+                self.store.directory,
+                old[-1].name,
+                str(self.store.directory),
+            )
+
+    def _in_background(self, function: Callable[..., Any], *arguments: Any) -> None:
+        """Calls a function in a daemon thread, which does not delay the exit of the process."""
+        # Assigned before the thread starts: a second Ctrl-C may arrive between two lines.
         writing = self._writing = Future()
 
         def work() -> None:
@@ -239,35 +251,42 @@ class Checkpoint(Callback):
 
         threading.Thread(target=work, name="polus-checkpoint", daemon=True).start()
 
-    def _release_lock(self) -> None:
-        """Releases the lock, once nothing is written any more."""
-        lock, writing = self._lock, self._writing
-        self._lock = self._writing = None
-        if lock is not None and writing is not None:
-            writing.add_done_callback(lambda _: lock.release())
-        elif lock is not None:
-            lock.release()
-
-    def _finish(self) -> dict[str, np.ndarray]:
-        """Waits for what is being written. Returns the memory of it, for the next copy."""
+    def _finish(self) -> dict[str, Array]:
+        """Waits for the writing thread. Returns its buffers, for the next copy."""
         return {} if self._writing is None else self._writing.result()
 
     def _failed(self, error: Exception) -> None:
         self._failure = error
-        written = self.store.paths()
+        written = []
+        with contextlib.suppress(OSError):
+            written = self.store.paths()
         logger.error(
-            "NO CHECKPOINT WAS WRITTEN to %s: %s. Training goes on, and it is tried again when the "
-            "next one is due. %s",
+            "NO CHECKPOINT WAS WRITTEN to %s: %s. Training goes on, and the next checkpoint is "
+            "tried when it is due. %s",
             self.store.directory,
             error,
             f"The newest one is {written[-1]}." if written else "There is none yet.",
         )
 
 
+def _check_rhythm(every_steps: Any, every_secs: Any, every_epochs: Any, keep: Any) -> None:
+    optional = {"every_steps": every_steps, "every_epochs": every_epochs}
+    for name, value in {**optional, "keep": keep}.items():
+        if value is None and name in optional:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a positive integer, got {value!r}.")
+    if every_secs is None:
+        return
+    number = isinstance(every_secs, int | float) and not isinstance(every_secs, bool)
+    if not number or not 0 <= every_secs < float("inf"):
+        raise ValueError(f"every_secs must be a number of seconds, got {every_secs!r}.")
+
+
 def _identity(path: str) -> tuple[int, int] | None:
-    """What tells a file from another one of its name; None where there is none."""
+    """Returns the device and inode of a file, which tell it from another of its name, or None."""
     try:
-        stat = os.stat(path)
+        status = os.stat(path)
     except FileNotFoundError:
         return None
-    return stat.st_dev, stat.st_ino
+    return status.st_dev, status.st_ino

@@ -1,257 +1,249 @@
-"""Checkpoints on disk: each is whole, or is not there, or is known to be damaged.
+"""Checkpoints on disk: each one is complete, absent, or known to be damaged.
 
     DIRECTORY/checkpoint-00000007/state.safetensors    the arrays
                                  /manifest.json        everything else, sizes and checksums
-    DIRECTORY/damaged-checkpoint-00000006/             did not verify when a run wanted to resume
+    DIRECTORY/damaged-checkpoint-00000006/             failed verification during a resume
     DIRECTORY/.lock                                    held by the run that writes here
 
-There is no pointer to the latest: the one with the highest number that verifies is it. Nothing is
-pickled: a checkpoint can be read without running what is in it.
+No file points to the latest checkpoint: it is the one with the highest number that verifies.
+Nothing is pickled, so reading a checkpoint runs no code from it. Names, sizes and shapes in it are
+checked before they are used: a file may come from a stranger, whose checksums are right.
 """
 
+import contextlib
+import errno
 import hashlib
 import json
 import logging
 import os
 import re
 import secrets
-from collections.abc import Callable, Mapping
+import stat
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import filelock
-import ml_dtypes
-import numpy as np
-from safetensors.numpy import load_file
 
-from polus.files import TEMPORARY_PREFIX, atomic_write, remove
+from polus.checkpoint.state_file import (
+    MAX_JSON_BYTES,
+    Fingerprint,
+    check_file,
+    read_arrays,
+    read_json,
+    write_arrays,
+)
+from polus.files import TEMPORARY_PREFIX, atomic_write, check_directory, make_folder, remove
+from polus.state_tree import FlatState, printable, unflatten_state
 
-FORMAT = 1
+FORMAT = 2
 STATE = "state.safetensors"
 MANIFEST = "manifest.json"
 DAMAGED_PREFIX = "damaged-"
-NAME = "checkpoint-([0-9]{8,})"
+NAME = "checkpoint-([0-9]{8,15})"
 
-DTYPES = {  # of arrays in a safetensors file, as NumPy calls them
-    "bool": "BOOL",
-    **{f"{kind}{n}": f"{kind[0].upper()}{n}" for kind in ("int", "uint") for n in (8, 16, 32, 64)},
-    **{f"float{n}": f"F{n}" for n in (16, 32, 64)},
-}
-ARRAY = "$array"  # marks in the manifest where an array of the state file belongs
+# A file that is gone, of another kind, or on a bad disk is lost. Any other error, such as a missing
+# permission or too many open files, says nothing about the checkpoint.
+LOST = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.ELOOP, errno.EIO}
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("polus.checkpoint")
 
 
 class CheckpointError(RuntimeError):
-    """No checkpoint can be written or used; the message says why and what to do."""
+    """A checkpoint cannot be written or used; the message says why and what to do."""
 
 
 class DamagedError(CheckpointError):
-    """The files of one checkpoint are not what was written."""
-
-
-class Snapshot(NamedTuple):
-    """A tree taken apart: what JSON can hold, and the arrays by the names they are stored under."""
-
-    skeleton: Any
-    arrays: dict[str, np.ndarray]
+    """The files of a checkpoint are not what was written."""
 
 
 class Saved(NamedTuple):
-    """A checkpoint that was read: its folder, the tree, and the facts that were written with it."""
+    """A checkpoint in memory: its folder, the state, and the facts that were written with it."""
 
     path: Path
     tree: Any
     facts: dict[str, Any]
 
 
-def flatten_state(tree: Any, into: Mapping[str, np.ndarray] | None = None) -> Snapshot:
-    """Copies a tree of dicts, lists, JSON values and NumPy arrays, so that its owner may go on.
+class Manifest(NamedTuple):
+    """The verified content of a manifest."""
 
-    Args:
-        tree: What is copied.
-        into: The arrays of an earlier snapshot that nobody needs any more: they are overwritten
-            where they fit, and no fresh memory is asked for.
+    facts: dict[str, Any]
+    skeleton: Any
+    state: Fingerprint
 
-    Raises:
-        TypeError: If something else is in it; the message says where.
-    """
-    arrays: dict[str, np.ndarray] = {}
-    into = {} if into is None else into
-
-    def visit(node: Any, path: str) -> Any:
-        if isinstance(node, np.ndarray | np.generic):
-            name = node.dtype.name
-            if node.dtype.kind not in "biufc" and not hasattr(ml_dtypes, name):
-                raise TypeError(f"At {path} the state has an array of {name}. Give numbers.")
-            # A buffer is written as it lies: scrambled, unless in C order and native.
-            array = _room(into.get(path), node)
-            array[...] = node
-            # NumPy can't load bfloat16 from such a file, which knows no complex128, ...
-            arrays[path] = array if name in DTYPES else _bytes(array)
-            return {ARRAY: path, "dtype": name, "shape": list(array.shape)}
-        if isinstance(node, Mapping):
-            if ARRAY in node or not all(isinstance(key, str) for key in node):
-                raise TypeError(
-                    f"At {path or 'its root'} the state has a dict with the keys {list(node)}. "
-                    f"Keys have to be strings other than {ARRAY!r}."
-                )
-            return {key: visit(node[key], _join(path, key)) for key in node}
-        if isinstance(node, list | tuple):
-            return [visit(child, _join(path, str(i))) for i, child in enumerate(node)]
-        if node is None or isinstance(node, bool | int | float | str):
-            return node
-        raise TypeError(
-            f"At {path or 'its root'} the state has a {type(node).__name__}. It is stored without "
-            "pickle: give dicts, lists, numbers, strings, None and NumPy arrays "
-            "(bytes as np.frombuffer(value, np.uint8))."
-        )
-
-    return Snapshot(visit(tree, ""), arrays)
-
-
-def _room(used: np.ndarray | None, node: Any) -> np.ndarray:
-    """Memory for a copy of `node`, in C order and native bytes: that of `used` if it is as much."""
-    dtype = node.dtype.newbyteorder("=")
-    if used is None or used.nbytes != node.nbytes:
-        return np.empty(node.shape, dtype)
-    room: np.ndarray = _bytes(used).view(dtype).reshape(node.shape)
-    return room
-
-
-def unflatten_state(snapshot: Snapshot) -> Any:
-    """The tree that `flatten_state` was given (tuples are lists, NumPy scalars are arrays)."""
-
-    def visit(node: Any) -> Any:
-        if isinstance(node, dict):
-            if ARRAY in node:
-                array = snapshot.arrays[node[ARRAY]]
-                dtype = getattr(ml_dtypes, node["dtype"], node["dtype"])
-                return array.reshape(-1).view(dtype).reshape(node["shape"])
-            return {key: visit(child) for key, child in node.items()}
-        return [visit(child) for child in node] if isinstance(node, list) else node
-
-    return visit(snapshot.skeleton)
+    @property
+    def run(self) -> str | None:
+        """The id of the run that wrote the checkpoint."""
+        run = self.facts.get("run")
+        return run if isinstance(run, str) else None
 
 
 class Store:
     """The checkpoints in a folder.
 
     Args:
-        directory: The folder. It is made by the first `write`.
-
-    Attributes:
-        spared: The names of checkpoints that are never removed: an earlier run's.
+        directory: The folder; the first `write` creates it. A relative path is resolved now.
     """
 
-    def __init__(self, directory: str | os.PathLike[str]):
-        self.directory = Path(directory)
-        self.spared: set[str] = set()
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
+        self.directory = check_directory(directory)
+        self._runs: dict[tuple[str, int], str | None] = {}  # of folders, by name and inode
 
     def lock(self) -> filelock.BaseFileLock:
-        """Takes the folder for this process, until `release()` or the end of the process.
+        """Locks the folder for this process, until `release()` or the end of the process.
 
-        The system holds the lock, not the file: a killed run leaves none behind.
+        The operating system holds the lock, not the file: a killed run leaves none behind.
 
         Raises:
-            CheckpointError: If another run has it.
-            OSError: If the folder can't be written.
+            CheckpointError: If another run holds it.
+            OSError: If the folder cannot be written to.
         """
-        self.directory.mkdir(parents=True, exist_ok=True)
+        make_folder(self.directory)
         lock = filelock.FileLock(self.directory / ".lock", blocking=False, thread_local=False)
         try:
             lock.acquire()
         except filelock.Timeout:
             raise CheckpointError(
-                f"Another run writes its checkpoints to {self.directory}. Two runs would mix "
-                "theirs: wait until it has ended, or give this one a folder of its own."
+                f"Another run is writing its checkpoints to {self.directory}. Wait until it has "
+                "ended, or give this run a folder of its own."
             ) from None
         for rest in self._named(f"{re.escape(TEMPORARY_PREFIX)}[0-9a-f]+-{NAME}"):
-            remove(rest)  # of a run that was killed while it saved
+            remove(rest)  # left by a run that was killed during a save
         return lock
 
     def paths(self) -> list[Path]:
-        """The checkpoints' folders, oldest first, without those set aside."""
+        """Returns the checkpoints' folders, oldest first, without those that were set aside."""
         return self._named(NAME)
 
     def damaged(self) -> list[Path]:
-        """The checkpoints that were set aside, oldest first."""
+        """Returns the checkpoints that were set aside, oldest first."""
         return self._named(f"{DAMAGED_PREFIX}{NAME}(-[0-9a-f]{{8}})?")
 
-    def _named(self, form: str) -> list[Path]:
-        """What has a name of this form, oldest first. What has none of ours is the user's own."""
-        found = [path for path in self.directory.glob("*") if re.fullmatch(form, path.name)]
+    def _named(self, pattern: str) -> list[Path]:
+        """Returns what has a name of ours, oldest first. Anything else belongs to the user."""
+        try:
+            names = os.listdir(self.directory)  # not glob, which passes over an unreadable folder
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        found = [self.directory / name for name in names if re.fullmatch(pattern, name)]
         return sorted(found, key=_number)
 
-    def write(self, snapshot: Snapshot, facts: dict[str, Any], keep: int) -> Path:
-        """Writes one more checkpoint, verifies it, and then removes all but the newest `keep`.
+    def paths_of(self, run: str | None) -> list[Path]:
+        """Returns the checkpoints of one run, oldest first; None for those that name no run."""
+        return [path for path in self.paths() if self._run_of(path) == run]
+
+    def _run_of(self, path: Path) -> str | None:
+        """Returns the id of the run that wrote a checkpoint, "" if its manifest is damaged."""
+        try:
+            key = path.name, os.lstat(path).st_ino
+            if key not in self._runs:
+                self._runs[key] = read_manifest(path).run
+            return self._runs[key]
+        except (CheckpointError, OSError):
+            return ""
+
+    def write(self, flat: FlatState, facts: dict[str, Any], keep: int) -> Path:
+        """Writes a checkpoint, verifies it, and removes all but the newest `keep` of its run.
 
         Args:
-            snapshot: What `flatten_state` gave.
-            facts: JSON values to be read without the tree: progress, versions.
-            keep: How many to keep, this one counted.
+            flat: The state, as `flatten_state` returns it.
+            facts: JSON values that can be read without the state: progress, versions, and as "run"
+                the id of the run. Checkpoints of other runs are never removed.
+            keep: How many checkpoints to keep, including this one.
 
         Returns:
             The new checkpoint's folder.
 
         Raises:
-            OSError: If it can't be written. What was there before still is.
-            DamagedError: If what was written reads back differently; it has been set aside.
+            OSError: If it cannot be written. Earlier checkpoints are untouched.
+            DamagedError: If it reads back differently; it has been set aside.
         """
         number = 1 + max(map(_number, self.paths() + self.damaged()), default=0)
         path = self.directory / f"checkpoint-{number:08d}"
         with atomic_write(path) as folder:
             folder.mkdir()
+            state = write_arrays(folder / STATE, flat.arrays)
             manifest = {
                 "format": FORMAT,
-                "files": {STATE: _write_arrays(folder / STATE, snapshot.arrays)},
+                "files": {STATE: state._asdict()},
                 "facts": facts,
-                "tree": snapshot.skeleton,
+                "tree": flat.skeleton,
             }
-            (folder / MANIFEST).write_text(
-                json.dumps(manifest | {"sha256": _manifest_sha256(manifest)})
-            )
+            text = json.dumps(manifest | {"sha256": _manifest_sha256(manifest)})
+            if len(text) > MAX_JSON_BYTES:
+                raise CheckpointError(
+                    f"The state has {len(text):,} bytes of values that are not arrays, more than "
+                    f"the {MAX_JSON_BYTES:,} of a manifest. Store long lists as NumPy arrays."
+                )
+            (folder / MANIFEST).write_text(text)
         try:
-            if _manifest_sha256(verify(path)) != _manifest_sha256(manifest):
-                raise DamagedError(f"{path / MANIFEST} reads back differently from what it was")
+            self._verify_written(path, text)
         except DamagedError as error:
             self._set_aside(path, error)
             raise
-        for old in [path for path in self.paths() if path.name not in self.spared][:-keep]:
+        for old in self.paths_of(facts.get("run"))[:-keep]:
             self._rename(old, f"{TEMPORARY_PREFIX}{secrets.token_hex(4)}-{old.name}", remove)
         return path
 
-    def read_newest(self) -> Saved | None:
-        """Reads the newest checkpoint that verifies; newer ones that don't are set aside.
+    def _verify_written(self, path: Path, text: str) -> None:
+        with _damage_named(path / MANIFEST):
+            if (path / MANIFEST).read_text() != text:
+                raise ValueError("it reads back differently from what was written")
+        verify(path)
+
+    def read_newest(self, check: Callable[[Any], None] = lambda tree: None) -> Saved | None:
+        """Reads the newest checkpoint that verifies, and sets damaged newer ones aside.
+
+        Args:
+            check: Called with the state; a ValueError that it raises means damage.
 
         Returns:
-            The checkpoint, or None where none was ever written.
+            The checkpoint, or None if the folder has none.
 
         Raises:
-            CheckpointError: If there are checkpoints but all are damaged: training from the start
-                again is not for us to decide.
+            CheckpointError: If there are checkpoints, but all are damaged or cannot be read, or
+                only those of an earlier run are left. Whether to start again from the beginning,
+                or from there, is for the user to decide.
         """
         for path in reversed(self.paths()):
             try:
-                return read(path)
+                saved = read(path)
+                with _damage_named(path / MANIFEST):
+                    check(saved.tree)
             except DamagedError as error:
                 self._set_aside(path, error)
+            else:
+                self._check_not_an_earlier_run(saved)
+                return saved
         if damaged := [path.name for path in self.paths() + self.damaged()]:
             raise CheckpointError(
                 f"All checkpoints in {self.directory} are damaged: {', '.join(damaged)}. To train "
-                "from the start, give another folder or remove this one."
+                "from the beginning, give another folder or remove this one."
             )
         return None
+
+    def _check_not_an_earlier_run(self, saved: Saved) -> None:
+        """Raises if newer checkpoints, all damaged, are of another run than the one to resume."""
+        newer = [p for p in self.paths() + self.damaged() if _number(p) > _number(saved.path)]
+        runs = {path: self._run_of(path) for path in newer}
+        others = [p.name for p, run in runs.items() if run not in ("", saved.facts.get("run"))]
+        if others:
+            raise CheckpointError(
+                f"The newest run in {self.directory} has only damaged checkpoints: "
+                f"{', '.join(others)}. {saved.path.name} is of an earlier run. To continue that "
+                "one, remove the damaged folders; to start again, give another folder."
+            )
 
     def _set_aside(self, path: Path, error: DamagedError) -> None:
         logger.warning("%s. It is set aside as %s%s.", error, DAMAGED_PREFIX, path.name)
         name = f"{DAMAGED_PREFIX}{path.name}"
-        if (self.directory / name).exists():
+        if os.path.lexists(self.directory / name):
             name += f"-{secrets.token_hex(4)}"
         self._rename(path, name)
 
     def _rename(self, path: Path, name: str, then: Callable[[Path], None] | None = None) -> None:
-        """Takes a checkpoint out of the list in one go; a kill in between leaves no half of it."""
+        """Takes a checkpoint out of the list in one operation, which a kill cannot divide."""
         target = path.with_name(name)
         try:
             path.rename(target)
@@ -262,85 +254,85 @@ class Store:
                 then(target)
 
 
-def verify(path: Path) -> dict[str, Any]:
-    """Reads a checkpoint's manifest and compares every file with it.
+def read_manifest(path: Path) -> Manifest:
+    """Reads and verifies the manifest of the checkpoint in the folder `path`.
 
     Raises:
-        DamagedError: If a byte is not as it was written.
-        CheckpointError: If a newer version of Polus wrote it.
+        DamagedError: If it is not as it was written.
+        CheckpointError: If another version of Polus wrote it, or it cannot be read.
     """
-    try:
-        manifest: dict[str, Any] = json.loads((path / MANIFEST).read_bytes())
-        seal = manifest.pop("sha256")
-        if seal != _manifest_sha256(manifest):
-            raise DamagedError(f"{path / MANIFEST} is damaged: its checksum differs")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedError(f"{path / MANIFEST} can't be read: {error!r}") from error
-    if manifest["format"] != FORMAT:
+    with _damage_named(path / MANIFEST):
+        if not stat.S_ISDIR(os.lstat(path).st_mode):
+            raise ValueError("its folder is no folder")
+        manifest = read_json(path / MANIFEST)
+        if not isinstance(manifest, dict):
+            raise ValueError("it is no dict")
+        if manifest.pop("sha256", None) != _manifest_sha256(manifest):
+            raise ValueError("its checksum differs")
+    found = manifest.get("format")
+    if type(found) is int and found != FORMAT:
         raise CheckpointError(
-            f"{path} has format {manifest['format']}, this version of Polus reads format {FORMAT}. "
+            f"{path} has format {found}, and this version of Polus reads format {FORMAT}. "
             "Install the version that wrote it."
         )
-    for name, expected in manifest["files"].items():
-        try:
-            found = _fingerprint(path / name)
-        except OSError as error:
-            raise DamagedError(f"{path / name} can't be read: {error!r}") from error
-        if found != expected:
-            raise DamagedError(f"{path / name} is damaged: expected {expected}, found {found}")
+    with _damage_named(path / MANIFEST):
+        if manifest.keys() != {"format", "files", "facts", "tree"} or type(found) is not int:
+            raise ValueError("it has other parts than a manifest")
+        if not isinstance(manifest["facts"], dict):
+            raise ValueError("its facts are no dict")
+        return Manifest(manifest["facts"], manifest["tree"], _state_of(manifest["files"]))
+
+
+def verify(path: Path) -> Manifest:
+    """Reads a checkpoint's manifest and compares its arrays with it; raises as `read_manifest`."""
+    manifest = read_manifest(path)
+    with _damage_named(path / STATE):
+        check_file(path / STATE, manifest.state)
     return manifest
 
 
 def read(path: Path) -> Saved:
-    """Verifies and reads one checkpoint; raises as `verify` does."""
-    manifest = verify(path)
-    arrays = load_file(path / STATE)
-    return Saved(path, unflatten_state(Snapshot(manifest["tree"], arrays)), manifest["facts"])
+    """Verifies and reads one checkpoint; raises as `read_manifest`."""
+    manifest = read_manifest(path)
+    with _damage_named(path / STATE):
+        arrays = read_arrays(path / STATE, manifest.state)
+    with _damage_named(path / MANIFEST):
+        tree = unflatten_state(FlatState(manifest.skeleton, arrays))
+    return Saved(path, tree, manifest.facts)
 
 
-def _write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Writes a safetensors file. Its fingerprint is that of the memory, not of what arrived.
-
-    So a file that verifies is what was to be written, and nothing is read to know it.
-    """
-    order = sorted(arrays, key=lambda name: -arrays[name].itemsize)  # so that each is aligned
-    header, end = {}, 0
-    for name in order:
-        begin, end = end, end + arrays[name].nbytes
-        kind, shape = DTYPES[arrays[name].dtype.name], arrays[name].shape
-        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    digest = hashlib.sha256()
-    with open(path, "wb") as file:
-        contents: list[Any] = [_bytes(arrays[name]) for name in order]
-        for part in [len(text).to_bytes(8, "little"), text, *contents]:
-            file.write(part)
-            digest.update(part)
-        return {"bytes": file.tell(), "sha256": digest.hexdigest()}
+@contextlib.contextmanager
+def _damage_named(path: Path) -> Iterator[None]:
+    """Turns an error about a file's content, or of reading it, into one that names the file."""
+    try:
+        yield
+    except (ValueError, RecursionError) as error:
+        raise DamagedError(f"{path} is damaged: {printable(error)}") from error
+    except OSError as error:
+        if error.errno in LOST:
+            raise DamagedError(f"{path} is damaged: {error.strerror}") from error
+        raise CheckpointError(
+            f"{path} cannot be read: {error.strerror}. That is no damage, and it is left as it "
+            "is. Make it readable for this process, or move its folder away to use the checkpoint "
+            "before it."
+        ) from error
+    except MemoryError as error:
+        raise CheckpointError(f"{path} is larger than the memory of this process.") from error
 
 
-def _fingerprint(path: Path) -> dict[str, Any]:
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return {"bytes": file.tell(), "sha256": digest}
+def _state_of(files: Any) -> Fingerprint:
+    if isinstance(files, dict) and files.keys() == {STATE} and isinstance(files[STATE], dict):
+        size, sha256 = files[STATE].get("size"), files[STATE].get("sha256")
+        if files[STATE].keys() == {"size", "sha256"} and type(size) is int and size >= 0:
+            return Fingerprint(size, str(sha256))
+    raise ValueError(f"it names other files than {STATE}")
 
 
 def _manifest_sha256(manifest: dict[str, Any]) -> str:
-    """The checksum of a manifest's meaning: JSON in one certain spelling."""
+    """Returns the checksum of a manifest's meaning: JSON in one certain spelling."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _number(path: Path) -> int:
-    """The N of a name that has checkpoint-N in it."""
+    """Returns the N of a name with checkpoint-N in it."""
     return int(re.findall(NAME, path.name)[0])
-
-
-def _bytes(array: np.ndarray) -> np.ndarray:
-    return array.reshape(-1).view(np.uint8)
-
-
-def _join(path: str, key: str) -> str:
-    """A name in the state file: the keys from the root (RFC 6901, so that none can collide)."""
-    key = key.replace("~", "~0").replace("/", "~1")
-    return f"{path}/{key}" if path else key

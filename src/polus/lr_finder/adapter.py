@@ -1,8 +1,10 @@
-"""The range test of a trainer."""
+"""The range test over a trainer's step."""
 
-from __future__ import annotations
+import logging
+from collections.abc import Mapping
+from typing import Any
 
-from typing import TYPE_CHECKING, Any
+import keras
 
 from polus.data import DataReader, StepBlock
 from polus.data.isolated import isolated_copy
@@ -13,58 +15,53 @@ from polus.lr_finder.sweep import (
     has_rate_variable,
     run_range_test,
 )
-from polus.metrics import kept_has_samples
 from polus.state import random_state_kept
-from polus.steps.compiled import CompiledStep
+from polus.steps.executor import StepExecutor
 
-if TYPE_CHECKING:
-    from polus.training import BaseTrainer
+logger = logging.getLogger("polus.lr_finder")
 
 
 def find(
-    trainer: BaseTrainer,
+    executor: StepExecutor,
+    arguments: Mapping[str, Any],
     dataset: Any,
     use_lr_found: bool,
     settings: SweepSettings,
-    optimizer: Any,
+    optimizer: keras.optimizers.Optimizer,
 ) -> LRFinderResult:
-    """Runs the range test for `BaseTrainer.lr_finder`, which documents the arguments."""
-    config = trainer._train_config
-    dataset = config.get("tf_dataset") if dataset is None else dataset
+    """Runs the range test for `BaseTrainer.lr_finder`, which documents the arguments.
+
+    Args:
+        executor: Prepares and compiles the step.
+        arguments: The arguments of `train` that the trainer keeps.
+        dataset: The data; by default that of `arguments`.
+        use_lr_found: Whether the optimizer keeps the suggestion.
+        settings: The rates, when to stop, and which suggestion to make.
+        optimizer: The optimizer to sweep.
+    """
+    dataset = arguments.get("tf_dataset") if dataset is None else dataset
     if dataset is None:
         raise ValueError(
             "lr_finder needs a dataset. Pass one, or set a default with "
             "changing_train_config(tf_dataset=...)."
         )
-    optimizer = trainer.optimizer if optimizer is None else optimizer
     check_optimizer(optimizer, use_lr_found)
-    reader = DataReader(isolated_copy(dataset), config.get("custom_data_transform_f"))
-    with kept_has_samples(trainer.metrics):
-        result = _run(trainer, reader, optimizer, settings)
-    trainer.logger.info("%r", result)
-    if use_lr_found:
-        old = float(optimizer.learning_rate)
-        optimizer.learning_rate = result.suggestion
-        trainer.logger.info("Learning rate set to %.3g, was %.3g.", result.suggestion, old)
-    return result
-
-
-def _run(
-    trainer: BaseTrainer, reader: DataReader, optimizer: Any, settings: SweepSettings
-) -> LRFinderResult:
+    reader = DataReader(isolated_copy(dataset), arguments.get("custom_data_transform_f"))
     with random_state_kept():
         inputs = reader.epoch(0).example
     # Outside random_state_kept: training would have drawn the same numbers to build the model.
-    trainer._refresh()
-    trainer._build(inputs)
-    variables = trainer._survey(inputs)
-    step = CompiledStep(trainer._step, trainer._jit_compile)
-    if has_rate_variable(optimizer):  # otherwise the schedule is part of the compiled program
-        step = trainer._dispatches.setdefault(("lr_finder", trainer._jit_compile), step)
+    variables = executor.prepare(inputs).used
+    # A schedule is replaced during the sweep, and is part of the compiled program.
+    step = executor.single_step(kept=has_rate_variable(optimizer))
 
     def run_step(block: StepBlock) -> Any:
-        program, arguments = step.prepare(block)
-        outputs = program(*arguments)
-        return outputs["loss"] if isinstance(outputs, dict) else outputs
+        return step(block)["loss"]
 
-    return run_range_test(run_step, reader, optimizer, variables, settings)
+    metrics = executor.owner.metrics
+    result = run_range_test(run_step, reader, optimizer, variables, metrics, settings)
+    logger.info("%r", result)
+    if use_lr_found:
+        old = float(optimizer.learning_rate)
+        optimizer.learning_rate = result.suggestion
+        logger.info("Learning rate set to %.3g, was %.3g.", result.suggestion, old)
+    return result

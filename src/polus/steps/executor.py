@@ -190,6 +190,18 @@ class StepExecutor:
             self._update = function(self.step)
         return self._update(*inputs)
 
+    def single_step(self, kept: bool) -> CompiledStep:
+        """Returns the step compiled for one batch per call, with the compiler in use.
+
+        Args:
+            kept: Whether its programs are kept for the next call.
+        """
+        jit_compile = self.tuning.jit_compile
+        key = f"one batch, {jit_compile}"
+        if not kept:
+            return CompiledStep(self.step, jit_compile)
+        return self._steps.setdefault(key, TunedStep(CompiledStep(self.step, jit_compile))).step
+
     def tuned(
         self,
         data: EpochReader,

@@ -2,7 +2,9 @@
 
 import contextlib
 import enum
+import itertools
 import math
+import secrets
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -11,28 +13,25 @@ import numpy as np
 
 from polus.callbacks.base import TrainerView
 from polus.callbacks.coordinator import CallbackCoordinator
-from polus.core import get_jit_compile
 from polus.data import DataReader, StepBlock
 from polus.data.reader import EpochReader
-from polus.environment import environment
 from polus.history import History
 from polus.host import DeviceValues
 from polus.log import BaseLogger
 from polus.metrics import IMetric
-from polus.run_state import (
-    can_be_stored,
-    check_layers,
-    check_parts,
-    check_variables,
-    layer_names,
-    restore_callbacks,
-    variables_state,
-)
 from polus.signals import Signals
 from polus.state import layers_of, random_state, set_random_state
 from polus.steps.compiled import CompiledStep, as_terms
 from polus.steps.executor import StepExecutor
 from polus.training.config import TrainConfig
+from polus.training_state import (
+    callbacks_state,
+    check_variables,
+    restore_callbacks,
+    restore_variables,
+    storable,
+    variables_state,
+)
 
 
 class TrainerParts(TrainerView, Protocol):
@@ -81,6 +80,7 @@ class Run(BaseLogger):
         first_epoch: The number that the data's order has in this run's first epoch.
 
     Attributes:
+        id: Names the run in its checkpoints. A resumed run keeps it.
         trainer: The trainer.
         executor: Prepares, compiles and tunes the step.
         config: The arguments of `train`.
@@ -112,6 +112,7 @@ class Run(BaseLogger):
         first_epoch: int = 0,
     ) -> None:
         super().__init__()
+        self.id = secrets.token_hex(8)
         self.trainer = trainer
         self.executor = executor
         self.config = config
@@ -296,17 +297,6 @@ class Run(BaseLogger):
         """Returns all variables of the run, in an order that is the same in each process."""
         return self.executor.state_variables()
 
-    def environment(self) -> dict[str, Any]:
-        """Returns what the bits of a result depend on besides the steps."""
-        policies = {layer.dtype_policy.name for layer in layers_of(self.trainer.model)}
-        return environment(
-            {
-                "dtype policies": sorted(policies),
-                "jit_compile": get_jit_compile(),
-                "steps_per_execution": self.steps_per_execution,
-            }
-        )
-
     def get_state(self) -> dict[str, Any]:
         """Returns the run as it stands between two steps: nested dicts, JSON values, arrays."""
         return {
@@ -320,17 +310,13 @@ class Run(BaseLogger):
                 "batch_sizes": np.array(self.batch_sizes, np.int64),
             },
             "parts": self._parts(),
-            "layers": layer_names(self.trainer.model),
+            "layers": _layer_names(self.trainer.model),
             "variables": variables_state(self.variables()),
             "random": random_state(),
             "data": self.reader.get_state(self.epoch, self.step),
             "history": self.history.get_state(),
-            "shared": {
-                name: value
-                for name, value in self.callbacks.shared_dict.items()
-                if can_be_stored(name, value)
-            },
-            "callbacks": [[type(c).__name__, c.get_state()] for c in self.callbacks.callbacks],
+            "shared": storable(self.callbacks.shared_dict),
+            "callbacks": callbacks_state(self.callbacks.callbacks),
             "tuning": self.executor.get_state(),
         }
 
@@ -345,7 +331,7 @@ class Run(BaseLogger):
         Raises:
             ValueError: If it is the state of another run; the message says what differs.
         """
-        check_parts(state["parts"], self._parts())
+        _check_same(state["parts"], self._parts())
         progress = state["progress"]
         self.epoch, self.step = progress["epoch"], progress["step"]
         self.steps = self.steps or progress["steps"]
@@ -359,9 +345,8 @@ class Run(BaseLogger):
         # Nothing reads the data from here on, and what building draws is undone below.
         variables = self.variables()
         check_variables(state["variables"], variables, same_backend)
-        check_layers(state["layers"], layer_names(self.trainer.model))
-        for variable, saved in zip(variables, state["variables"], strict=True):
-            variable.assign(saved["value"])
+        _check_layers(state["layers"], _layer_names(self.trainer.model))
+        restore_variables(state["variables"], variables)
         self.batch_sizes = progress["batch_sizes"].tolist()
         self.history.set_state(state["history"])
         self.callbacks.shared_dict |= state["shared"]
@@ -426,6 +411,28 @@ class Run(BaseLogger):
             "loss": getattr(trainer.loss, "__name__", type(trainer.loss).__name__),
             "metrics": ", ".join(metric.name for metric in trainer.metrics),
         }
+
+
+def _layer_names(model: keras.Model) -> list[str]:
+    return [type(layer).__name__ for layer in layers_of(model)]
+
+
+def _check_layers(saved: list[str], now: list[str]) -> None:
+    """Raises ValueError if the model has other layers; some have no variables to tell them."""
+    for i, (then, layer) in enumerate(itertools.zip_longest(saved, now)):
+        if then != layer:
+            raise ValueError(f"layer {i} of the model was {then}, and is {layer}.")
+
+
+def _check_same(saved: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raises ValueError if a part of the run is of another kind than it was."""
+    differing = [
+        f"{name} was {saved.get(name)!r} and is {value!r}"
+        for name, value in now.items()
+        if saved.get(name) != value
+    ]
+    if differing:
+        raise ValueError(f"{', '.join(differing)}.")
 
 
 def _use_own_generators(state: dict[str, Any]) -> None:

@@ -31,7 +31,7 @@ from polus.training.run import Run
 from polus.training.spellings import unite_spellings
 
 if TYPE_CHECKING:
-    from polus.lr_finder.result import LRFinderResult, SuggestionName
+    from polus.lr_finder import LRFinderResult, SuggestionName
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -338,7 +338,9 @@ class BaseTrainer(BaseLogger):
             checks.explain_argument_errors(engine.executor),
         ):
             if config.resume is not None:
-                run.resume(config.resume)
+                from polus.checkpoint import resume_run
+
+                resume_run(run, config.resume)
             return train_loop(run)
 
     def lr_finder(
@@ -388,21 +390,14 @@ class BaseTrainer(BaseLogger):
             ValueError: For arguments that make no sweep; with `use_lr_found`, for a curve that
                 suggests nothing, and for an optimizer whose rate is a schedule.
         """
-        from polus.lr_finder.sweep import find
+        from polus.lr_finder import SweepSettings, find
 
         engine = self._engine
+        settings = SweepSettings(start_lr, end_lr, num_steps, stop_factor, suggestion)
+        swept = self.optimizer if optimizer is None else optimizer
         with engine.paused():
             return find(
-                engine.executor,
-                engine.arguments,
-                self.optimizer if optimizer is None else optimizer,
-                tf_dataset,
-                use_lr_found,
-                start_lr=start_lr,
-                end_lr=end_lr,
-                num_steps=num_steps,
-                stop_factor=stop_factor,
-                suggestion=suggestion,
+                engine.executor, engine.arguments, tf_dataset, use_lr_found, settings, swept
             )
 
     def changing_train_config(self, **arguments: Any) -> None:

@@ -1,0 +1,57 @@
+"""Continues a run from the newest valid checkpoint of a folder."""
+
+import logging
+import os
+from typing import Any, Protocol
+
+import keras
+
+from polus.callbacks.base import RunView
+from polus.checkpoint.environment import describe_environment, warn_of_changes
+from polus.checkpoint.store import CheckpointError, Store
+
+logger = logging.getLogger("polus.checkpoint")
+
+
+class ResumableRun(RunView, Protocol):
+    """A run that can continue from a saved state."""
+
+    id: str
+
+    def set_state(self, state: dict[str, Any], same_backend: bool) -> None: ...
+
+
+def resume_run(run: ResumableRun, directory: str | os.PathLike[str]) -> None:
+    """Puts a run where the newest valid checkpoint of a folder has it, if there is one.
+
+    Raises:
+        CheckpointError: If the checkpoint is of another run, or all are damaged.
+    """
+    run.reader.tracked = True
+    saved = Store(directory).read_newest()
+    if saved is None:
+        logger.info("There is no checkpoint in %s: training starts from the beginning.", directory)
+        return
+    environment = describe_environment(run.trainer.model, run.steps_per_execution)
+    warn_of_changes(saved.path.name, saved.facts.get("environment"), environment)
+    try:
+        run.set_state(saved.tree, saved.facts.get("backend") == keras.config.backend())
+    except ValueError as error:
+        raise CheckpointError(
+            f"{saved.path} is of another run, and nothing is trained: {error} Give the folder of "
+            "this run's own checkpoints, or another one to start from the beginning."
+        ) from error
+    if isinstance(saved.facts.get("run"), str):
+        run.id = saved.facts["run"]
+    logger.info(
+        "Continuing from %s: %d epochs and %d steps of %d epochs are done.",
+        saved.path,
+        run.epoch,
+        run.step,
+        run.epochs,
+    )
+
+
+def has_checkpoint(directory: str | os.PathLike[str]) -> bool:
+    """Returns whether a folder has checkpoints to continue from."""
+    return bool(Store(directory).paths())

@@ -1,0 +1,173 @@
+"""Any state as named arrays and JSON: what a checkpoint stores, without pickle.
+
+    {"epoch": 3, "loss": array}
+
+becomes a skeleton that JSON can hold, and the arrays under their place in the tree:
+
+    {"epoch": 3, "loss": {"$array": "loss", "dtype": "float32", "shape": [8]}}, {"loss": array}
+"""
+
+import functools
+import math
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+
+ARRAY = "$array"  # marks the place of an array in the skeleton
+MAX_DEPTH = 100  # of nested dicts and lists; a state that contains itself has no end
+MAX_AXES = 32
+
+# NumPy's names of the dtypes that a safetensors file has, and its own names for them. An array of
+# another dtype is stored as its bytes.
+STORED_DTYPES = {
+    "bool": "BOOL",
+    **{f"{kind}{n}": f"{kind[0].upper()}{n}" for kind in ("int", "uint") for n in (8, 16, 32, 64)},
+    **{f"float{n}": f"F{n}" for n in (16, 32, 64)},
+}
+
+
+class FlatState(NamedTuple):
+    """A state as a skeleton that JSON can hold, and the arrays by their names."""
+
+    skeleton: Any
+    arrays: dict[str, Array]
+
+
+def flatten_state(tree: Any, into: Mapping[str, Array] | None = None) -> FlatState:
+    """Copies a tree of dicts, lists, JSON values and NumPy arrays, so that its owner may go on.
+
+    Args:
+        tree: The state.
+        into: Arrays of an earlier result that nobody needs any more. They are overwritten where
+            they fit: fresh memory costs more than the copy.
+
+    Raises:
+        TypeError: If the tree contains anything else; the message says where.
+    """
+    arrays: dict[str, Array] = {}
+    into = {} if into is None else into
+
+    def visit(node: Any, path: str, depth: int) -> Any:
+        if depth > MAX_DEPTH:
+            raise TypeError(f"At {path} the state is nested deeper than {MAX_DEPTH} levels.")
+        if isinstance(node, np.ndarray | np.generic):
+            arrays[path] = _copy(node, path, into.get(path))
+            return {ARRAY: path, "dtype": node.dtype.name, "shape": list(node.shape)}
+        if isinstance(node, Mapping):
+            if ARRAY in node or not all(isinstance(key, str) for key in node):
+                raise TypeError(
+                    f"At {path or 'its root'} the state has a dict with the keys {list(node)}. "
+                    f"Keys must be strings other than {ARRAY!r}."
+                )
+            return {key: visit(node[key], _join(path, key), depth + 1) for key in node}
+        if isinstance(node, list | tuple):
+            return [visit(child, _join(path, str(i)), depth + 1) for i, child in enumerate(node)]
+        if node is None or isinstance(node, bool | int | float | str):
+            return node
+        raise TypeError(
+            f"At {path or 'its root'} the state has a {type(node).__name__}. It is stored without "
+            "pickle: give dicts, lists, numbers, strings, None and NumPy arrays "
+            "(bytes as np.frombuffer(value, np.uint8))."
+        )
+
+    return FlatState(visit(tree, "", 0), arrays)
+
+
+def unflatten_state(flat: FlatState) -> Any:
+    """Returns the tree that `flatten_state` was given (tuples as lists, NumPy scalars as arrays).
+
+    Raises:
+        ValueError: If the skeleton and the arrays do not belong together.
+    """
+    place: list[str] = []  # the keys from the root; joined only where an array is
+
+    def visit(node: Any) -> Any:
+        if len(place) > MAX_DEPTH:
+            raise ValueError(f"the state is nested deeper than {MAX_DEPTH} levels")
+        if isinstance(node, dict):
+            if ARRAY in node:
+                return _array_at(node, functools.reduce(_join, place, ""), flat.arrays)
+            return {key: below(key, child) for key, child in node.items()}
+        if isinstance(node, list):
+            return [below(str(i), child) for i, child in enumerate(node)]
+        return node
+
+    def below(key: str, child: Any) -> Any:
+        place.append(key)
+        result = visit(child)
+        place.pop()
+        return result
+
+    return visit(flat.skeleton)
+
+
+def is_shape(value: Any) -> bool:
+    """Returns whether a value out of JSON is a list of sizes that an array can have."""
+    return (
+        isinstance(value, list)
+        and len(value) <= MAX_AXES
+        and all(type(size) is int and 0 <= size < 2**62 for size in value)
+    )
+
+
+def printable(value: Any, length: int = 400) -> str:
+    """Returns a text from a stranger without control characters, and not longer than `length`."""
+    text = str(value)
+    if len(text) > length:
+        text = f"{text[:length]}..."
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
+    )
+
+
+def _copy(node: Any, path: str, used: Array | None) -> Array:
+    """Returns a copy in C order and native bytes: a file gets the buffer as it is."""
+    name = node.dtype.name
+    if node.dtype.kind not in "biufc" and not hasattr(ml_dtypes, name):
+        raise TypeError(f"At {path} the state has an array of {name}. Give numbers.")
+    dtype = node.dtype.newbyteorder("=")
+    if used is None or used.nbytes != node.nbytes:
+        array = np.empty(node.shape, dtype)
+    else:
+        array = as_bytes(used).view(dtype).reshape(node.shape)
+    array[...] = node
+    return array if name in STORED_DTYPES else as_bytes(array)
+
+
+def _array_at(node: dict[str, Any], path: str, arrays: Mapping[str, Array]) -> Array:
+    if node.keys() != {ARRAY, "dtype", "shape"} or node[ARRAY] != path or path not in arrays:
+        raise ValueError(f"no array belongs at {printable(path)}")
+    array, shape = arrays[path], node["shape"]
+    dtype = _dtype_of(node["dtype"])
+    if not is_shape(shape) or math.prod(shape) * dtype.itemsize != array.nbytes:
+        raise ValueError(f"the array at {printable(path)} has another size than its shape says")
+    return array.reshape(-1).view(dtype).reshape(shape)
+
+
+def _dtype_of(name: Any) -> np.dtype[Any]:
+    if isinstance(name, str):
+        scalar = getattr(ml_dtypes, name, None)
+        if isinstance(scalar, type) and issubclass(scalar, np.generic):
+            return np.dtype(scalar)
+        if re.fullmatch(r"bool|(int|uint|float|complex)[0-9]{1,3}", name):
+            try:
+                return np.dtype(name)
+            except TypeError:
+                pass
+    raise ValueError(f"there is no dtype {printable(name)}")
+
+
+def as_bytes(array: Array) -> Array:
+    """Returns the memory of a contiguous array as one row of bytes."""
+    return array.reshape(-1).view(np.uint8)
+
+
+def _join(path: str, key: str) -> str:
+    """Returns the keys from the root as one name (RFC 6901, so that no two are the same)."""
+    key = key.replace("~", "~0").replace("/", "~1")
+    return f"{path}/{key}" if path else key

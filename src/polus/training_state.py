@@ -1,0 +1,165 @@
+"""Parts of a run's state: its variables and its callbacks, saved and compared with what is there.
+
+A run's state is a tree as `polus.state_tree` takes it. Errors are ValueErrors that say what
+differs; who restores a run adds which checkpoint it was.
+"""
+
+import logging
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol, TypeVar
+
+import keras
+import ml_dtypes
+import numpy as np
+
+from polus.backends import backend
+from polus.state_tree import Array, flatten_state, printable
+
+Variables = Sequence[keras.Variable]
+Tree = dict[str, Any]
+T = TypeVar("T")
+
+logger = logging.getLogger("polus.checkpoint")
+
+
+class Stateful(Protocol):
+    """An object with a state of its own, such as a callback."""
+
+    def get_state(self) -> Tree:
+        """Returns the state."""
+
+    def set_state(self, state: Tree) -> None:
+        """Restores what `get_state` returned."""
+
+
+# ------------------------------------------------------------------ variables
+
+
+def variables_state(variables: Variables) -> list[Tree]:
+    """Returns path and value of each variable. The values may be views: copy them before a step."""
+    return [_variable_state(variable) for variable in variables]
+
+
+def allocate_buffers(variables: Variables, name: str = "variables") -> dict[str, Array]:
+    """Allocates memory for a copy of variables, as the `into` of `flatten_state`.
+
+    Memory that is fresh from the system costs many times the copy: let a thread fetch it early.
+
+    Args:
+        variables: The variables.
+        name: Where in the state tree their `variables_state` is.
+    """
+    zeros = [{"value": np.broadcast_to(np.zeros((), v.dtype), v.shape)} for v in variables]
+    return flatten_state({name: zeros}).arrays
+
+
+def check_variables(saved: Sequence[Tree], variables: Variables, same_backend: bool) -> None:
+    """Compares saved variables with those of this run.
+
+    Args:
+        saved: A result of `variables_state`.
+        variables: The variables of this run.
+        same_backend: Whether the dtypes must agree too: seed generators are uint32 on one backend
+            and int64 on another.
+
+    Raises:
+        ValueError: If a variable has another path, shape or dtype, or there are more or fewer.
+    """
+    now = [(v.path, tuple(v.shape), v.dtype) for v in variables]
+    then = [(s["path"], s["value"].shape, s["value"].dtype.name) for s in saved]
+    compared = slice(1, 3 if same_backend else 2)
+    paths = [canonical_paths([path for path, *_ in each]) for each in (then, now)]
+    for i, (path_then, path_now) in enumerate(zip(*paths, strict=False)):
+        if path_then != path_now or then[i][compared] != now[i][compared]:
+            raise ValueError(f"variable {i} was {_shown(then[i])}, and is {_shown(now[i])}.")
+    if len(then) != len(now):
+        longer, whose = (then, "saved") if len(then) > len(now) else (now, "present")
+        extra = ", ".join(map(_shown, longer[min(len(then), len(now)) :][:3]))
+        raise ValueError(
+            f"it has {len(then)} variables, and the present run has {len(now)}. Only among the "
+            f"{whose} ones: {extra}."
+        )
+
+
+def restore_variables(saved: Sequence[Tree], variables: Variables) -> None:
+    """Assigns the values of `variables_state`; call `check_variables` before."""
+    for variable, state in zip(variables, saved, strict=True):
+        variable.assign(state["value"])
+
+
+def canonical_paths(paths: Sequence[str]) -> list[str]:
+    """Replaces the numbers by which Keras counts layers by their rank.
+
+    The same model has the layers dense and dense_1 when it is the first in a process, and dense_2
+    and dense_3 when it is made again. Two layers that were exchanged still differ.
+    """
+    split = [
+        [re.fullmatch(r"(.*?)(?:_(\d+))?", re.sub(r"_\d+(?=_)", "", part)) for part in p.split("/")]
+        for p in paths
+    ]
+    parts = [[(m[1], int(m[2] or 0)) for m in parts if m is not None] for parts in split]
+    numbers: dict[str, set[int]] = {}
+    for name, number in (part for path in parts for part in path):
+        numbers.setdefault(name, set()).add(number)
+    ranks = {name: {n: i for i, n in enumerate(sorted(found))} for name, found in numbers.items()}
+    return ["/".join(f"{name}#{ranks[name][n]}" for name, n in path) for path in parts]
+
+
+def _variable_state(variable: keras.Variable) -> Tree:
+    value = backend.view(variable)
+    # PyTorch's bfloat16 arrives as float32: the same numbers, but not the variable's dtype.
+    dtype = getattr(ml_dtypes, variable.dtype, value.dtype)
+    return {"path": variable.path, "value": value.astype(dtype, copy=False)}
+
+
+def _shown(variable: tuple[str, tuple[int, ...], str]) -> str:
+    path, shape, dtype = variable
+    return f"{printable(path)} {shape} {dtype}"
+
+
+# ------------------------------------------------------------------ callbacks
+
+
+def callbacks_state(callbacks: Iterable[Stateful]) -> list[list[Any]]:
+    """Returns the class name and the state of each callback."""
+    return [[type(callback).__name__, callback.get_state()] for callback in callbacks]
+
+
+def restore_callbacks(callbacks: Sequence[Stateful], saved: Sequence[Any]) -> None:
+    """Gives each callback the state of its class; the second of a class that of the second.
+
+    Warns if the checkpoint has a state that no callback takes.
+    """
+    states = {(name, n): state for (name, state), n in _numbered(saved, lambda item: item[0])}
+    for callback, n in _numbered(callbacks, lambda callback: type(callback).__name__):
+        state = states.pop((type(callback).__name__, n), None)
+        if state is not None:
+            callback.set_state(state)
+    if lost := [name for (name, _), state in states.items() if state]:
+        logger.warning("The checkpoint has the state of callbacks that are gone: %s.", lost)
+
+
+def storable(values: Tree) -> Tree:
+    """Returns the entries of `shared_dict` that can be stored; warns of the others."""
+    return {name: value for name, value in values.items() if _can_be_stored(name, value)}
+
+
+def _can_be_stored(name: str, value: Any) -> bool:
+    try:
+        flatten_state(value)
+    except TypeError as error:
+        logger.warning("shared_dict[%r] will not be there after a resume: %s", name, error)
+        return False
+    return True
+
+
+def _numbered(items: Iterable[T], name_of: Callable[[T], str]) -> list[tuple[T, int]]:
+    """Returns each item with its number among those of its name."""
+    seen: Counter[str] = Counter()
+    numbered = []
+    for item in items:
+        numbered.append((item, seen[name_of(item)]))
+        seen[name_of(item)] += 1
+    return numbered
