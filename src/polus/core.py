@@ -1,78 +1,18 @@
 """What everything else stands on: logging, the jit setting, and the seam to the backends."""
 
 import functools
-import logging
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, ParamSpec, TypeVar, overload
 
 import keras
 
 from polus.backends import backend
+from polus.log import BaseLogger as BaseLogger
 
 P = ParamSpec("P")
 R = TypeVar("R")
 JitMode = bool | Literal["auto"]
 _jit: dict[str, JitMode] = {"mode": "auto"}
-
-
-class _Default(str):
-    """The documented name of the log file, told apart from the same name given by the user."""
-
-
-LOG_NAME = _Default("polus.log")
-
-
-class BaseLogger:
-    """Gives its descendants `self.logger`, a standard logger named after their class.
-
-    All of them are children of the logger `"polus"` and share its handlers: the console (from INFO
-    on, silent where the program configures logging itself), and a file where one is asked for.
-
-    Args:
-        logging_level: from which level on messages reach the handlers, a level of `logging`.
-        log_name: the file for `log_to_file`. A name given here asks for it at once.
-    """
-
-    def __init__(self, logging_level: int = 10, log_name: str = LOG_NAME) -> None:
-        self.log_name = log_name
-        shared = logging.getLogger("polus")
-        if not shared.handlers:
-            shared.addHandler(_Console(logging.INFO))
-            shared.setLevel(logging_level)
-        if log_name is not LOG_NAME:
-            self.log_to_file()
-
-    @property
-    def logger(self) -> logging.Logger:
-        """The standard logger of this class."""
-        return logging.getLogger(f"polus.{type(self).__name__}")
-
-    def set_logging_level(self, level: int) -> None:
-        """Shows messages from `level` on, of all of Polus."""
-        shared = logging.getLogger("polus")
-        shared.setLevel(level)
-        for handler in shared.handlers:
-            handler.setLevel(level)
-
-    def log_to_file(self) -> None:
-        """Appends messages to the file `log_name` from now on, of all of Polus."""
-        shared = logging.getLogger("polus")
-        handler = logging.FileHandler(self.log_name, delay=True)
-        files = [h.baseFilename for h in shared.handlers if isinstance(h, logging.FileHandler)]
-        if handler.baseFilename not in files:
-            handler.setFormatter(
-                logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
-            )
-            shared.addHandler(handler)
-
-
-class _Console(logging.Handler):
-    """Writes to whatever `sys.stderr` is at the time: a progress bar puts itself there."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if not logging.getLogger().handlers:  # else the program's own handlers show it
-            print(self.format(record), file=sys.stderr)
 
 
 def set_jit_compile(mode: JitMode) -> None:

@@ -177,8 +177,9 @@ class Autotuner:
             total += timing.compile_secs + timing.secs
         fastest = self._fastest(limits, max_steps)
         logger.info(
-            "Timed %d ways to run a step in %.1f s; fastest: %s.",
+            "Timed %d way%s to run a step in %.1f s; fastest: %s.",
             len(fastest),
+            "s" * (len(fastest) != 1),
             total,
             "; then ".join(f"{describe(t)} ({_speed(self.secs[t])})" for t in fastest),
         )

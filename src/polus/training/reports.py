@@ -46,16 +46,17 @@ def _trained(trainer: Any, updates: Sequence[Update]) -> str:
     model = {id(variable) for variable in trainer.model.trainable_variables}
     update = updates[0]
     if len(updates) == 1 and {id(variable) for variable in update.variables} == model:
-        return f"all {_counted(update.variables, 'trainable variable')} of the model"
+        return f"all {_counted(update.variables, 'trainable variable', ' of the model')}"
     return "; ".join(
-        f"{_counted(update.variables, 'variable')} with {update.optimizer.name}"
+        _counted(update.variables, "variable", f" with {update.optimizer.name}")
         for update in updates
     )
 
 
-def _counted(variables: Sequence[keras.Variable], noun: str) -> str:
+def _counted(variables: Sequence[keras.Variable], noun: str, rest: str = "") -> str:
     parameters = sum(math.prod(variable.shape) for variable in variables)
-    return f"{len(variables)} {noun}{'s' * (len(variables) != 1)} ({parameters:,} parameters)"
+    plural = "s" * (len(variables) != 1)
+    return f"{len(variables)} {noun}{plural}{rest} ({parameters:,} parameters)"
 
 
 def describe_trainer(trainer: Any) -> str:

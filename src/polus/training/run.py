@@ -117,7 +117,6 @@ class Run(BaseLogger):
         self.executor = executor
         self.config = config
         self.reader = DataReader(config.dataset, config.transform, config.steps)
-        self.reader.check_ends("train")
         self.history = History()
         self.signals = Signals()
         self.epochs = config.epochs

@@ -257,9 +257,11 @@ class BaseTrainer(BaseLogger):
             return loss_fn()
         # The user's function takes tensors; else gradients go to the optimizer as they do in `fit`.
         sparse = self.post_process_grads is None
-        result, gradients = backend.value_and_grad(
-            loss_fn, variables, lambda r: optimizer.scale_loss(checks.scalar_loss(r)), sparse
-        )
+        def scaled():
+            r = loss_fn()
+            return optimizer.scale_loss(checks.scalar_loss(r)), r
+
+        (_, result), gradients = backend.value_and_grad(scaled, variables, True, sparse)
         checks.check_connected(gradients, variables)
         apply_gradients(optimizer, gradients, variables, self.post_process_grads, scaled=True)
         return result

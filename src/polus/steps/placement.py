@@ -1,0 +1,5 @@
+"""Interim."""
+
+
+def current_placement() -> None:
+    """Interim."""
