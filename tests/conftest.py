@@ -35,9 +35,9 @@ def _seeds():
 @pytest.fixture(autouse=True)
 def _quick_data(monkeypatch):
     """On a busy machine too no block of a test is cut short for its data being slow."""
-    from polus.data import reader
+    from polus.data import blocks
 
-    monkeypatch.setattr(reader, "GROUP_SECS", 60.0)
+    monkeypatch.setattr(blocks, "GROUP_SECS", 60.0)
 
 
 @pytest.fixture(scope="session")

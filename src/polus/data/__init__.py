@@ -1,14 +1,16 @@
-"""What a dataset may be, how its batches are fed, and where in the data a run stands."""
+"""Datasets: adapters for each kind, the reader of batches, and the way back after a restart."""
 
 from polus.data.adapters import DataAdapter, as_adapter, as_arguments
 from polus.data.arrays import ArrayDataset, from_arrays
-from polus.data.reader import DataReader, StepBlock
+from polus.data.blocks import StepBlock
+from polus.data.reader import DataReader, EpochReader
 from polus.data.tf_iterator import with_iterator_state
 
 __all__ = [
     "ArrayDataset",
     "DataAdapter",
     "DataReader",
+    "EpochReader",
     "StepBlock",
     "as_adapter",
     "as_arguments",

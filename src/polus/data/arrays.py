@@ -15,35 +15,36 @@ def from_arrays(
     drop_remainder: bool = False,
     device_bytes: int = 2**30,
 ) -> "ArrayDataset":
-    """Batches of in-memory arrays, in the same order on every backend and platform for a seed.
+    """Returns batches of in-memory arrays, shuffled each epoch in an order that a seed fixes.
 
     ```python
     data = polus.data.from_arrays((x, y), batch_size=32)
     ```
 
-    The order of an epoch is that of the raw 64-bit outputs of a Philox generator with the key
-    (seed, epoch) (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), so that any
-    epoch's order is known without running the earlier ones.
+    The order is the same on every backend and platform. The order of an epoch sorts the raw 64-bit
+    outputs of a Philox generator with the key (seed, epoch) (Salmon et al. 2011, "Parallel random
+    numbers: as easy as 1, 2, 3"), so that any epoch's order is known without running the earlier
+    ones.
 
     Args:
-        arrays: an array, or a structure of arrays with an equal first axis: the examples. A tuple
-            (x, y) gives batches (x, y). float64 becomes `keras.config.floatx()`.
-        batch_size: examples per batch.
-        shuffle: whether each epoch has an order of its own; else the order given.
-        seed: 0 to 2**64 - 1.
-        drop_remainder: whether a last batch that is smaller is left out.
-        device_bytes: up to this size the arrays live on the device, and batches are gathered there
-            inside the compiled loop; larger ones are gathered in host memory.
+        arrays: An array, or a structure of arrays with an equal first axis: the examples. A tuple
+            (x, y) yields batches (x, y). float64 becomes `keras.config.floatx()`.
+        batch_size: The number of examples per batch.
+        shuffle: Whether each epoch has its own order. If not, examples come in the order given.
+        seed: The seed of the order, 0 to 2**64 - 1.
+        drop_remainder: Whether to leave out a last batch that is smaller.
+        device_bytes: Arrays up to this size are kept on the device, and batches are gathered there
+            inside the compiled loop. Larger ones are gathered in host memory.
 
     Raises:
-        ValueError: for no arrays, arrays of different lengths, no examples, or a batch_size or seed
-            out of range.
+        ValueError: If there are no arrays or no examples, if the arrays differ in length, or if
+            batch_size or seed is out of range.
     """
     return ArrayDataset(arrays, batch_size, shuffle, seed, drop_remainder, device_bytes)
 
 
 class ArrayDataset:
-    """What `from_arrays` returns. Iterating over it gives the batches of epoch 0."""
+    """In-memory batches, made by `from_arrays`. Iterating yields the batches of epoch 0."""
 
     def __init__(
         self,
@@ -59,15 +60,15 @@ class ArrayDataset:
         lengths = sorted({len(leaf) for leaf in leaves})
         if len(lengths) != 1 or lengths[0] == 0:
             raise ValueError(
-                "from_arrays takes arrays with one equal, positive number of examples along the "
-                f"first axis, and got lengths {lengths or 'of no array at all'}."
+                "from_arrays takes arrays with the same positive number of examples along the "
+                f"first axis, got {f'lengths {lengths}' if lengths else 'no array'}."
             )
         if not _is_integer(batch_size) or batch_size < 1:
-            raise ValueError(f"batch_size is a positive integer, and got {batch_size!r}.")
+            raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}.")
         if not _is_integer(seed) or not 0 <= seed < 2**64:
             raise ValueError(
-                f"seed is an integer from 0 to 2**64 - 1, and got {seed!r}. Each epoch has its "
-                "own order for the same seed; shuffle=False keeps the order given."
+                f"seed must be an integer from 0 to 2**64 - 1, got {seed!r}. Each epoch has its "
+                "own order under one seed; shuffle=False keeps the order given."
             )
         self.num_examples = lengths[0]
         self.batch_size = min(int(batch_size), self.num_examples)
@@ -77,28 +78,28 @@ class ArrayDataset:
         self.on_device = sum(leaf.nbytes for leaf in leaves) <= device_bytes
 
     def __len__(self) -> int:
-        """The number of batches of an epoch."""
+        """Returns the number of batches per epoch."""
         whole, rest = divmod(self.num_examples, self.batch_size)
         return whole + (rest > 0 and not self.drop_remainder)
 
     def order(self, epoch: int) -> np.ndarray[Any, Any]:
-        """The indices of the examples in the order of this epoch: (num_examples,), int32."""
+        """Returns the examples' indices in the order of an epoch: (num_examples,), int32."""
         if not self.shuffle:
             return np.arange(self.num_examples, dtype=np.int32)
-        # Raw outputs and a stable sort: NumPy keeps both the same in every version and on every
-        # platform, which it doesn't promise for Generator.permutation.
+        # NumPy keeps raw outputs and a stable sort the same in every version and on every platform,
+        # which it does not promise for Generator.permutation.
         key = np.array([self.seed, epoch], np.uint64)
         raw = np.random.Philox(key=key).random_raw(self.num_examples)
         return np.argsort(raw, kind="stable").astype(np.int32)
 
     def rows(self, epoch: int, skip: int = 0) -> Iterator[np.ndarray[Any, Any]]:
-        """The indices of each batch of an epoch, from batch `skip` on."""
+        """Yields the indices of each batch of an epoch, from batch `skip` on."""
         order = self.order(epoch)
         for i in range(skip, len(self)):
             yield order[i * self.batch_size : (i + 1) * self.batch_size]
 
     def batch(self, rows: np.ndarray[Any, Any]) -> Any:
-        """The batch of the examples `rows`, in host memory."""
+        """Returns the batch of the examples `rows`, in host memory."""
         return keras.tree.map_structure(lambda array: array[rows], self.arrays)
 
     def __iter__(self) -> Iterator[Any]:
@@ -113,7 +114,7 @@ def _array(values: Any) -> np.ndarray[Any, Any]:
     array = np.asarray(values)
     if array.ndim == 0:
         raise ValueError(
-            f"from_arrays takes arrays of examples, and got the single value {values!r}. A list is "
-            "a structure of arrays; make it one array: np.array(values)."
+            f"from_arrays takes arrays of examples, got the single value {values!r}. A list is a "
+            "structure of arrays; make it one array: np.array(values)."
         )
     return array.astype(keras.config.floatx()) if array.dtype == np.float64 else array

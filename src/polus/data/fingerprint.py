@@ -6,28 +6,26 @@ from typing import Any
 import keras
 import numpy as np
 
+from polus.host import to_host
+
 
 def checksum(batch: Any) -> int:
-    """A CRC-32 of everything in a batch."""
+    """Returns the CRC-32 of all values of a batch."""
     value = 0
     for leaf in keras.tree.flatten(batch):
-        array = _array(leaf)
+        array = to_host(leaf)
         value = zlib.crc32(array.tobytes() if array.dtype != object else repr(leaf).encode(), value)
     return value
 
 
 def leaves_of(batch: Any) -> list[list[Any]]:
-    """The dtype and the number of axes of each array of a batch."""
-    arrays = [_array(leaf) for leaf in keras.tree.flatten(batch)]
+    """Returns the dtype and the number of axes of each array of a batch."""
+    arrays = [to_host(leaf) for leaf in keras.tree.flatten(batch)]
     return [[array.dtype.name, array.ndim] for array in arrays]
 
 
-def _array(leaf: Any) -> np.ndarray[Any, Any]:
-    return keras.ops.convert_to_numpy(leaf) if keras.ops.is_tensor(leaf) else np.asarray(leaf)
-
-
 def same(a: Any, b: Any) -> bool:
-    """Whether two random states are equal."""
+    """Returns whether two random states are equal."""
     if isinstance(a, dict):
         return all(same(a[key], b[key]) for key in a)
     if isinstance(a, tuple | list):

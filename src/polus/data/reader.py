@@ -1,421 +1,437 @@
-"""How batches reach the compiled step: in blocks of equal shape, read ahead by one thread."""
+"""Reads a dataset epoch by epoch, and continues in a new process where a checkpoint was saved."""
 
 import collections
 import contextlib
-import dataclasses
 import itertools
-import queue
+import logging
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
-import keras
-import numpy as np
-
 from polus.backends import backend
-from polus.data import resume
+from polus.data import iterator_state
 from polus.data.adapters import DataAdapter, as_arguments
+from polus.data.arrays import ArrayDataset
+from polus.data.blocks import (
+    DeviceExamples,
+    GraphSource,
+    Grouping,
+    HostSource,
+    StepBlock,
+    plain_arrays,
+    repeated_block,
+)
 from polus.data.fingerprint import checksum, leaves_of
+from polus.data.prefetch import prefetch
+from polus.data.resume import check_same_dataset, check_same_leaves, warn_if_another
+from polus.state import random_state, set_random_state
+
+logger = logging.getLogger("polus.data")
 
 Due = Callable[[int], int | None]
+Callback = Callable[[], None]
+Transform = Callable[[Any], Any]
+State = dict[str, Any]
 
-# Slow data comes in shorter blocks: progress still moves, and Ctrl-C still works.
-GROUP_SECS = 0.1
-
-
-@dataclasses.dataclass(frozen=True)
-class StepBlock:
-    """Batches of equal shape for one dispatch.
-
-    Attributes:
-        count: how many batches. batch_size: the examples of each (1 where there is no such axis).
-            One batch where `capacity` is above 1 is the rest of a longer group.
-        fetch: takes the batches out of the payload inside the compiled step, stacked along a new
-            first axis; None where the payload is one batch itself.
-        payload: what goes to the device.
-        capacity: how many batches the payload has room for.
-        signature: shapes and dtypes of a batch.
-    """
-
-    count: int
-    batch_size: int
-    fetch: Callable[[Any], Any] | None
-    payload: Any
-    capacity: int
-    signature: Any
+SECS_BETWEEN_LOGS = 5
 
 
-def stacked(payload: Any) -> Any:
-    """Batches that are stacked already."""
-    return payload
-
-
-def gathered(payload: tuple[Any, Any]) -> Any:
-    """Batches of examples that live on the device; the payload is (examples, row numbers).
-
-    All at once: a gather inside of the loop over steps makes XLA's loop up to twice as slow.
-    """
-    examples, rows = payload
-    return keras.tree.map_structure(lambda a: backend.take(a, rows), examples)
-
-
-def row(batches: Any, i: Any) -> tuple[Any, ...]:
-    """The step's arguments out of batch `i` of stacked batches."""
-    return as_arguments(keras.tree.map_structure(lambda a: backend.index(a, i), batches))
+def _nothing() -> None:
+    pass
 
 
 class DataReader:
     """Reads a dataset epoch by epoch.
 
     Args:
-        source: the dataset.
-        transform: a Python function applied to each batch, or None.
-        steps: batches per epoch at most, or None.
+        adapter: The dataset.
+        transform: A Python function applied to each batch, or None.
+        steps: The number of batches per epoch at most, or None.
+        first_epoch: The number that the dataset knows epoch 0 by: how many epochs of it were
+            trained before. `set_state` restores it.
 
     Attributes:
-        waited_secs: how long the loop has waited for data so far.
-        num_batches: batches of an epoch, None where it isn't known.
-        tracked: whether epochs remember what the way back to a position needs (a checkpoint does).
-        current: the epoch that was begun last.
-        lock: held while a batch is made, which may draw from the global random generators.
+        adapter: The dataset.
+        transform: The function applied to each batch, or None.
+        steps: The number of batches per epoch at most, or None.
+        first_epoch: The number that the dataset knows epoch 0 by.
+        num_batches: The number of batches per epoch, None if it is not known.
+        waited_secs: How long the loop has waited for data so far.
+        tracked: Whether epochs record what `get_state` needs; a checkpoint sets it.
+        current: The epoch that was begun last.
+        device_examples: The examples of `from_arrays` on the device, or None.
     """
 
     def __init__(
         self,
-        source: DataAdapter,
-        transform: Callable[[Any], Any] | None = None,
+        adapter: DataAdapter,
+        transform: Transform | None = None,
         steps: int | None = None,
+        first_epoch: int = 0,
     ) -> None:
-        self.adapter = source
+        self.adapter = adapter
         self.transform = transform
         self.steps = steps
+        self.first_epoch = first_epoch
         self.waited_secs = 0.0
         self.tracked = False
         self.current: EpochReader | None = None
-        self.lock = threading.RLock()  # a dataset of the user's may call evaluate
-        self._resumed: EpochReader | None = None
-        known = source.num_batches
+        known = adapter.num_batches
         self.num_batches = known if steps is None else steps if known is None else min(steps, known)
-        dataset = source.dataset
-        self._examples = None
-        if getattr(dataset, "on_device", False) and transform is None:
-            self._examples = keras.tree.map_structure(backend.to_device, dataset.arrays)
+        self.device_examples: DeviceExamples | None = None
+        dataset = adapter.dataset
+        if isinstance(dataset, ArrayDataset) and dataset.on_device and transform is None:
+            self.device_examples = DeviceExamples(dataset)
+        self._lock = threading.RLock()  # reentrant: the user's dataset may call evaluate
+        self._resumed: EpochReader | None = None
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Reads no batch for the length of the block.
+
+        Evaluation restores the states of the global random generators, and the prefetch thread must
+        not draw from them meanwhile.
+        """
+        with self._lock:
+            yield
+
+    def check_ends(self, caller: str) -> None:
+        """Raises a ValueError if an epoch has no end.
+
+        Args:
+            caller: The function whose argument `steps` the message recommends.
+        """
+        if self.adapter.endless and self.steps is None:
+            raise ValueError(
+                f"The dataset is endless. Say how many batches to read: {caller}(..., steps=1000)."
+            )
 
     def epoch(self, epoch: int, start: int = 0) -> "EpochReader":
-        """The batches of an epoch from batch `start` on."""
+        """Returns the batches of an epoch from batch `start` on."""
         resumed, self._resumed = self._resumed, None
         self.current = resumed or EpochReader(self, epoch, start)
         return self.current
 
-    def resumed(self, epoch: int, start: int, begun: dict[str, Any]) -> "EpochReader":
-        """The epoch that the next call of `epoch` gives, which began as `begun` says."""
-        self._resumed = self.current = EpochReader(self, epoch, start, begun)
-        return self._resumed
+    # ------------------------------------------------------------------ resuming
+
+    def get_state(self, epoch: int, step: int) -> State:
+        """Returns what `set_state` needs to continue before `step` of `epoch`."""
+        state: State = {"dataset": self._facts(), "first_epoch": self.first_epoch}
+        if self.current is None:
+            return state | {"epoch_start": self.epoch_start()}
+        state["leaves"] = self.current.leaves
+        if self.current.number == epoch:
+            return state | self.current.get_state(step)
+        return state | self._state_between_epochs(self.current)
+
+    def epoch_start(self) -> State:
+        """Returns the states of the generators that the order of an epoch depends on."""
+        return {"random": random_state(), "adapter": self.adapter.get_state()}
+
+    def _state_between_epochs(self, previous: "EpochReader") -> State:
+        state: State = {"checksum": None, "iterator": None, "epoch_start": self.epoch_start()}
+        if self.adapter.can_reread(self.steps):
+            state["previous_epoch"] = {
+                "epoch_start": previous.epoch_start,
+                "checksum": previous.checksum,
+            }
+        read_all = self.steps is None or self.steps == self.adapter.num_batches
+        if read_all and (at_end := self.adapter.epoch_end_state()) is not None:
+            state["iterator_at_epoch_end"] = iterator_state.encode(at_end)
+        return state
+
+    def set_state(
+        self,
+        state: State,
+        epoch: int,
+        step: int,
+        random: State,
+        handle_signals: Callback = _nothing,
+    ) -> State:
+        """Lets the next call of `epoch` continue before `step` of `epoch`.
+
+        Args:
+            state: What `get_state` returned there. The reader itself has not been read yet.
+            epoch: The number of the epoch.
+            step: The number of steps that were run in it.
+            random: `random_state()` there. It may be ahead of the data, which is prefetched.
+            handle_signals: Called before each batch that is read and dropped; may raise.
+
+        Returns:
+            The random state to train with.
+
+        Raises:
+            ValueError: If the dataset is of another kind or shape, or ends before that step.
+        """
+        check_same_dataset(state["dataset"], self._facts())
+        self.first_epoch = state["first_epoch"]
+        self._return_to_epoch(state, epoch)
+        saved = state.get("iterator") if step else None
+        if saved is not None:
+            saved = (saved[0], iterator_state.decode(saved[1]))
+        strategy = self.adapter.resume_strategy(saved, self.transform is not None)
+        drawn = strategy.resume(self, epoch, step, handle_signals)
+        assert self.current is not None  # the strategy has opened it
+        self._resumed = self.current
+        self.current.epoch_start = state["epoch_start"]
+        check_same_leaves(state.get("leaves"), self.current.leaves)
+        if strategy.checks_first_batch:
+            warn_if_another(epoch, state.get("checksum"), self.current.checksum)
+        else:
+            self.current.checksum = state["checksum"]
+        # Before the first step, reading the first batch has moved the generators as it would have
+        # in an uninterrupted run.
+        return random | drawn if step else random_state()
+
+    def _return_to_epoch(self, state: State, epoch: int) -> None:
+        """Brings the dataset of a new process to where it was before `epoch` began."""
+        at_end = state.get("iterator_at_epoch_end")
+        # A dataset whose state is restored need not go through the epoch before.
+        previous = state.get("previous_epoch") if at_end is None else None
+        self.adapter.rewind(epoch if previous is None else epoch - 1, self.steps)
+        if previous is not None:
+            self._repeat_epoch(epoch - 1, previous)
+        if self.adapter.unrepeatable:
+            logger.warning("The order of the data may not repeat: %s", self.adapter.unrepeatable)
+        self._restore_generators(state["epoch_start"])
+        if at_end is not None:
+            number = self.first_epoch + epoch
+            self.adapter.restore_epoch_end(number, iterator_state.decode(at_end))
+            set_random_state(state["epoch_start"]["random"])
+
+    def _repeat_epoch(self, epoch: int, saved: State) -> None:
+        """Begins an earlier epoch again, checks its first batch and leaves behind what it left."""
+        self._restore_generators(saved["epoch_start"])
+        data = self.open_epoch(epoch, 0)
+        data.set_example(data.peek())
+        warn_if_another(epoch, saved["checksum"], data.checksum)
+        while self.adapter.state_depends_on_reads and data.skip() is not None:
+            pass
+        self.adapter.end_epoch()
+
+    def _restore_generators(self, epoch_start: State) -> None:
+        self.adapter.set_state(epoch_start["adapter"])
+        set_random_state(epoch_start["random"])
+
+    def open_epoch(self, epoch: int, start: int, iterator_state: Any = None) -> "EpochReader":
+        """Begins an epoch at batch `start`, with an iterator in that state if one is given."""
+        self.current = EpochReader(self, epoch, start, iterator_state)
+        return self.current
+
+    def first_batch(self, epoch: int) -> Any:
+        """Returns the first batch of an epoch, to look at; None if there is none."""
+        return next(iter(self.adapter.batches(self.first_epoch + epoch)), None)
+
+    def _facts(self) -> State:
+        """Returns what tells the dataset from others."""
+        kind = type(self.adapter.dataset)
+        # The class of a tf.data pipeline is named after its last operation.
+        name = "tf.data.Dataset" if kind.__module__.startswith("tensorflow.") else kind.__qualname__
+        return {"kind": name, "num_batches": self.num_batches, **self.adapter.facts()}
 
 
 class EpochReader:
-    """One pass over the data, from batch `start` on. Close it when done.
+    """One pass over the data, from batch `start` on.
+
+    Args:
+        reader: The reader of the dataset.
+        number: The number of the epoch.
+        start: The number of batches that are skipped.
+        iterator_state: The state that the dataset's iterator had behind them, which spares
+            reading them; None to skip them.
 
     Attributes:
-        begun, checksum, leaves, marks: see `polus.data.resume`; kept where the reader is tracked.
+        number: The number of the epoch.
+        start: The place of the next batch in the epoch.
+        epoch_start: The states of the generators when the epoch began, if the reader is tracked.
+        checksum: The checksum of the epoch's first batch, if the reader is tracked.
+        leaves: The dtypes and numbers of axes of that batch, if the reader is tracked.
     """
 
     def __init__(
-        self, reader: DataReader, epoch: int, start: int, begun: dict[str, Any] | None = None
+        self, reader: DataReader, number: int, start: int, iterator_state: Any = None
     ) -> None:
-        self.reader = reader
-        self.number = epoch
+        self.number = number
         self.start = start
-        self.begun = begun or (resume.beginning(reader) if reader.tracked else None)
+        self.epoch_start = reader.epoch_start() if reader.tracked else None
         self.checksum: int | None = None
         self.leaves: list[list[Any]] | None = None
-        self.marks: collections.deque[tuple[int, Any]] = collections.deque(maxlen=8)
-        self._head: Any = None
-        self.raw_batches = reader.adapter.batches(epoch, start)
-        self.batches = self._transformed()
+        self._reader = reader
+        # The states of the iterator, and how many batches had been read then.
+        self._iterator_states: collections.deque[tuple[int, Any]] = collections.deque(maxlen=8)
+        self._example: Any = None
         self._first: list[Any] = []
+        number += reader.first_epoch
+        if iterator_state is None:
+            self._raw_batches = reader.adapter.batches(number, start)
+        else:
+            self._raw_batches = reader.adapter.restored_batches(number, iterator_state)
+        self._batches = self._transformed()
 
     def _transformed(self) -> Iterator[tuple[Any, ...]]:
-        # In a generator a StopIteration of the transform is an error, and no end of the data.
-        transform = self.reader.transform
-        for batch in self.raw_batches:
+        # In a generator, a StopIteration that the transform raises is an error, not the data's end.
+        transform = self._reader.transform
+        for batch in self._raw_batches:
             yield as_arguments(batch if transform is None else transform(batch))
 
     def _read(self) -> list[Any]:
-        """The next batch; empty at the end."""
-        with self.reader.lock:
-            return list(itertools.islice(self.batches, 1))
+        """Returns the next batch in a list, an empty list at the end."""
+        with self._reader.paused():
+            return list(itertools.islice(self._batches, 1))
+
+    # ------------------------------------------------------------------ looking at a batch
 
     def peek(self) -> Any:
-        """The first batch, which stays in its place.
+        """Returns the next batch and leaves it in its place; None at the end.
 
         Raises:
-            ValueError: if there is none.
+            ValueError: If the epoch has no batch at all.
         """
+        reader = self._reader
         if not self._first:
-            ended = self.reader.steps is not None and self.start >= self.reader.steps
+            ended = reader.steps is not None and self.start >= reader.steps
             began = time.perf_counter()
             self._first = [] if ended else self._read()
-            self.reader.waited_secs += time.perf_counter() - began
+            reader.waited_secs += time.perf_counter() - began
         if not self._first and self.start == 0:
             raise ValueError(
-                f"The dataset gave no batch in epoch {self.number + 1}: it is empty, or an "
-                "iterator that was exhausted before. Check what it yields; give a re-iterable, not "
-                "an iterator."
+                f"The dataset yielded no batch in epoch {self.number + 1}: it is empty, or an "
+                "iterator that was exhausted before. Check what it yields, and pass a re-iterable "
+                "instead of an iterator."
             )
-        if self.reader.tracked and self.checksum is None and self.start == 0:
-            self._note(self._first[0])
+        if reader.tracked and self.checksum is None and self.start == 0:
+            self._record(self._first[0])
         return self._first[0] if self._first else None
 
-    def drop(self) -> Any:
-        """Reads the next batch and goes on behind it; None if there is none."""
+    def skip(self) -> Any:
+        """Drops the next batch and returns it; None at the end."""
         batch = self.peek()
         if self._first:
             self.start += 1
             self._first = []
         return batch
 
-    def remember(self, batch: Any) -> None:
-        """Takes this for the first batch of the epoch: one that starts later doesn't meet it."""
-        self._head = as_arguments(batch)
-        self._note(self._head)
+    def skip_to(self, step: int, handle_signals: Callback) -> None:
+        """Drops batches up to `step`, and calls `handle_signals` before each.
 
-    def _note(self, batch: Any) -> None:
+        Raises:
+            ValueError: If the epoch ends before.
+        """
+        count, logged = step - self.start, time.monotonic()
+        for i in range(count):
+            handle_signals()
+            if time.monotonic() - logged > SECS_BETWEEN_LOGS:
+                logged = time.monotonic()
+                logger.info("Skipping the batches that the run has seen: %d of %d.", i, count)
+            if self.skip() is None:
+                raise ValueError(
+                    f"The dataset is another one: it ended after {self.start} batches of epoch "
+                    f"{self.number + 1}, and the run had done {step} steps in it."
+                )
+
+    def set_example(self, batch: Any) -> None:
+        """Sets the first batch of the epoch, which an epoch that starts later does not read."""
+        self._example = as_arguments(batch)
+        self._record(self._example)
+
+    def _record(self, batch: Any) -> None:
         self.checksum, self.leaves = checksum(batch), leaves_of(batch)
 
     @property
     def example(self) -> tuple[Any, ...]:
-        """The step's arguments out of the first batch, where that lies: to look at, not to run."""
-        # A resumed epoch is compiled for what it was compiled for in the first place.
-        first = self.peek() if self._head is None else self._head
-        arguments: tuple[Any, ...] = keras.tree.map_structure(_plain, first)
+        """The step's arguments from the first batch of the epoch, to look at, not to train on."""
+        # A resumed epoch is compiled for the same batch as the epoch that it continues.
+        first = self.peek() if self._example is None else self._example
+        arguments: tuple[Any, ...] = plain_arrays(first)
         return arguments
 
     def sample(self, count: int) -> StepBlock:
-        """The first batch, `count` times over, to measure with."""
-        first = self.example
-        if self.reader._examples is not None:
-            rows = np.zeros((count, self.reader.adapter.dataset.batch_size), np.int32)
-            payload = (self.reader._examples, backend.to_device(rows))
-            return StepBlock(count, rows.shape[1], gathered, payload, count, rows.shape[1:])
-        if count == 1:
-            return _single(first)
-        payload = backend.stack([first] * count, count)
-        return StepBlock(count, _size(first), stacked, payload, count, signature_of(first))
+        """Returns a block of the example `count` times, to time a compiled step with."""
+        example = self.example
+        if self._reader.device_examples is not None:
+            return self._reader.device_examples.sample(count)
+        return repeated_block(example, count)
+
+    # ------------------------------------------------------------------ reading
 
     def blocks(
         self,
         capacity: int = 1,
         due: Due = lambda step: None,
-        poll: Callable[[], None] = lambda: None,
+        handle_signals: Callback = _nothing,
     ) -> Generator[StepBlock]:
-        """The batches in blocks of up to `capacity`, none longer than `due(step)` allows.
+        """Yields the batches in blocks. Close the generator when done.
 
         Args:
-            capacity: batches per block at most.
-            due: tells how many steps may run from a step on, None for no limit.
-            poll: called several times a second while data is waited for; may raise.
+            capacity: The number of batches per block at most.
+            due: Returns how many steps may run from a step on; None for no limit.
+            handle_signals: Called several times a second while waiting for data; may raise.
         """
-
-        def want(step: int) -> int:
-            left = (
-                capacity if self.reader.steps is None else min(capacity, self.reader.steps - step)
-            )
-            allowed = due(step)
-            return left if allowed is None else min(left, allowed)
-
-        with self._letting_go(), contextlib.closing(self._made(want, capacity, poll)) as blocks:
+        reader = self._reader
+        with (
+            self._released(),
+            contextlib.closing(
+                self._made(self._limit(capacity, due), capacity, handle_signals)
+            ) as blocks,
+        ):
             while True:
                 began = time.perf_counter()
                 block = next(blocks, None)
-                self.reader.waited_secs += time.perf_counter() - began
+                reader.waited_secs += time.perf_counter() - began
                 if block is None:
                     break
                 yield block
-        self.reader.adapter.end_epoch()
+        reader.adapter.end_epoch()
+
+    def _limit(self, capacity: int, due: Due) -> Callable[[int], int]:
+        steps = self._reader.steps
+
+        def limit(step: int) -> int:
+            left = capacity if steps is None else min(capacity, steps - step)
+            allowed = due(step)
+            return left if allowed is None else min(left, allowed)
+
+        return limit
 
     @contextlib.contextmanager
-    def _letting_go(self) -> Iterator[None]:
-        """At its end the user's generator is closed, unless somebody else holds it."""
+    def _released(self) -> Iterator[None]:
+        """Closes the user's generator at the end, unless somebody else holds it."""
         try:
             yield
         finally:
-            self.raw_batches = self.batches = iter(())
-            self.reader.adapter._iterator = None
+            self._raw_batches = self._batches = iter(())
+            self._reader.adapter.close()
 
     def _made(
-        self, want: Callable[[int], int], capacity: int, poll: Callable[[], None]
+        self, limit: Callable[[int], int], capacity: int, handle_signals: Callback
     ) -> Generator[StepBlock]:
-        if self.reader._examples is not None:
-            return self._gathered(want, capacity)
-        graph = backend.graph_blocks(self.raw_batches) if self.reader.transform is None else None
+        reader, start = self._reader, self.start
+        if reader.device_examples is not None:
+            number = reader.first_epoch + self.number
+            return reader.device_examples.blocks(number, start, limit, capacity)
+        graph = backend.graph_blocks(self._raw_batches) if reader.transform is None else None
         if graph is not None:
-            return self._in_graph(graph, want, capacity, poll)
+            batches = GraphSource(graph, self._read, self._first, handle_signals)
+            return Grouping(batches, limit, capacity).blocks(start)
         stopped = threading.Event()
-        return _ahead(self._stacked(want, capacity, stopped), poll, stopped)
+        source = HostSource(self._read, self._first, self._record_iterator_state, stopped)
+        blocks = Grouping(source, limit, capacity).blocks(start)
+        return prefetch(blocks, handle_signals, stopped)
 
-    def _gathered(self, want: Callable[[int], int], capacity: int) -> Generator[StepBlock]:
-        dataset, step = self.reader.adapter.dataset, self.start
-        order = dataset.order(self.number)
-        size, end = dataset.batch_size, len(dataset)
-        whole = dataset.num_examples // size
-        while step < end and (count := want(step)) > 0:
-            # Of the last, smaller batch a block of its own.
-            count = min(count, whole - step) if step < whole else 1
-            rows = order[step * size : (step + count) * size]
-            examples, width = self.reader._examples, min(size, len(rows))
-            if count > 1:
-                table = np.zeros((capacity, width), np.int32)
-                table[:count] = rows.reshape(count, width)
-            else:
-                table = rows[None]
-            payload = (examples, table)  # the call moves so little faster than we could
-            yield StepBlock(count, width, gathered, payload, len(table), (width,))
-            step += count
+    # ------------------------------------------------------------------ resuming
 
-    # A batch runs in the program for one or in that for many by its place in the data, however slow
-    # that is: the two may differ in the last bits. So what is `left` of a group that took too long
-    # is still of that group, and no group is ended before it is known to have a second batch.
+    def _record_iterator_state(self, num_read: int) -> None:
+        """Records the state of the dataset's iterator behind `num_read` batches of the epoch."""
+        reader = self._reader
+        if reader.tracked and (state := reader.adapter.iterator_state()) is not None:
+            self._iterator_states.append((num_read, state))
 
-    def _in_graph(
-        self, graph: Any, want: Callable[[int], int], capacity: int, poll: Callable[[], None]
-    ) -> Generator[StepBlock]:
-        step, left, signature = self.start, 0, None
-        pending = self._first or self._read()
-        while pending and (count := want(step)) > 0:
-            first = pending.pop()
-            if signature_of(first) != signature:
-                left, signature = 0, signature_of(first)
-            rest = left > 0
-            left = min(left, count) if rest else count
-            count, other = 1, None
-            if left > 1 or rest:
-                poll()
-                count, rows, other = graph.read(first, left, GROUP_SECS)
-            if count > 1 or rest:
-                rows = backend.pad(rows, capacity)
-                yield StepBlock(count, _size(first), stacked, rows, capacity, signature)
-            else:
-                yield _single(first)
-            step, left = step + count, left - count
-            if other is not None:
-                pending = [other]
-            elif want(step) > 0:
-                pending = self._read()
-
-    def _stacked(
-        self, want: Callable[[int], int], capacity: int, stopped: threading.Event
-    ) -> Generator[StepBlock]:
-        def read() -> list[Any]:
-            return [keras.tree.map_structure(_plain, batch) for batch in self._read()]
-
-        step, left, signature = self.start, 0, None
-        pending = [keras.tree.map_structure(_plain, batch) for batch in self._first]
-        while (count := want(step)) > 0 and not stopped.is_set():
-            self._mark(step + len(pending))
-            group = pending or read()
-            if not group:
-                return
-            if signature_of(group[0]) != signature:
-                left, signature = 0, signature_of(group[0])
-            rest = left > 0
-            left = min(left, count) if rest else count
-            pending, began = [], time.perf_counter()
-            while len(group) < left and not stopped.is_set():
-                if (rest or len(group) > 1) and time.perf_counter() - began > GROUP_SECS:
-                    break
-                following = read()
-                if not following:
-                    break
-                if signature_of(following[0]) != signature:
-                    pending = following
-                    break
-                group += following
-            if len(group) > 1 or rest:
-                payload = backend.stack(group, capacity)
-                yield StepBlock(len(group), _size(group[0]), stacked, payload, capacity, signature)
-            else:
-                yield _single(group[0])
-            step, left = step + len(group), left - len(group)
-
-    def _mark(self, num_read: int) -> None:
-        """Notes the state of the dataset's iterator, behind `num_read` batches of the epoch."""
-        if self.reader.tracked and (state := self.reader.adapter.iterator_state()) is not None:
-            self.marks.append((num_read, state))
-
-
-def _single(batch: Any) -> StepBlock:
-    payload = keras.tree.map_structure(backend.to_device, batch)
-    return StepBlock(1, _size(batch), None, payload, 1, signature_of(batch))
-
-
-def _plain(leaf: Any) -> Any:
-    """A tensor of the backend as it is, else a NumPy array; float64 becomes Keras' float."""
-    if keras.ops.is_tensor(leaf):
-        return leaf
-    array = np.asarray(leaf)
-    return array.astype(keras.config.floatx()) if array.dtype == np.float64 else array
-
-
-def signature_of(batch: Any) -> list[Any]:
-    """The shapes and dtypes of a batch; of what has none, the value itself."""
-    return [
-        (tuple(shape), str(leaf.dtype))
-        if (shape := getattr(leaf, "shape", None)) is not None
-        else leaf
-        for leaf in keras.tree.flatten(batch)
-    ]
-
-
-def _size(batch: Any) -> int:
-    """The number of examples: the length of the first axis of the first array, else 1."""
-    for leaf in keras.tree.flatten(batch):
-        shape: tuple[int, ...] = getattr(leaf, "shape", ())
-        return int(shape[0]) if len(shape) else 1
-    return 1
-
-
-def _ahead(
-    blocks: Generator[StepBlock], poll: Callable[[], None], stopped: threading.Event, depth: int = 2
-) -> Generator[StepBlock]:
-    """`blocks`, made by a thread that is `depth` ahead at most and ends with this generator.
-
-    It sets `stopped` then, so that `blocks` reads no further either.
-    """
-    made: queue.Queue[Any] = queue.Queue(maxsize=depth)
-
-    def put(item: Any) -> None:
-        while not stopped.is_set():
-            with contextlib.suppress(queue.Full):
-                made.put(item, timeout=0.1)
-                return
-
-    def work() -> None:
-        try:
-            with contextlib.closing(blocks):
-                for block in blocks:
-                    put(block)
-                    if stopped.is_set():
-                        return
-            put(None)
-        except BaseException as exception:  # raised again where the block is asked for
-            put(exception)
-
-    thread = threading.Thread(target=work, name="polus-prefetch", daemon=True)
-    thread.start()
-    try:
-        while True:
-            poll()
-            try:
-                item = made.get(timeout=0.1)
-            except queue.Empty:
-                continue
-            if item is None:
-                return
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        stopped.set()
-        thread.join(timeout=10)  # a dataset that hangs must not hang the end of the run
+    def get_state(self, step: int) -> State:
+        """Returns what a new process needs to continue this epoch before `step`."""
+        states = [(n, state) for n, state in list(self._iterator_states) if n <= step]
+        if self._reader.num_batches in (None, step) and len(states) > 1:
+            # A loader that is given its state behind the last batch may begin the next epoch.
+            states = [(n, state) for n, state in states if n < step]
+        newest = [states[-1][0], iterator_state.encode(states[-1][1])] if states else None
+        return {"epoch_start": self.epoch_start, "checksum": self.checksum, "iterator": newest}

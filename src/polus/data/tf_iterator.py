@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from polus.backends import backend
-from polus.data.adapters import TensorFlowData
+from polus.data.adapters import TensorFlowAdapter
 from polus.data.isolated import isolated_copy
 
 
 def with_iterator_state(
     dataset: Any, every_secs: float = 60.0, *, clock: Callable[[], float] = time.monotonic
 ) -> "SavedIterator":
-    """Lets checkpoints hold the state of a `tf.data.Dataset`, for data that is slow to read again.
+    """Saves the iterator of a `tf.data.Dataset` in checkpoints, for data that is slow to read.
 
-    Otherwise a resumed run begins the epoch again and drops what it has seen, which reads it. The
-    state has all buffers in it: behind a shuffle of 10,000 images that can be hundreds of
-    megabytes, of which up to eight are held in memory. Batches are stacked by a thread, not in
+    Without it, a resumed run begins the epoch again, and reads and drops the batches that it has
+    seen. The state includes all buffers: after a shuffle of 10,000 images it can take hundreds of
+    megabytes, and up to eight states are held in memory. Batches are stacked by a thread, not in
     TensorFlow's graph.
 
     ```python
@@ -30,26 +30,26 @@ def with_iterator_state(
     ```
 
     Args:
-        dataset: a `tf.data.Dataset` that ends, on any backend.
-        every_secs: how often the state is taken; what was read after it is read again.
-        clock: tells the time in seconds.
+        dataset: A `tf.data.Dataset` that ends, on any backend.
+        every_secs: The time between two states; what was read after a state is read again.
+        clock: Returns the time in seconds.
 
     Raises:
-        ValueError: for an endless dataset, whose later epochs depend on how far it was read; while
-            training, for one that TensorFlow can't save: with `from_generator`, `py_function` or
+        ValueError: If the dataset is endless, so that later epochs depend on how far it was read.
+            While training, if TensorFlow can't save it: with `from_generator`, `py_function` or
             random numbers that have a state.
     """
-    source = SavedIterator(dataset, every_secs, clock)
-    if source.endless:
+    adapter = SavedIterator(dataset, every_secs, clock)
+    if adapter.endless:
         raise ValueError(
-            "with_iterator_state takes a tf.data.Dataset that ends, and got an endless one. Leave "
-            "out its repeat(): train goes through it once in each epoch."
+            "with_iterator_state takes a tf.data.Dataset that ends, got an endless one. Leave out "
+            "its repeat(): train iterates over it once per epoch."
         )
-    return source
+    return adapter
 
 
-class SavedIterator(TensorFlowData):
-    """See `with_iterator_state`."""
+class SavedIterator(TensorFlowAdapter):
+    """A `tf.data.Dataset` whose iterator is saved: see `with_iterator_state`."""
 
     def __init__(self, dataset: Any, every_secs: float, clock: Callable[[], float]) -> None:
         super().__init__(dataset)
@@ -58,20 +58,19 @@ class SavedIterator(TensorFlowData):
         self._saved_at = -math.inf
 
     def batches(self, epoch: int, skip: int = 0) -> Iterator[Any]:
-        state, self._resume_from = self._resume_from, None
-        if state is None:
-            self._iterator = backend.iterate(self.dataset)
-        else:
-            skip = 0
-            # A dataset of its own: what is put back are also the seeds of a shuffle, which all
-            # iterators of a dataset share, and there they stand for a later epoch.
-            self._iterator = backend.iterate(isolated_copy(self.dataset).dataset)
-            with tempfile.TemporaryDirectory() as folder:
-                for name, content in state.items():
-                    (Path(folder) / name).write_bytes(content)
-                self._checkpoint().read(f"{folder}/iterator").assert_consumed()
+        self._iterator = backend.iterate(self.dataset)
         # Not the iterator itself: TensorFlow would read many batches of it in one call, unseen.
         return itertools.islice(self._iterator, skip, None)
+
+    def restored_batches(self, epoch: int, iterator_state: dict[str, bytes]) -> Iterator[Any]:
+        # A dataset of its own: the state includes the seeds of a shuffle, which all iterators of a
+        # dataset share, and in this dataset they stand for a later epoch.
+        self._iterator = backend.iterate(isolated_copy(self.dataset).dataset)
+        with tempfile.TemporaryDirectory() as folder:
+            for name, content in iterator_state.items():
+                (Path(folder) / name).write_bytes(content)
+            self._checkpoint().read(f"{folder}/iterator").assert_consumed()
+        return itertools.islice(self._iterator, 0, None)  # as in `batches`
 
     def iterator_state(self) -> dict[str, bytes] | None:
         if self.clock() - self._saved_at < self.every_secs:
@@ -83,7 +82,7 @@ class SavedIterator(TensorFlowData):
             except (errors.FailedPreconditionError, errors.UnimplementedError) as error:
                 raise ValueError(
                     "TensorFlow can't save the iterator of this dataset: "
-                    f"{str(error).splitlines()[0]} Give the dataset without with_iterator_state: "
+                    f"{str(error).splitlines()[0]} Pass the dataset without with_iterator_state: "
                     "a resumed run then begins the epoch again, and drops what it has seen."
                 ) from error
             self._saved_at = self.clock()

@@ -11,7 +11,7 @@ import keras
 import numpy as np
 from numpy.typing import NDArray
 
-from polus.data import DataAdapter
+from polus.data.adapters import SeekableAdapter
 
 Rows = NDArray[np.int64]
 
@@ -124,7 +124,7 @@ def as_features(features: Any) -> Features:
     return features if isinstance(features, Features) else Features(features)
 
 
-class PairBatches(DataAdapter):
+class PairBatches(SeekableAdapter):
     """Batches of judged pairs for `EfficientDenseRetrievalTrainer`, shuffled anew each epoch.
 
     A batch is `(query, positive, [negatives,] {"positive_ids", "relevant_ids"[, "negative_ids"]})`.
@@ -147,8 +147,6 @@ class PairBatches(DataAdapter):
         negatives: `(P, k)` rows of each pair's hard negatives, -1 for none; None for no negatives.
             Replaced, it counts from the next epoch on; a checkpoint keeps it.
     """
-
-    seekable = True
 
     def __init__(
         self,

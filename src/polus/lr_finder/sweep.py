@@ -167,7 +167,7 @@ def _divergence_test(settings: SweepSettings) -> Callable[[list[float]], bool]:
 
 def _num_bytes(block: StepBlock) -> int:
     """Returns how much memory it takes to keep a block."""
-    if block.fetch is not None:  # its examples stay on the device anyway
+    if block.unpack is not None:  # its examples stay on the device anyway
         return 0
     return sum(to_host(leaf).nbytes for leaf in keras.tree.flatten(block.payload))
 
@@ -177,7 +177,7 @@ def _batches_forever(reader: DataReader, poll: Callable[[], None]) -> Generator[
     for epoch in itertools.count():
         data = reader.epoch(epoch)
         data.peek()  # raises if there is no data (left)
-        with contextlib.closing(data.blocks(poll=poll)) as blocks:
+        with contextlib.closing(data.blocks(handle_signals=poll)) as blocks:
             yield from blocks
 
 

@@ -1,0 +1,307 @@
+"""Blocks of batches of equal shape: what one call of a compiled step takes.
+
+The batches of a block are gathered from arrays on the device, read inside TensorFlow's graph, or
+stacked by the host.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import keras
+import numpy as np
+
+from polus.backends import backend
+from polus.data.adapters import as_arguments
+from polus.data.arrays import ArrayDataset
+
+StepLimit = Callable[[int], int]
+
+# A slow dataset comes in shorter blocks, so that progress still moves and Ctrl-C still works.
+GROUP_SECS = 0.1
+
+
+@dataclass(frozen=True)
+class StepBlock:
+    """Batches of equal shape for one call of a compiled step.
+
+    Attributes:
+        count: The number of batches.
+        batch_size: The number of examples per batch, 1 if the batches have no such axis.
+        unpack: Takes the batches out of the payload inside the compiled step, stacked along a new
+            first axis. None if the payload is a single batch.
+        payload: The arrays that go to the device.
+        capacity: The number of batches that the payload has room for. A block of one batch with a
+            capacity above 1 is the rest of a longer group.
+        signature: The shapes and dtypes of a batch.
+    """
+
+    count: int
+    batch_size: int
+    unpack: Callable[[Any], Any] | None
+    payload: Any
+    capacity: int
+    signature: Any
+
+
+def stacked(payload: Any) -> Any:
+    """Unpacks batches that the host or TensorFlow's graph has stacked already."""
+    return payload
+
+
+def gather_batches(payload: tuple[Any, Any]) -> Any:
+    """Gathers batches from examples on the device; the payload is (examples, row numbers).
+
+    All batches are gathered at once: a gather inside the loop over the steps makes XLA's loop up to
+    twice as slow.
+    """
+    examples, rows = payload
+    return keras.tree.map_structure(lambda a: backend.take(a, rows), examples)
+
+
+def batch_at(batches: Any, i: Any) -> tuple[Any, ...]:
+    """Returns the step's arguments for batch `i` of stacked batches."""
+    return as_arguments(keras.tree.map_structure(lambda a: backend.index(a, i), batches))
+
+
+def signature_of(batch: Any) -> list[Any]:
+    """Returns the shape and dtype of each array of a batch; other leaves stand for themselves."""
+    return [
+        (tuple(shape), str(leaf.dtype))
+        if (shape := getattr(leaf, "shape", None)) is not None
+        else leaf
+        for leaf in keras.tree.flatten(batch)
+    ]
+
+
+def plain_arrays(batch: Any) -> Any:
+    """Converts all leaves but the backend's tensors to NumPy; float64 becomes Keras' `floatx`."""
+    return keras.tree.map_structure(_plain, batch)
+
+
+def _plain(leaf: Any) -> Any:
+    if keras.ops.is_tensor(leaf):
+        return leaf
+    array = np.asarray(leaf)
+    return array.astype(keras.config.floatx()) if array.dtype == np.float64 else array
+
+
+def _batch_size(batch: Any) -> int:
+    """Returns the length of the first axis of the first array, 1 if there is none."""
+    for leaf in keras.tree.flatten(batch):
+        shape: tuple[int, ...] = getattr(leaf, "shape", ())
+        return int(shape[0]) if len(shape) else 1
+    return 1
+
+
+def single_block(batch: Any) -> StepBlock:
+    """Returns a block of one batch, which runs in the program for a single step."""
+    payload = keras.tree.map_structure(backend.to_device, batch)
+    return StepBlock(1, _batch_size(batch), None, payload, 1, signature_of(batch))
+
+
+def repeated_block(batch: Any, count: int) -> StepBlock:
+    """Returns a block of the same batch `count` times, to time a compiled step with."""
+    if count == 1:
+        return single_block(batch)
+    payload = backend.stack([batch] * count, count)
+    return StepBlock(count, _batch_size(batch), stacked, payload, count, signature_of(batch))
+
+
+class DeviceExamples:
+    """The examples of an `ArrayDataset` on the device, where the compiled step gathers batches.
+
+    Args:
+        dataset: The arrays and their order.
+    """
+
+    def __init__(self, dataset: ArrayDataset) -> None:
+        self.dataset = dataset
+        self.arrays = keras.tree.map_structure(backend.to_device, dataset.arrays)
+
+    def blocks(
+        self, epoch: int, start: int, limit: StepLimit, capacity: int
+    ) -> Generator[StepBlock]:
+        """Yields the batches of an epoch from batch `start` on."""
+        step, size, end = start, self.dataset.batch_size, len(self.dataset)
+        order = self.dataset.order(epoch)
+        whole = self.dataset.num_examples // size
+        while step < end and (count := limit(step)) > 0:
+            # The last batch, if it is smaller, is a block of its own.
+            count = min(count, whole - step) if step < whole else 1
+            rows = order[step * size : (step + count) * size]
+            width = min(size, len(rows))
+            if count > 1:
+                table = np.zeros((capacity, width), np.int32)
+                table[:count] = rows.reshape(count, width)
+            else:
+                table = rows[None]
+            # Left in host memory: the compiled call moves so little faster than we could.
+            payload = (self.arrays, table)
+            yield StepBlock(count, width, gather_batches, payload, len(table), (width,))
+            step += count
+
+    def sample(self, count: int) -> StepBlock:
+        """Returns a block of the first example only, to time a compiled step with."""
+        width = self.dataset.batch_size
+        table = backend.to_device(np.zeros((count, width), np.int32))
+        return StepBlock(count, width, gather_batches, (self.arrays, table), count, (width,))
+
+
+class BatchSource(Protocol):
+    """Batches to be grouped, one after the other."""
+
+    def next_batch(self, step: int) -> list[Any]:
+        """Returns the batch of `step` in a list, an empty list at the end."""
+        ...
+
+    def read_group(self, first: Any, size: int, is_rest: bool) -> tuple[int, Any]:
+        """Reads up to `size` batches of equal shape; fewer if the data is slow.
+
+        Args:
+            first: The first batch of the group.
+            size: The number of batches at most.
+            is_rest: Whether the beginning of this group was yielded before. If not, a slow group
+                is not ended before it has a second batch.
+
+        Returns:
+            The number of batches, and the batches in the form that `stack` takes.
+        """
+        ...
+
+    def stack(self, group: Any, capacity: int) -> Any:
+        """Returns the payload of a block: the batches along a new first axis."""
+        ...
+
+
+class Grouping:
+    """Groups consecutive batches of equal shape into blocks.
+
+    A batch runs in the program for one step or in the one for many steps by its place in the data,
+    however slow the data is: the two programs may differ in the last bits. So what is left of a
+    group that took too long still belongs to that group, and no group is ended before it is known
+    to have a second batch.
+
+    Args:
+        source: The batches.
+        limit: Returns how many batches a block may have that begins at a step; 0 ends the epoch.
+        capacity: The number of batches per block at most.
+    """
+
+    def __init__(self, source: BatchSource, limit: StepLimit, capacity: int) -> None:
+        self.source = source
+        self.limit = limit
+        self.capacity = capacity
+
+    def blocks(self, start: int) -> Generator[StepBlock]:
+        """Yields the batches in blocks, from step `start` on."""
+        step, left, signature = start, 0, None
+        while (allowed := self.limit(step)) > 0:
+            batch = self.source.next_batch(step)
+            if not batch:
+                return
+            first = batch.pop()
+            if signature_of(first) != signature:
+                left, signature = 0, signature_of(first)
+            is_rest = left > 0
+            left = min(left, allowed) if is_rest else allowed
+            block = self._block(first, left, is_rest, signature)
+            yield block
+            step, left = step + block.count, left - block.count
+
+    def _block(self, first: Any, size: int, is_rest: bool, signature: Any) -> StepBlock:
+        if size > 1 or is_rest:
+            count, group = self.source.read_group(first, size, is_rest)
+            if count > 1 or is_rest:
+                payload = self.source.stack(group, self.capacity)
+                size = _batch_size(first)
+                return StepBlock(count, size, stacked, payload, self.capacity, signature)
+        return single_block(first)
+
+
+class GraphSource:
+    """Batches that TensorFlow's graph reads and stacks: no Python runs between two of them.
+
+    Args:
+        graph: What `backend.graph_blocks` returns for the dataset's iterator.
+        read: Returns the next batch in a list, an empty list at the end.
+        first: Batches that were read already.
+        handle_signals: Called before each group; may raise.
+    """
+
+    def __init__(
+        self,
+        graph: Any,
+        read: Callable[[], list[Any]],
+        first: list[Any],
+        handle_signals: Callable[[], None],
+    ) -> None:
+        self._graph = graph
+        self._read = read
+        self._pending = first
+        self._handle_signals = handle_signals
+
+    def next_batch(self, step: int) -> list[Any]:
+        batch, self._pending = self._pending or self._read(), []
+        return batch
+
+    def read_group(self, first: Any, size: int, is_rest: bool) -> tuple[int, Any]:
+        self._handle_signals()
+        count, rows, other = self._graph.read(first, size, GROUP_SECS)
+        self._pending = [] if other is None else [other]
+        return count, rows
+
+    def stack(self, group: Any, capacity: int) -> Any:
+        return backend.pad(group, capacity)
+
+
+class HostSource:
+    """Batches that the host stacks.
+
+    Args:
+        read: Returns the next batch in a list, an empty list at the end.
+        first: Batches that were read already.
+        before_batch: Called with the number of batches read so far, before a group is begun.
+        stopped: Once it is set, no more batches are read.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[], list[Any]],
+        first: list[Any],
+        before_batch: Callable[[int], None],
+        stopped: threading.Event,
+    ) -> None:
+        self._read = read
+        self._pending = [plain_arrays(batch) for batch in first]
+        self._before_batch = before_batch
+        self._stopped = stopped
+
+    def next_batch(self, step: int) -> list[Any]:
+        if self._stopped.is_set():
+            return []
+        self._before_batch(step + len(self._pending))
+        batch, self._pending = self._pending or self._read_plain(), []
+        return batch
+
+    def read_group(self, first: Any, size: int, is_rest: bool) -> tuple[int, Any]:
+        group, began = [first], time.perf_counter()
+        while len(group) < size and not self._stopped.is_set():
+            if (is_rest or len(group) > 1) and time.perf_counter() - began > GROUP_SECS:
+                break
+            following = self._read_plain()
+            if not following:
+                break
+            if signature_of(following[0]) != signature_of(first):
+                self._pending = following
+                break
+            group += following
+        return len(group), group
+
+    def stack(self, group: Any, capacity: int) -> Any:
+        return backend.stack(group, capacity)
+
+    def _read_plain(self) -> list[Any]:
+        return [plain_arrays(batch) for batch in self._read()]
