@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from keras import ops
 
-import polus.data.reader
+import polus.data.blocks
 import polus.steps.compiled
 from polus import core
 from polus.backends import backend
@@ -93,7 +93,7 @@ def test_slow_data_changes_no_bit(monkeypatch):
         return make_trainer().train(BATCHES, 1, steps_per_execution=4).steps["loss"]
 
     quick = losses()
-    monkeypatch.setattr(polus.data.reader, "GROUP_SECS", 0.0)
+    monkeypatch.setattr(polus.data.blocks, "GROUP_SECS", 0.0)
     np.testing.assert_array_equal(losses(), quick)
 
 

@@ -1,7 +1,7 @@
-"""Where in the data a run stands: a new process reads on as if nothing had happened.
+"""A resumed run reads the same batches as an uninterrupted one.
 
-Each source is read for three epochs, and again with an interruption: there everything is made anew,
-as in a new process, with generators that stand elsewhere, and goes on from a checkpoint.
+Each dataset is read for three epochs, and again with an interruption: then everything is made anew,
+as in a new process, with random generators in other states, and continues from a checkpoint.
 """
 
 import contextlib
@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from polus.checkpoint.store import Store
-from polus.data import DataReader, as_adapter, from_arrays, resume, with_iterator_state
+from polus.data import DataReader, as_adapter, from_arrays, with_iterator_state
+from polus.data.blocks import batch_at
 from polus.data.fingerprint import checksum
-from polus.data.reader import row
 from polus.state import random_state, set_random_state
 from polus.state_tree import flatten_state
 
@@ -218,19 +218,20 @@ class Interrupted(Exception):
     pass
 
 
-def read(feed, epoch=0, step=0, until=None, log=None):
-    """Reads on to the end as the loop does; says after each batch what is checkpointed there."""
-    feed.tracked = True
+def batch_of(block, i):
+    return block.payload if block.unpack is None else batch_at(block.unpack(block.payload), i)
+
+
+def read(reader, epoch=0, step=0, until=None, log=None):
+    """Reads as the loop does, up to `until`, and returns the epoch and step reached."""
+    reader.tracked = True
     while epoch < EPOCHS:
-        data = feed.epoch(epoch, step)
+        data = reader.epoch(epoch, step)
         data.peek()
         with contextlib.closing(data.blocks(2)) as blocks:
             for block in blocks:
                 for i in range(block.count):
-                    rows = (
-                        block.payload if block.fetch is None else row(block.fetch(block.payload), i)
-                    )
-                    log.append((epoch, step, checksum(rows)))
+                    log.append((epoch, step, checksum(batch_of(block, i))))
                     step += 1
                 if until is not None and (epoch, step) >= until:
                     return epoch, step
@@ -240,16 +241,16 @@ def read(feed, epoch=0, step=0, until=None, log=None):
     return epoch, step
 
 
-def checkpointed(folder, epoch, step, feed):
+def checkpointed(folder, epoch, step, reader):
     """What was written and read again, as after a restart."""
-    state = {"data": resume.get_state(feed, epoch, step), "random": random_state()}
+    state = {"data": reader.get_state(epoch, step), "random": random_state()}
     store = Store(folder)
     store.write(flatten_state(state), {}, keep=1)
     return store.read_newest().tree
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_a_new_process_reads_on_as_if_nothing_had_happened(tmp_path, name, caplog):
+def test_a_resumed_run_reads_the_same_batches_as_an_uninterrupted_one(tmp_path, name, caplog):
     make, transform, steps = SOURCES[name]
 
     def process(drawn):
@@ -264,27 +265,27 @@ def test_a_new_process_reads_on_as_if_nothing_had_happened(tmp_path, name, caplo
     assert len({entry[2] for entry in expected}) > len(expected) // 3 - 1
     for place in PLACES:
         log: list = []
-        feed = process(0)
-        epoch, step = read(feed, until=place, log=log)
-        tree = checkpointed(tmp_path / str(place), epoch, step, feed)
+        reader = process(0)
+        epoch, step = read(reader, until=place, log=log)
+        tree = checkpointed(tmp_path / str(place), epoch, step, reader)
         again = process(2)
-        _, state = resume.resume(again, epoch, step, tree["data"], tree["random"])
+        state = again.set_state(tree["data"], epoch, step, tree["random"])
         set_random_state(state)
         read(again, epoch, step, log=log)
         assert log == expected, place
     assert "does not repeat" not in caplog.text
 
 
-def test_what_has_a_state_is_not_read_again(tmp_path):
-    feed = DataReader(as_adapter(StatefulLoader()))
-    epoch, step = read(feed, until=(1, 4), log=[])
-    tree = checkpointed(tmp_path, epoch, step, feed)
+def test_a_loader_with_a_state_does_not_read_the_epoch_again(tmp_path):
+    reader = DataReader(as_adapter(StatefulLoader()))
+    epoch, step = read(reader, until=(1, 4), log=[])
+    tree = checkpointed(tmp_path, epoch, step, reader)
     dataset = StatefulLoader()
-    resume.resume(DataReader(as_adapter(dataset)), epoch, step, tree["data"], tree["random"])
+    DataReader(as_adapter(dataset)).set_state(tree["data"], epoch, step, tree["random"])
     assert dataset.num_read <= 1 + 2  # the first of the epoch, and what was read in advance
 
 
-def test_the_state_of_an_iterator_has_its_buffers(tmp_path):
+def test_a_saved_tf_data_iterator_includes_its_shuffle_buffer(tmp_path):
     def make(seed):
         tf = pytest.importorskip("tensorflow")
         dataset = tf.data.Dataset.from_tensor_slices(x).shuffle(9, seed=seed).batch(1)
@@ -294,17 +295,19 @@ def test_the_state_of_an_iterator_has_its_buffers(tmp_path):
         with contextlib.closing(data.blocks()) as blocks:
             return [float(block.payload[0][0]) for block in blocks]
 
-    feed = make(seed=1)
-    epoch, step = read(feed, until=(0, 8), log=[])
-    tree = checkpointed(tmp_path, epoch, step, feed)
-    again = make(seed=2)  # whose own order is another one
-    data, _ = resume.resume(again, epoch, step, tree["data"], tree["random"])
-    same = resume.resume(make(seed=1), epoch, step, tree["data"], tree["random"])[0]
-    assert rest(data) == rest(same)
+    reader = make(seed=1)
+    epoch, step = read(reader, until=(0, 8), log=[])
+    tree = checkpointed(tmp_path, epoch, step, reader)
+    rests = []
+    for seed in (1, 2):  # the second one's own order is another one
+        again = make(seed)
+        again.set_state(tree["data"], epoch, step, tree["random"])
+        rests.append(rest(again.epoch(epoch, step)))
+    assert rests[0] == rests[1]
 
 
 @pytest.mark.parametrize("num_read", [1, 5, 6])  # of 6 batches; by 5 the shuffle has read all
-def test_after_a_saved_iterator_later_epochs_have_their_own_order(num_read):
+def test_later_epochs_keep_their_order_after_a_restored_tf_data_iterator(num_read):
     def source():
         keras.utils.set_random_seed(1)
         return with_iterator_state(tensorflow_data(), 0)
@@ -319,32 +322,31 @@ def test_after_a_saved_iterator_later_epochs_have_their_own_order(num_read):
     read = list(itertools.islice(first.batches(1), num_read))
     again = source()
     again.rewind(1, None)
-    next(iter(again.batches(1)))  # as `resume.resume` looks at the first batch
-    again.resume_from(first.iterator_state())
-    epochs = [[*read, *again.batches(1)], again.batches(2)]
+    next(iter(again.batches(1)))  # as the reader looks at the first batch
+    epochs = [[*read, *again.restored_batches(1, first.iterator_state())], again.batches(2)]
     assert order(epochs) == expected[1:]
 
 
-def test_an_iterator_that_cannot_be_saved_is_said():
+def test_tf_data_iterators_that_cannot_be_saved_raise():
     tf = pytest.importorskip("tensorflow")
     with pytest.raises(ValueError, match=r"that ends, .* Leave out its repeat"):
         with_iterator_state(tensorflow_data(repeat=True))
     spec = tf.TensorSpec((2,), tf.float32)
     dataset = tf.data.Dataset.from_generator(lambda: iter([[0.0, 1.0]]), output_signature=spec)
-    feed = DataReader(as_adapter(with_iterator_state(dataset)))
-    feed.tracked = True
+    reader = DataReader(as_adapter(with_iterator_state(dataset)))
+    reader.tracked = True
     with (
         pytest.raises(ValueError, match=r"can't save the iterator .* without with_iterator_state"),
-        contextlib.closing(feed.epoch(0).blocks()) as blocks,
+        contextlib.closing(reader.epoch(0).blocks()) as blocks,
     ):
         next(blocks)
 
 
-def test_a_position_is_right_where_data_is_read_slowly(tmp_path):
+def test_the_iterator_state_counts_the_batch_that_was_peeked_at(tmp_path):
     """The batch that was looked at first had been read when the state was noted."""
-    feed, read_on = DataReader(as_adapter(StatefulLoader())), threading.Event()
-    feed.tracked = True
-    data = feed.epoch(0)
+    reader, read_on = DataReader(as_adapter(StatefulLoader())), threading.Event()
+    reader.tracked = True
+    data = reader.epoch(0)
     data.peek()
 
     def due(step):
@@ -352,12 +354,12 @@ def test_a_position_is_right_where_data_is_read_slowly(tmp_path):
 
     with contextlib.closing(data.blocks(2, due)) as blocks:
         next(blocks)
-        tree = checkpointed(tmp_path, 0, 2, feed)
+        tree = checkpointed(tmp_path, 0, 2, reader)
         read_on.set()
-        expected = checksum(row(next(blocks).payload, 0))
+        expected = checksum(batch_of(next(blocks), 0))
     again = DataReader(as_adapter(StatefulLoader()))
-    data, _ = resume.resume(again, 0, 2, tree["data"], tree["random"])
-    assert checksum(data.peek()) == expected
+    again.set_state(tree["data"], 0, 2, tree["random"])
+    assert checksum(again.epoch(0, 2).peek()) == expected
 
 
 class OwnGenerator:
@@ -385,16 +387,16 @@ FIRST = "The order of the data does not repeat: the first batch of epoch 2"
         (OwnGenerator, (2, 0), FIRST),
         (DrawsAtTheEnd, (1, 0), "DrawsAtTheEnd.on_epoch_end draws from a global random generator"),
         (DrawsAtTheEnd, (1, 2), "self.generator.shuffle"),
-        (lambda: tensorflow_data(repeat=True), (1, 0), "further ahead than the 7 steps"),
+        (lambda: tensorflow_data(repeat=True), (1, 0), "batches ahead of the 7 steps"),
     ],
 )
-def test_an_order_that_does_not_repeat_is_said(tmp_path, make, place, message, caplog):
+def test_an_order_that_does_not_repeat_warns(tmp_path, make, place, message, caplog):
     steps = 7 if "7 steps" in message else None
-    feed = DataReader(as_adapter(make()), steps=steps)
-    epoch, step = read(feed, until=place, log=[])
-    tree = checkpointed(tmp_path, epoch, step, feed)
-    feed = DataReader(as_adapter(make()), steps=steps)
-    resume.resume(feed, epoch, step, tree["data"], tree["random"])
+    reader = DataReader(as_adapter(make()), steps=steps)
+    epoch, step = read(reader, until=place, log=[])
+    tree = checkpointed(tmp_path, epoch, step, reader)
+    reader = DataReader(as_adapter(make()), steps=steps)
+    reader.set_state(tree["data"], epoch, step, tree["random"])
     assert message in caplog.text
 
 
@@ -411,24 +413,24 @@ def test_an_order_that_does_not_repeat_is_said(tmp_path, make, place, message, c
     ],
 )
 @pytest.mark.parametrize("place", [(1, 0), (1, 2)])
-def test_another_dataset_is_refused(tmp_path, place, other, message):
-    feed = DataReader(as_adapter(from_arrays((x,), 4)))
-    epoch, step = read(feed, until=place, log=[])
-    tree = checkpointed(tmp_path, epoch, step, feed)
+def test_resuming_with_another_dataset_raises(tmp_path, place, other, message):
+    reader = DataReader(as_adapter(from_arrays((x,), 4)))
+    epoch, step = read(reader, until=place, log=[])
+    tree = checkpointed(tmp_path, epoch, step, reader)
     with pytest.raises(ValueError, match=message):
-        resume.resume(DataReader(as_adapter(other())), epoch, step, tree["data"], tree["random"])
+        DataReader(as_adapter(other())).set_state(tree["data"], epoch, step, tree["random"])
 
 
-def test_other_arrays_in_a_batch_are_refused(tmp_path):
-    feed = DataReader(as_adapter([x[:4], x[4:8]]))
-    epoch, step = read(feed, until=(1, 0), log=[])
-    tree = checkpointed(tmp_path, epoch, step, feed)
+def test_resuming_with_other_arrays_in_a_batch_raises(tmp_path):
+    reader = DataReader(as_adapter([x[:4], x[4:8]]))
+    epoch, step = read(reader, until=(1, 0), log=[])
+    tree = checkpointed(tmp_path, epoch, step, reader)
     other = DataReader(as_adapter([x[:4].astype("int32"), x[4:8]]))
     with pytest.raises(ValueError, match=r"were \[\['float32', 1\]\]"):
-        resume.resume(other, epoch, step, tree["data"], tree["random"])
+        other.set_state(tree["data"], epoch, step, tree["random"])
 
 
-def test_of_large_arrays_some_rows_are_looked_at(monkeypatch):
+def test_large_arrays_are_checksummed_on_a_sample_of_rows(monkeypatch):
     monkeypatch.setattr("polus.data.adapters.MAX_CHECKED_BYTES", 40)  # of 88
 
     def facts(example):
@@ -440,10 +442,10 @@ def test_of_large_arrays_some_rows_are_looked_at(monkeypatch):
     assert facts(4) == facts(5)
 
 
-def test_a_dataset_that_became_shorter_is_refused(tmp_path):
-    feed = DataReader(as_adapter(lambda: batches(np.arange(EXAMPLES))))
-    epoch, step = read(feed, until=(1, 4), log=[])
-    tree = checkpointed(tmp_path, epoch, step, feed)
-    feed = DataReader(as_adapter(lambda: list(batches(np.arange(EXAMPLES)))[:3]))
+def test_resuming_with_a_shorter_dataset_raises(tmp_path):
+    reader = DataReader(as_adapter(lambda: batches(np.arange(EXAMPLES))))
+    epoch, step = read(reader, until=(1, 4), log=[])
+    tree = checkpointed(tmp_path, epoch, step, reader)
+    reader = DataReader(as_adapter(lambda: list(batches(np.arange(EXAMPLES)))[:3]))
     with pytest.raises(ValueError, match="it ended after 3 batches of epoch 2"):
-        resume.resume(feed, epoch, step, tree["data"], tree["random"])
+        reader.set_state(tree["data"], epoch, step, tree["random"])

@@ -1,4 +1,4 @@
-"""A isolated_copy is read, and the dataset itself does not notice."""
+"""An isolated copy of a dataset can be read without changing later epochs of the dataset."""
 
 import itertools
 
@@ -147,7 +147,7 @@ def epoch(dataset, number: int) -> list[int]:
         pytest.param(lambda: lambda: iter([np.arange(4), np.arange(4, 8)]), id="function"),
     ],
 )
-def test_reading_a_replica_leaves_the_order_of_later_epochs_alone(make):
+def test_reading_a_copy_does_not_change_later_epochs(make):
     def started():
         tf.random.set_seed(0)
         torch.manual_seed(0)
@@ -168,21 +168,21 @@ def test_reading_a_replica_leaves_the_order_of_later_epochs_alone(make):
     assert seen == expected
 
 
-def test_a_replica_has_the_examples_of_its_dataset():
+def test_a_copy_has_the_examples_of_its_dataset():
     dataset = NUMBERS.shuffle(12, seed=1).batch(4)
     assert sorted(elements(isolated_copy(dataset).batches(0))) == list(range(12))
     data = loader(shuffle=True)
     assert isolated_copy(data).dataset.dataset is data.dataset  # shared, not copied
 
 
-def test_an_endless_pydataset_is_read_as_far_as_asked():
+def test_a_copy_of_an_endless_pydataset_yields_as_many_batches_as_asked():
     batches = isolated_copy(Endless(np.arange(24))).batches(0)
     assert len(elements(itertools.islice(batches, 4))) == 16
 
 
 # JAX, where another test has imported it, warns of every fork, and a loader's workers are forks.
 @pytest.mark.filterwarnings("ignore:os.fork", "ignore::pytest.PytestUnraisableExceptionWarning")
-def test_workers_that_persist_stay_with_their_loader():
+def test_persistent_workers_stay_with_their_loader():
     data = loader(shuffle=True, num_workers=1, persistent_workers=True)
     epoch(data, 0)
     workers = data._iterator
@@ -190,14 +190,14 @@ def test_workers_that_persist_stay_with_their_loader():
     assert data._iterator is workers
 
 
-def test_a_replica_of_a_bare_iterator_is_refused():
+def test_a_copy_of_a_bare_iterator_raises():
     batches = iter([np.arange(4)])
     with pytest.raises(ValueError, match=r"What is read from a list_iterator is gone.*function"):
         isolated_copy(batches)
     assert next(batches) is not None
 
 
-def test_a_dataset_too_large_for_its_graph_is_read_itself_with_a_warning(monkeypatch):
+def test_a_dataset_too_large_to_copy_is_read_itself_with_a_warning(monkeypatch):
     # A graph of more than 2 GB comes out of TensorFlow as no bytes at all, and without an error.
     monkeypatch.setattr(tf.raw_ops, "DatasetToGraphV2", lambda **arguments: tf.constant(b""))
     dataset = NUMBERS.batch(4)

@@ -1,4 +1,4 @@
-"""Batches reach the step as the dataset gives them: all of them, once, in order, in blocks."""
+"""The reader hands every batch to the step once, in order, in blocks of equal shape."""
 
 import contextlib
 import itertools
@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from polus.data import DataReader, as_adapter, from_arrays
+from polus.data import blocks as blocks_module
 from polus.data import reader as reader_module
 
 X = np.arange(44, dtype="float32").reshape(22, 2)
@@ -57,7 +58,7 @@ def tensorflow_growing():
     return tf.data.Dataset.from_generator(growing, output_signature=spec)
 
 
-# Name -> the dataset, and the batches that it holds.
+# Name -> makes the dataset, makes its batches.
 KINDS = {
     "list": (ragged, ragged),
     "lists of lists": (lambda: [list(b) for b in ragged()], ragged),
@@ -91,17 +92,17 @@ KINDS = {
 
 
 def rows(block) -> list:
-    """The batches of a block, as NumPy arrays."""
-    if block.fetch is None:
+    """Returns the batches of a block as NumPy arrays."""
+    if block.unpack is None:
         found = [block.payload]
     else:
-        batches = block.fetch(keras.tree.map_structure(keras.ops.convert_to_tensor, block.payload))
+        batches = block.unpack(keras.tree.map_structure(keras.ops.convert_to_tensor, block.payload))
         found = [keras.tree.map_structure(lambda a, i=i: a[i], batches) for i in range(block.count)]
     return [keras.tree.map_structure(keras.ops.convert_to_numpy, batch) for batch in found]
 
 
 def read(dataset, capacity, transform=None, steps=None, due=lambda step: None) -> tuple[list, list]:
-    """All batches of an epoch, and the sizes of the blocks they came in."""
+    """Returns all batches of an epoch, and the counts of its blocks."""
     data = DataReader(as_adapter(dataset), transform, steps).epoch(0)
     with contextlib.closing(data.blocks(capacity, due)) as blocks:
         found = [(block.count, rows(block)) for block in blocks]
@@ -117,30 +118,30 @@ def assert_same(batches, expected):
             np.testing.assert_array_equal(a, b)
 
 
-def feeding_threads() -> list:
+def prefetch_threads() -> list:
     return [thread for thread in threading.enumerate() if thread.name == "polus-prefetch"]
 
 
-# ---------------------------------------------------------------------- what comes
+# ---------------------------------------------------------------------- batches and blocks
 
 
 @pytest.mark.parametrize("capacity", [1, 3, 64])
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_kind_gives_its_batches_in_order(kind, capacity):
+def test_each_kind_of_dataset_yields_its_batches_in_order(kind, capacity):
     make, expected = KINDS[kind]
     batches, counts = read(make(), capacity)
     assert_same(batches, expected())
     assert max(counts) == 1 if capacity == 1 else 1 < max(counts) <= capacity
-    assert not feeding_threads()
+    assert not prefetch_threads()
 
 
-def test_blocks_hold_one_shape_each():
+def test_a_block_holds_batches_of_one_shape():
     _, counts = read(changing_shapes, 64)
     assert counts == [3, 1, 1, 2, 1]
 
 
 @pytest.mark.parametrize("kind", ["generator function", "tf.data", "arrays on the device"])
-def test_no_block_is_longer_than_a_callback_allows(kind):
+def test_no_block_is_longer_than_callbacks_allow(kind):
     _, counts = read(KINDS[kind][0](), 64, due=lambda step: 2 - step % 2)
     assert counts == [2, 2, 1, 1]  # the last batch is smaller
 
@@ -153,7 +154,7 @@ def test_slow_data_comes_in_shorter_blocks_for_the_same_programs(kind, monkeypat
             return [(block.count, block.capacity) for block in blocks]
 
     assert programs() == [(4, 4), (1, 1), (1, 1)]
-    monkeypatch.setattr(reader_module, "GROUP_SECS", 0.0)
+    monkeypatch.setattr(blocks_module, "GROUP_SECS", 0.0)
     assert programs() in (
         [(2, 4), (1, 4), (1, 4), (1, 1), (1, 1)],
         [(2, 4), (2, 4), (1, 1), (1, 1)],  # TensorFlow reads two at least
@@ -162,12 +163,12 @@ def test_slow_data_comes_in_shorter_blocks_for_the_same_programs(kind, monkeypat
 
 
 @pytest.mark.parametrize("kind", ["list", "tf.data", "arrays on the device"])
-def test_steps_bound_an_epoch(kind):
+def test_steps_limits_an_epoch(kind):
     batches, _ = read(KINDS[kind][0](), 3, steps=4)
     assert_same(batches, ragged()[:4])
 
 
-def test_a_transform_sees_the_batches_as_they_are():
+def test_a_transform_receives_the_batches_as_the_dataset_yields_them():
     def double(batch):
         assert isinstance(batch, tuple)
         return batch[0] * 2, batch[1]
@@ -179,11 +180,54 @@ def test_a_transform_sees_the_batches_as_they_are():
 # ---------------------------------------------------------------------- the order of arrays
 
 
-def test_an_epoch_that_begins_in_the_middle_goes_on_in_its_order():
+def test_an_epoch_opened_in_its_middle_keeps_its_order():
     dataset = from_arrays(np.arange(10), 3, seed=7)
     with contextlib.closing(DataReader(as_adapter(dataset)).epoch(3, start=2).blocks(2)) as blocks:
         found = [batch.tolist() for block in blocks for batch in rows(block)]
     assert found == [[6, 8, 4], [1]]
+
+
+class ToldTheEpoch:
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __iter__(self):
+        yield np.full(2, self.epoch)
+
+
+@pytest.mark.parametrize("transform", [None, lambda batch: batch], ids=["plain", "transformed"])
+@pytest.mark.parametrize("make", [lambda: from_arrays(np.arange(10), 3), ToldTheEpoch])
+def test_the_first_epoch_is_an_offset_to_the_number_that_the_dataset_sees(make, transform):
+    def epochs(numbers, **arguments):
+        reader = DataReader(as_adapter(make()), transform, **arguments)
+        for number in numbers:
+            reader.epoch(number).peek()
+            with contextlib.closing(reader.current.blocks(2)) as blocks:
+                yield [
+                    batch.tolist() for block in blocks for (batch,) in map(as_tuple, rows(block))
+                ]
+
+    def as_tuple(batch):
+        return batch if isinstance(batch, tuple) else (batch,)
+
+    expected = list(epochs(range(3)))
+    assert expected[0] != expected[1] != expected[2]
+    assert [*epochs([0]), *epochs([0], first_epoch=1), *epochs([0], first_epoch=2)] == expected
+
+
+@pytest.mark.parametrize("endless", ["tf.data", "PyDataset"])
+def test_an_endless_dataset_without_steps_raises(endless):
+    if endless == "tf.data":
+        dataset = tensorflow_data().repeat()
+    else:
+        dataset = Sequence()
+        dataset.__class__ = type("Endless", (Sequence,), {"num_batches": None})
+    with pytest.raises(
+        ValueError, match=r"endless\. Say how many .*: evaluate\(\.\.\., steps=1000"
+    ):
+        DataReader(as_adapter(dataset)).check_ends("evaluate")
+    DataReader(as_adapter(dataset), steps=3).check_ends("evaluate")
+    DataReader(as_adapter(ragged())).check_ends("evaluate")
 
 
 @pytest.mark.parametrize(
@@ -194,7 +238,7 @@ def test_an_epoch_that_begins_in_the_middle_goes_on_in_its_order():
         (7, 0, [8, 4, 1, 6, 3, 2, 7, 5, 9, 0]),
     ],
 )
-def test_the_order_of_an_epoch_is_the_same_everywhere_for_a_seed(seed, epoch, order):
+def test_a_seed_fixes_the_order_on_every_platform(seed, epoch, order):
     dataset = from_arrays(np.arange(10), 3, seed=seed)
     assert dataset.order(epoch).tolist() == order
 
@@ -207,23 +251,23 @@ def test_each_bit_of_a_seed_counts(seed):
 
 
 @pytest.mark.parametrize("seed", [-1, 2**64, 0.5, True, None, "a"])
-def test_what_is_no_seed_is_refused(seed):
-    with pytest.raises(ValueError, match=rf"integer from 0 to 2\*\*64 - 1, and got {seed!r}"):
+def test_invalid_seeds_raise(seed):
+    with pytest.raises(ValueError, match=rf"integer from 0 to 2\*\*64 - 1, got {seed!r}"):
         from_arrays(X, 4, seed=seed)
 
 
 @pytest.mark.parametrize("batch_size", [0, 2.0, True, Y])
-def test_what_is_no_batch_size_is_refused(batch_size):
-    with pytest.raises(ValueError, match=r"batch_size is a positive integer, and got"):
+def test_invalid_batch_sizes_raise(batch_size):
+    with pytest.raises(ValueError, match=r"batch_size must be a positive integer, got"):
         from_arrays(X, batch_size)
 
 
-def test_a_list_of_labels_is_no_array():
+def test_a_list_of_numbers_in_place_of_an_array_raises():
     with pytest.raises(ValueError, match=r"single value 0\. A list .* np\.array\(values\)"):
         from_arrays((X, Y.tolist()), 4)
 
 
-def test_double_precision_becomes_keras_float_and_integers_stay():
+def test_float64_becomes_floatx_and_integers_stay():
     data = [(np.float64([1.0]), np.int64([2]))]
     for dataset in (data, from_arrays((np.float64([1.0]), np.int64([2])), 1)):
         ((x, y),), _ = read(dataset, 1)
@@ -232,7 +276,7 @@ def test_double_precision_becomes_keras_float_and_integers_stay():
 
 
 @pytest.mark.parametrize("kind", ["generator function", "tf.data"])
-def test_endless_data_is_read_as_far_as_asked(kind):
+def test_an_endless_dataset_is_read_up_to_steps(kind):
     def endless():
         for i in itertools.count():
             yield (np.full((2,), i, "float32"),)
@@ -247,10 +291,10 @@ def test_endless_data_is_read_as_far_as_asked(kind):
         i % 5 if kind == "tf.data" else i for i in range(7)
     ]
     assert counts == [3, 3, 1]
-    assert not feeding_threads()
+    assert not prefetch_threads()
 
 
-# ---------------------------------------------------------------------- the thread that reads
+# ---------------------------------------------------------------------- the prefetch thread
 
 
 def broken_after(count):
@@ -258,7 +302,7 @@ def broken_after(count):
     raise OSError("the disk is gone")
 
 
-def test_an_exception_of_the_dataset_comes_after_its_batches_and_shows_the_line():
+def test_an_exception_of_the_dataset_follows_its_batches_and_shows_its_line():
     seen: list = []
     data = DataReader(as_adapter(lambda: broken_after(3))).epoch(0)
     blocks = data.blocks(1)
@@ -267,7 +311,7 @@ def test_an_exception_of_the_dataset_comes_after_its_batches_and_shows_the_line(
     assert_same(seen, ragged()[:3])
     lines = [frame.line for frame in traceback.extract_tb(caught.value.__traceback__)]
     assert 'raise OSError("the disk is gone")' in lines
-    assert not feeding_threads()
+    assert not prefetch_threads()
 
 
 def test_an_exception_of_the_transform_shows_its_line():
@@ -280,12 +324,12 @@ def test_an_exception_of_the_transform_shows_its_line():
     assert "return batch[2]" in lines
 
 
-def test_a_stop_iteration_of_the_transform_is_no_end_of_the_data():
+def test_a_stop_iteration_in_the_transform_does_not_end_the_data():
     with pytest.raises(RuntimeError, match="StopIteration"):
         read(ragged(), 4, lambda batch: next(iter([])))
 
 
-def test_the_first_batch_of_an_epoch_is_waited_for(monkeypatch):
+def test_the_wait_for_the_first_batch_is_counted(monkeypatch):
     now = [0.0]
 
     def slow():
@@ -299,7 +343,7 @@ def test_the_first_batch_of_an_epoch_is_waited_for(monkeypatch):
 
 
 @pytest.mark.parametrize("capacity", [1, 100])
-def test_reading_ends_with_the_reader_in_the_middle_of_a_block(monkeypatch, capacity):
+def test_closing_the_blocks_stops_reading_in_the_middle_of_a_block(monkeypatch, capacity):
     reading, stopped, join = threading.Event(), threading.Event(), threading.Thread.join
     taken, ended = [], []
 
@@ -328,7 +372,7 @@ def test_reading_ends_with_the_reader_in_the_middle_of_a_block(monkeypatch, capa
     assert ended == [True]  # while `data` is still there
 
 
-def test_a_bare_iterator_goes_on_in_the_next_epoch():
+def test_a_bare_iterator_continues_in_the_next_epoch():
     def batches():
         yield from ragged()
 
@@ -340,7 +384,7 @@ def test_a_bare_iterator_goes_on_in_the_next_epoch():
     assert_same(found, ragged())
 
 
-def test_reading_ahead_is_bounded_and_ends_with_the_reader():
+def test_prefetching_is_bounded_and_ends_with_the_blocks():
     taken = []
 
     def endless():
@@ -350,14 +394,14 @@ def test_reading_ahead_is_bounded_and_ends_with_the_reader():
 
     blocks = DataReader(as_adapter(endless)).epoch(0).blocks(capacity=5)
     next(blocks)
-    assert len(feeding_threads()) == 1
+    assert len(prefetch_threads()) == 1
     blocks.close()
-    assert not feeding_threads()
+    assert not prefetch_threads()
     # The block that was taken, two that wait, one in the thread's hands, one being read.
     assert len(taken) <= 5 * 5
 
 
-def test_what_waits_for_data_can_be_interrupted():
+def test_a_wait_for_data_can_be_interrupted():
     released = threading.Event()
 
     def slow():
@@ -365,13 +409,13 @@ def test_what_waits_for_data_can_be_interrupted():
         released.wait()
         yield np.zeros((1,), "float32")
 
-    def poll():
+    def handle_signals():
         if released.is_set():
             raise KeyboardInterrupt
 
-    blocks = DataReader(as_adapter(slow)).epoch(0).blocks(1, poll=poll)
+    blocks = DataReader(as_adapter(slow)).epoch(0).blocks(1, handle_signals=handle_signals)
     next(blocks)
     released.set()
     with pytest.raises(KeyboardInterrupt):
         next(blocks)
-    assert not feeding_threads()
+    assert not prefetch_threads()

@@ -48,11 +48,14 @@ class DataReader:
         adapter: The dataset.
         transform: A Python function applied to each batch, or None.
         steps: The number of batches per epoch at most, or None.
+        first_epoch: The number that the dataset knows epoch 0 by: how many epochs of it were
+            trained before. `set_state` restores it.
 
     Attributes:
         adapter: The dataset.
         transform: The function applied to each batch, or None.
         steps: The number of batches per epoch at most, or None.
+        first_epoch: The number that the dataset knows epoch 0 by.
         num_batches: The number of batches per epoch, None if it is not known.
         waited_secs: How long the loop has waited for data so far.
         tracked: Whether epochs record what `get_state` needs; a checkpoint sets it.
@@ -61,11 +64,16 @@ class DataReader:
     """
 
     def __init__(
-        self, adapter: DataAdapter, transform: Transform | None = None, steps: int | None = None
+        self,
+        adapter: DataAdapter,
+        transform: Transform | None = None,
+        steps: int | None = None,
+        first_epoch: int = 0,
     ) -> None:
         self.adapter = adapter
         self.transform = transform
         self.steps = steps
+        self.first_epoch = first_epoch
         self.waited_secs = 0.0
         self.tracked = False
         self.current: EpochReader | None = None
@@ -88,6 +96,17 @@ class DataReader:
         with self._lock:
             yield
 
+    def check_ends(self, caller: str) -> None:
+        """Raises a ValueError if an epoch has no end.
+
+        Args:
+            caller: The function whose argument `steps` the message recommends.
+        """
+        if self.adapter.endless and self.steps is None:
+            raise ValueError(
+                f"The dataset is endless. Say how many batches to read: {caller}(..., steps=1000)."
+            )
+
     def epoch(self, epoch: int, start: int = 0) -> "EpochReader":
         """Returns the batches of an epoch from batch `start` on."""
         resumed, self._resumed = self._resumed, None
@@ -98,7 +117,7 @@ class DataReader:
 
     def get_state(self, epoch: int, step: int) -> State:
         """Returns what `set_state` needs to continue before `step` of `epoch`."""
-        state: State = {"dataset": self._facts()}
+        state: State = {"dataset": self._facts(), "first_epoch": self.first_epoch}
         if self.current is None:
             return state | {"epoch_start": self.epoch_start()}
         state["leaves"] = self.current.leaves
@@ -146,6 +165,7 @@ class DataReader:
             ValueError: If the dataset is of another kind or shape, or ends before that step.
         """
         check_same_dataset(state["dataset"], self._facts())
+        self.first_epoch = state["first_epoch"]
         self._return_to_epoch(state, epoch)
         saved = state.get("iterator") if step else None
         if saved is not None:
@@ -176,7 +196,8 @@ class DataReader:
             logger.warning("The order of the data may not repeat: %s", self.adapter.unrepeatable)
         self._restore_generators(state["epoch_start"])
         if at_end is not None:
-            self.adapter.restore_epoch_end(epoch, iterator_state.decode(at_end))
+            number = self.first_epoch + epoch
+            self.adapter.restore_epoch_end(number, iterator_state.decode(at_end))
             set_random_state(state["epoch_start"]["random"])
 
     def _repeat_epoch(self, epoch: int, saved: State) -> None:
@@ -200,7 +221,7 @@ class DataReader:
 
     def first_batch(self, epoch: int) -> Any:
         """Returns the first batch of an epoch, to look at; None if there is none."""
-        return next(iter(self.adapter.batches(epoch)), None)
+        return next(iter(self.adapter.batches(self.first_epoch + epoch)), None)
 
     def _facts(self) -> State:
         """Returns what tells the dataset from others."""
@@ -241,6 +262,7 @@ class EpochReader:
         self._iterator_states: collections.deque[tuple[int, Any]] = collections.deque(maxlen=8)
         self._example: Any = None
         self._first: list[Any] = []
+        number += reader.first_epoch
         if iterator_state is None:
             self._raw_batches = reader.adapter.batches(number, start)
         else:
@@ -386,7 +408,8 @@ class EpochReader:
     ) -> Generator[StepBlock]:
         reader, start = self._reader, self.start
         if reader.device_examples is not None:
-            return reader.device_examples.blocks(self.number, start, limit, capacity)
+            number = reader.first_epoch + self.number
+            return reader.device_examples.blocks(number, start, limit, capacity)
         graph = backend.graph_blocks(self._raw_batches) if reader.transform is None else None
         if graph is not None:
             batches = GraphSource(graph, self._read, self._first, handle_signals)
