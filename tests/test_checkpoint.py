@@ -558,8 +558,8 @@ def test_variables_that_are_not_keras_are_part_of_a_run(tmp_path):
 def test_variables_of_tensorflow_have_the_order_of_the_step():
     tf = pytest.importorskip("tensorflow")
     variables = [tf.Variable(0.0, name=f"v{i}") for i in range(40)]
-    met = backend.trace(lambda x: [v.assign_add(x) for v in variables], [np.float32(1)])
-    assert [variable.path for variable in met] == [f"v{i}" for i in range(40)]
+    dry_run = backend.trace(lambda x: [v.assign_add(x) for v in variables], [np.float32(1)])
+    assert [variable.path for variable in dry_run.variables] == [f"v{i}" for i in range(40)]
     assert not any(map(float, variables))
 
 

@@ -6,6 +6,7 @@ values, read values, arguments) and returns (new values, outputs); only the assi
 donated. A variable that is only read is an argument, never a constant of the program.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 
-from polus.backends.scopes import VariableRecorder, current
+from polus.backends.scopes import DryRun, VariableRecorder, active_dry_run, current_scope
 
 Tree = Any
 COMPILES = True  # a new shape costs a compilation
@@ -35,7 +36,7 @@ class _Function:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tree:
         leaves, structure = jax.tree_util.tree_flatten((args, kwargs))
-        if current() is not None or any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        if current_scope() is not None or any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
             return self.fn(*args, **kwargs)  # inside an active trace: inlined
         leaves = [leaf.value if isinstance(leaf, keras.Variable) else leaf for leaf in leaves]
         # As in tf.function, a Python value is a constant of the program, an array is an argument.
@@ -54,12 +55,8 @@ def _signature(leaf: Any) -> Any:
     return (leaf.shape, leaf.dtype) if _is_array(leaf) else (type(leaf), leaf)
 
 
-class _Discovery(VariableRecorder):
-    """The scope in which a function shows its variables; gradients and updates are left out."""
-
-
 class _Missed(Exception):
-    """Of variables that a function met in its trace, but not in its discovery."""
+    """Names variables that a function used when it was traced, but not in its dry run."""
 
 
 class _Program:
@@ -77,13 +74,18 @@ class _Program:
             return _read_out(fn(*args, **kwargs))
 
         self.call = call
-        self.quickly = True
-        self._discover([leaves[slot] for slot in slots])
+        self.with_gradients = False
+        self._find_variables([leaves[slot] for slot in slots])
 
-    def _discover(self, arrays: list[Any]) -> None:
-        with _Discovery() if self.quickly else VariableRecorder() as met:
+    def _find_variables(self, arrays: list[Any]) -> None:
+        with VariableRecorder() if self.with_gradients else DryRun() as met:
             # Outside the trace this scope ends, so variables that `fn` creates get real values.
             jax.eval_shape(lambda arrays: self.call(arrays), arrays)
+        if isinstance(met, DryRun):
+            for optimizer, variables in met.merged_updates():
+                if not optimizer.built:
+                    optimizer.build(variables)
+                    met.record_assigned(optimizer.variables)
         self.assigned = list(met.assigned.values())
         self.read = [v for key, v in met.read.items() if key not in met.assigned]
         self.last: list[Any] = [None] * len(self.assigned)
@@ -111,13 +113,14 @@ class _Program:
         try:
             outputs, self.last = self.compiled(assigned, [v.value for v in self.read], arrays)
         except _Missed as missed:
-            if self.quickly:  # a gradient of the user's own may have read them
-                self.quickly = False
-                self._discover(arrays)
+            if not self.with_gradients:  # a custom gradient or an optimizer may use them
+                self.with_gradients = True
+                self._find_variables(arrays)
                 return self(arrays)
             raise RuntimeError(
-                f"The function met other variables when it was traced again: {missed}. What it "
-                "reads and assigns may depend on its arguments, not on other Python state."
+                f"The function used other variables when it was traced again: {missed}. Which "
+                "variables it reads and assigns may depend on its arguments, but not on other "
+                "Python state."
             ) from None
         for variable, value in zip(self.assigned, self.last, strict=True):
             variable.assign(value)
@@ -162,11 +165,11 @@ def value_and_grad(
 
     `sparse` changes nothing: only TensorFlow has sparse gradients.
     """
-    outer = current()
-    if isinstance(outer, _Discovery):
+    outer = current_scope()
+    if (dry_run := active_dry_run()) is not None:  # stand-ins of the right shape
         result = fn()
-        met = [v.trainable and id(v) in outer.read for v in variables]
-        return result, [v.value if m else None for v, m in zip(variables, met, strict=True)]
+        found = [v.trainable and id(v) in dry_run.read for v in variables]
+        return result, [v.value if f else None for v, f in zip(variables, found, strict=True)]
     by = [variable for variable in variables if variable.trainable]
     connected = [False] * len(by)
     assigned: list[Any] = []
@@ -186,8 +189,8 @@ def value_and_grad(
     )
     for variable, value in zip(assigned, new, strict=True):
         variable.assign(value)
-    found = {id(v): g for v, g, c in zip(by, gradients, connected, strict=True) if c}
-    return result, [found.get(id(variable)) for variable in variables]
+    by_id = {id(v): g for v, g, c in zip(by, gradients, connected, strict=True) if c}
+    return result, [by_id.get(id(variable)) for variable in variables]
 
 
 def value_and_input_grad(fn: Callable[..., Any], inputs: Sequence[Any]) -> tuple[Any, list[Any]]:
@@ -237,15 +240,15 @@ def repeat(step: Callable[..., Tree], row: Callable[[Tree, Any], tuple[Any, ...]
         def one(i: Any) -> Tree:
             return _read_out(step(*row(batches, i)))
 
-        outer = current()
-        with _Discovery((), outer) as met:
+        outer = current_scope()
+        if active_dry_run() is not None:
+            return jax.tree_util.tree_map(
+                lambda o: jnp.broadcast_to(o, (capacity, *o.shape)), one(0)
+            )
+        with DryRun((), outer) as met:
             outputs = jax.eval_shape(one, jax.ShapeDtypeStruct((), jnp.int32))
         variables = list(met.assigned.values())
         rows = jax.tree_util.tree_map(lambda o: jnp.zeros((capacity, *o.shape), o.dtype), outputs)
-        if isinstance(outer, _Discovery):
-            for variable in variables:
-                variable.assign(variable.value)
-            return rows
 
         def body(carry: tuple[Any, list[Any], Tree]) -> tuple[Any, list[Any], Tree]:
             i, values, rows = carry
@@ -266,20 +269,17 @@ def repeat(step: Callable[..., Tree], row: Callable[[Tree, Any], tuple[Any, ...]
     return many
 
 
-def trace(fn: Callable[..., Tree], args: Sequence[Any]) -> list[Any]:
-    """Runs `fn(*args)` abstractly and returns the Keras variables it met. Nothing is changed."""
-    with VariableRecorder() as scope:
-        # A new function each time: JAX would remember the old one's trace, and meet nothing.
-        jax.eval_shape(lambda *args: fn(*args), *args)
-    return scope.variables
+def trace(fn: Callable[..., Tree], args: Sequence[Any]) -> DryRun:
+    """Runs `fn(*args)` abstractly under a `DryRun`, which it returns. No variable changes."""
+    with DryRun() as dry_run:
+        # A new function each time: JAX would remember the old one's trace, and run nothing.
+        jax.eval_shape(functools.partial(fn), *args)
+    return dry_run
 
 
 def apply_gradients(optimizer: Any, gradients: Sequence[Any], variables: Sequence[Any]) -> None:
     """One update of `variables` by `optimizer`, which is built."""
-    if isinstance(current(), _Discovery):
-        for variable in (*variables, *optimizer.variables):
-            variable.assign(variable.value)
-    elif isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         # Its apply() assigns inside the branches of a condition, from where no value comes out.
         weights, state = optimizer.stateless_apply(
             [v.value for v in optimizer.variables], gradients, [v.value for v in variables]

@@ -1,9 +1,9 @@
-"""Finds the Keras variables that a function reads and assigns, by watching it run."""
+"""Scopes that watch a function run: which variables it reads, assigns, and would update."""
 
 import dataclasses
 import threading
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Self
 
 import keras
 
@@ -12,7 +12,11 @@ _local = threading.local()
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class BackendVariable:
-    """A variable that isn't Keras', with as much of its interface as saving and restoring takes."""
+    """A variable of the backend itself, with the part of Keras' interface that checkpoints use.
+
+    Examples are the running averages of a PyTorch `BatchNorm1d` and the state of a
+    `tf.random.Generator`.
+    """
 
     path: str
     shape: tuple[int, ...]
@@ -23,55 +27,65 @@ class BackendVariable:
 
     @property
     def value(self) -> Any:
-        """The present value, a tensor."""
+        """The current value, a tensor."""
         return self.read()
 
 
 class VariableRecorder(keras.StatelessScope):
-    """A scope in which assignments are recorded instead of carried out.
+    """A scope that records assignments instead of carrying them out.
 
-    What is read is met in `read`, what is assigned in `assigned`: variables by identity, in the
-    order of the first meeting. A nested recorder starts from what the outer one holds, so that a
-    value assigned earlier in a step is seen inside a gradient; what it reads counts as read outside
-    too.
+    A nested recorder starts from the values of the outer one, so that code inside a gradient sees
+    what was assigned earlier in the step. What it reads counts as read outside, too.
 
     Args:
-        values: pairs of a variable and the value that stands for it in the scope.
-        outer: the recorder around this one, if any.
-        copies: gives the stand-in for a variable's own value; by default the value itself.
+        values: Pairs of a variable and the value that it has inside the scope.
+        outer: The recorder around this one, if any.
+        copies: Makes the stand-in for a variable's own value. By default the value itself is used.
+
+    Attributes:
+        read: The variables that were read, by identity, in the order of their first read.
+        assigned: The variables that were assigned, likewise.
     """
 
     def __init__(
         self,
         values: Iterable[tuple[Any, Any]] = (),
         outer: "VariableRecorder | None" = None,
-        copies: Any = None,
+        copies: Callable[[Any], Any] | None = None,
     ) -> None:
         super().__init__(collect_losses=True, initialize_variables=outer is None)
         self.outer = outer
         self.copies = copies
         self.read: dict[int, Any] = {}
         self.assigned: dict[int, Any] = {}
-        # Not through the constructor: it converts and checks each value again.
+        self._used: dict[int, Any] = {}
+        self._enclosing: VariableRecorder | None = None
+        # Not through the constructor, which converts and checks each value again.
         self.state_mapping.update({id(variable): value for variable, value in values})
 
-    def __enter__(self) -> "VariableRecorder":
-        self._before = current()
-        _local.recorder = self
+    @property
+    def variables(self) -> list[Any]:
+        """All variables that were read or assigned, in first-use order."""
+        return list(self._used.values())
+
+    def __enter__(self) -> Self:
+        self._enclosing = current_scope()
+        _local.scope = self
         super().__enter__()
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        _local.recorder = self._before
+        _local.scope = self._enclosing
         super().__exit__(*exception)
 
     def get_current_value(self, variable: Any) -> Any:
         self.read.setdefault(id(variable), variable)
+        self._used.setdefault(id(variable), variable)
         value = self.state_mapping.get(id(variable))
         if value is None and self.outer is not None:
             value = self.outer.get_current_value(variable)
         if value is None:
-            # Never None from here: a regulariser takes what it is given as the weight's value.
+            # Never return None: a regularizer takes what it is given as the weight's value.
             with keras.StatelessScope(initialize_variables=False):
                 value = variable.value
             if self.copies is not None:
@@ -79,16 +93,77 @@ class VariableRecorder(keras.StatelessScope):
         return value
 
     def add_update(self, update: tuple[Any, Any]) -> None:
-        variable, _ = update
-        self.assigned.setdefault(id(variable), variable)
+        self.record_assigned([update[0]])
         super().add_update(update)
+
+    def record_assigned(self, variables: Iterable[Any]) -> None:
+        """Marks variables as assigned. They keep their values."""
+        for variable in variables:
+            self.assigned.setdefault(id(variable), variable)
+            self._used.setdefault(id(variable), variable)
+
+
+class DryRun(VariableRecorder):
+    """A scope in which a step runs without gradients and updates, to show its variables.
+
+    It serves all who need to know what a step would do: the trainer, which builds models and
+    optimizers and looks for the variables to save, and JAX, where a compiled function takes its
+    variables as arguments. No variable changes, and `minimize` computes no gradient: it calls its
+    closure and records the update.
+
+    Attributes:
+        updates: Each optimizer with the variables that it would have updated, in order.
+        backend_variables: The backend's own variables that were used.
+    """
+
+    def __init__(
+        self,
+        values: Iterable[tuple[Any, Any]] = (),
+        outer: VariableRecorder | None = None,
+        copies: Callable[[Any], Any] | None = None,
+    ) -> None:
+        super().__init__(values, outer, copies)
+        self.updates: list[tuple[keras.optimizers.Optimizer, list[keras.Variable]]] = []
+        self.backend_variables: list[BackendVariable] = []
 
     @property
     def variables(self) -> list[Any]:
-        """All variables read or assigned, in the order of the first meeting."""
-        return list({**self.read, **self.assigned}.values())
+        """All variables of Keras in first-use order, then `backend_variables`."""
+        return [*super().variables, *self.backend_variables]
+
+    def record_update(
+        self, optimizer: keras.optimizers.Optimizer, variables: Sequence[keras.Variable]
+    ) -> None:
+        """Notes an update of `variables` by `optimizer` in place of carrying it out."""
+        self.updates.append((optimizer, list(variables)))
+        self.record_assigned(variables)
+        if optimizer.built:
+            self.record_assigned(optimizer.variables)
+
+    def record_scratch(self, variables: Iterable[keras.Variable]) -> None:
+        """Marks variables that a step overwrites before it reads them.
+
+        A compiled program has to know them, a checkpoint has not: they are not in `variables`.
+        """
+        self.assigned.update((id(variable), variable) for variable in variables)
+
+    def merged_updates(self) -> list[tuple[keras.optimizers.Optimizer, list[keras.Variable]]]:
+        """Returns each optimizer once, with all variables that it would have updated."""
+        merged: dict[int, tuple[Any, dict[int, Any]]] = {}
+        for optimizer, variables in self.updates:
+            _, known = merged.setdefault(id(optimizer), (optimizer, {}))
+            known.update((id(variable), variable) for variable in variables)
+        return [(optimizer, list(known.values())) for optimizer, known in merged.values()]
 
 
-def current() -> VariableRecorder | None:
-    """The innermost active recorder of this thread."""
-    return getattr(_local, "recorder", None)
+def current_scope() -> VariableRecorder | None:
+    """Returns the innermost active recorder of this thread."""
+    return getattr(_local, "scope", None)
+
+
+def active_dry_run() -> DryRun | None:
+    """Returns the innermost active `DryRun` of this thread, also from scopes nested inside it."""
+    scope = current_scope()
+    while scope is not None and not isinstance(scope, DryRun):
+        scope = scope._enclosing
+    return scope

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from polus.backends.scopes import BackendVariable, VariableRecorder, current
+from polus.backends.scopes import BackendVariable, DryRun, current_scope
 
 Tree = Any
 COMPILES = True  # a new shape costs a compilation
@@ -29,7 +29,7 @@ def function(fn: Callable[..., Tree], jit_compile: bool | None = None) -> Callab
     programs: dict[Any, Callable[..., Tree]] = {}
 
     def call(*args: Any, **kwargs: Any) -> Tree:
-        if tf.inside_function() or current() is not None:
+        if tf.inside_function() or current_scope() is not None:
             return fn(*args, **kwargs)  # inside an active trace: inlined
         args, kwargs = keras.tree.map_structure(_tensor, (args, kwargs))
         # One program for each signature is what is meant, not the accident of which tf.function
@@ -139,24 +139,25 @@ def repeat(step: Callable[..., Tree], row: Callable[[Tree, Any], tuple[Any, ...]
     return many
 
 
-def trace(fn: Callable[..., Tree], args: Sequence[Any]) -> list[Any]:
-    """Runs `fn(*args)` abstractly and returns the variables it met. Nothing is changed.
+def trace(fn: Callable[..., Tree], args: Sequence[Any]) -> DryRun:
+    """Runs `fn(*args)` abstractly under a `DryRun`, which it returns. No variable changes.
 
-    Those of Keras, and TensorFlow's own: a `tf.Variable`, the state of a `tf.random.Generator`.
+    Variables of TensorFlow itself are found as well: a `tf.Variable`, the state of a
+    `tf.random.Generator`.
     """
-    with VariableRecorder() as scope:
+    with DryRun() as dry_run:
         graph = tf.function(fn, autograph=False).get_concrete_function(
             *tf.nest.map_structure(_tensor, args)
         )
-    of_keras = {id(variable.value) for variable in scope.variables}
+    of_keras = {id(variable.value) for variable in dry_run.variables}
     others = {id(v.handle): v for v in graph.variables if id(v) not in of_keras}
-    # In the order of their first meeting; the graph's own list has them in any order.
-    return scope.variables + [
-        _foreign(others[id(t)]) for t in graph.captured_inputs if id(t) in others
-    ]
+    # The captured inputs are in first-use order; the graph's own list of variables has none.
+    captured = [others[id(t)] for t in graph.captured_inputs if id(t) in others]
+    dry_run.backend_variables.extend(map(_backend_variable, captured))
+    return dry_run
 
 
-def _foreign(variable: tf.Variable) -> BackendVariable:
+def _backend_variable(variable: tf.Variable) -> BackendVariable:
     name, shape = variable.name.partition(":")[0], tuple(variable.shape)
     return BackendVariable(name, shape, variable.dtype.name, variable.read_value, variable.assign)
 

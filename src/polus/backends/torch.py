@@ -14,7 +14,7 @@ import keras
 import numpy as np
 import torch
 
-from polus.backends.scopes import BackendVariable, VariableRecorder
+from polus.backends.scopes import BackendVariable, DryRun
 
 Tree = Any
 COMPILES = False  # a new shape costs nothing
@@ -170,37 +170,38 @@ def repeat(step: Callable[..., Tree], row: Callable[[Tree, Any], tuple[Any, ...]
     return many
 
 
-def trace(fn: Callable[..., Tree], args: Sequence[Any]) -> list[Any]:
-    """Runs `fn(*args)` on copies and returns the variables it met. Nothing is changed.
+def trace(fn: Callable[..., Tree], args: Sequence[Any]) -> DryRun:
+    """Runs `fn(*args)` on copies under a `DryRun`, which it returns. No variable changes.
 
-    Those of Keras, and the buffers of PyTorch's modules: the running averages of a `BatchNorm1d`.
+    Buffers of PyTorch modules are found as well: the running averages of a `BatchNorm1d`.
     """
 
     def stand_in(value: Any) -> Any:
         # Keras' PyTorch optimizers write into a variable's tensor in place, past every scope.
         return value.detach().clone().requires_grad_(value.requires_grad)
 
-    buffers: list[BackendVariable] = []
+    dry_run = DryRun(copies=stand_in)
     modules: set[torch.nn.Module] = set()
+    values: list[torch.Tensor] = []
 
-    def meet(module: torch.nn.Module, _: Any) -> None:
+    def find_buffers(module: torch.nn.Module, _: Any) -> None:
         if module not in modules:
             modules.add(module)
-            buffers.extend(_buffer(module, name) for name, _ in module.named_buffers(recurse=False))
-            values.extend(buffer.value.clone() for buffer in buffers[len(values) :])
+            found = [_buffer(module, name) for name, _ in module.named_buffers(recurse=False)]
+            dry_run.backend_variables.extend(found)
+            values.extend(buffer.value.clone() for buffer in found)
 
-    values: list[torch.Tensor] = []
     before = random_state()
-    hook = torch.nn.modules.module.register_module_forward_pre_hook(meet)
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(find_buffers)
     try:
-        with torch.no_grad(), VariableRecorder(copies=stand_in) as scope:
+        with torch.no_grad(), dry_run:
             fn(*keras.tree.map_structure(_tensor, args))
     finally:
         hook.remove()
-        for buffer, value in zip(buffers, values, strict=True):
+        for buffer, value in zip(dry_run.backend_variables, values, strict=True):
             buffer.assign(value)
         set_random_state(before)
-    return [*scope.variables, *buffers]
+    return dry_run
 
 
 def _buffer(module: torch.nn.Module, name: str) -> BackendVariable:

@@ -23,6 +23,7 @@ import numpy as np
 from keras import ops
 
 from polus.backends import backend
+from polus.backends.scopes import active_dry_run
 from polus.callbacks.base import CallbackCoordinator
 from polus.core import BaseLogger, function, get_jit_compile
 from polus.data import DataReader, as_adapter, as_arguments
@@ -126,7 +127,6 @@ class BaseTrainer(BaseLogger):
         self._trainable_weights = None if trainable_weights is None else list(trainable_weights)
         self._said_all_weights = False
         self._train_config: dict[str, Any] = {}
-        self._surveyed: list[tuple[Any, list[Any]]] | None = None
         self._built = False
         self._built_of: list[Any] = []  # see `_refresh`
         self._updates: list[tuple[Any, list[Any]]] = []  # each optimizer, and what it updates
@@ -254,10 +254,10 @@ class BaseTrainer(BaseLogger):
         """
         optimizer = self.optimizer if optimizer is None else optimizer
         variables = list(variables)
-        if self._surveyed is not None:  # only looked at: see `_survey`
-            self._surveyed.append((optimizer, variables))
+        if (dry_run := active_dry_run()) is not None:
             result = loss_fn()
             _scalar_loss(result)
+            dry_run.record_update(optimizer, variables)
             return result
 
         def scaled() -> tuple[Any, Any]:
@@ -591,19 +591,12 @@ class BaseTrainer(BaseLogger):
 
         for _ in range(2):  # the second time with the weights that the first one made
             unbuilt = [layer for layer in layers_of(self.model) if not layer.built]
-            self._surveyed = []
-            try:
-                met = backend.trace(step, inputs)
-            finally:
-                surveyed, self._surveyed = self._surveyed, None
+            dry_run = backend.trace(step, inputs)
             made = any(layer.built for layer in unbuilt)
-            if not made and all(variables for _, variables in surveyed):
+            if not made and all(variables for _, variables in dry_run.updates):
                 break
-        together: dict[int, tuple[Any, dict[int, Any]]] = {}
-        for optimizer, variables in surveyed:
-            _, known = together.setdefault(id(optimizer), (optimizer, {}))
-            known.update((id(variable), variable) for variable in variables)
-        self._updates = [(optimizer, list(v.values())) for optimizer, v in together.values()]
+        met = dry_run.variables
+        self._updates = dry_run.merged_updates()
         for optimizer, weights in self._updates:
             _check_some(weights)
             if not optimizer.built:
