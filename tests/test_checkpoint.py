@@ -563,8 +563,8 @@ def test_variables_of_the_backend_are_restored(tmp_path):
 def test_tensorflow_variables_are_traced_in_first_use_order():
     tf = pytest.importorskip("tensorflow")
     variables = [tf.Variable(0.0, name=f"v{i}") for i in range(40)]
-    met = backend.trace(lambda x: [v.assign_add(x) for v in variables], [np.float32(1)])
-    assert [variable.path for variable in met] == [f"v{i}" for i in range(40)]
+    dry_run = backend.trace(lambda x: [v.assign_add(x) for v in variables], [np.float32(1)])
+    assert [variable.path for variable in dry_run.variables] == [f"v{i}" for i in range(40)]
     assert not any(map(float, variables))
 
 

@@ -15,6 +15,7 @@ from keras import ops
 import polus
 from polus import core
 from polus.backends import backend
+from polus.backends.scopes import VariableRecorder, active_dry_run, current_scope
 from polus.callbacks import Callback
 from polus.training import BaseTrainer, ClassifierTrainer
 
@@ -326,6 +327,63 @@ def test_a_value_that_is_no_scalar(fn, came):
     a = variable([1.0, 2.0])
     with pytest.raises(ValueError, match=f"scalar tensor, and the function returned {came}"):
         core.value_and_grad(lambda: fn(a), [a])
+
+
+# ---------------------------------------------------------------------- dry runs
+
+
+def test_a_dry_run_reports_variables_and_updates_and_changes_nothing():
+    a, b = variable(1.0, name="a"), variable(2.0, name="b")
+    total, unused = variable(0.0, name="total", trainable=False), variable(0.0)
+    sgd, adam = keras.optimizers.SGD(0.1), keras.optimizers.Adam(0.1)
+    sgd.build([a])
+    before = [number(v) for v in (a, b, total, sgd.iterations)]
+
+    def step(x):
+        dry_run = active_dry_run()
+        total.assign_add(ops.sum(x))
+        for optimizer, weights in ((sgd, [a]), (adam, [b]), (adam, [a, b])):
+            dry_run.record_update(optimizer, weights)
+        with VariableRecorder(outer=current_scope()):
+            assert active_dry_run() is dry_run
+        return total + a * b
+
+    dry_run = backend.trace(step, [X])
+    assert active_dry_run() is None
+    assert [number(v) for v in (a, b, total, sgd.iterations)] == before
+    assert dry_run.updates == [(sgd, [a]), (adam, [b]), (adam, [a, b])]
+    assert dry_run.merged_updates() == [(sgd, [a]), (adam, [b, a])]
+    assert dry_run.variables == [total, a, *sgd.variables, b]
+    assert not any(v is unused for v in dry_run.variables)
+    assert not adam.built
+
+
+def test_minimize_in_a_dry_run_calls_the_loss_and_updates_nothing():
+    trainer = Following()
+    gradients = []
+    trainer.post_process_grads = lambda found: gradients.append(found) or found
+    before = ops.convert_to_numpy(trainer.source).copy()
+    dry_run = backend.trace(trainer.train_step, [X])
+    assert dry_run.updates == [(trainer.optimizer, [trainer.source])]
+    assert not gradients
+    np.testing.assert_array_equal(trainer.source, before)
+    with pytest.raises(ValueError, match=r"scalar tensor, and got a tensor of shape \(8, 1\)"):
+        backend.trace(lambda x: trainer.minimize(lambda: trainer.model(x), [trainer.source]), [X])
+
+
+def test_a_hand_written_update_in_a_dry_run_changes_nothing():
+    weight, sgd = variable(3.0), keras.optimizers.SGD(0.5)
+
+    def step(x):
+        value, gradients = core.value_and_grad(lambda: weight**2 * ops.mean(x), [weight])
+        sgd.apply(gradients, [weight])
+        return value
+
+    dry_run = backend.trace(step, [np.ones(4, "float32")])
+    assert number(weight) == 3
+    assert {id(weight), *map(id, sgd.variables)} <= {id(v) for v in dry_run.variables}
+    assert number(core.function(step)(np.ones(4, "float32"))) == 9
+    assert number(weight) == 3 - 0.5 * 6
 
 
 # ---------------------------------------------------------------------- buffers and their owners

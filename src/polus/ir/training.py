@@ -10,6 +10,7 @@ import numpy as np
 from keras import ops
 
 from polus.backends import backend
+from polus.backends.scopes import active_dry_run
 from polus.core import function
 from polus.data import as_arguments
 from polus.ir.caching import GradientCache, vectors_of, with_vectors
@@ -177,16 +178,18 @@ class EfficientDenseRetrievalTrainer(BaseTrainer):
         self._check_settings()
         if self.encoded:
             # No encoder runs, so a frozen one's weights are those that a step does not meet.
-            met = backend.trace(lambda *x: self.loss(*as_arguments(self._forward(*x))), inputs)
+            met = backend.trace(
+                lambda *x: self.loss(*as_arguments(self._forward(*x))), inputs
+            ).variables
             known = {id(variable) for variable in self.model.variables}
             self._frozen = known - {id(variable) for variable in met}
         elif self.freeze_encoder:
-            met = backend.trace(self.forward_without_grads, inputs)
+            met = backend.trace(self.forward_without_grads, inputs).variables
             self._frozen = {id(variable) for variable in met}
         super()._build(inputs)
         if self.micro_batch_size is not None:
             # All that is met, and not what the model holds: a layer may draw from Keras' own seed.
-            met = backend.trace(self._forward, self._few(inputs))
+            met = backend.trace(self._forward, self._few(inputs)).variables
             state = [variable for variable in met if not variable.trainable]
             self._cache = GradientCache(self.micro_batch_size, self.trainable_weights, state)
 
@@ -222,8 +225,10 @@ class EfficientDenseRetrievalTrainer(BaseTrainer):
         """One update; with `micro_batch_size`, the same one in little memory."""
         if self.micro_batch_size is None:
             return super().train_step(*inputs)
-        if self._surveyed is not None:  # only looked at
-            return super().train_step(*self._few(inputs))
+        if (dry_run := active_dry_run()) is not None:
+            result = super().train_step(*self._few(inputs))
+            dry_run.record_scratch(self._cache.totals if self._built else ())
+            return result
         loss, gradients = self._cached_gradients(inputs)
         weights = self.trainable_weights
 
