@@ -31,6 +31,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Evaluates the trainer's metrics and loss; see `BaseTrainer.evaluate`."""
     reader = DataReader(as_adapter(dataset), transform, steps)
+    reader.check_ends("evaluate")
     data = reader.epoch(0)
     step, assigned = executor.evaluation(data.example)
     metrics = executor.owner.metrics

@@ -116,7 +116,8 @@ class Run(BaseLogger):
         self.trainer = trainer
         self.executor = executor
         self.config = config
-        self.reader = DataReader(config.dataset, config.transform, config.steps)
+        self.reader = DataReader(config.dataset, config.transform, config.steps, first_epoch)
+        self.reader.check_ends("train")
         self.history = History()
         self.signals = Signals()
         self.epochs = config.epochs
