@@ -109,7 +109,7 @@ def test_a_frozen_part_stays_and_the_rest_trains():
 def test_all_weights_are_trained_and_a_log_line_says_so(caplog):
     caplog.set_level(logging.INFO)
     make_trainer().train(BATCHES, epochs=1)
-    assert "All 4 trainable weights" in caplog.text
+    assert "Training all 4 trainable variables of the model (83 parameters)" in caplog.text
 
 
 # ---------------------------------------------------------------------- what a user describes
@@ -622,9 +622,13 @@ def test_the_base_is_extended_not_instantiated():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        (("model", keras.optimizers.SGD(), CROSS_ENTROPY), TypeError, "model is a keras.Model"),
+        (
+            ("model", keras.optimizers.SGD(), CROSS_ENTROPY),
+            TypeError,
+            "model must be a keras.Model",
+        ),
         ((None, "adam", CROSS_ENTROPY), TypeError, "keras.optimizers.Adam"),
-        ((None, keras.optimizers.SGD(), "mse"), TypeError, "loss is a callable"),
+        ((None, keras.optimizers.SGD(), "mse"), TypeError, "loss must be a callable"),
         ((None, keras.optimizers.SGD, CROSS_ENTROPY), TypeError, "got the class SGD"),
         ((None, keras.optimizers.SGD(), keras.losses.Loss), TypeError, "got the class Loss"),
     ],
@@ -641,9 +645,9 @@ def test_arguments_of_the_wrong_kind(arguments, error, message):
 @pytest.mark.parametrize(
     ("train", "error", "message"),
     [
-        ({"tf_dataset": [], "epochs": 1}, ValueError, "gave no batch in epoch 1"),
-        ({"tf_dataset": BATCHES, "epochs": 0}, ValueError, "epochs is a positive integer"),
-        ({"tf_dataset": BATCHES, "epochs": 1, "steps": 0}, ValueError, "steps is a positive"),
+        ({"tf_dataset": [], "epochs": 1}, ValueError, "yielded no batch in epoch 1"),
+        ({"tf_dataset": BATCHES, "epochs": 0}, ValueError, "epochs must be a positive integer"),
+        ({"tf_dataset": BATCHES, "epochs": 1, "steps": 0}, ValueError, "steps must be a positive"),
         ({"tf_dataset": X, "epochs": 1}, TypeError, r"polus.data.from_arrays"),
         ({"tf_dataset": (X, Y), "epochs": 1}, TypeError, r"polus.data.from_arrays"),
         ({"tf_dataset": 3, "epochs": 1}, TypeError, "got a int"),
@@ -656,7 +660,7 @@ def test_arguments_of_the_wrong_kind(arguments, error, message):
             r"(?s)argument: .y.*1 part: float32 \(80",
         ),
         ({"tf_dataset": [{"a": X}], "epochs": 1}, TypeError, "a dict of 'a'.*custom_data_transf"),
-        ({"tf_dataset": [X, Y], "epochs": 1}, TypeError, "are no batches: write polus.data.from"),
+        ({"tf_dataset": [X, Y], "epochs": 1}, TypeError, "are not batches: use polus.data.from"),
         ({"tf_dataset": [(X, Y, Y, Y)], "epochs": 1}, TypeError, "(?s)5 were given\n.* 4 parts"),
     ],
 )
@@ -668,8 +672,8 @@ def test_bad_arguments_of_train(train, error, message):
 @pytest.mark.parametrize(
     ("loss", "message"),
     [
-        (keras.losses.sparse_categorical_crossentropy, r"scalar tensor, and got .*shape \(16,\)"),
-        (lambda y, p: {"total": ops.mean(p)}, "The loss has .*none is named 'loss'"),
+        (keras.losses.sparse_categorical_crossentropy, r"scalar tensor, got .*shape \(16,\)"),
+        (lambda y, p: {"total": ops.mean(p)}, "The loss must have a term named 'loss'"),
         (lambda y, p: {"loss": ops.mean(p), "p": p}, r"shape \(16, 3\) as its term 'p'"),
         (
             lambda y, p: ops.mean(ops.cast(y, "float32")) * 0 + ops.sum(ops.ones(2)),
@@ -687,10 +691,10 @@ def test_a_loss_that_cannot_be_minimised(loss, message):
 @pytest.mark.parametrize(
     ("returned", "message"),
     [
-        (lambda loss: None, "train_step returns is a scalar tensor, and got a NoneType"),
+        (lambda loss: None, "result of train_step must be a scalar tensor, got a NoneType"),
         (lambda loss: (loss, loss), "got a tuple"),
         (lambda loss: {"loss": loss, "v": ops.ones(4)}, r"shape \(4,\) as its term 'v'"),
-        (lambda loss: {"total": loss}, "train_step returns has .*none is named 'loss'"),
+        (lambda loss: {"total": loss}, "result of train_step must have a term named 'loss'"),
     ],
 )
 def test_a_step_that_returns_no_losses(returned, message):
@@ -707,11 +711,20 @@ def test_two_metrics_of_one_name():
         make_trainer(metrics=[Accuracy(3), Accuracy(3)])
 
 
-def test_nothing_to_train():
+def test_a_frozen_model_warns_and_runs_as_in_fit(caplog):
     model = make_model()
     model.trainable = False
-    with pytest.raises(ValueError, match="nothing to train"):
-        make_trainer(model).train(BATCHES, epochs=1)
+    history = make_trainer(model).train(BATCHES, epochs=1)
+    assert "The step updates nothing" in caplog.text
+    model.compile(keras.optimizers.SGD(), CROSS_ENTROPY)
+    expected = model.fit(
+        np.concatenate([x for x, _ in BATCHES]),
+        np.concatenate([y for _, y in BATCHES]),
+        batch_size=len(BATCHES[0][0]),
+        shuffle=False,
+        verbose=0,
+    )
+    np.testing.assert_allclose(history.epochs[0]["loss"], expected.history["loss"][0], rtol=1e-5)
 
 
 def test_a_schedule_is_not_overruled_by_a_number():

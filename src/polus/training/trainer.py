@@ -337,7 +337,7 @@ class BaseTrainer(BaseLogger):
             learning_rate_set(self.optimizer, config.learning_rate),
             engine.running(run),
             run.running(),
-            checks.explain_argument_errors(engine.executor),
+            checks.explain_argument_errors(lambda: engine.executor.example),
         ):
             if config.resume is not None:
                 from polus.checkpoint import resume_run
