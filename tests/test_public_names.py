@@ -5,7 +5,6 @@ import importlib
 import inspect
 import subprocess
 import sys
-import traceback
 from pathlib import Path
 
 import keras
@@ -86,21 +85,20 @@ def test_a_program_with_one_import_trains():
     assert isinstance(history, polus.History)
 
 
-def test_names_are_found_in_a_new_process():
-    assert run("import polus; print(polus.EarlyStop.__module__)") == "polus.callbacks.early_stop"
-    assert run("import polus; print(polus.metrics.Accuracy.__name__)") == "Accuracy"
-    assert run("from polus import BaseTrainer; print(BaseTrainer.__name__)") == "BaseTrainer"
-    assert run("from polus import *; print(Checkpoint.__name__)") == "Checkpoint"
+def test_a_new_process_finds_names_on_first_use():
+    found = run("""
+import polus
+print(polus.EarlyStop.__module__, polus.metrics.Accuracy.__name__)
+data = metrics = None
+from polus import *
+print(Checkpoint.__name__, data, metrics)  # a star import leaves a user's names alone
+""")
+    assert found.split() == ["polus.callbacks.early_stop", "Accuracy", "Checkpoint", "None", "None"]
 
 
 def test_completion_lists_names_that_are_not_imported_yet():
     listed = run("import polus; print(*dir(polus))").split()
     assert {*polus.__all__, *MODULES, "__version__"} == set(listed)
-
-
-def test_a_star_import_brings_no_modules():
-    found = run("data = metrics = 0\nfrom polus import *\nprint(data, metrics)")
-    assert found == "0 0"
 
 
 @pytest.mark.parametrize("use", ["", "dir(polus)", "hasattr(polus, 'BaseTrainr')"])
@@ -122,12 +120,16 @@ def test_importing_loads_neither_keras_nor_a_backend(use):
 def test_misspelled_names_raise_with_a_hint(wrong, right):
     with pytest.raises(AttributeError, match=f"'polus' has no attribute '{wrong}'") as error:
         getattr(polus, wrong)
-    shown = "".join(traceback.format_exception(error.value))
-    assert shown.count("Did you mean") == 1
-    assert shown.rstrip().endswith(f"Did you mean {right!r}?")
+    assert str(error.value).endswith(f"Did you mean {right!r}?")
 
 
-@pytest.mark.parametrize("name", ["unrelated", "_ipython_display_"])
+def test_the_interpreter_adds_no_second_hint():
+    code = "import polus; polus.BaseTrainr"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert process.stderr.count("Did you mean") == 1
+
+
+@pytest.mark.parametrize("name", ["unrelated", "_BaseTrainer"])
 def test_unknown_names_raise_without_a_hint(name):
     with pytest.raises(AttributeError, match=f"'polus' has no attribute '{name}'.$"):
         getattr(polus, name)
