@@ -1,21 +1,21 @@
-"""Runs that are killed again and again, and what comes out of them, bit by bit.
+"""Kills training runs repeatedly, resumes them, and compares the results bit by bit.
 
     python benchmarks/resilience.py                                # writes the tables
-    python benchmarks/resilience.py --backend jax --source arrays  # a look at one
-    python benchmarks/resilience.py --results FILE                 # goes on where it was cut off
+    python benchmarks/resilience.py --backend jax --source arrays  # measures a single row
+    python benchmarks/resilience.py --results FILE                 # continues after an interruption
 
-Of each source of data one run goes through undisturbed. The same command is then started again and
-again, and its process killed with SIGKILL at a random moment, every second time while a checkpoint
-is written; after eight kills it may come to its end. Compared as bits are the loss of each step
-that any of its processes ran, and at the end all losses, weights, validation results and what the
-callbacks remember. The model has dropout, batch norm, Adam with a schedule and accumulated
-gradients.
+For each data source one run trains without interruption. A second run is started repeatedly, and
+its process is killed with SIGKILL at a random moment, every second time while it writes a
+checkpoint. After eight kills it may finish. The benchmark compares, bit by bit, the loss of every
+step that any of these processes ran, and at the end all losses, weights, validation results and
+the states of the callbacks. The model has dropout, batch norm, and Adam with a schedule and
+gradient accumulation.
 
-The cost: how many steps a second there are in a hundred with a save and in one without, and for how
-long a save holds the loop. Keras' BackupAndRestore is measured beside it and, on JAX, Orbax'
-AsyncCheckpointer, where that is installed. They save the variables only. The model is a frozen one
-of that size, with a trained head: with Adam over all of it a step takes so long here that a save is
-lost in it.
+The cost of saving is the number of steps per second with and without a save in every hundred steps,
+and the time that a save blocks the loop. Keras' BackupAndRestore is measured for comparison and, on
+JAX, Orbax' AsyncCheckpointer if it is installed; these save the variables only. The model is frozen
+except for its head: with Adam on all weights a step takes so long here that the cost of a save
+disappears in it.
 """
 
 import argparse
@@ -40,17 +40,17 @@ ROOT = Path(__file__).parent.parent
 TABLE = ROOT / "docs" / "benchmarks" / "resilience.md"
 BACKENDS = {"tensorflow": "TensorFlow", "jax": "JAX", "torch": "PyTorch"}
 SOURCES = ["arrays", "tf.data", "DataLoader", "generator", "retrieval"]
-WAYS = ["Polus", "Orbax", "Keras fit, BackupAndRestore"]
+METHODS = ["Polus", "Orbax", "Keras fit, BackupAndRestore"]
 EPOCHS, EXAMPLES, BATCH = 8, 150, 8
-MOST_BLOCKS = 12  # of three steps, of which a run has 56, from the start of a process to its end
-PAUSE_SECS = 0.02  # after every few steps, so that a run is long enough to be killed
+MAX_BLOCKS = 12  # a process is killed within so many blocks of three steps; a run has 56 of them
+PAUSE_SECS = 0.02  # after every block, so that a run is long enough to be killed
 
 
 # ---------------------------------------------------------------------- one process of a run
 
 
 def dataset(source: str, x: Any, y: Any) -> Any:
-    """Gives one of the sources of data, shuffled."""
+    """Returns a shuffled dataset of the given kind."""
     import numpy as np
 
     if source == "arrays":
@@ -67,7 +67,7 @@ def dataset(source: str, x: Any, y: Any) -> Any:
         torch.manual_seed(1)
         return torch.utils.data.DataLoader([*zip(x, y, strict=True)], BATCH, shuffle=True)
 
-    def generator() -> Any:  # draws its order and some noise from NumPy's global generator
+    def generator() -> Any:  # takes its order and noise from NumPy's global random generator
         order = np.random.permutation(len(x))
         for i in range(0, len(x), BATCH):
             rows = order[i : i + BATCH]
@@ -78,7 +78,7 @@ def dataset(source: str, x: Any, y: Any) -> Any:
 
 
 def child(source: str, folder: Path, result: Path, log: Path) -> None:
-    """Starts or continues the run, says on stdout when it trains, and writes what came out."""
+    """Starts or resumes the run, prints a line per block of steps, and writes the results."""
     import keras
     import numpy as np
 
@@ -90,19 +90,19 @@ def child(source: str, folder: Path, result: Path, log: Path) -> None:
     from polus.training import ClassifierTrainer
 
     keras.utils.set_random_seed(1)
-    # Measured anew, "auto" may choose otherwise: a choice is part of a run from its first save on,
-    # and here processes are killed before it as well.
+    # A run keeps the compiler that "auto" chose from its first save on. Here processes are also
+    # killed before that, and a second timing might choose a different one.
     polus.core.set_jit_compile(backend.candidates()[0])
     rng = np.random.default_rng(0)
 
     class Logged(Callback):
-        """Every loss to a file, as soon as it is known, and slowly."""
+        """Writes every loss to a file as soon as it is known, and slows the run down."""
 
         def on_train_begin(self) -> None:
             self.file = log.open("a")
 
         def on_steps_end(self, epoch: int, steps: range, losses: Any) -> None:
-            print("trains", flush=True)
+            print("block", flush=True)
             for step, loss in zip(steps, np.asarray(losses), strict=True):
                 self.file.write(f"{epoch} {step} {loss.tobytes().hex()}\n")
             self.file.flush()
@@ -158,11 +158,11 @@ def child(source: str, folder: Path, result: Path, log: Path) -> None:
     result.write_text(json.dumps(outcome))
 
 
-# ---------------------------------------------------------------------- killing it
+# ---------------------------------------------------------------------- the kills
 
 
 def start(backend: str, source: str, folder: Path) -> subprocess.Popen[bytes]:
-    """Starts one process of a run."""
+    """Starts a process of a run."""
     command = [sys.executable, __file__, "--backend", backend, "--source", source]
     environment = os.environ | {"KERAS_BACKEND": backend}
     return subprocess.Popen(
@@ -174,7 +174,7 @@ def start(backend: str, source: str, folder: Path) -> subprocess.Popen[bytes]:
 
 
 def survive(backend: str, source: str, most_kills: int) -> dict[str, int]:
-    """Kills a run again and again, and counts what is the same as in an undisturbed one."""
+    """Kills a run repeatedly and counts what is identical to an uninterrupted one."""
     with tempfile.TemporaryDirectory() as temporary:
         whole, parts = Path(temporary) / "whole", Path(temporary) / "parts"
         for folder in (whole, parts):
@@ -185,7 +185,7 @@ def survive(backend: str, source: str, most_kills: int) -> dict[str, int]:
         while not (parts / "result").exists():
             process = start(backend, source, parts)
             assert process.stdout is not None
-            for _ in range(random.randrange(1, MOST_BLOCKS) if kills < most_kills else 10**9):
+            for _ in range(random.randrange(1, MAX_BLOCKS) if kills < most_kills else 10**9):
                 if not process.stdout.readline():
                     break
             else:
@@ -201,14 +201,14 @@ def survive(backend: str, source: str, most_kills: int) -> dict[str, int]:
             "kills": kills,
             "in_save": in_save,
             "steps": len(ran),
-            "same": sum(expected.get(place) == loss for place, loss in ran),
+            "same": sum(expected.get(position) == loss for position, loss in ran),
             "results": len(first),
             "same_results": sum(first[name] == second[name] for name in first),
         }
 
 
 def kill(process: subprocess.Popen[bytes], folder: Path) -> None:
-    """Kills at a random moment within two blocks of steps; every second time while one is saved."""
+    """Kills a process at a random moment within two blocks; half the time during a save."""
     time.sleep(random.uniform(0, 2 * PAUSE_SECS))
     saving = random.random() < 0.5
     while saving and process.poll() is None and not any(folder.glob("checkpoints/.tmp-*")):
@@ -217,27 +217,28 @@ def kill(process: subprocess.Popen[bytes], folder: Path) -> None:
 
 
 def finish(process: subprocess.Popen[bytes], folder: Path) -> None:
-    """Waits for a process that nobody kills."""
+    """Waits for a process to finish."""
     process.communicate()
     if process.returncode:
         raise SystemExit((folder / "stderr").read_text())
 
 
 def read_log(folder: Path) -> list[tuple[str, str]]:
-    """Gives the place and the bits of the loss of each step that was run."""
+    """Returns the epoch and step, and the bits of the loss, of every step that was run."""
     lines = (folder / "log").read_text().splitlines()
     found = [line.rsplit(" ", 1) for line in lines]
-    return [(place, loss) for place, loss in found if len(loss) == 8]  # the last may be cut off
+    # The last line may be cut off.
+    return [(position, loss) for position, loss in found if len(loss) == 8]
 
 
-# ---------------------------------------------------------------------- what it costs
+# ---------------------------------------------------------------------- the cost
 
 
-def costs(way: str, megabytes: int) -> dict[str, float]:
-    """Of one way to save: steps per second, and seconds that a save holds the loop.
+def costs(method: str, megabytes: int) -> dict[str, float]:
+    """Measures steps per second with and without saving, and how long a save blocks the loop.
 
-    A save is due after every second hundred of steps, so that in one run every second hundred is
-    one with a save, and the others are without.
+    A save is due every 200 steps, so every second hundred steps of the run contain a save and the
+    others do not.
     """
     import keras
     import numpy as np
@@ -254,13 +255,13 @@ def costs(way: str, megabytes: int) -> dict[str, float]:
     y = np.zeros(len(x), "int32")
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     held: list[float] = []
-    marks: list[float] = []
+    times: list[float] = []
 
     def timed(save: Callable[..., None]) -> Callable[..., None]:
         def timed_save(*arguments: Any, **named: Any) -> None:
-            began = time.perf_counter()
+            start_time = time.perf_counter()
             save(*arguments, **named)
-            held.append(time.perf_counter() - began)
+            held.append(time.perf_counter() - start_time)
 
         return timed_save
 
@@ -268,31 +269,31 @@ def costs(way: str, megabytes: int) -> dict[str, float]:
         frozen = [keras.layers.Dense(width, "relu", trainable=False) for _ in range(3)]
         return keras.Sequential([*frozen, keras.layers.Dense(2)])
 
-    class Marks(Callback):
+    class Clock(Callback):
         every_steps = 100
 
         def on_steps_end(self, epoch: int, steps: range, losses: Any) -> None:
             np.asarray(losses)  # waits for the device
             if steps.stop % 100 == 0:
-                marks.append(time.perf_counter())
+                times.append(time.perf_counter())
 
-    class KerasMarks(keras.callbacks.Callback):
+    class KerasClock(keras.callbacks.Callback):
         def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
             float(logs["loss"])
             if (batch + 1) % 100 == 0:
-                marks.append(time.perf_counter())
+                times.append(time.perf_counter())
 
     def train(saver: Callback) -> None:
         trainer = ClassifierTrainer(model(), keras.optimizers.Adam(1e-3), loss)
-        trainer.train(from_arrays((x, y), 8), 1, [Marks(), saver])
+        trainer.train(from_arrays((x, y), 8), 1, [Clock(), saver])
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary).absolute()
-        if way == "Polus":
+        if method == "Polus":
             checkpoint = Checkpoint(folder, every_steps=200)
             checkpoint.save = timed(checkpoint.save)  # type: ignore[method-assign]
             train(checkpoint)
-        elif way == "Orbax":
+        elif method == "Orbax":
             import orbax.checkpoint as ocp
 
             class Orbax(Callback):
@@ -317,10 +318,10 @@ def costs(way: str, megabytes: int) -> dict[str, float]:
             fitted.compile(keras.optimizers.Adam(1e-3), loss)
             backup = keras.callbacks.BackupAndRestore(folder / "keras", save_freq=200)
             backup._save_model = timed(backup._save_model)
-            fitted.fit(x, y, 8, verbose=0, shuffle=False, callbacks=[KerasMarks(), backup])
-    hundred_secs = np.diff(marks)
+            fitted.fit(x, y, 8, verbose=0, shuffle=False, callbacks=[KerasClock(), backup])
+    hundred_secs = np.diff(times)
     return {
-        # The first hundred compiles; the first save finds no memory yet.
+        # The first hundred steps include compilation; the first save allocates its buffers.
         "without": 100 / statistics.median(hundred_secs[2::2]),
         "with": 100 / statistics.median(hundred_secs[3::2]),
         "first": held[0],
@@ -332,10 +333,10 @@ def costs(way: str, megabytes: int) -> dict[str, float]:
 
 
 def survival_table(rows: list[tuple[str, str, dict[str, int]]]) -> str:
-    """Gives the table of what was killed."""
+    """Returns the table of the killed runs."""
     lines = [
-        "| backend | data | kills | of them in a save | steps run, with repeated ones "
-        "| same bits | results the same |",
+        "| backend | data | kills | of these during a save | steps run, repeated ones included "
+        "| identical losses | identical results |",
         "|---|---|---:|---:|---:|---:|---:|",
     ]
     for backend, source, n in rows:
@@ -352,15 +353,15 @@ def survival_table(rows: list[tuple[str, str, dict[str, int]]]) -> str:
 
 
 def cost_table(rows: list[tuple[str, int, str, dict[str, float]]]) -> str:
-    """Gives the table of what saving costs."""
+    """Returns the table of the cost of saving."""
     lines = [
-        "| backend | state | saved by | steps/s without | with a save every 100 steps "
-        "| a save holds the loop | the first one |",
+        "| backend | state | saved by | steps/s without saving | steps/s, one save per 100 steps "
+        "| loop blocked per save | by the first save |",
         "|---|---:|---|---:|---:|---:|---:|",
     ]
-    for backend, megabytes, way, n in rows:
+    for backend, megabytes, method, n in rows:
         lines.append(
-            f"| {BACKENDS[backend]} | {megabytes} MB | {way} | {n['without']:,.1f} "
+            f"| {BACKENDS[backend]} | {megabytes} MB | {method} | {n['without']:,.1f} "
             f"| {n['with']:,.1f} ({n['with'] / n['without'] - 1:+.0%}) "
             f"| {n['held'] * 1000:,.0f} ms | {n['first'] * 1000:,.0f} ms |"
         )
@@ -370,7 +371,7 @@ def cost_table(rows: list[tuple[str, int, str, dict[str, float]]]) -> str:
 def measured(
     results: Path, key: list[Any], measure: Callable[[], dict[str, Any]]
 ) -> dict[str, Any]:
-    """Gives what the file has under this key, or measures it and adds it there."""
+    """Returns the values stored in the file under this key, or measures and stores them."""
     for line in results.read_text().splitlines() if results.exists() else []:
         if (found := json.loads(line))["key"] == key:
             return dict(found["values"])
@@ -381,10 +382,10 @@ def measured(
     return values
 
 
-def costs_alone(backend: str, megabytes: int, way: str) -> dict[str, Any]:
-    """Measures `costs` in a process of its own."""
+def costs_alone(backend: str, megabytes: int, method: str) -> dict[str, Any]:
+    """Measures `costs` in a new process."""
     output = subprocess.run(
-        [sys.executable, __file__, "--costs", way, str(megabytes)],
+        [sys.executable, __file__, "--costs", method, str(megabytes)],
         env=os.environ | {"KERAS_BACKEND": backend},
         check=True,
         stdout=subprocess.PIPE,
@@ -393,16 +394,16 @@ def costs_alone(backend: str, megabytes: int, way: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Runs what the command line asks for."""
+    """Runs the measurements that the command line selects."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backend", choices=BACKENDS, action="append")
     parser.add_argument("--source", choices=SOURCES, action="append")
-    parser.add_argument("--kills", type=int, default=8, help="of each run at most")
+    parser.add_argument("--kills", type=int, default=8, help="maximum number of kills per run")
     parser.add_argument("--only", choices=["kills", "costs"])
     parser.add_argument(
         "--results",
         type=Path,
-        help="a file that each result is added to; what it has is not measured again",
+        help="a file to append each result to; results that it contains are not measured again",
     )
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--costs", nargs=2, help=argparse.SUPPRESS)
@@ -426,7 +427,7 @@ def main() -> None:
             tables.append(survival_table(rows))
         if options.only != "kills":
             costly = []
-            for key in itertools.product(backends, (1, 500), WAYS):
+            for key in itertools.product(backends, (1, 500), METHODS):
                 if key[2] == "Orbax" and (key[0] != "jax" or not importlib.util.find_spec("orbax")):
                     continue
                 run = functools.partial(costs_alone, *key)
@@ -437,8 +438,8 @@ def main() -> None:
     if not options.backend and not options.source and not options.only:
         TABLE.parent.mkdir(parents=True, exist_ok=True)
         TABLE.write_text(
-            "# Runs that are killed\n\nWritten by `python benchmarks/resilience.py`, which says "
-            f"what is measured, on {os.cpu_count()} cores.\n\n{text}\n"
+            "# Killed runs\n\nWritten by `python benchmarks/resilience.py` on "
+            f"{os.cpu_count()} cores; its docstring describes the measurements.\n\n{text}\n"
         )
 
 

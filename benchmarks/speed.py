@@ -1,16 +1,16 @@
-"""Polus beside Keras' fit and beside hand-written loops: steps per second, interleaved in one run.
+"""Compares the speed of Polus with Keras' fit and with hand-written loops, interleaved in one run.
 
     python benchmarks/speed.py                                   # every backend; writes the table
-    python benchmarks/speed.py --backend jax --workload mlp      # a look at one
+    python benchmarks/speed.py --backend jax --workload mlp      # measures a single workload
 
-Each way of training gets the same data in the same order, the same initial weights, layers, loss
-and optimizer; after the first epoch all of them must have come to the same weights. Then they take
-turns, each for some tenths of a second, forwards and backwards, and the median over the rounds
-counts. The hand-written loops have their batches on the device before the clock starts, and compute
-no metric: they are the limit, not a peer. What a fresh process costs (the first step, the peak of
-its memory, the imports) is measured in fresh processes, the first step in three of each way.
+Each method trains on the same data in the same order, with the same initial weights, layers, loss
+and optimizer; after the first epoch all of them must have reached the same weights. Then they take
+turns for a few tenths of a second each, in alternating order; the table shows the median over the
+rounds. The hand-written loops have their batches on the device before the clock starts and compute
+no metric: they are an upper limit. The time to the first step, the peak memory and the import time
+are measured in fresh processes; the first step in three of them per method.
 
-Output is written to a pseudo-terminal, so that all progress bars are live.
+All output goes to a pseudo-terminal, so that all progress bars are live.
 """
 
 import argparse
@@ -46,7 +46,7 @@ STEPS_PER_EXECUTION = (10, 50, "auto")
 
 @dataclass
 class Workload:
-    """Arrays of examples, and a function that makes the model: logits for integer labels."""
+    """Arrays of examples, and a function that returns a model from inputs to logits."""
 
     x: Any
     y: Any
@@ -106,7 +106,7 @@ def encoder() -> Workload:
 
 
 def dual_encoder() -> Workload:
-    """Questions and texts; the right text of each question is the one of its own row."""
+    """Returns pairs of a question and a text; question i belongs to text i of the batch."""
     import numpy as np
     from keras import Model, layers, ops
 
@@ -129,16 +129,16 @@ WORKLOADS = {"mlp": mlp, "cnn": cnn, "encoder": encoder, "dual encoder": dual_en
 
 # ---------------------------------------------------------------------- how it is trained
 
-# A way takes a workload and gives the model and a function that trains for some epochs.
-Way = Callable[[Workload], tuple[Any, Callable[[int], Any]]]
+# A method takes a workload and returns the model and a function that trains for some epochs.
+Method = Callable[[Workload], tuple[Any, Callable[[int], Any]]]
 
 
 class NotApplicable(Exception):
-    """Of a way that a backend doesn't have."""
+    """Raised if a backend does not have this method of training."""
 
 
 def parts(work: Workload) -> tuple[Any, Any, Any]:
-    """A model, an optimizer and a loss, the same for every way."""
+    """Returns a model, an optimizer and a loss, the same for every method."""
     import keras
 
     keras.utils.set_random_seed(0)
@@ -155,12 +155,12 @@ def polus(work: Workload, bare: bool = False, eager: bool = False, watch: Any = 
     from polus.metrics import Accuracy
     from polus.training import ClassifierTrainer
 
-    class Once(Callback):
+    class StopAfterEpoch(Callback):
         def on_epoch_end(self, epoch: int) -> None:
             self.coordinator.trainer.early_stop = True
 
     if eager and keras.config.backend() != "torch":
-        raise NotApplicable  # only PyTorch's steps are eager by default
+        raise NotApplicable  # only PyTorch is eager by default
     model, *rest = parts(work)
     trainer = ClassifierTrainer(
         model, *rest, metrics=[] if bare else [Accuracy(model.output_shape[-1] or work.batch_size)]
@@ -174,8 +174,8 @@ def polus(work: Workload, bare: bool = False, eager: bool = False, watch: Any = 
         mode = get_jit_compile()
         set_jit_compile(False if eager else mode)
         try:
-            if epochs == 1:  # the beginning of a long run: of a short one less is measured
-                trainer.train(data, epochs=10_000, callbacks=[*callbacks, Once()])
+            if epochs == 1:  # a long run that is stopped: in a short one Polus would time less
+                trainer.train(data, epochs=10_000, callbacks=[*callbacks, StopAfterEpoch()])
             else:
                 trainer.train(data, epochs=epochs, callbacks=callbacks)
         finally:
@@ -186,8 +186,7 @@ def polus(work: Workload, bare: bool = False, eager: bool = False, watch: Any = 
 
 def fit(work: Workload, steps_per_execution: Any = 1, watch: Any = None) -> Any:
     model, optimizer, loss = parts(work)
-    many = {"steps_per_execution": steps_per_execution}
-    model.compile(optimizer, loss, metrics=["accuracy"], **many)
+    model.compile(optimizer, loss, metrics=["accuracy"], steps_per_execution=steps_per_execution)
 
     def train(epochs: int) -> None:
         callbacks = [watch] if watch else []
@@ -197,7 +196,7 @@ def fit(work: Workload, steps_per_execution: Any = 1, watch: Any = None) -> Any:
 
 
 def batches(work: Workload) -> list[Any]:
-    """All batches, as the backend's own tensors."""
+    """Returns all batches as tensors of the backend."""
     import keras
 
     def rows(i: int) -> Any:
@@ -209,12 +208,12 @@ def batches(work: Workload) -> list[Any]:
     return [rows(i) for i in range(0, len(work.y), work.batch_size)]
 
 
-def stacks(work: Workload, longest: int = 200) -> list[Any]:
-    """The same batches, stacked by hundreds: (steps, batch size, ...)."""
+def stacks(work: Workload, max_steps: int = 200) -> list[Any]:
+    """Returns the same batches, many of them stacked: (steps, batch size, ...)."""
     import keras
 
     data = batches(work)
-    count = next(n for n in range(min(longest, len(data)), 0, -1) if len(data) % n == 0)
+    count = next(n for n in range(min(max_steps, len(data)), 0, -1) if len(data) % n == 0)
     return [
         keras.tree.map_structure(lambda *rows: keras.ops.stack(rows), *data[i : i + count])
         for i in range(0, len(data), count)
@@ -222,14 +221,14 @@ def stacks(work: Workload, longest: int = 200) -> list[Any]:
 
 
 def by_hand(work: Workload, many: bool = False, watch: Any = None) -> Any:
-    """The loop of the backend's own tutorial: one step a call, or many."""
+    """Returns the loop of the backend's own tutorial, with one or many steps per call."""
     import keras
 
     model, optimizer, loss = parts(work)
     optimizer.build(model.trainable_variables)
     make = {"tensorflow": tensorflow_loop, "jax": jax_loop, "torch": torch_loop}
     if many and keras.config.backend() == "torch":
-        raise NotApplicable  # PyTorch has no loop but Python's
+        raise NotApplicable  # PyTorch has no compiled loop
     run = make[keras.config.backend()](model, optimizer, loss, many)
     data = stacks(work) if many else batches(work)
     return model, lambda epochs: run(data * epochs, watch or (lambda losses: None))
@@ -284,7 +283,7 @@ def jax_loop(model: Any, optimizer: Any, loss: Any, many: bool) -> Any:
 
     compiled = jax.jit(steps if many else step, donate_argnums=0)
     variables = model.trainable_variables, model.non_trainable_variables, optimizer.variables
-    # Copies: donated buffers are gone, and Keras shares those of equal initial values.
+    # Copies, since the buffers are donated, and Keras shares buffers of equal initial values.
     state = tuple([v.value.copy() for v in kind] for kind in variables)
 
     def run(data: list[Any], watch: Any) -> Any:
@@ -323,82 +322,86 @@ def torch_loop(model: Any, optimizer: Any, loss: Any, many: bool) -> Any:
     return run
 
 
-WAYS: dict[str, Way] = {
+METHODS: dict[str, Method] = {
     "Polus": polus,
     "Polus, bare": functools.partial(polus, bare=True),
     "Polus, eager": functools.partial(polus, eager=True),
     "fit": fit,
     **{
-        f"fit, {n} a call": functools.partial(fit, steps_per_execution=n)
+        f"fit, {n} steps per call": functools.partial(fit, steps_per_execution=n)
         for n in STEPS_PER_EXECUTION
     },
     "hand-written": by_hand,
-    "hand-written, many a call": functools.partial(by_hand, many=True),
+    "hand-written, many steps per call": functools.partial(by_hand, many=True),
 }
 
 # ---------------------------------------------------------------------- how it is measured
 
 
-class Measuring(logging.Handler):
-    """What Polus says of its own measuring."""
+class AutotuneLog(logging.Handler):
+    """Keeps the log line in which Polus reports the configurations that it timed."""
+
+    text = ""
 
     def emit(self, record: logging.LogRecord) -> None:
-        if record.msg.startswith("Measured"):
-            self.seconds, self.text = record.args[0], record.getMessage()
+        if record.msg.startswith("Timed"):
+            self.text = record.getMessage()
 
 
 def race(name: str, rounds: int, seconds: float) -> dict[str, Any]:
-    """Steps per second of each way, in interleaved rounds, and what Polus' measuring took."""
+    """Measures steps per second of each method in interleaved rounds."""
     import numpy as np
 
     work = WORKLOADS[name]()
     num_steps = -(-len(work.y) // work.batch_size)
     runs: dict[str, tuple[Callable[[], Any], int]] = {}
-    measuring: dict[str, Any] = {}
-    absent: dict[str, str] = {}
+    autotune: dict[str, str] = {}
+    unavailable: dict[str, str] = {}
     reference = None
-    for way, make in WAYS.items():
-        handler = Measuring()
+    for method, make in METHODS.items():
+        handler = AutotuneLog()
         logging.getLogger("polus.steps").addHandler(handler)
         try:
             model, train = make(work)
-            train(1)  # compiles, and measures where that is to be measured
+            train(1)  # compiles; Polus times its configurations
         except NotApplicable:
             continue
         except Exception as error:
-            if way in ("Polus", "fit", "hand-written"):
+            if method in ("Polus", "fit", "hand-written"):
                 raise
-            absent[way] = f"{type(error).__name__}: {error}"
+            unavailable[method] = f"{type(error).__name__}: {error}"
             continue
         finally:
             logging.getLogger("polus.steps").removeHandler(handler)
-        if hasattr(handler, "text"):
-            measuring[way] = {"seconds": handler.seconds, "text": handler.text}
+        if handler.text:
+            autotune[method] = handler.text
         weights = model.get_weights()
         reference = reference or weights
-        apart = max(float(np.abs(a - b).max()) for a, b in zip(weights, reference, strict=True))
-        if apart > 0.02:
-            raise RuntimeError(f"{name}: {way} trained to weights that are {apart:.3f} apart.")
+        difference = max(
+            float(np.abs(a - b).max()) for a, b in zip(weights, reference, strict=True)
+        )
+        if difference > 0.02:
+            raise RuntimeError(f"{name}: the weights of {method} differ by {difference:.3f}.")
         train(1)
-        began = time.perf_counter()
+        start = time.perf_counter()
         train(1)
-        epochs = max(1, round(seconds / (time.perf_counter() - began)))
-        runs[way] = functools.partial(train, epochs), epochs * num_steps
-    rates: dict[str, list[float]] = {way: [] for way in runs}
+        epochs = max(1, round(seconds / (time.perf_counter() - start)))
+        runs[method] = functools.partial(train, epochs), epochs * num_steps
+    rates: dict[str, list[float]] = {method: [] for method in runs}
     for i in range(rounds):
-        for way in list(runs)[:: 1 if i % 2 == 0 else -1]:
-            run, steps = runs[way]
-            began = time.perf_counter()
+        for method in list(runs)[:: 1 if i % 2 == 0 else -1]:
+            run, steps = runs[method]
+            start = time.perf_counter()
             run()
-            rates[way].append(steps / (time.perf_counter() - began))
-    return {"rates": rates, "measuring": measuring, "absent": absent}
+            rates[method].append(steps / (time.perf_counter() - start))
+    return {"rates": rates, "autotune": autotune, "unavailable": unavailable}
 
 
-def fresh(name: str, way: str, memory: bool) -> dict[str, float]:
-    """The first step of this process, in seconds; with `memory`, also its peak after two epochs.
+def fresh(name: str, method: str, memory: bool) -> dict[str, float]:
+    """Measures the first step of this process in seconds and, with `memory`, its peak in MiB.
 
-    The first step counts from the call that trains to the loss on the host, under the compiler that
-    fit takes, without measuring which one is faster. The peak is in MiB.
+    The time of the first step runs from the call that trains until the loss is on the host, with
+    fit's compiler and no timing of others. The peak is that after two epochs.
     """
     import gc
 
@@ -423,49 +426,52 @@ def fresh(name: str, way: str, memory: bool) -> dict[str, float]:
             float(keras.ops.convert_to_numpy(losses[0]))
             times.append(time.perf_counter())
 
-    watch = {"Polus": First, "fit": FirstOfFit}.get(way.split(",")[0], lambda: first_by_hand)()
+    watch = {"Polus": First, "fit": FirstOfFit}.get(method.split(",")[0], lambda: first_by_hand)()
     polus.core.set_jit_compile(keras.config.backend() == "jax")
     work = WORKLOADS[name]()
-    _, train = WAYS[way](work, watch=watch)
-    gc.collect()  # or a quarter of a second for what the imports left hits one way or another
-    began = time.perf_counter()
+    _, train = METHODS[method](work, watch=watch)
+    gc.collect()  # collecting the imports' garbage takes a quarter of a second, at any moment
+    start = time.perf_counter()
     train(1)
     if not memory:
-        return {"first": times[0] - began}
+        return {"first": times[0] - start}
     polus.core.set_jit_compile("auto")
-    _, train = WAYS[way](work)
+    _, train = METHODS[method](work)
     train(2)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {"first": times[0] - began, "MiB": peak}
+    return {"first": times[0] - start, "MiB": peak}
 
 
 def all_fresh(backend: str, name: str) -> dict[str, dict[str, float]]:
-    """What `fresh` gives: the median of the first steps of three processes, and the memory."""
-    ways = ("Polus", "fit", "hand-written")
-    runs: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
+    """Returns the median first step of three processes, and the peak memory, of each method."""
+    methods = ("Polus", "fit", "hand-written")
+    runs: dict[str, list[dict[str, float]]] = {method: [] for method in methods}
     for i in range(3):
-        for way in ways:
-            arguments = ["--workload", name, "--fresh", way, *["--memory"] * (i == 0)]
-            runs[way].append(in_child(backend, *arguments))
+        for method in methods:
+            arguments = ["--workload", name, "--fresh", method, *["--memory"] * (i == 0)]
+            runs[method].append(in_child(backend, *arguments))
     return {
-        way: {"first": statistics.median(run["first"] for run in of_way), "MiB": of_way[0]["MiB"]}
-        for way, of_way in runs.items()
+        method: {
+            "first": statistics.median(run["first"] for run in results),
+            "MiB": results[0]["MiB"],
+        }
+        for method, results in runs.items()
     }
 
 
 def imports() -> float:
-    """The seconds that Polus' modules take to import after Keras'."""
+    """Returns the seconds that it takes to import Polus after Keras."""
     code = (
-        "import time, keras; began = time.perf_counter()\n"
+        "import time, keras; start = time.perf_counter()\n"
         "import polus, polus.training, polus.callbacks, polus.data, polus.metrics\n"
-        "print(time.perf_counter() - began)"
+        "print(time.perf_counter() - start)"
     )
     taken = [subprocess.check_output([sys.executable, "-c", code], text=True) for _ in range(5)]
     return statistics.median(map(float, taken))
 
 
 def in_child(backend: str, *arguments: str) -> Any:
-    """What this program gives in a process of its own, on a terminal that nobody looks at."""
+    """Runs this program in a new process with a terminal, and returns its result."""
     with tempfile.NamedTemporaryFile("r") as file:
         master, slave = pty.openpty()
         process = subprocess.Popen(
@@ -482,7 +488,7 @@ def in_child(backend: str, *arguments: str) -> Any:
             while True:
                 try:
                     shown.extend(os.read(master, 65536))
-                except OSError:  # how a terminal says that its other side is gone
+                except OSError:  # the process has closed its side of the terminal
                     return
                 del shown[:-20_000]
 
@@ -496,35 +502,35 @@ def in_child(backend: str, *arguments: str) -> Any:
         return json.load(file)
 
 
-# ---------------------------------------------------------------------- what comes out
+# ---------------------------------------------------------------------- the tables
 
 
-def median(result: dict[str, Any], way: str) -> float:
-    return statistics.median(result["rates"][way])
+def median(result: dict[str, Any], method: str) -> float:
+    return statistics.median(result["rates"][method])
 
 
-def shown(rate: float) -> str:
+def formatted(rate: float) -> str:
     return f"{rate:,.0f}" if rate >= 100 else f"{rate:.1f}"
 
 
-def best(result: dict[str, Any], *starts: str) -> float:
-    """The fastest way whose name starts so."""
-    return max(median(result, way) for way in result["rates"] if way.startswith(starts))
+def best_rate(result: dict[str, Any], *starts: str) -> float:
+    """Returns the rate of the fastest method whose name starts with one of `starts`."""
+    return max(median(result, method) for method in result["rates"] if method.startswith(starts))
 
 
 def targets(
     backend: str, name: str, result: dict[str, Any]
 ) -> list[tuple[str, float, float, bool]]:
-    """What was promised: (what, value, bound, whether the bound is a minimum)."""
+    """Returns the targets as (measure, value, target, whether the target is a minimum)."""
     torch = backend == "torch"
     ours = median(result, "Polus")
     first = result["fresh"]["Polus"]["first"] / result["fresh"]["fit"]["first"]
     rows = [("first step vs `fit`", first, 1.2, False)]
     if name == "mlp":
         bounds = {"tensorflow": (5, 1.5, 0.8), "jax": (3, 1.5, 0.7), "torch": (1.2, 1.2, 0.95)}
-        limit = "hand-written" if torch else "hand-written, many a call"
+        limit = "hand-written" if torch else "hand-written, many steps per call"
         of = ("`fit`", "best `fit`", limit)
-        against = (median(result, "fit"), best(result, "fit"), median(result, limit))
+        against = (median(result, "fit"), best_rate(result, "fit"), median(result, limit))
         rows += [
             (f"vs {what}", ours / rate, bound, True)
             for what, rate, bound in zip(of, against, bounds[backend], strict=True)
@@ -538,7 +544,7 @@ def targets(
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
-    """Everything as Markdown. `results`: backend -> workload or "imports" -> what was measured."""
+    """Formats the results (backend -> workload or "imports" -> measurements) as Markdown."""
     lines = []
     for name in WORKLOADS:
         if not any(name in result for result in results.values()):
@@ -546,35 +552,35 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         lines += [
             f"### {name}",
             "",
-            "| backend | way | steps/s | lowest to highest | Polus is | first step | peak memory |",
+            "| backend | method | steps/s | range | Polus speed-up | first step | peak memory |",
             "|---|---|---:|---:|---:|---:|---:|",
         ]
         for backend, of_backend in results.items():
             result = of_backend[name]
-            for way, rates in result["rates"].items():
-                rate, cost = median(result, way), result["fresh"].get(way)
+            for method, rates in result["rates"].items():
+                rate, cost = median(result, method), result["fresh"].get(method)
                 costs = f"{cost['first']:.2f} s | {cost['MiB']:,.0f} MiB" if cost else " | "
                 lines.append(
-                    f"| {BACKENDS[backend]} | {way} | {shown(rate)} "
-                    f"| {shown(min(rates))} to {shown(max(rates))} "
+                    f"| {BACKENDS[backend]} | {method} | {formatted(rate)} "
+                    f"| {formatted(min(rates))} to {formatted(max(rates))} "
                     f"| {median(result, 'Polus') / rate:.2f} x | {costs} |"
                 )
         lines.append("")
         for backend, of_backend in results.items():
-            if said := of_backend[name]["measuring"].get("Polus"):
-                lines += [f"{BACKENDS[backend]}: {said['text']}", ""]
-    absent = {
-        f"{BACKENDS[backend]}, {way}: {why}": None  # the same for each workload
+            if text := of_backend[name]["autotune"].get("Polus"):
+                lines += [f"{BACKENDS[backend]}: {text}", ""]
+    unavailable = {
+        f"{BACKENDS[backend]}, {method}: {why}": None  # the same for each workload
         for backend, of_backend in results.items()
         for name in WORKLOADS
         if name in of_backend
-        for way, why in of_backend[name]["absent"].items()
+        for method, why in of_backend[name]["unavailable"].items()
     }
-    lines += ["### What is not possible", "", *(f"- {line}" for line in absent), ""]
+    lines += ["### Not available", "", *(f"- {line}" for line in unavailable), ""]
     lines += [
         "### Targets",
         "",
-        "| backend | workload | what | bound | measured | |",
+        "| backend | workload | measure | target | measured | |",
         "|---" * 6 + "|",
     ]
     for backend, of_backend in results.items():
@@ -599,9 +605,11 @@ def main() -> None:
     parser.add_argument("--backend", choices=BACKENDS, action="append")
     parser.add_argument("--workload", choices=WORKLOADS, action="append")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=0.5, help="of a way in a round, about")
+    parser.add_argument(
+        "--seconds", type=float, default=0.5, help="approximate time per method and round"
+    )
     parser.add_argument("--into", help=argparse.SUPPRESS)
-    parser.add_argument("--fresh", choices=WAYS, help=argparse.SUPPRESS)
+    parser.add_argument("--fresh", choices=METHODS, help=argparse.SUPPRESS)
     parser.add_argument("--memory", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     names = options.workload or list(WORKLOADS)
@@ -614,13 +622,13 @@ def main() -> None:
         )
         Path(options.into).write_text(json.dumps(result))
         return
-    began, load = time.time(), os.getloadavg()[0]
+    start, load = time.time(), os.getloadavg()[0]
     results: dict[str, dict[str, Any]] = {}
     for backend in options.backend or BACKENDS:
         os.environ["KERAS_BACKEND"] = backend
         results[backend] = {"imports": imports()}
         for name in names:
-            print(f"{time.time() - began:.0f} s: {backend}, {name}", file=sys.stderr, flush=True)
+            print(f"{time.time() - start:.0f} s: {backend}, {name}", file=sys.stderr, flush=True)
             size = "--rounds", str(options.rounds), "--seconds", str(options.seconds)
             result = in_child(backend, "--workload", name, *size)
             result["fresh"] = all_fresh(backend, name)
@@ -629,10 +637,11 @@ def main() -> None:
     versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in packages)
     text = (
         f"# Speed\n\nWritten by `make bench` on {datetime.date.today()}, in "
-        f"{(time.time() - began) / 60:.0f} minutes: {os.cpu_count()} cores, {platform.machine()}, "
+        f"{(time.time() - start) / 60:.0f} minutes: {os.cpu_count()} cores, {platform.machine()}, "
         f"load {load:.1f} at the start; Python {platform.python_version()}, {versions}. "
-        f"Median of {options.rounds} interleaved rounds. How to read it: "
-        f"[performance](../performance.md).\n\n{table(results)}\n"
+        f"Median of {options.rounds} interleaved rounds. Compare rows of one backend only. "
+        "[Performance](../performance.md#the-benchmark) explains how to read the tables."
+        f"\n\n{table(results)}\n"
     )
     print(text)
     if not options.backend and not options.workload:

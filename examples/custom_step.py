@@ -1,4 +1,4 @@
-"""Trains a classifier whose predictions change little with its input: a gradient in a gradient.
+"""Trains a classifier with a gradient penalty: a gradient inside a gradient.
 
 python examples/custom_step.py
 """
@@ -18,7 +18,7 @@ from polus.training import BaseTrainer
 
 
 class LargestSlope(IMetric):
-    """The largest of all slopes since the last reset."""
+    """The largest slope since the last reset."""
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -34,11 +34,13 @@ class LargestSlope(IMetric):
 class GradientPenalty(BaseTrainer):
     """Keeps the loss flat around the training inputs (Drucker & LeCun 1992, double backprop).
 
+    An example's slope is the norm of the gradient of its loss with respect to its input.
+
     Args:
-        model: inputs (n, features) -> logits.
-        penalty: the weight of the mean squared slope, the norm of an example's loss by its input.
-        input_shape: the shape of one whole batch of inputs.
-        kwargs: as for `BaseTrainer`.
+        model: A model from inputs of shape (n, features) to logits.
+        penalty: The weight of the mean squared slope.
+        input_shape: The shape of a batch of inputs.
+        kwargs: The other arguments of `BaseTrainer`.
     """
 
     def __init__(self, model, penalty, input_shape, **kwargs):
@@ -46,7 +48,8 @@ class GradientPenalty(BaseTrainer):
             model, metrics=[Accuracy(10), LargestSlope(name="largest_slope")], **kwargs
         )
         self.penalty = penalty
-        # Gradients are taken by variables: that by the input is that by something added to it.
+        # value_and_grad differentiates with respect to variables only. The gradient with respect to
+        # the input is the gradient with respect to a zero that is added to it.
         self.shift = keras.Variable(np.zeros(input_shape, "float32"))
 
     def train_step(self, x, y):
@@ -54,7 +57,7 @@ class GradientPenalty(BaseTrainer):
             def example_losses():
                 logits = self.model(x + self.shift, training=True)
                 losses = self.loss(y, logits)
-                # A sum, so that each example's gradient is that of its own loss.
+                # With a sum, each row of the gradient belongs to one example's loss.
                 return ops.sum(losses), (losses, logits)
 
             (_, (losses, logits)), (slopes,) = value_and_grad(
@@ -73,7 +76,7 @@ class GradientPenalty(BaseTrainer):
 
 
 def main(epochs: int = 30, penalty: float = 0.5, noise: float = 0.3) -> dict[float, list[float]]:
-    """Returns, of a model without and one with the penalty: [accuracy, the same under noise]."""
+    """Returns penalty -> [accuracy, accuracy on noisy inputs], without and with the penalty."""
     images, labels = load_digits(return_X_y=True)
     images, labels = images.astype("float32") / 16, labels.astype("int32")
     x, x_test, y, y_test = train_test_split(
@@ -103,8 +106,8 @@ def main(epochs: int = 30, penalty: float = 0.5, noise: float = 0.3) -> dict[flo
 
     print(f"Trained on {len(x):,} images, {epochs} epochs, {keras.backend.backend()}")
     print("penalty  accuracy  with noise  largest slope")
-    for weight, (clean, disturbed) in results.items():
-        print(f"{weight:7.1f}  {clean:8.4f}  {disturbed:10.4f}  {slopes[weight]:13.3f}")
+    for weight, (clean, noisy_accuracy) in results.items():
+        print(f"{weight:7.1f}  {clean:8.4f}  {noisy_accuracy:10.4f}  {slopes[weight]:13.3f}")
     return results
 
 

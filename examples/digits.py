@@ -1,4 +1,4 @@
-"""Trains a classifier of handwritten digits, and shows how well it does.
+"""Trains and evaluates a classifier of handwritten digits.
 
 python examples/digits.py                       # scikit-learn's 1,797 digits, 8 x 8 pixels
 python examples/digits.py --data path/to/mnist  # a folder with mnist.npz, 28 x 28 pixels
@@ -27,7 +27,7 @@ from polus.training import ClassifierTrainer
 
 
 def load(folder: Path | None):
-    """Images (n, size, size, 1) between 0 and 1 and their labels, for training and held out."""
+    """Returns the training and the held-out set: images (n, size, size, 1) in [0, 1], labels."""
     if folder is None:
         images, labels = load_digits(return_X_y=True)
         images = images.reshape(-1, 8, 8, 1).astype("float32") / 16
@@ -41,7 +41,7 @@ def load(folder: Path | None):
 
 
 def build(size: int) -> keras.Model:
-    """A small convolutional network; larger images are halved once more."""
+    """Returns a small convolutional network, with one more pooling step for larger images."""
     layers = [keras.Input((size, size, 1))]
     for filters in (16, 32) if size > 8 else (32,):
         layers += [keras.layers.Conv2D(filters, 3, activation="relu"), keras.layers.MaxPooling2D()]
@@ -67,7 +67,7 @@ def main(data: Path | None = None, epochs: int | None = None, runs: Path = Path(
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=[Accuracy(10), MacroF1Score(10)],
     )
-    began = time.perf_counter()
+    start = time.perf_counter()
     history = trainer.train(
         from_arrays((x, y), batch_size=32 if data is None else 128, seed=0),
         epochs=epochs or (40 if data is None else 4),
@@ -79,9 +79,9 @@ def main(data: Path | None = None, epochs: int | None = None, runs: Path = Path(
             EarlyStop("val_macro_f1", patience=8),
         ],
     )
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - start
 
-    # The best model, as anybody would load it.
+    # Evaluate the best model, loaded as any user of the file would load it.
     best = keras.saving.load_model(folder / "model.keras")
     predicted = best.predict(x_test, batch_size=256, verbose=0).argmax(-1)
     display = ConfusionMatrixDisplay.from_predictions(
@@ -94,8 +94,8 @@ def main(data: Path | None = None, epochs: int | None = None, runs: Path = Path(
     score, epoch = max(scores), np.argmax(scores) + 1
     print(f"""
 Trained     {best.count_params():,} weights on {len(x):,} images, {keras.backend.backend()}
-How well    macro-F1 {score:.4f} on {len(x_test):,} held-out images, after epoch {epoch}
-How fast    {len(scores)} epochs in {seconds:.1f} s, compilation included
+Quality     macro-F1 {score:.4f} on {len(x_test):,} held-out images, after epoch {epoch}
+Time        {len(scores)} epochs in {seconds:.1f} s, compilation included
 Files       {folder}/model.keras, history.png, confusion_matrix.png""")
     return score
 

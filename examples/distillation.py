@@ -1,4 +1,4 @@
-"""Trains a large classifier of digits, then a small one with its help, and one without.
+"""Distills a large digit classifier into a small one, and trains the small one alone too.
 
 python examples/distillation.py
 """
@@ -16,12 +16,12 @@ from polus.training import BaseTrainer, ClassifierTrainer
 
 
 class Distiller(BaseTrainer):
-    """A student learns from labels and from a teacher's soft predictions.
+    """Trains a student on labels and on a teacher's soft predictions.
 
     Args:
-        student: the model that is trained.
-        teacher: a trained model with outputs (n, classes), logits like the student's.
-        kwargs: as for `BaseTrainer`.
+        student: The model to train, which returns logits of shape (n, classes).
+        teacher: A trained model that returns logits of the same shape.
+        kwargs: The other arguments of `BaseTrainer`.
     """
 
     def __init__(self, student, teacher, **kwargs):
@@ -31,14 +31,15 @@ class Distiller(BaseTrainer):
     def forward_without_grads(self, x, y):  # frozen: no gradient flows here
         return x, y, self.teacher(x, training=False)
 
-    def forward_with_grads(self, x, y, soft):  # trained: returns what the loss takes
+    def forward_with_grads(self, x, y, soft):  # trained: returns the arguments of the loss
         return y, soft, self.model(x, training=True)
 
 
 def distillation_loss(y, teacher_logits, logits, temperature=3.0, hard_weight=0.1):
-    """Cross-entropy with the labels and, softened, with the teacher (arXiv:1503.02531, section 2).
+    """Returns cross-entropy with the labels and the softened teacher (arXiv:1503.02531, section 2).
 
-    The soft term is multiplied by temperature**2, so that its gradient keeps its size.
+    The soft term is multiplied by temperature**2, so that the temperature does not scale its
+    gradient.
     """
     hard = ops.mean(keras.losses.sparse_categorical_crossentropy(y, logits, from_logits=True))
     target = ops.softmax(teacher_logits / temperature)
@@ -50,10 +51,10 @@ def distillation_loss(y, teacher_logits, logits, temperature=3.0, hard_weight=0.
 
 
 def main(epochs: int = 40, few: int = 100) -> dict[str, float]:
-    """Returns held-out accuracies of the teacher, and of the student alone and distilled.
+    """Returns held-out accuracies of the teacher and of the student, trained alone and distilled.
 
-    The teacher has seen all images, the students a few: soft targets tell them what one image has
-    of the other digits (arXiv:1503.02531, section 6).
+    The teacher is trained on all images, the students on a few. Soft targets tell a student how
+    similar an image is to the other digits (arXiv:1503.02531, section 6).
     """
     keras.utils.set_random_seed(0)
     images, labels = load_digits(return_X_y=True)
@@ -61,8 +62,8 @@ def main(epochs: int = 40, few: int = 100) -> dict[str, float]:
     x, x_test, y, y_test = train_test_split(
         images, labels, test_size=0.4, stratify=labels, random_state=0
     )
-    everything = from_arrays((x, y), batch_size=32)
-    some = from_arrays((x[:few], y[:few]), batch_size=25)
+    all_images = from_arrays((x, y), batch_size=32)
+    few_images = from_arrays((x[:few], y[:few]), batch_size=25)
     held_out = from_arrays((x_test, y_test), batch_size=256, shuffle=False)
 
     teacher = keras.Sequential(
@@ -76,7 +77,7 @@ def main(epochs: int = 40, few: int = 100) -> dict[str, float]:
     student = keras.Sequential(
         [keras.Input((64,)), layers.Dense(16, activation="relu"), layers.Dense(10)]
     )
-    twin = keras.models.clone_model(student)  # starts from the same weights
+    twin = keras.models.clone_model(student)  # with the same initial weights
     twin.set_weights(student.get_weights())
 
     def shared():
@@ -84,9 +85,13 @@ def main(epochs: int = 40, few: int = 100) -> dict[str, float]:
 
     cross_entropy = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     trainers = {
-        "teacher": (ClassifierTrainer(teacher, loss=cross_entropy, **shared()), everything, 1),
-        "alone": (ClassifierTrainer(twin, loss=cross_entropy, **shared()), some, 2),
-        "distilled": (Distiller(student, teacher, loss=distillation_loss, **shared()), some, 2),
+        "teacher": (ClassifierTrainer(teacher, loss=cross_entropy, **shared()), all_images, 1),
+        "alone": (ClassifierTrainer(twin, loss=cross_entropy, **shared()), few_images, 2),
+        "distilled": (
+            Distiller(student, teacher, loss=distillation_loss, **shared()),
+            few_images,
+            2,
+        ),
     }
     results = {}
     print(f"Held out    {len(x_test):,} images, {keras.backend.backend()}")
@@ -103,5 +108,5 @@ def main(epochs: int = 40, few: int = 100) -> dict[str, float]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, default=40)
-    parser.add_argument("--few", type=int, default=100, help="images for the students")
+    parser.add_argument("--few", type=int, default=100, help="number of images for the students")
     main(**vars(parser.parse_args()))

@@ -1,4 +1,4 @@
-"""Trains a generative adversarial network on handwritten digits, and draws new ones.
+"""Trains a generative adversarial network on handwritten digits and draws new digits.
 
 python examples/gan.py
 """
@@ -21,13 +21,13 @@ LATENT = 24
 
 
 class GAN(BaseTrainer):
-    """Two models and two optimizers in one step (Goodfellow et al. 2014, arXiv:1406.2661).
+    """Trains two models with two optimizers in one step (Goodfellow et al., arXiv:1406.2661).
 
     Args:
-        generator: noise (n, LATENT) -> images.
-        discriminator: images -> logits (n, 1), above 0 for real ones.
-        d_optimizer: the optimizer of the discriminator; `optimizer` is the generator's.
-        kwargs: as for `BaseTrainer`.
+        generator: A model from noise of shape (n, LATENT) to images.
+        discriminator: A model from images to logits of shape (n, 1), positive for real images.
+        d_optimizer: The discriminator's optimizer; `optimizer` is the generator's.
+        kwargs: The other arguments of `BaseTrainer`.
     """
 
     def __init__(self, generator, discriminator, d_optimizer, **kwargs):
@@ -40,24 +40,26 @@ class GAN(BaseTrainer):
         noise = keras.random.normal((ops.shape(real)[0], LATENT), seed=self.seed)
         fake = self.model(noise, training=True)
 
-        def judge():
-            good = self.discriminator(real, training=True)
-            bad = self.discriminator(fake, training=True)
-            # Real images count as 0.9: a discriminator that is too sure teaches nothing.
-            return self.loss(0.9 * ops.ones_like(good), good) + self.loss(ops.zeros_like(bad), bad)
+        def discriminator_loss():
+            on_real = self.discriminator(real, training=True)
+            on_fake = self.discriminator(fake, training=True)
+            # Label smoothing: an overconfident discriminator gives the generator no gradient.
+            real_loss = self.loss(0.9 * ops.ones_like(on_real), on_real)
+            return real_loss + self.loss(ops.zeros_like(on_fake), on_fake)
 
-        def fool():
-            score = self.discriminator(self.model(noise, training=True), training=True)
-            return self.loss(ops.ones_like(score), score)
+        def generator_loss():
+            on_fake = self.discriminator(self.model(noise, training=True), training=True)
+            return self.loss(ops.ones_like(on_fake), on_fake)
 
-        judged = self.minimize(judge, self.discriminator.trainable_weights, self.d_optimizer)
-        fooled = self.minimize(fool, self.model.trainable_weights, self.optimizer)
+        d_weights = self.discriminator.trainable_weights
+        d_loss = self.minimize(discriminator_loss, d_weights, self.d_optimizer)
+        g_loss = self.minimize(generator_loss, self.model.trainable_weights, self.optimizer)
         self.step_counter.assign_add(1)
-        return {"loss": fooled, "discriminator": judged}
+        return {"loss": g_loss, "discriminator": d_loss}
 
 
 def build() -> tuple[keras.Model, keras.Model]:
-    """A generator and a discriminator of images (n, 64) between -1 and 1."""
+    """Returns a generator and a discriminator of images of shape (n, 64) between -1 and 1."""
     generator = keras.Sequential(
         [
             keras.Input((LATENT,)),
@@ -86,7 +88,7 @@ def build() -> tuple[keras.Model, keras.Model]:
 
 
 def main(epochs: int = 150, runs: Path = Path("runs")) -> float:
-    """Returns the share of generated images that a classifier of real digits is sure of."""
+    """Returns the share of generated images that a digit classifier recognizes with confidence."""
     keras.utils.set_random_seed(0)
     folder = runs / "gan"
     folder.mkdir(parents=True, exist_ok=True)
@@ -106,16 +108,16 @@ def main(epochs: int = 150, runs: Path = Path("runs")) -> float:
 
     noise = np.random.default_rng(0).normal(size=(1000, LATENT)).astype("float32")
     generated = generator.predict(noise, batch_size=500, verbose=0)
-    judge = LogisticRegression(max_iter=1000).fit(images, labels)
-    confidence = judge.predict_proba(generated)
-    sure = float((confidence.max(-1) > 0.9).mean())
-    sure_of_real = float((judge.predict_proba(images).max(-1) > 0.9).mean())
-    counts = np.bincount(confidence.argmax(-1), minlength=10)
+    classifier = LogisticRegression(max_iter=1000).fit(images, labels)
+    probabilities = classifier.predict_proba(generated)
+    recognized = float((probabilities.max(-1) > 0.9).mean())
+    recognized_real = float((classifier.predict_proba(images).max(-1) > 0.9).mean())
+    counts = np.bincount(probabilities.argmax(-1), minlength=10)
 
-    # One column per digit: those that the classifier takes for it.
+    # One column per predicted digit.
     figure, axes = plt.subplots(4, 10, figsize=(10, 4), squeeze=False)
     for digit in range(10):
-        chosen = generated[confidence.argmax(-1) == digit][:4]
+        chosen = generated[probabilities.argmax(-1) == digit][:4]
         for row in range(4):
             axes[row, digit].axis("off")
             if row < len(chosen):
@@ -125,11 +127,11 @@ def main(epochs: int = 150, runs: Path = Path("runs")) -> float:
 
     print(f"""
 Trained     a GAN on {len(images):,} images, {epochs} epochs, {keras.backend.backend()}
-How well    a classifier of real digits is sure (> 0.9) of {sure:.0%} of 1,000 generated
-            ones, of {sure_of_real:.0%} of the real ones; each digit is found
+Quality     a classifier trained on real digits recognizes {recognized:.0%} of 1,000 generated
+            images (probability > 0.9; {recognized_real:.0%} of the real ones), each digit
             {counts.min()} to {counts.max()} times
 File        {folder}/digits.png""")
-    return sure
+    return recognized
 
 
 if __name__ == "__main__":

@@ -4,12 +4,13 @@ import difflib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import keras
 import numpy as np
 
 
 def to_host(value: Any) -> np.ndarray[Any, Any]:
     """Returns a tensor, variable, number or array-like as a NumPy array. Waits for the device."""
+    import keras  # here, so that a misspelled name of `polus` does not load it for its hint
+
     # Keras reads what NumPy cannot, such as a bfloat16 tensor of PyTorch.
     if keras.ops.is_tensor(value) or isinstance(value, keras.Variable):
         return keras.ops.convert_to_numpy(value)  # type: ignore[no-any-return]
