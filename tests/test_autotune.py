@@ -70,6 +70,8 @@ def number(tensor) -> float:
         (1, None, [1] * 10),
         (4, None, [4, 4, 2]),
         (4, 3, [3, 3, 3, 1]),
+        # A callback is due at each third step of the epoch, not three steps after the last call.
+        (2, 3, [2, 1, 2, 1, 2, 1, 1]),
         (100, None, [10]),
         (100, 1, [1] * 10),
     ],
@@ -105,6 +107,14 @@ def test_who_hears_of_batches_finds_the_model_as_it_was_then():
     counted = []
     make_trainer().train(BATCHES, 1, [Mine()])
     assert counted == list(range(1, 11))
+
+
+def test_callbacks_of_two_rhythms_each_run_at_their_own_steps():
+    threes, fours = Blocks(every_steps=3), Blocks(every_steps=4)
+    make_trainer().train(BATCHES, 2, [threes, fours], steps_per_execution=100)
+    ends = np.cumsum(threes.counts)
+    assert ends.tolist() == [3, 4, 6, 8, 9, 10, 13, 14, 16, 18, 19, 20]
+    assert threes.counts == fours.counts
 
 
 def test_a_shape_is_compiled_once():

@@ -231,6 +231,29 @@ def test_post_processing_of_gradients():
         np.testing.assert_allclose(a - b, 1.0, rtol=1e-5)
 
 
+def test_loss_scaling_does_not_change_post_processed_gradients():
+    """`post_process_grads` sees true gradients, and the optimizer applies what it returns."""
+
+    def trained(optimizer):
+        def clipped(gradients):
+            return [ops.clip(gradient, -0.05, 0.05) for gradient in gradients]
+
+        keras.utils.set_random_seed(3)
+        trainer = ClassifierTrainer(
+            make_model(), optimizer, CROSS_ENTROPY, post_process_grads=clipped
+        )
+        trainer.train(BATCHES, epochs=1)
+        return trainer.model.get_weights()
+
+    plain = trained(keras.optimizers.SGD(0.5))
+    # The scale changes on the way, as it does in a longer run.
+    scaled = keras.optimizers.LossScaleOptimizer(
+        keras.optimizers.SGD(0.5), initial_scale=2.0**12, dynamic_growth_steps=2
+    )
+    for one, other in zip(plain, trained(scaled), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+
+
 def test_train_step_alone_is_one_update_and_counts():
     model = make_model(built=False)
     trainer = make_trainer(model)
