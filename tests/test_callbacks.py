@@ -222,7 +222,7 @@ def test_changes_below_min_delta_are_no_improvement():
     [
         (
             lambda: EarlyStop("loss", patience=0),
-            "patience must be a positive number of epochs, got 0",
+            "patience must be a positive integer, got 0",
         ),
         (lambda: EarlyStop("loss", mode="up"), '"min", "max" or "auto"'),
         (lambda: EarlyStop("loss", min_delta=-1), "at least 0"),
