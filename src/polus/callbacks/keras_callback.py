@@ -102,8 +102,7 @@ class KerasCallback(Callback):
         for i, step in enumerate(steps):
             if len(steps) > 1:
                 self.callback.on_train_batch_begin(step, {})
-            # A callback that only counts does not wait for the loss.
-            self.callback.on_train_batch_end(step, {} if self.only_counts else self.fit.logs_of(i))
+            self.callback.on_train_batch_end(step, self.fit.batch_logs(i))
         self.fit.check_stop()
 
     def on_epoch_end(self, epoch: int) -> None:
@@ -261,9 +260,12 @@ class FitEmulation:
             means = {name: total / self._examples for name, total in self._sums.items()}
             self._batch_logs.append({**means, **metrics})
 
-    def logs_of(self, i: int) -> dict[str, Any]:
-        """Returns the logs of the i-th of the steps that were added last."""
-        return self._batch_logs[i]
+    def batch_logs(self, i: int) -> dict[str, Any]:
+        """Returns the logs of the i-th of the steps that were added last, the same for all.
+
+        They are empty if all callbacks only count batches: nothing waits for the losses then.
+        """
+        return self._batch_logs[i] if self.needs_batch_logs else {}
 
     def warn_about_test_batches(self) -> None:
         for adapter in self.adapters if not self._warned else ():
