@@ -222,7 +222,7 @@ def test_changes_below_min_delta_are_no_improvement():
     [
         (
             lambda: EarlyStop("loss", patience=0),
-            "patience must be a positive number of epochs, got 0",
+            "patience must be a positive integer, got 0",
         ),
         (lambda: EarlyStop("loss", mode="up"), '"min", "max" or "auto"'),
         (lambda: EarlyStop("loss", min_delta=-1), "at least 0"),
@@ -374,11 +374,18 @@ def bars_of(text):
 def test_bar_shows_the_remaining_time_of_all_epochs():
     clock = Clock(20 * 60)
     bars = bars_of(shown(True, [clock], clock=clock))
-    left = [bar.split("━ ")[-1].split()[0] for bar in bars if "steps/s" in bar]
+    left = [bar.split("━ ")[-1].split()[0] for bar in bars if "s/step" in bar]
     assert list(dict.fromkeys(left)) == [
         *("2:40:00", "2:20:00", "2:00:00", "1:40:00", "1:20:00"),
         *("1:00:00", "40:00", "20:00", "0:00"),
     ]
+
+
+def test_slow_steps_are_shown_in_seconds_per_step():
+    clock = Clock(150)
+    text = shown(False, [clock], clock=clock)
+    assert "150 s/step, 0.11 examples/s" in text.splitlines()[-1]
+    assert "steps/s" not in text
 
 
 def test_epochs_shorter_than_the_refresh_interval_are_shown():

@@ -159,14 +159,20 @@ class ConsoleLogCallback(Callback):
         return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
     def _rates(self, now: float) -> str:
-        """Returns steps and examples per second since the first block, or "" until the second."""
+        """Returns the speed in steps and examples since the first block, or "" until the second."""
         if self._first is None or self._steps == self._first[1]:
             return ""
         began, *before = self._first
-        counts = (self._steps - before[0], self._examples - before[1])
-        rates = [count / max(now - began, 1e-9) for count in counts]
-        shown = [f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}" for rate in rates]
-        return f"{shown[0]} steps/s, {shown[1]} examples/s"
+        steps, examples = self._steps - before[0], self._examples - before[1]
+        seconds = max(now - began, 1e-9)
+        speed = f"{_rate(steps / seconds)} steps/s"
+        if seconds > steps:
+            speed = f"{_rate(seconds / steps)} s/step"
+        return f"{speed}, {_rate(examples / seconds)} examples/s"
+
+
+def _rate(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
 
 
 def _short(value: Any) -> str:

@@ -4,11 +4,14 @@ import math
 from typing import Any
 
 from polus.callbacks.base import Callback
+from polus.callbacks.checks import check_count
 from polus.callbacks.monitor import Mode, Monitor
 
 
 class EarlyStop(Callback):
     """Ends training when a monitored value stops improving or is not finite.
+
+    An epoch in which the monitored validation set is not evaluated does not count.
 
     Args:
         monitor: The name of the value in the logs: `"loss"`, `"val_macro_f1"`, ...
@@ -25,8 +28,12 @@ class EarlyStop(Callback):
         mode: Mode = "auto",
     ) -> None:
         super().__init__()
-        if patience < 1:
-            raise ValueError(f"patience must be a positive number of epochs, got {patience!r}.")
+        if isinstance(monitor, int):
+            raise TypeError(
+                f"monitor must be the name of a value in the logs, got {monitor!r}. Did you mean "
+                f"EarlyStop(patience={monitor})?"
+            )
+        check_count("patience", patience, "It is a number of epochs.")
         self.monitor = Monitor(monitor, mode, min_delta)
         self.patience = patience
         self.waited = 0
@@ -36,8 +43,10 @@ class EarlyStop(Callback):
         self.monitor.best = None
 
     def on_epoch_end(self, epoch: int) -> None:
-        value = self.monitor.value(self.coordinator.run)
+        value = self.monitor.value(self.coordinator)
         name = self.monitor.name
+        if value is None:
+            return
         if not math.isfinite(value):
             self._stop(f"{name} is {value}")
         elif self.monitor.improved(value):

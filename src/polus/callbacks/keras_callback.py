@@ -1,14 +1,16 @@
 """Adapts Keras callbacks, so that they work as they do in `fit`."""
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
 import keras
 import numpy as np
 
-from polus.callbacks.base import Callback
-from polus.callbacks.monitor import lower_is_better
+from polus.callbacks.base import Callback, RunView
+from polus.callbacks.monitor import improving_direction
+from polus.host import to_host
 
 BATCH_EVENTS = (
     "on_batch_begin",
@@ -16,9 +18,12 @@ BATCH_EVENTS = (
     "on_train_batch_begin",
     "on_train_batch_end",
 )
-# Attributes that are not part of a callback's state. Keras negates min_delta when it chooses the
-# direction, once in every process.
-NO_STATE = {*vars(keras.callbacks.Callback()), "min_delta"}
+TEST_BATCH_EVENTS = ("on_test_batch_begin", "on_test_batch_end")
+MONITORS = (
+    keras.callbacks.EarlyStopping,
+    keras.callbacks.ModelCheckpoint,
+    keras.callbacks.ReduceLROnPlateau,
+)
 COUNTERS = (
     keras.callbacks.BackupAndRestore,
     keras.callbacks.ModelCheckpoint,
@@ -30,143 +35,306 @@ MISSING = object()
 class KerasCallback(Callback):
     """Delivers the events of a run to a `keras.callbacks.Callback`.
 
-    During training `model.optimizer` is the trainer's optimizer, and `model.stop_training = True`
-    ends the run. The logs are those of `fit`: running means over the epoch for a batch, and these
-    plus the validation results (`<set>_<metric>`) for an epoch. The callback is told when a
+    During training `model.optimizer` is the trainer's optimizer, `model.history` a Keras history,
+    and `model.stop_training = True` ends the run. The logs are those of `fit`: running means over
+    the epoch for a batch, and these plus the validation results (`<set>_<metric>`) for an epoch.
+    All Keras callbacks get the same dict, so each sees what those before it wrote. As in `fit`,
+    `on_train_end` is not called if an exception ended the run. The callback is told when a
     validation begins and ends, but not about its batches; `model.evaluate` needs a compiled model,
-    as usual. A resumed run restores the attributes that changed, such as `wait` and `best`.
+    as usual.
+
+    A resumed run restores the attributes that changed, such as `wait` and `best`, if they are
+    numbers, arrays, None, or lists and dicts of these. Strings and the constructor arguments of
+    Keras' own callbacks are never restored, so that a checkpoint cannot change where files go.
 
     Args:
         callback: The Keras callback, kept as `callback`.
     """
 
+    fit: "FitEmulation"  # from the beginning of the run on
+
     def __init__(self, callback: keras.callbacks.Callback) -> None:
         super().__init__()
         self.callback = callback
-        self._overrides = any(_overridden(callback, event) for event in BATCH_EVENTS)
-        # Keras' own callbacks that save or write once per epoch only count the steps.
-        self._counts = type(callback) in COUNTERS and "epoch" in (
-            getattr(callback, "save_freq", None),
-            getattr(callback, "update_freq", None),
-        )
-        self.every_steps = 1 if self._overrides and not self._counts else None
-        self._given = dict(vars(callback))
-        self._sums: dict[str, float] = {}
-        self._examples = 0
+        self.has_batch_events = any(_overridden(callback, event) for event in BATCH_EVENTS)
+        self.only_counts = self.has_batch_events and _only_counts_batches(callback)
+        self.every_steps = 1 if self.has_batch_events and not self.only_counts else None
+        self._initial = dict(vars(callback))
+        self._fixed = _fixed_attributes(callback)
 
     def on_train_begin(self) -> None:
         run = self.coordinator.run
-        model = run.trainer.model
-        self._sums, self._examples = {}, 0
-        if self is next(
-            c for c in self.coordinator.callbacks if isinstance(c, KerasCallback)
-        ):  # once per run
-            run.closing.enter_context(_fit_attributes(model, run.trainer.optimizer))
-        if getattr(self.callback, "mode", None) == "auto":  # Keras asks the compiled metrics
-            self.callback.mode = "min" if lower_is_better(self.callback.monitor) else "max"
-        self.callback.set_params({"epochs": run.epochs, "steps": run.steps, "verbose": 1})
-        self.callback.set_model(model)
+        adapters = [c for c in self.coordinator.callbacks if isinstance(c, KerasCallback)]
+        if self is adapters[0]:
+            fit = FitEmulation(run, adapters)
+            run.closing.enter_context(fit.model_attributes())
+            for adapter in adapters:
+                adapter.fit = fit
+                adapter.callback.set_model(fit.model)
+                adapter.callback.set_params(
+                    {"verbose": 1, "epochs": run.epochs, "steps": run.steps}
+                )
+        if isinstance(self.callback, MONITORS) and self.callback.mode == "auto":
+            # Keras would ask the metrics of a compiled model, and raises if they don't know.
+            self.callback.mode = improving_direction(self.callback.monitor, self.coordinator) or "auto"
         if run.resuming and isinstance(self.callback, keras.callbacks.CSVLogger):
             self.callback.append = True  # otherwise it empties the file
-        self.callback.on_train_begin({})
-        # BackupAndRestore leaves the epoch to continue from here.
-        run.epoch = model._initial_epoch or run.epoch
+        self.callback.on_train_begin(self.fit.begin_logs(self))
+        # BackupAndRestore leaves the epoch to continue from here. It has no public name.
+        run.epoch = vars(self.fit.model)["_initial_epoch"] or run.epoch
 
     def on_epoch_begin(self, epoch: int) -> None:
-        self._sums, self._examples = {}, 0
-        self.callback.on_epoch_begin(epoch, {})
-        self._check_stop()
+        if self is self.fit.first:
+            self.fit.begin_epoch()
+        self.callback.on_epoch_begin(epoch, self.fit.begin_logs(self))
+        self.fit.check_stop()
 
     def on_train_batch_begin(self, epoch: int, step: int) -> None:
-        if self._overrides:
-            self.callback.on_train_batch_begin(step, {})
+        logs = self.fit.begin_logs(self)
+        if self.has_batch_events:
+            self.callback.on_train_batch_begin(step, logs)
 
     def on_steps_end(self, epoch: int, steps: range, losses: Any) -> None:
-        if not self._overrides:
+        if self is self.fit.first:
+            self.fit.add_steps(steps)
+        if not self.has_batch_events:
             return
-        if self._counts:
-            for step in steps:
-                if len(steps) > 1:
-                    self.callback.on_train_batch_begin(step, {})
-                self.callback.on_train_batch_end(step, {})  # no wait for the loss
-            return
-        run = self.coordinator.run
-        sizes = run.batch_sizes[-len(steps) :]
-        terms = {name: np.asarray(values) for name, values in run.step_logs.items()}
-        metrics = {metric.name: _number(metric.result()) for metric in run.metrics}
         for i, step in enumerate(steps):
             if len(steps) > 1:
                 self.callback.on_train_batch_begin(step, {})
-            self._examples += sizes[i]
-            for name, values in terms.items():
-                self._sums[name] = self._sums.get(name, 0.0) + float(values[i]) * sizes[i]
-            means = {name: total / self._examples for name, total in self._sums.items()}
-            self.callback.on_train_batch_end(step, {**means, **metrics})
-        self._check_stop()
+            self.callback.on_train_batch_end(step, self.fit.batch_logs(i))
+        self.fit.check_stop()
 
     def on_epoch_end(self, epoch: int) -> None:
-        self.callback.on_epoch_end(epoch, self.coordinator.run.logs)
-        self._check_stop()
+        logs = self.coordinator.run.logs
+        if self is self.fit.first:
+            self.fit.train_logs = dict(logs)
+        self.callback.on_epoch_end(epoch, logs)
+        if self is self.fit.last and self.fit.adds_history:
+            self.fit.history.on_epoch_end(epoch, logs)
+        self.fit.check_stop()
 
     def on_train_end(self) -> None:
-        failed = self.coordinator.run.exception is not None
-        if failed and isinstance(self.callback, keras.callbacks.BackupAndRestore):
-            return  # it would delete the backup that the next run restores
-        self.callback.on_train_end(self.coordinator.run.logs)
+        if self.coordinator.run.exception is None:
+            self.callback.on_train_end(self.fit.train_logs)
 
     def on_validation_begin(self) -> None:
-        self.callback.on_test_begin({})
+        if self is self.fit.first:
+            self.fit.warn_about_test_batches()
+        self.callback.on_test_begin(self.fit.begin_logs(self))
 
     def on_validation_end(self, results: dict[str, Any]) -> None:
-        self.callback.on_test_end(results)
+        if self is self.fit.first:
+            self.fit.test_logs = dict(results)
+        self.callback.on_test_end(self.fit.test_logs)
+
+    # ------------------------------------------------------------------ state
 
     def get_state(self) -> dict[str, Any]:
-        from polus.state_tree import flatten_state
-
-        changed = {}
+        changed, strings = {}, []
         for name, value in vars(self.callback).items():
             scalar = isinstance(value, bool | int | float | str | None)
-            if name in NO_STATE or (scalar and value == self._given.get(name, MISSING)):
+            if name in self._fixed or (scalar and value == self._initial.get(name, MISSING)):
                 continue
-            with contextlib.suppress(TypeError):  # files, functions: the callback recreates them
-                flatten_state(value)
+            if _is_plain(value):
                 changed[name] = value
-        return {"changed": changed, "sums": self._sums, "examples": self._examples}
+            elif isinstance(value, str) and not name.startswith("_"):
+                strings.append(name)
+        state = {"class": type(self.callback).__name__, "changed": changed, "strings": strings}
+        return state | (self.fit.get_state() if self is self.fit.first else {})
 
     def set_state(self, state: dict[str, Any]) -> None:
-        vars(self.callback).update(state["changed"])
+        if self is self.fit.first:
+            self.fit.set_state(state)
+        name = type(self.callback).__name__
+        if state["class"] != name:
+            self.logger.warning(
+                "The checkpoint has the state of a %r where this run has %s: %s does not continue "
+                "from it. Pass the same Keras callbacks in the same order.",
+                state["class"],
+                name,
+                name,
+            )
+            return
+        attributes = vars(self.callback)
+        for key, value in state["changed"].items():
+            replaces = (
+                attributes[key] if key in attributes else getattr(type(self.callback), key, None)
+            )
+            if key not in self._fixed and _is_plain(replaces) and _is_plain(value):
+                attributes[key] = value
+        if state["strings"]:
+            self.logger.warning(
+                "%s changed its attributes %r during the run. They are strings, which a checkpoint "
+                "does not restore since they may be paths.",
+                name,
+                state["strings"],
+            )
+
+
+class FitEmulation:
+    """What `fit` shares among its callbacks: attributes of the model, and a dict of logs per event.
+
+    Args:
+        run: The run.
+        adapters: Its Keras callbacks in the order in which they are called.
+    """
+
+    def __init__(self, run: RunView, adapters: list[KerasCallback]) -> None:
+        self.run = run
+        self.model = run.trainer.model
+        self.adapters = adapters
+        self.first, self.last = adapters[0], adapters[-1]
+        self.needs_batch_logs = any(a.has_batch_events and not a.only_counts for a in adapters)
+        given = [a.callback for a in adapters if isinstance(a.callback, keras.callbacks.History)]
+        self.history = given[0] if given else keras.callbacks.History()
+        self.adds_history = not given
+        self.history.set_model(self.model)
+        self.history.on_train_begin()
+        self.train_logs: dict[str, Any] = {}
+        self.test_logs: dict[str, Any] = {}
+        self._begin_logs: dict[str, Any] = {}
+        self._batch_logs: list[dict[str, Any]] = []
+        self._sums: dict[str, float] = {}
+        self._examples = 0
+        self._warned = False
+
+    @contextlib.contextmanager
+    def model_attributes(self) -> Iterator[None]:
+        """Sets the model attributes that callbacks read; restores the model's own afterwards."""
+        model, optimizer = self.model, self.run.trainer.optimizer
+        lent = {
+            "optimizer": optimizer,
+            "stop_training": False,
+            "history": self.history,
+            "_initial_epoch": None,
+        }
+        if model.compiled and model.optimizer is not optimizer:
+            own = model.get_compile_config
+
+            # The optimizer's variables are saved with the model, so its configuration must match.
+            def get_compile_config() -> Any:
+                config = own()
+                if config and "optimizer" in config:
+                    config |= {"optimizer": keras.optimizers.serialize(optimizer)}
+                return config
+
+            lent["get_compile_config"] = get_compile_config
+        before = {name: vars(model).get(name, MISSING) for name in lent}
+        for name, value in lent.items():
+            object.__setattr__(model, name, value)  # not tracked as part of the model
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                vars(model).pop(name, None)
+                if value is not MISSING:
+                    object.__setattr__(model, name, value)
+
+    def check_stop(self) -> None:
+        trainer = self.run.trainer
+        trainer.early_stop = trainer.early_stop or bool(self.model.stop_training)
+
+    def begin_epoch(self) -> None:
+        self._sums, self._examples = {}, 0
+
+    def begin_logs(self, adapter: KerasCallback) -> dict[str, Any]:
+        """Returns the logs of the event that begins: an empty dict, the same for all callbacks."""
+        if adapter is self.first:
+            self._begin_logs = {}
+        return self._begin_logs
+
+    def add_steps(self, steps: range) -> None:
+        """Computes the logs of some finished steps: the means over the epoch so far."""
+        if not self.needs_batch_logs:
+            return
+        run = self.run
+        sizes = run.batch_sizes[-len(steps) :]
+        terms = {name: np.asarray(values) for name, values in run.step_logs.items()}
+        metrics = {metric.name: _scalar(metric.result()) for metric in run.metrics}
+        self._batch_logs = []
+        for i, size in enumerate(sizes):
+            self._examples += size
+            for name, values in terms.items():
+                self._sums[name] = self._sums.get(name, 0.0) + float(values[i]) * size
+            means = {name: total / self._examples for name, total in self._sums.items()}
+            self._batch_logs.append({**means, **metrics})
+
+    def batch_logs(self, i: int) -> dict[str, Any]:
+        """Returns the logs of the i-th of the steps that were added last, the same for all.
+
+        They are empty if all callbacks only count batches: nothing waits for the losses then.
+        """
+        return self._batch_logs[i] if self.needs_batch_logs else {}
+
+    def warn_about_test_batches(self) -> None:
+        for adapter in self.adapters if not self._warned else ():
+            callback = adapter.callback
+            ignored = [event for event in TEST_BATCH_EVENTS if _overridden(callback, event)]
+            if ignored and not type(callback).__module__.startswith("keras."):
+                adapter.logger.warning(
+                    "%s.%s is not called in train: Keras callbacks are told when a validation "
+                    "begins and ends, not about its batches. Use on_test_end(logs).",
+                    type(callback).__name__,
+                    ignored[0],
+                )
+        self._warned = True
+
+    def get_state(self) -> dict[str, Any]:
+        return {"sums": self._sums, "examples": self._examples}
+
+    def set_state(self, state: dict[str, Any]) -> None:
         self._sums, self._examples = state["sums"], state["examples"]
 
-    def _check_stop(self) -> None:
-        trainer = self.coordinator.run.trainer
-        trainer.early_stop = trainer.early_stop or bool(trainer.model.stop_training)
+
+def _only_counts_batches(callback: keras.callbacks.Callback) -> bool:
+    """Returns True for callbacks of Keras that write once per epoch and only count batches."""
+    once_per_epoch = "epoch" in (
+        getattr(callback, "save_freq", None),
+        getattr(callback, "update_freq", None),
+    )
+    # TensorBoard measures single batches for these two. Keras has no public name for the second.
+    times_batches = getattr(callback, "write_steps_per_second", False) or getattr(
+        callback, "_should_trace", False
+    )
+    return type(callback) in COUNTERS and once_per_epoch and not times_batches
 
 
-@contextlib.contextmanager
-def _fit_attributes(model: keras.Model, optimizer: keras.optimizers.Optimizer) -> Iterator[None]:
-    """Sets the model attributes that callbacks read, and restores the model's own afterwards."""
-    lent = {"optimizer": optimizer, "stop_training": False, "_initial_epoch": None}
-    before = {name: model.__dict__.get(name, MISSING) for name in lent}
-    for name, value in lent.items():
-        object.__setattr__(model, name, value)  # not tracked as part of the model
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            model.__dict__.pop(name, None)
-            if value is not MISSING:
-                object.__setattr__(model, name, value)
+def _fixed_attributes(callback: keras.callbacks.Callback) -> set[str]:
+    """Returns the attributes that a resumed run keeps as they are.
+
+    These are the attributes of every callback, such as the model, and the constructor arguments of
+    Keras' own callbacks: the user's configuration. (Keras itself changes `min_delta`, whose sign it
+    turns once in each process.)
+    """
+    fixed = set(vars(keras.callbacks.Callback()))
+    for cls in type(callback).__mro__:
+        if cls.__module__.startswith("keras.") and "__init__" in vars(cls):
+            fixed |= set(inspect.signature(cls).parameters)
+    return fixed
+
+
+def _is_plain(value: Any) -> bool:
+    """Returns True for None, numbers and numeric arrays, and for lists and dicts of these."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(child) for key, child in value.items())
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    if isinstance(value, np.ndarray | np.generic):
+        # bfloat16 and its kind are void types to NumPy, without fields.
+        return value.dtype.kind in "biufc" or keras.backend.is_float_dtype(value.dtype.name)
+    return isinstance(value, bool | int | float | None)
 
 
 def _overridden(callback: keras.callbacks.Callback, event: str) -> bool:
-    if isinstance(callback, keras.callbacks.LambdaCallback) and event in callback.__dict__:
+    if isinstance(callback, keras.callbacks.LambdaCallback) and event in vars(callback):
         # It stores a function for each event; a lambda of its own for those it was not given.
-        name: str = getattr(callback.__dict__[event], "__qualname__", "")
+        name: str = getattr(vars(callback)[event], "__qualname__", "")
         return name != "LambdaCallback.__init__.<locals>.<lambda>"
     method = getattr(callback, event)
     return getattr(method, "__func__", method) is not getattr(keras.callbacks.Callback, event)
 
 
-def _number(value: Any) -> Any:
-    array = np.asarray(keras.ops.convert_to_numpy(value))
+def _scalar(value: Any) -> Any:
+    array = to_host(value)
     return array if array.ndim else array.item()

@@ -1,17 +1,23 @@
 """Decides whether a monitored value improved."""
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
-from polus.callbacks.base import RunView
+from polus.callbacks.base import Coordinator
+from polus.callbacks.checks import check_name, check_number
 from polus.host import did_you_mean
 
+Direction = Literal["min", "max"]
 Mode = Literal["auto", "min", "max"]
 
-# A value whose name contains one of these words is better when it is lower.
+# What a value is, judging by words in its name.
 LOWER_IS_BETTER = (
     *("loss", "error", "mse", "mae", "divergence", "perplexity"),
     *("entropy", "hinge", "poisson", "cosh"),
+)
+HIGHER_IS_BETTER = (
+    *("acc", "auc", "f1", "score", "iou", "precision", "recall"),
+    *("ndcg", "mrr", "@"),  # measures of retrieval have their cutoff in the name: "MAP@10"
 )
 
 
@@ -20,14 +26,36 @@ def lower_is_better(name: str) -> bool:
     return any(word in name.lower() for word in LOWER_IS_BETTER)
 
 
+def improving_direction(name: str, coordinator: Coordinator) -> Direction | None:
+    """Returns the direction in which a value of the logs improves, None if nothing tells.
+
+    The metric itself is asked first, as Keras does, then the words in the name.
+
+    Args:
+        name: The name in the logs: `"loss"`, `"val_accuracy"`, ...
+        coordinator: The coordinator of the run, for its metrics and validation sets.
+    """
+    metric_names = {name.removeprefix(f"{s}_") for s in ("val", *coordinator.shared_dict["validation"])}
+    for metric in coordinator.trainer.metrics:
+        # The attribute by which Keras' metrics, and users' own ones, tell Keras' callbacks. It has
+        # no public name.
+        direction = getattr(getattr(metric, "metric", metric), "_direction", None)
+        if metric.name in {name, *metric_names} and direction is not None:
+            return "max" if direction == "up" else "min"
+    if lower_is_better(name):
+        return "min"
+    return "max" if any(word in name.lower() for word in HIGHER_IS_BETTER) else None
+
+
 class Monitor:
     """Compares a value of the epoch's logs with the best one so far.
 
     Args:
         name: The name in the logs: `"loss"`, a loss term, a metric, or `"<set>_<metric>"` for a
             validation set.
-        mode: `"min"`, `"max"` or `"auto"`. `"auto"` minimizes values named like a loss or an error
-            and maximizes all others.
+        mode: `"min"`, `"max"` or `"auto"`. `"auto"` asks the metric of that name, if it is one of
+            Keras; otherwise it minimizes values named like a loss or an error and maximizes all
+            others.
         min_delta: The smallest change that counts as an improvement.
 
     Attributes:
@@ -35,36 +63,43 @@ class Monitor:
     """
 
     def __init__(self, name: str, mode: Mode = "auto", min_delta: float = 0.0) -> None:
-        if mode not in ("auto", "min", "max"):
+        example = 'Use the name of a value in the logs: monitor="val_loss".'
+        check_name("monitor", name, example)
+        if mode not in get_args(Mode):
             raise ValueError(f'mode must be "min", "max" or "auto", got {mode!r}.')
-        if min_delta < 0:
-            raise ValueError(f"min_delta must be at least 0, got {min_delta!r}.")
+        check_number("min_delta", min_delta, 0, math.inf)
         self.name = name
-        self.sign = -1 if mode == "min" or (mode == "auto" and lower_is_better(name)) else 1
+        self.mode = mode
         self.min_delta = min_delta
         self.best: float | None = None
+        self._sign = -1 if mode == "min" or (mode == "auto" and lower_is_better(name)) else 1
 
-    def value(self, run: RunView) -> float:
-        """Returns the current value.
+    def value(self, coordinator: Coordinator) -> float | None:
+        """Returns the value of this epoch, None if its validation set was not evaluated in it.
 
         Raises:
             ValueError: If the logs have no such name.
         """
-        logs = run.logs
-        if self.name not in logs:
-            hint = did_you_mean(self.name, logs)
-            raise ValueError(
-                f"The logs have no value named {self.name!r} to monitor. {hint + ' ' * bool(hint)}"
-                f"They have {', '.join(sorted(logs))}. A ValidationDataCallback adds the metrics "
-                "of its set as <name>_<metric>."
-            )
-        return float(logs[self.name])
+        if self.mode == "auto":
+            self._sign = -1 if improving_direction(self.name, coordinator) == "min" else 1
+        logs = coordinator.logs
+        if self.name in logs:
+            return float(logs[self.name])
+        for prefix in (f"{name}_" for name in coordinator.shared_dict["validation"]):
+            if self.name.startswith(prefix) and not any(name.startswith(prefix) for name in logs):
+                return None
+        hint = did_you_mean(self.name, logs)
+        raise ValueError(
+            f"The logs have no value named {self.name!r} to monitor. {hint + ' ' * bool(hint)}"
+            f"They have {', '.join(sorted(logs))}. A ValidationDataCallback adds the metrics of "
+            "its set as <name>_<metric>."
+        )
 
     def improved(self, value: float) -> bool:
         """Returns True and keeps `value` as the best one if it is better; NaN never is."""
         if math.isnan(value):
             return False
-        better = self.best is None or self.sign * (value - self.best) > self.min_delta
+        better = self.best is None or self._sign * (value - self.best) > self.min_delta
         if better:
             self.best = value
         return better

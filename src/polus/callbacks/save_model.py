@@ -8,6 +8,7 @@ from polus.callbacks.base import Callback, Phase
 from polus.callbacks.monitor import Mode, Monitor
 from polus.files import atomic_write
 
+ENDINGS = (".keras", ".weights.h5")
 Strategy = Literal["best", "every", "end"]
 
 
@@ -17,8 +18,10 @@ class SaveModelCallback(Callback):
     Args:
         strategy: `"best"` saves whenever the monitored value improves, `"every"` after each epoch,
             `"end"` when training ends without an error.
-        path: The file, ending in `.keras` or `.weights.h5`. It may contain `{epoch}` (counted from
-            1), and must with `"every"`, since each epoch would overwrite the previous one's file.
+        path: The file, ending in `.keras` or `.weights.h5`. A relative path becomes absolute here,
+            so a later change of the working directory does not move it. It may contain `{epoch}`
+            (counted from 1), and must with `"every"`, since each epoch would overwrite the previous
+            one's file.
         monitor: The name of a value in the logs, for `"best"`: `"loss"`, `"val_macro_f1"`, ...
         mode: `"min"`, `"max"` or `"auto"`; see `polus.callbacks.monitor.Monitor`.
         min_delta: The smallest change that counts as an improvement.
@@ -35,15 +38,15 @@ class SaveModelCallback(Callback):
         min_delta: float = 0.0,
     ) -> None:
         super().__init__()
-        self.path = os.fspath(path)
         if strategy not in get_args(Strategy):
-            raise ValueError(f'strategy must be "best", "every" or "end", got {strategy!r}.')
-        if not self.path.endswith((".keras", ".weights.h5")):
-            raise ValueError(f"path must end in .keras or .weights.h5, got {self.path!r}.")
+            path_given = isinstance(strategy, os.PathLike) or str(strategy).endswith(ENDINGS)
+            hint = f" Did you mean SaveModelCallback(path={strategy!r})?" if path_given else ""
+            raise ValueError(f'strategy must be "best", "every" or "end", got {strategy!r}.{hint}')
+        self.path = _absolute(path)
         if strategy == "every" and "{epoch" not in self.path:
             raise ValueError(
                 'With strategy="every", path must contain the epoch number, such as '
-                f'"model-{{epoch:03d}}.keras", got {self.path!r}.'
+                f'"model-{{epoch:03d}}.keras", got {path!r}.'
             )
         self.strategy = strategy
         self.monitor = Monitor(monitor, mode, min_delta)
@@ -53,8 +56,8 @@ class SaveModelCallback(Callback):
 
     def on_epoch_end(self, epoch: int) -> None:
         if self.strategy == "best":
-            value = self.monitor.value(self.coordinator.run)
-            if self.monitor.improved(value):
+            value = self.monitor.value(self.coordinator)
+            if value is not None and self.monitor.improved(value):
                 path = self._save(epoch)
                 self.logger.debug("%s improved to %.4g: saved %s", self.monitor.name, value, path)
         elif self.strategy == "every":
@@ -68,9 +71,9 @@ class SaveModelCallback(Callback):
         path = Path(self.path.format(epoch=epoch + 1))
         with atomic_write(path) as temporary:
             if self.path.endswith(".keras"):
-                self.coordinator.run.trainer.model.save(temporary)
+                self.coordinator.trainer.model.save(temporary)
             else:
-                self.coordinator.run.trainer.model.save_weights(temporary)
+                self.coordinator.trainer.model.save_weights(temporary)
         return path
 
     def get_state(self) -> dict[str, Any]:
@@ -78,3 +81,24 @@ class SaveModelCallback(Callback):
 
     def set_state(self, state: dict[str, Any]) -> None:
         self.monitor.best = state["best"]
+
+
+def _absolute(path: Any) -> str:
+    """Returns the absolute path as a format string.
+
+    Raises:
+        TypeError, ValueError: If it is no path, has another ending or other fields than {epoch}.
+    """
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f'path must be a path, got {path!r}. Use, for example, "model.keras".')
+    given = os.fspath(path)
+    if not given.endswith(ENDINGS):
+        raise ValueError(f"path must end in .keras or .weights.h5, got {given!r}.")
+    try:
+        given.format(epoch=1)
+    except (KeyError, IndexError, ValueError) as error:
+        raise ValueError(
+            f"path may contain {{epoch}} and formats of it, such as {{epoch:03d}}, got {given!r}."
+        ) from error
+    folder = os.getcwd().replace("{", "{{").replace("}", "}}")
+    return os.path.normpath(os.path.join(folder, given))

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 from polus.callbacks.base import Callback, Phase
+from polus.callbacks.checks import check_number
 
 MAX_UNREAD = 4096  # blocks of losses kept on the device; beyond that the older half is read
 
@@ -24,8 +25,7 @@ class LossSmoothCallback(Callback):
 
     def __init__(self, beta: float = 0.97) -> None:
         super().__init__()
-        if not 0 <= beta < 1:
-            raise ValueError(f"beta must be at least 0 and less than 1, got {beta!r}.")
+        check_number("beta", beta, 0, 1)
         self.beta = beta
         self._sum = 0.0
         self._weight = 0.0

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 
 from polus.callbacks.base import Callback, Phase
+from polus.callbacks.checks import check_callable
 
 
 class TimerCallback(Callback):
@@ -20,6 +21,7 @@ class TimerCallback(Callback):
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         super().__init__()
+        check_callable("clock", clock)
         self.clock = clock
 
     def on_train_begin(self) -> None:

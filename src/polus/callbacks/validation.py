@@ -4,10 +4,11 @@ from collections.abc import Callable
 from typing import Any
 
 from polus.callbacks.base import Callback, Coordinator, Phase
+from polus.callbacks.checks import check_callable, check_count, check_name
 
 
 class ValidationDataCallback(Callback):
-    """Evaluates the trainer on a dataset after every epoch, or every n steps within an epoch.
+    """Evaluates the trainer on a dataset after every epoch or every n epochs or steps.
 
     The results go to `history`, to `shared_dict["validation"][name][metric]` (a list with one value
     per validation) and, as `<name>_<metric>`, to the epoch's logs: for example `val_macro_f1`. Use
@@ -18,9 +19,12 @@ class ValidationDataCallback(Callback):
         dataset: The validation data, as for `train`.
         name: The name of the validation set.
         every_steps: Validates after every n-th step of an epoch, and after its last step; None
-            validates after every epoch.
+            validates after the epoch.
         custom_data_transform_f: A Python function applied to each batch.
         steps: The maximum number of batches.
+        every_epochs: Validates after every n-th epoch, as `validation_freq` does in `fit`. The logs
+            of the other epochs have no results of this set, and a callback that monitors them skips
+            these epochs.
     """
 
     phase = Phase.MEASURE  # the others find the results in the epoch's logs
@@ -32,13 +36,32 @@ class ValidationDataCallback(Callback):
         every_steps: int | None = None,
         custom_data_transform_f: Callable[[Any], Any] | None = None,
         steps: int | None = None,
+        *,
+        every_epochs: int = 1,
     ) -> None:
         super().__init__()
+        keywords = (
+            "The arguments are ValidationDataCallback(dataset, name='val', every_steps=None, "
+            "custom_data_transform_f=None, steps=None, every_epochs=1)."
+        )
+        check_name("name", name, keywords)
+        for argument, value in {"every_steps": every_steps, "steps": steps}.items():
+            if value is not None:
+                check_count(argument, value, keywords)
+        if custom_data_transform_f is not None:
+            check_callable("custom_data_transform_f", custom_data_transform_f, keywords)
+        check_count("every_epochs", every_epochs)
+        if every_steps is not None and every_epochs != 1:
+            raise ValueError(
+                f"A validation runs every {every_steps} steps or every {every_epochs} epochs. Pass "
+                "either every_steps or every_epochs."
+            )
         self.dataset = dataset
         self.name = name
-        self.every_steps = every_steps
+        self.every_steps = None if every_steps is None else int(every_steps)
         self.custom_data_transform_f = custom_data_transform_f
         self.steps = steps
+        self.every_epochs = every_epochs
 
     def add_coordinator(self, coordinator: Coordinator) -> None:
         super().add_coordinator(coordinator)
@@ -55,8 +78,11 @@ class ValidationDataCallback(Callback):
             self._validate()
 
     def on_epoch_end(self, epoch: int) -> None:
-        # Skipped if the last step was just validated: the model has not changed since.
-        if not self.every_steps or self.coordinator.run.step % self.every_steps:
+        if self.every_steps is None:
+            due = (epoch + 1) % self.every_epochs == 0
+        else:  # not if the last step was just validated: the model has not changed since
+            due = self.coordinator.run.step % self.every_steps > 0
+        if due:
             self._validate()
 
     def _validate(self) -> None:
