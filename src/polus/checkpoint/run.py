@@ -13,9 +13,14 @@ import numpy as np
 from polus.checkpoint.environment import describe_environment, warn_of_changes
 from polus.checkpoint.store import CheckpointError, Store
 from polus.data import resume
+from polus.history import History
 from polus.state import layers_of, random_state, set_random_state
+from polus.state_tree import check_layout, is_count
 from polus.training_state import (
+    CALLBACKS_LAYOUT,
+    VARIABLES_LAYOUT,
     callbacks_state,
+    check_random_state,
     check_variables,
     restore_callbacks,
     restore_variables,
@@ -38,7 +43,7 @@ def resume_run(run: "CallbackCoordinator", directory: str | os.PathLike[str]) ->
         CheckpointError: If the checkpoint is of another run, or all are damaged.
     """
     run.reader.tracked = True
-    saved = Store(directory).read_newest()
+    saved = Store(directory).read_newest(check_state)
     if saved is None:
         logger.info("There is no checkpoint in %s: training starts from the beginning.", directory)
         return
@@ -63,6 +68,42 @@ def resume_run(run: "CallbackCoordinator", directory: str | os.PathLike[str]) ->
 
 
 # ------------------------------------------------------------------ a run's state
+
+# See `polus.state_tree.check_layout`; the rest is for its owners to check.
+STATE_LAYOUT = {
+    "progress": {
+        "epoch": is_count,
+        "step": is_count,
+        "steps": lambda steps: steps is None or is_count(steps),
+        "early_stop": bool,
+        "batch_sizes": lambda sizes: isinstance(sizes, np.ndarray) and sizes.dtype == np.int64,
+    },
+    "kinds": {...: str},
+    "layers": [str],
+    "variables": VARIABLES_LAYOUT,
+    "random": dict,
+    "data": dict,
+    "history": dict,
+    "shared": dict,
+    "callbacks": CALLBACKS_LAYOUT,
+    "choices": {...: (bool | None, is_count)},
+}
+
+
+def check_state(facts: Tree, tree: Any) -> None:
+    """Checks a state from a file as far as that is possible without a run, and changes nothing.
+
+    Raises:
+        ValueError: If it is no state of a run.
+    """
+    check_layout(tree, STATE_LAYOUT)
+    check_random_state(tree["random"], facts.get("backend") == keras.config.backend())
+    try:
+        history = History()
+        history.set_state(tree["history"])
+        repr(history)  # reads all of it
+    except Exception as error:
+        raise ValueError(f"its history cannot be read: {error!r}") from error
 
 
 def run_state(run: "CallbackCoordinator", variables: Sequence[keras.Variable]) -> Tree:
@@ -149,7 +190,9 @@ def _kinds(run: "CallbackCoordinator") -> dict[str, str]:
 
 
 def _check_kinds(saved: Tree, now: Tree) -> None:
-    differing = [f"{k} was {saved.get(k)!r} and is {v!r}" for k, v in now.items() if saved[k] != v]
+    differing = [
+        f"{k} was {saved.get(k)!r} and is {v!r}" for k, v in now.items() if saved.get(k) != v
+    ]
     if differing:
         raise ValueError(f"{', '.join(differing)}.")
 
