@@ -497,6 +497,63 @@ def test_checkpoints_of_an_earlier_run_stay(one_epoch, tmp_path, caplog):
     assert [t["progress"]["epoch"] for t in trees(spare)] == [3, 4]
 
 
+def test_resumed_run_removes_only_its_own_checkpoints(one_epoch, tmp_path, caplog):
+    folder = shutil.copytree(one_epoch, tmp_path / "run")
+    earlier = Store(folder).paths()
+    trainer = new_trainer()
+    with pytest.raises(Killed):
+        trainer.train(data(), 3, [Checkpoint(folder, keep=1), Remembers(("step", 1, 2))])
+    assert "They stay until you remove them" in caplog.text
+    # That second run goes on, in other processes.
+    for epochs in (2, 3):
+        new_trainer().train(data(), epochs, [Checkpoint(folder, keep=1)], resume=folder)
+        own = Store(folder).paths()[len(earlier) :]
+        assert Store(folder).paths()[: len(earlier)] == earlier
+        assert [read(path).tree["progress"]["epoch"] for path in own] == [epochs]
+
+
+@pytest.mark.parametrize("name", ["state.safetensors", "manifest.json"])
+def test_earlier_run_is_not_continued_for_a_damaged_one(one_epoch, tmp_path, caplog, name):
+    folder = shutil.copytree(one_epoch, tmp_path / "run")
+    new_trainer().train(data(), 2, [Checkpoint(folder, keep=1)])
+    (newest,) = Store(folder).paths()[3:]
+    with open(newest / name, "r+b") as file:
+        file.truncate(30)
+    if name == "manifest.json":  # which run it was is not known
+        new_trainer().train(data(), 1, [], resume=folder)
+        assert f"{name} is damaged" in caplog.text
+        return
+    for _ in range(2):  # the second time it has been set aside
+        with pytest.raises(CheckpointError, match=r"has only damaged checkpoints: .* earlier run"):
+            new_trainer().train(data(), 2, [], resume=folder)
+
+
+def test_relative_folder_stays_where_it_was(tmp_path, monkeypatch):
+    class Moves(Callback):
+        def on_epoch_end(self, epoch):
+            os.chdir(tmp_path / "elsewhere")
+
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    trainer = new_trainer()
+    trainer.train(data(), 2, [Checkpoint("runs"), Moves()], resume="runs")
+    assert [t["progress"]["epoch"] for t in trees(tmp_path / "runs")] == [1, 2]
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+@pytest.mark.parametrize("folder", ["", "a\0b", "file", "dangling"])
+def test_resume_from_what_is_no_folder_raises_before_training(tmp_path, monkeypatch, folder):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    trainer, remembers = new_trainer(), Remembers()
+    with pytest.raises(ValueError, match="must be"):
+        trainer.train(data(), 1, [remembers], resume=folder)
+    with pytest.raises(ValueError, match="directory must be"):
+        Checkpoint(folder)
+    assert remembers.seen == []
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
@@ -516,6 +573,77 @@ def test_checkpoint_of_another_run_raises_with_the_difference(one_epoch, kwargs,
     kwargs = {name: v() if callable(v) else v for name, v in kwargs.items()}
     with pytest.raises(CheckpointError, match=message):
         train(one_epoch, trainer=new_trainer(**kwargs))
+
+
+def put(*path, value):
+    """A fault: another value at a place of the state."""
+
+    def fault(tree):
+        *parents, last = path
+        for key in parents:
+            tree = tree[key]
+        if value is None:
+            del tree[last]
+        else:
+            tree[last] = value
+
+    return fault
+
+
+HOSTILE_STATES = {
+    "no progress": put("progress", value=None),
+    "epoch: negative": put("progress", "epoch", value=-1),
+    "epoch: true": put("progress", "epoch", value=True),
+    "epoch: text": put("progress", "epoch", value="1"),
+    "epoch: not a number": put("progress", "epoch", value=float("nan")),
+    "epoch: huge": put("progress", "epoch", value=2**80),
+    "step: fraction": put("progress", "step", value=0.5),
+    "early_stop: text": put("progress", "early_stop", value="no"),
+    "batch_sizes: list": put("progress", "batch_sizes", value=[8]),
+    "batch_sizes: fractions": put("progress", "batch_sizes", value=np.zeros(1)),
+    "variables: dict": put("variables", value={}),
+    "variables: path": put("variables", 0, "path", value=3),
+    "variables: value": put("variables", 0, "value", value=3.0),
+    "layers: number": put("layers", 0, value=3),
+    "kinds: list": put("kinds", value=[]),
+    "callbacks: name": put("callbacks", 0, 0, value=3),
+    "callbacks: too much": put("callbacks", 0, value=["Checkpoint", {}, {}]),
+    "callbacks: state": put("callbacks", 0, 1, value=[]),
+    "choices: list": put("choices", value=[1]),
+    "random: Python": put("random", "python", 1, value=[0] * 10),
+    "random: of Python's generator a position outside": put(
+        "random", "python", 1, value=[0] * 624 + [625]
+    ),
+    "random: of NumPy's generator a position outside": put("random", "numpy", 2, value=10**5),
+    "random: NumPy": put("random", "numpy", 1, value=np.zeros(3)),
+    "random: no NumPy": put("random", "numpy", value=None),
+    "history: steps": put("history", "steps", value=[]),
+    "history: epochs": put("history", "epochs", value=[[1]]),
+    "history: validations": put("history", "validations", value=[[1]]),
+    "more": put("more", value=1),
+}
+
+
+@pytest.mark.parametrize("fault", HOSTILE_STATES)
+def test_hostile_state_falls_back_to_the_previous_checkpoint(one_epoch, tmp_path, caplog, fault):
+    folder = shutil.copytree(one_epoch, tmp_path / "run")
+    saved = Store(folder).read_newest()
+    HOSTILE_STATES[fault](saved.tree)
+    hostile = Store(folder).write(flatten_state(saved.tree), saved.facts, keep=9)
+    trainer = new_trainer()
+    history = trainer.train(data(), 1, [Remembers()], resume=folder)
+    assert len(history.steps["loss"]) == 7
+    assert f"It is set aside as damaged-{hostile.name}" in caplog.text
+    assert Store(folder).paths()[-1] == saved.path
+
+
+def test_callback_that_does_not_take_its_state_raises(one_epoch):
+    class Remembers(Callback):
+        def set_state(self, state):
+            self.seen = state["what is not there"]
+
+    with pytest.raises(CheckpointError, match=r"callback Remembers does not take its saved state"):
+        new_trainer().train(data(), 2, [Remembers()], resume=one_epoch)
 
 
 def with_other_variables():
@@ -670,6 +798,11 @@ def test_callback_can_save(tmp_path):
         {"every_steps": 2.5},
         {"every_secs": -1},
         {"every_secs": "a"},
+        {"every_secs": float("nan")},
+        {"every_secs": float("inf")},
+        {"every_secs": True},
+        {"keep": True},
+        {"keep": None},
     ],
 )
 def test_invalid_arguments_raise(kwargs):

@@ -449,3 +449,15 @@ def test_resuming_with_a_shorter_dataset_raises(tmp_path):
     reader = DataReader(as_adapter(lambda: list(batches(np.arange(EXAMPLES)))[:3]))
     with pytest.raises(ValueError, match="it ended after 3 batches of epoch 2"):
         reader.set_state(tree["data"], epoch, step, tree["random"])
+
+
+@pytest.mark.parametrize("name", ["../stolen", "{folder}/stolen", "iterator.index/../../stolen", 3])
+def test_names_in_a_saved_iterator_cannot_leave_its_folder(tmp_path, monkeypatch, name):
+    adapter = with_iterator_state(tensorflow_data(), 0)
+    list(zip(range(2), adapter.batches(0), strict=False))
+    state = adapter.iterator_state()
+    name = name.format(folder=tmp_path) if isinstance(name, str) else name
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with pytest.raises(ValueError, match="has a file named"):
+        adapter.restored_batches(0, state | {name: b"content"})
+    assert not list(tmp_path.rglob("*stolen*"))

@@ -10,6 +10,7 @@ becomes a skeleton that JSON can hold, and the arrays under their place in the t
 import functools
 import math
 import re
+import types
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -106,13 +107,56 @@ def unflatten_state(flat: FlatState) -> Any:
     return visit(flat.skeleton)
 
 
+def check_layout(value: Any, layout: Any, place: str = "the state") -> None:
+    """Checks that a tree from a file has the parts and types that its reader expects.
+
+    A layout is a type (`bool` is no `int`), a union of types, a list with the layout of all
+    elements, a tuple with one layout for each element of a list, a dict with a layout for each key
+    (`...` for all other keys, which are not allowed otherwise), or a function of the value that
+    returns whether it fits.
+
+        check_layout({"epoch": 3, "names": ["a"]}, {"epoch": int, "names": [str]})
+
+    Raises:
+        ValueError: At the first part that does not fit.
+    """
+    if isinstance(layout, dict):
+        others = layout.get(...)
+        missing = [key for key in layout if key is not ... and not _has_key(value, key)]
+        if not isinstance(value, dict) or missing or (others is None and value.keys() - layout):
+            raise ValueError(f"{place} has other parts than {', '.join(map(str, layout))}")
+        for key, child in value.items():
+            check_layout(child, layout.get(key, others), f"{place}/{printable(key, 80)}")
+    elif isinstance(layout, list | tuple):
+        if not isinstance(value, list) or (len(value) != len(layout) and isinstance(layout, tuple)):
+            raise ValueError(f"{place} is no list of its kind")
+        for i, child in enumerate(value):
+            of_child = layout[i] if isinstance(layout, tuple) else layout[0]
+            check_layout(child, of_child, f"{place}/{i}")
+    elif not _fits(value, layout):
+        name = getattr(layout, "__name__", layout)
+        raise ValueError(f"{place} is no {name}, but {printable(repr(value), 80)}")
+
+
+def is_count(value: Any) -> bool:
+    """Returns whether a value out of JSON is an integer from 0 on, and of a size to count with."""
+    return type(value) is int and 0 <= value < 2**62
+
+
+def _has_key(value: Any, key: str) -> bool:
+    return isinstance(value, dict) and key in value
+
+
+def _fits(value: Any, layout: Any) -> bool:
+    if isinstance(layout, type | types.UnionType):
+        kinds = layout.__args__ if isinstance(layout, types.UnionType) else (layout,)
+        return isinstance(value, layout) and (type(value) is not bool or bool in kinds)
+    return bool(layout(value))
+
+
 def is_shape(value: Any) -> bool:
     """Returns whether a value out of JSON is a list of sizes that an array can have."""
-    return (
-        isinstance(value, list)
-        and len(value) <= MAX_AXES
-        and all(type(size) is int and 0 <= size < 2**62 for size in value)
-    )
+    return isinstance(value, list) and len(value) <= MAX_AXES and all(map(is_count, value))
 
 
 def printable(value: Any, length: int = 400) -> str:

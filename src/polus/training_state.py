@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from polus.backends import backend
+from polus.state import random_state, set_random_state
 from polus.state_tree import Array, flatten_state, printable
 
 Variables = Sequence[keras.Variable]
@@ -33,6 +34,10 @@ class Stateful(Protocol):
     def set_state(self, state: Tree) -> None:
         """Restores what `get_state` returned."""
 
+
+# The layout of `variables_state` and `callbacks_state`: see `check_layout`.
+VARIABLES_LAYOUT = [{"path": str, "value": np.ndarray}]
+CALLBACKS_LAYOUT = [(str, dict)]
 
 # ------------------------------------------------------------------ variables
 
@@ -119,6 +124,31 @@ def _shown(variable: tuple[str, tuple[int, ...], str]) -> str:
     return f"{printable(path)} {shape} {dtype}"
 
 
+# ------------------------------------------------------------------ random generators
+
+
+def check_random_state(saved: Tree, same_backend: bool) -> None:
+    """Checks a `polus.state.random_state()` from a file, and changes nothing.
+
+    Args:
+        saved: The state.
+        same_backend: Whether its generators are those of this backend.
+
+    Raises:
+        ValueError: If the generators do not take it.
+    """
+    before = random_state()
+    try:
+        # NumPy takes any position, and reads memory that is not its own there.
+        if not 0 <= int(saved["numpy"][2]) <= 624:
+            raise ValueError("NumPy's generator has 624 positions")
+        set_random_state(saved if same_backend else saved | {"backend": before["backend"]})
+    except Exception as error:  # whatever their libraries raise
+        raise ValueError(f"the state of the random generators is none: {error!r}") from error
+    finally:
+        set_random_state(before)
+
+
 # ------------------------------------------------------------------ callbacks
 
 
@@ -131,14 +161,26 @@ def restore_callbacks(callbacks: Sequence[Stateful], saved: Sequence[Any]) -> No
     """Gives each callback the state of its class; the second of a class that of the second.
 
     Warns if the checkpoint has a state that no callback takes.
+
+    Raises:
+        ValueError: If a callback's `set_state` fails; it names the callback.
     """
     states = {(name, n): state for (name, state), n in _numbered(saved, lambda item: item[0])}
     for callback, n in _numbered(callbacks, lambda callback: type(callback).__name__):
         state = states.pop((type(callback).__name__, n), None)
         if state is not None:
-            callback.set_state(state)
+            _restore_callback(callback, state)
     if lost := [name for (name, _), state in states.items() if state]:
         logger.warning("The checkpoint has the state of callbacks that are gone: %s.", lost)
+
+
+def _restore_callback(callback: Stateful, state: Tree) -> None:
+    try:
+        callback.set_state(state)
+    except Exception as error:  # what the author of a callback did not expect
+        raise ValueError(
+            f"the callback {type(callback).__name__} does not take its saved state ({error!r})."
+        ) from error
 
 
 def storable(values: Tree) -> Tree:

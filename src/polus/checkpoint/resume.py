@@ -18,6 +18,7 @@ class ResumableRun(RunView, Protocol):
 
     id: str
 
+    def check_state(self, facts: dict[str, Any], state: Any) -> None: ...
     def set_state(self, state: dict[str, Any], same_backend: bool) -> None: ...
 
 
@@ -28,7 +29,7 @@ def resume_run(run: ResumableRun, directory: str | os.PathLike[str]) -> None:
         CheckpointError: If the checkpoint is of another run, or all are damaged.
     """
     run.reader.tracked = True
-    saved = Store(directory).read_newest()
+    saved = Store(directory).read_newest(run.check_state)
     if saved is None:
         logger.info("There is no checkpoint in %s: training starts from the beginning.", directory)
         return

@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,12 +69,15 @@ def read_arrays(path: Path, expected: Fingerprint) -> dict[str, Array]:
     Raises:
         ValueError: If a byte is not as it was written, or it is no such file.
         OSError: If it cannot be read.
+        MemoryError: If it is larger than the memory of this machine.
     """
     arrays = {}
     with open_regular(path) as file:
         _check_size(file, expected.size)
         digest = hashlib.sha256()
-        for entry in _read_header(file, expected.size, digest):
+        entries = _read_header(file, expected.size, digest)
+        _check_memory(expected.size)
+        for entry in entries:
             arrays[entry.name] = array = np.empty(entry.shape, entry.dtype)
             memory = as_bytes(array).data
             if file.readinto(memory) != memory.nbytes:
@@ -122,6 +126,12 @@ def _check_size(file: io.BufferedReader, expected: int) -> None:
     file.seek(0)
     if size != expected:
         raise ValueError(f"it has {size} bytes, and {expected} were written")
+
+
+def _check_memory(size: int) -> None:
+    # Some systems give out any amount of memory, and end the process when it is used.
+    if hasattr(os, "sysconf") and size > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+        raise MemoryError
 
 
 def _check_digest(found: str, expected: str) -> None:

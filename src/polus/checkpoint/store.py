@@ -192,11 +192,13 @@ class Store:
                 raise ValueError("it reads back differently from what was written")
         verify(path)
 
-    def read_newest(self, check: Callable[[Any], None] = lambda tree: None) -> Saved | None:
+    def read_newest(
+        self, check: Callable[[dict[str, Any], Any], None] = lambda facts, tree: None
+    ) -> Saved | None:
         """Reads the newest checkpoint that verifies, and sets damaged newer ones aside.
 
         Args:
-            check: Called with the state; a ValueError that it raises means damage.
+            check: Called with the facts and the state. A ValueError that it raises means damage.
 
         Returns:
             The checkpoint, or None if the folder has none.
@@ -210,7 +212,7 @@ class Store:
             try:
                 saved = read(path)
                 with _damage_named(path / MANIFEST):
-                    check(saved.tree)
+                    check(saved.facts, saved.tree)
             except DamagedError as error:
                 self._set_aside(path, error)
             else:

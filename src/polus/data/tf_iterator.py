@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 import sys
 import tempfile
 import time
@@ -12,6 +13,9 @@ from typing import Any
 from polus.backends import backend
 from polus.data.adapters import TensorFlowAdapter
 from polus.data.isolated import isolated_copy
+
+# What TensorFlow calls the files of a checkpoint with the prefix "iterator".
+ITERATOR_FILE = re.compile(r"checkpoint|iterator\.(index|data-[0-9]{5}-of-[0-9]{5})")
 
 
 def with_iterator_state(
@@ -68,6 +72,9 @@ class SavedIterator(TensorFlowAdapter):
         self._iterator = backend.iterate(isolated_copy(self.dataset).dataset)
         with tempfile.TemporaryDirectory() as folder:
             for name, content in iterator_state.items():
+                # The names come from a checkpoint: they must not lead out of the folder.
+                if not ITERATOR_FILE.fullmatch(str(name)):
+                    raise ValueError(f"The iterator's state has a file named {name!r}.")
                 (Path(folder) / name).write_bytes(content)
             self._checkpoint().read(f"{folder}/iterator").assert_consumed()
         return itertools.islice(self._iterator, 0, None)  # as in `batches`

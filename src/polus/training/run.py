@@ -24,6 +24,14 @@ from polus.state import layers_of, random_state, set_random_state
 from polus.steps.compiled import CompiledStep, as_terms
 from polus.steps.executor import StepExecutor
 from polus.training.config import TrainConfig
+from polus.training.run_state import (
+    check_layers,
+    check_same,
+    check_state,
+    kinds_of,
+    layer_names,
+    use_own_generators,
+)
 from polus.training_state import (
     callbacks_state,
     check_variables,
@@ -309,8 +317,8 @@ class Run(BaseLogger):
                 "stop_reason": self.stop_reason,
                 "batch_sizes": np.array(self.batch_sizes, np.int64),
             },
-            "parts": self._parts(),
-            "layers": _layer_names(self.trainer.model),
+            "parts": kinds_of(self.trainer),
+            "layers": layer_names(self.trainer.model),
             "variables": variables_state(self.variables()),
             "random": random_state(),
             "data": self.reader.get_state(self.epoch, self.step),
@@ -319,6 +327,11 @@ class Run(BaseLogger):
             "callbacks": callbacks_state(self.callbacks.callbacks),
             "tuning": self.executor.get_state(),
         }
+
+    @staticmethod
+    def check_state(facts: dict[str, Any], state: Any) -> None:
+        """Checks a state from a file; see `check_state`."""
+        check_state(facts, state)
 
     def set_state(self, state: dict[str, Any], same_backend: bool = True) -> None:
         """Continues from what `get_state` returned, in a new process too.
@@ -331,13 +344,13 @@ class Run(BaseLogger):
         Raises:
             ValueError: If it is the state of another run; the message says what differs.
         """
-        _check_same(state["parts"], self._parts())
+        check_same(state["parts"], kinds_of(self.trainer))
         progress = state["progress"]
         self.epoch, self.step = progress["epoch"], progress["step"]
         self.steps = self.steps or progress["steps"]
         self.executor.set_state(state["tuning"] if same_backend else {})
         if not same_backend:
-            _use_own_generators(state)
+            use_own_generators(state)
         random = self.reader.set_state(
             state["data"], self.epoch, self.step, state["random"], self._stop_if_asked
         )
@@ -345,7 +358,7 @@ class Run(BaseLogger):
         # Nothing reads the data from here on, and what building draws is undone below.
         variables = self.variables()
         check_variables(state["variables"], variables, same_backend)
-        _check_layers(state["layers"], _layer_names(self.trainer.model))
+        check_layers(state["layers"], layer_names(self.trainer.model))
         restore_variables(state["variables"], variables)
         self.batch_sizes = progress["batch_sizes"].tolist()
         self.history.set_state(state["history"])
@@ -400,46 +413,3 @@ class Run(BaseLogger):
                 "again to continue from the same checkpoint."
             )
             self.signals.check()
-
-    def _parts(self) -> dict[str, str]:
-        """Returns the kinds of the run's parts: a checkpoint of others is another run's."""
-        trainer = self.trainer
-        return {
-            "trainer": type(trainer).__name__,
-            "model": type(trainer.model).__name__,
-            "optimizer": type(trainer.optimizer).__name__,
-            "loss": getattr(trainer.loss, "__name__", type(trainer.loss).__name__),
-            "metrics": ", ".join(metric.name for metric in trainer.metrics),
-        }
-
-
-def _layer_names(model: keras.Model) -> list[str]:
-    return [type(layer).__name__ for layer in layers_of(model)]
-
-
-def _check_layers(saved: list[str], now: list[str]) -> None:
-    """Raises ValueError if the model has other layers; some have no variables to tell them."""
-    for i, (then, layer) in enumerate(itertools.zip_longest(saved, now)):
-        if then != layer:
-            raise ValueError(f"layer {i} of the model was {then}, and is {layer}.")
-
-
-def _check_same(saved: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raises ValueError if a part of the run is of another kind than it was."""
-    differing = [
-        f"{name} was {saved.get(name)!r} and is {value!r}"
-        for name, value in now.items()
-        if saved.get(name) != value
-    ]
-    if differing:
-        raise ValueError(f"{', '.join(differing)}.")
-
-
-def _use_own_generators(state: dict[str, Any]) -> None:
-    """Replaces the states of another backend's generators by this one's."""
-    data, own = state["data"], random_state()["backend"]
-    starts = [data["epoch_start"]]
-    if "previous_epoch" in data:
-        starts.append(data["previous_epoch"]["epoch_start"])
-    for random in (state["random"], *(start["random"] for start in starts)):
-        random["backend"] = own
