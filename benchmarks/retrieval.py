@@ -93,7 +93,7 @@ def polus_run(job: dict[str, Any]) -> dict[str, Any]:
 
     from polus.callbacks.base import Callback
     from polus.ir.data import Features, PairBatches
-    from polus.ir.encoding import encode, joined
+    from polus.ir.encoding import encode, stack_vectors
     from polus.ir.losses import InfoNCE
     from polus.ir.models import BertEncoder, DualEncoder, TextTokenizer
     from polus.ir.scores import cosine
@@ -146,7 +146,7 @@ def polus_run(job: dict[str, Any]) -> dict[str, Any]:
     if job.get("evaluate"):
 
         def represented(fn: Any, texts: list[str]) -> Any:
-            vectors = joined(encode(fn, Features.of_texts(texts, tokenizer)))
+            vectors = stack_vectors(encode(fn, Features.of_texts(texts, tokenizer)))
             return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
         result["ndcg"] = task.ndcg(

@@ -31,7 +31,7 @@ from keras import ops
 
 from polus.ir.callbacks import RetrievalValidation
 from polus.ir.data import Collection, Features, PairBatches, read_beir, relevant_rows
-from polus.ir.encoding import encode, joined
+from polus.ir.encoding import encode, stack_vectors
 from polus.ir.evaluation import (
     MEASURES,
     DenseIndex,
@@ -299,11 +299,13 @@ def on_standard_library(queries: list[str], epochs: int, seed: int) -> None:
         Features(tokens[0][rest]), tokens[1], [[row] for row in rest], batch_size=256, seed=seed
     )
     trainer.train(batches, epochs=epochs)
-    index = DenseIndex(normalized(joined(encode(trainer.represent_documents, tokens[1]))), ids)
+    index = DenseIndex(
+        normalized(stack_vectors(encode(trainer.represent_documents, tokens[1]))), ids
+    )
 
     def represented(texts: list[str]) -> Any:
         return normalized(
-            joined(encode(trainer.represent_queries, Features.of_texts(texts, tokenizer)))
+            stack_vectors(encode(trainer.represent_queries, Features.of_texts(texts, tokenizer)))
         )
 
     dense = index.run(represented(list(test.queries.values())), list(test.queries))

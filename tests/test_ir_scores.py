@@ -1,4 +1,4 @@
-"""Scores and losses against the formulas of their papers, written out in NumPy."""
+"""Scores and losses, against the formulas of their papers in NumPy."""
 
 import keras
 import numpy as np
@@ -36,7 +36,7 @@ SIMILARITIES = {
 
 
 def representations(name):
-    """Queries, positives and negatives as the scores take them."""
+    """Returns queries, positives and negatives as the scores take them."""
     if name != "max_sim":
         return normal(B, E), normal(B, E), normal(B, K, E)
     query_mask = np.arange(L) < rng.integers(1, L + 1, (B, 1))
@@ -72,7 +72,7 @@ def test_scores_equal_their_definition(name, with_negatives):
     )
 
 
-def test_the_cosine_of_a_vector_of_zeros_has_a_gradient():
+def test_cosine_of_a_zero_vector_has_a_finite_gradient():
     kernel = keras.Variable(np.zeros((E, E), "float32"))
     documents = ops.convert_to_tensor(normal(B, E))
 
@@ -83,7 +83,7 @@ def test_the_cosine_of_a_vector_of_zeros_has_a_gradient():
     assert np.isfinite(ops.convert_to_numpy(gradient)).all()
 
 
-def test_a_text_without_tokens_scores_zero():
+def test_document_without_tokens_scores_zero():
     (queries, mask), (documents, _), _ = representations("max_sim")
     nothing = np.zeros((B, M), bool)
     tensors = keras.tree.map_structure(
@@ -92,6 +92,21 @@ def test_a_text_without_tokens_scores_zero():
     positive_scores, negative_scores = scores.max_sim(*tensors)
     assert not ops.convert_to_numpy(positive_scores).any()
     assert not ops.convert_to_numpy(negative_scores).any()
+
+
+def test_late_interaction_multiplies_without_broadcasting(monkeypatch):
+    """With broadcasting, TensorFlow 2.21 crashed or gave wrong numbers on some processors."""
+    shapes = []
+    matmul = ops.matmul
+
+    def recorded(x, y):
+        shapes.append((tuple(x.shape)[:-2], tuple(y.shape)[:-2]))
+        return matmul(x, y)
+
+    monkeypatch.setattr(ops, "matmul", recorded)
+    tensors = keras.tree.map_structure(ops.convert_to_tensor, representations("max_sim"))
+    scores.max_sim(*tensors)
+    assert shapes == [((), ()), ((B,), (B,))]
 
 
 def log_softmax(x):
@@ -128,7 +143,7 @@ LOSSES = {
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_losses_equal_their_formula_without_what_is_masked(name):
+def test_losses_equal_their_formula_and_ignore_masked_scores(name):
     loss, expected = LOSSES[name]
     given = [positive, np.where(masked, losses.MASKED, negative).astype("float32")]
     if isinstance(loss, losses.MarginMSE | losses.TeacherKL):
@@ -138,7 +153,7 @@ def test_losses_equal_their_formula_without_what_is_masked(name):
     np.testing.assert_allclose(value, expected, rtol=1e-4)
 
 
-def test_matryoshka_adds_the_loss_of_each_length():
+def test_matryoshka_sums_the_loss_of_each_size():
     queries, documents, negatives = normal(B, E), normal(B, E), normal(B, K, E)
     loss = losses.Matryoshka(losses.InfoNCE(), scores.cosine, [2, E], weights=[0.5, 1])
     tensors = [ops.convert_to_tensor(x) for x in (queries, documents, negatives)]
@@ -150,18 +165,18 @@ def test_matryoshka_adds_the_loss_of_each_length():
     np.testing.assert_allclose(
         ops.convert_to_numpy(value), ops.convert_to_numpy(expected), rtol=1e-5
     )
-    with pytest.raises(ValueError, match="leave out what is above 8"):
+    with pytest.raises(ValueError, match=r"must not exceed .* 8, got"):
         losses.Matryoshka(losses.InfoNCE(), scores.cosine, [16]).compute_scores(*tensors)
 
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (lambda: losses.InfoNCE(0), "give one > 0"),
-        (lambda: losses.Matryoshka(None, None, [2, 4], [1.0]), "give one weight for each"),
+        (lambda: losses.InfoNCE(0), "must be positive, got 0"),
+        (lambda: losses.Matryoshka(None, None, [2, 4], [1.0]), "one weight for each"),
         (lambda: losses.MarginMSE()(positive, negative, teacher[:, :1]), "the positive first"),
     ],
 )
-def test_a_wrong_setting_says_what_to_write(wrong, message):
+def test_invalid_settings_raise(wrong, message):
     with pytest.raises(ValueError, match=message):
         wrong()

@@ -1,4 +1,4 @@
-"""The retrieval trainer: what is trained, what is masked, and gradients in micro-batches."""
+"""The retrieval trainer: trainable variables, masks, and gradients in micro-batches."""
 
 import keras
 import numpy as np
@@ -34,7 +34,7 @@ def encoder(dropout=0.0, seed=None, normalization=False):
 
 
 class Tokens(keras.Model):
-    """A late-interaction encoder: (B, L, F) with zeros for padding."""
+    """A late-interaction encoder of (B, L, F), with zeros for padding."""
 
     def __init__(self):
         super().__init__()
@@ -53,7 +53,7 @@ def trainer_of(model, loss=None, compute_scores=scores.cosine, **kwargs):
 
 
 class Heads(keras.Model):
-    """An encoder with projections of one's own."""
+    """An encoder with custom projections."""
 
     def __init__(self, encoder, head):
         super().__init__()
@@ -69,8 +69,8 @@ class Heads(keras.Model):
         return self.query_projection(queries), self.document_projection(documents)
 
 
-def test_one_step_is_that_of_the_formula():
-    """Identity projections, k negatives: the gradient by finite differences of the loss."""
+def test_one_step_follows_the_gradient_of_the_formula():
+    """With identity projections and k negatives, by finite differences of the loss."""
     model = DualEncoder(encoder())
     queries, documents, negatives = normal(B, 3), normal(B, 3), normal(B, K, 3)
     trainer = trainer_of(model, optimizer=keras.optimizers.SGD(0.1))
@@ -101,7 +101,7 @@ def test_one_step_is_that_of_the_formula():
         assert moved[i, j] == pytest.approx(slope, rel=1e-2, abs=1e-3)
 
 
-def test_a_frozen_encoder_is_never_trained():
+def test_frozen_encoders_are_never_trained():
     model = DualEncoder(encoder(dropout=0.5))
     trainer = trainer_of(model, trainable_weights=None)
     batch = normal(B, 3), normal(B, 3)
@@ -112,9 +112,9 @@ def test_a_frozen_encoder_is_never_trained():
     ]
     for projection in (model.query_projection, model.document_projection):
         projection.kernel.assign(np.eye(F))
-    assert float(trainer.train_step(*batch)) == first, "no dropout in a frozen encoder"
+    assert float(trainer.train_step(*batch)) == first, "a frozen encoder has no dropout"
     assert trainer.changing_weights == trainer.trainable_weights
-    # Named among others, they are left out all the same, before the first step too.
+    # Listed explicitly they are left out as well, before the first step too.
     before = [numpy(weight).copy() for weight in model.query_encoder.weights]
     encoded = [numpy(model.query_encoder(x)) for x in batch]
     for inputs, is_encoded in ((batch, False), (encoded, True)):
@@ -128,7 +128,7 @@ def test_a_frozen_encoder_is_never_trained():
 
 @pytest.mark.parametrize("encoded", [False, True])
 @pytest.mark.parametrize("place", ["scores", "loss"])
-def test_a_weight_of_neither_encoder_nor_projection_can_be_trained(encoded, place):
+def test_variables_outside_encoder_and_projections_can_be_trained(encoded, place):
     model = DualEncoder(encoder())
     model.scale = model.add_weight((), initializer="ones", name="scale")
 
@@ -153,7 +153,7 @@ def test_a_weight_of_neither_encoder_nor_projection_can_be_trained(encoded, plac
     assert float(numpy(model.scale)) != 1
 
 
-def test_an_encoder_can_be_frozen_and_unfrozen_between_runs():
+def test_encoders_can_be_frozen_and_unfrozen_between_runs():
     model = DualEncoder(encoder())
     trainer = trainer_of(model)
     batch = normal(B, 3), normal(B, 3)
@@ -169,8 +169,8 @@ def test_an_encoder_can_be_frozen_and_unfrozen_between_runs():
     np.testing.assert_array_equal(numpy(model.query_encoder.weights[0]), moved)
 
 
-def test_projections_run_in_training_mode_in_a_step_and_in_no_other_place():
-    """Statistics of the batch are those of queries, and of positives and then negatives."""
+def test_projections_run_in_training_mode_only_in_a_step():
+    """Batch statistics are those of queries, and of positives and then negatives."""
     model = Heads(
         keras.layers.Identity(),
         lambda: keras.Sequential(
@@ -192,7 +192,7 @@ def test_projections_run_in_training_mode_in_a_step_and_in_no_other_place():
 
 
 @pytest.mark.parametrize("kind", ["layer", "kwargs"])
-def test_an_encoder_that_is_trained_is_told_so(kind):
+def test_trained_encoders_are_called_in_training_mode(kind):
     class Mine(keras.Model):
         def __init__(self):
             super().__init__()
@@ -212,7 +212,7 @@ def test_an_encoder_that_is_trained_is_told_so(kind):
     np.testing.assert_allclose(numpy(model.encoder.moving_mean), mean, rtol=1e-4, atol=1e-6)
 
 
-def test_projections_that_are_plain_methods():
+def test_projections_can_be_plain_methods():
     class Mine(keras.Model):
         def __init__(self):
             super().__init__()
@@ -233,14 +233,14 @@ def test_projections_that_are_plain_methods():
     trainer = trainer_of(model)
     trainer.train_step(normal(B, 3), normal(B, 3))
     assert trainer.trainable_weights == [model.head.kernel]
-    with pytest.raises(TypeError, match="takes no argument training"):
+    with pytest.raises(TypeError, match="must take an argument training"):
         trainer_of(Mine(), freeze_encoder=False).train_step(normal(B, 3), normal(B, 3))
     with pytest.raises(ValueError, match="trainable_weights="):
         trainer_of(Mine(), encoded=True).train_step(normal(B, 3), normal(B, 3))
 
 
 class SeeScores:
-    """A loss that keeps nothing and gives back one number of the scores."""
+    """A loss that returns a number computed from the scores."""
 
     def __init__(self, f):
         self.f = f
@@ -249,10 +249,10 @@ class SeeScores:
         return ops.sum(positive) * 0 + self.f(positive, negative, *teacher)
 
 
-def test_what_is_relevant_is_masked():
+def test_relevant_documents_are_masked():
     positive_ids = np.array([7, 7, 3, 4, 5, 6])  # the first two pairs share a document
     relevant_ids = np.full((B, 2), -1)
-    relevant_ids[2] = [3, 4]  # pair 3's document is relevant to query 2, not the other way round
+    relevant_ids[2] = [3, 4]  # pair 3's document is relevant to query 2, but not vice versa
     negative_ids = rng.integers(20, 30, (B, K))
     negative_ids[5, 1], negative_ids[4, 0], negative_ids[2, 1] = 6, -1, 4
     expected = np.zeros((B, B - 1 + K), bool)
@@ -274,14 +274,14 @@ def test_what_is_relevant_is_masked():
     assert found(negatives, ids) == pytest.approx(weights[expected].sum(), rel=1e-4)
     assert found(negatives) == 0
     there = expected.copy()
-    there[2, 2] = there[2, -1] = False  # what only relevant_ids tells
+    there[2, 2] = there[2, -1] = False  # known from relevant_ids only
     del ids["relevant_ids"]
     assert found(negatives, ids) == pytest.approx(weights[there].sum(), rel=1e-4)
-    with pytest.raises(ValueError, match="no 'positive_ids'"):
+    with pytest.raises(ValueError, match="no positive_ids"):
         found(negatives, {"relevant_ids": relevant_ids})
 
 
-def test_a_batch_may_have_another_k_than_the_last():
+def test_batches_may_differ_in_the_number_of_negatives():
     trainer = trainer_of(
         DualEncoder(encoder()),
         k_negatives=K,
@@ -290,11 +290,11 @@ def test_a_batch_may_have_another_k_than_the_last():
     for k in (K, 1, 4):
         value = trainer.train_step(normal(B, 3), normal(B, 3), normal(B, k, 3))
         assert float(value) == B - 1 + k
-    with pytest.raises(ValueError, match="without negatives"):
+    with pytest.raises(ValueError, match="batch has no negatives"):
         trainer.train_step(normal(B, 3), normal(B, 3))
 
 
-def test_a_teacher_and_matryoshka():
+def test_matryoshka_with_a_teacher():
     teacher = normal(B, 1 + K)
     batch = (normal(B, 3), normal(B, 3), normal(B, K, 3), {"teacher_scores": teacher})
     loss = losses.Matryoshka(losses.MarginMSE(), scores.dot_product, [2, F])
@@ -314,7 +314,7 @@ def test_a_teacher_and_matryoshka():
 
 
 @pytest.mark.parametrize("replaced", [False, True])
-def test_a_learned_temperature_is_trained(replaced):
+def test_learned_temperature_is_trained(replaced):
     loss = losses.InfoNCE(0.05, learned=True)
     trainer = trainer_of(DualEncoder(encoder()), losses.InfoNCE() if replaced else loss)
     trainer.loss = loss
@@ -324,7 +324,7 @@ def test_a_learned_temperature_is_trained(replaced):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_scores_in_half_precision_are_masked_and_trained_on(dtype):
+def test_scores_in_half_precision_are_masked_and_trained(dtype):
     batch = normal(B, F), normal(B, F), {"positive_ids": np.array([1, 1, 2, 3, 4, 5])}
 
     def rounded(*representations):
@@ -343,27 +343,27 @@ def test_scores_in_half_precision_are_masked_and_trained_on(dtype):
 
 
 def changed(model, step):
-    """What one update at a rate of 1 takes from the weights: their gradients."""
+    """Returns what one update at a learning rate of 1 subtracts: the gradients."""
     weights = model.trainable_weights
     before = [numpy(weight).copy() for weight in weights]
     step()
     return [value - numpy(weight) for value, weight in zip(before, weights, strict=True)]
 
 
-def in_portions(f, x, size):
+def in_micro_batches(f, x, size):
     parts = [f(x[start : start + size]) for start in range(0, len(x), size)]
     return keras.tree.map_structure(lambda *rows: ops.concatenate(rows), *parts)
 
 
 class Unseeded(keras.layers.Layer):
-    """Dropout by Keras' own seed generator, which no model holds."""
+    """Dropout with Keras' global seed generator, which no model holds."""
 
     def call(self, x, training=False):
         return keras.random.dropout(x, 0.5) if training else x
 
 
 MODELS = {
-    # Seeded and unseeded dropout, in projections too, batch statistics, an encoder used twice.
+    # Dropout with and without a seed, in projections too; batch statistics; a shared encoder.
     "one encoder": lambda: (
         Heads(
             encoder(0.5, normalization=True),
@@ -384,7 +384,7 @@ MODELS = {
         (3,),
     ),
 }
-# Of the largest gradient of a weight.
+# Relative to the largest gradient of a variable.
 BOUNDS = {"float32": 1e-5, "mixed_bfloat16": 1e-3}
 
 
@@ -393,10 +393,10 @@ BOUNDS = {"float32": 1e-5, "mixed_bfloat16": 1e-3}
     [*((name, "float32") for name in MODELS), ("one encoder", "mixed_bfloat16")],
 )
 def test_micro_batches_give_the_gradient_of_the_whole_batch(name, policy, request):
-    """Against one gradient through all activations at once, encoded in the same portions."""
+    """Compared with one gradient through all activations, encoded in the same micro-batches."""
     if name == "Keras' seed" and keras.backend.backend() == "jax":
         pytest.skip("Keras refuses such a layer on JAX")
-    size = 4  # six pairs: a loop over whole portions and a rest
+    size = 4  # six pairs: a loop over whole micro-batches and a remainder
     keras.config.set_dtype_policy(policy)
     request.addfinalizer(lambda: keras.config.set_dtype_policy("float32"))
     model, compute_scores, shape = MODELS[name]()
@@ -411,10 +411,10 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(name, policy, reques
     def document(x):
         return model.document_projection(model.encode_document(x, training=True), training=True)
 
-    def forward():  # in the order of the trainer: queries, positives, negatives
+    def forward():  # in the trainer's order: queries, positives, negatives
         flat = batch[2].reshape(B * K, *shape)
         parts = ((query, batch[0]), (document, batch[1]), (document, flat))
-        q, d, n = (in_portions(f, x, size) for f, x in parts)
+        q, d, n = (in_micro_batches(f, x, size) for f, x in parts)
         n = keras.tree.map_structure(lambda x: ops.reshape(x, (B, K, *x.shape[1:])), n)
         return loss(*compute_scores(q, d, n))
 
@@ -437,13 +437,13 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(name, policy, reques
         metrics=[keras.metrics.SparseCategoricalAccuracy()],
     )
     keras.utils.set_random_seed(1)
-    trainer._build(tuple(batch))
+    trainer.build_on(tuple(batch))
     losses_found = []
     moved = changed(model, lambda: losses_found.append(trainer.train_step(*batch)))
     assert float(losses_found[0]) == pytest.approx(float(value), rel=1e-5)
     for weight, ours, theirs in zip(model.trainable_weights, moved, gradients, strict=False):
         theirs = numpy(theirs)
-        # The second term is the rounding of weight minus gradient.
+        # The second term is the rounding error of weight minus gradient.
         bound = BOUNDS[policy] * np.abs(theirs).max() + 2e-7
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=bound, err_msg=weight.path)
     temperature = np.log(2) - float(numpy(loss.log_scale))
@@ -453,7 +453,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(name, policy, reques
 
 
 def test_micro_batches_in_bfloat16():
-    """Beside the batch encoded at once, which rounds elsewhere: 2% of a weight's largest one."""
+    """Compared with encoding the batch at once, which rounds elsewhere: 2% of the largest."""
     batch = normal(B, 3), normal(B, 3)
     moved = {}
     keras.config.set_dtype_policy("mixed_bfloat16")
@@ -470,8 +470,8 @@ def test_micro_batches_in_bfloat16():
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=0.02 * np.abs(theirs).max())
 
 
-def test_micro_batches_record_the_loss_where_a_gradient_overflows():
-    """In float16, whose first scales of the loss are tried out: the update is left out."""
+def test_micro_batches_record_the_loss_if_a_gradient_overflows():
+    """In float16, where the first loss scales may overflow: the update is skipped."""
     batch = normal(B, 3), normal(B, 3)
     keras.config.set_dtype_policy("mixed_float16")
     try:
@@ -489,8 +489,8 @@ def test_micro_batches_record_the_loss_where_a_gradient_overflows():
         np.testing.assert_array_equal(numpy(weight), value)
 
 
-def test_micro_batches_train_in_the_loop():
-    """With the optimizer's own settings, several steps at a time, a smaller last batch."""
+def test_micro_batches_equal_whole_batches_in_train():
+    """With post_process_grads, several steps per execution and a smaller last batch."""
     relevant = [[row] for row in range(10)]
     weights = {}
     for size in (None, 3):
@@ -516,7 +516,7 @@ def test_micro_batches_train_in_the_loop():
 FEATURES = normal(30, 3)
 
 
-def test_batches_hold_what_their_ids_say():
+def test_batches_hold_the_features_of_their_ids():
     relevant = [[0, 1], [2], [], [3, 0]]
     data = PairBatches(FEATURES[:4], FEATURES[10:], relevant, batch_size=2)
     data.negatives = np.array([[4, 5], [6, -1], [7, 8], [9, 9], [5, 5]])
@@ -540,7 +540,7 @@ def test_batches_hold_what_their_ids_say():
     np.testing.assert_array_equal(skipped["positive_ids"], data.pairs[first[2]][:, 1])
 
 
-def test_no_batch_clashes_and_none_is_dropped():
+def test_avoid_clashes_drops_no_pair():
     relevant = [rng.choice(12, rng.integers(1, 4), replace=False).tolist() for _ in range(30)]
     data = PairBatches(
         Features.of_texts(["text"] * 30, lambda texts: {"ids": np.zeros((len(texts), 2))}),
@@ -575,32 +575,44 @@ class OfDicts(keras.Model):
     ("wrong", "message"),
     [
         (lambda: PairBatches(FEATURES, FEATURES, [[0]]), "one list per query"),
-        (lambda: PairBatches(FEATURES[:1], FEATURES, [[30]]), "row numbers from 0"),
+        (lambda: PairBatches(FEATURES[:1], FEATURES, [[30]]), "row numbers from 0 to 29, got 30"),
         (lambda: Features(lambda rows: rows), "count=len"),
         (lambda: HardNegativeMining(None, ranks=(5, 5)), "ranks="),
-        (lambda: RetrievalValidation(0, 0, {}, [], [], ["AP"]), "add it"),
+        (lambda: RetrievalValidation(0, 0, {}, [], [], ["AP"]), "one of the measures"),
         (lambda: trainer_of(DualEncoder(encoder()), micro_batch_size=2), "encoders are trained"),
-        (lambda: trainer_of(DualEncoder(encoder()), encoded=True, freeze_encoder=False), "leave"),
-        (lambda: PairBatches(FEATURES[:1], FEATURES, [[0]], batch_size=0), "positive number"),
-        (lambda: one_step(FEATURES), "1 parts of texts"),
-        (lambda: one_step(FEATURES, FEATURES[:4]), "first axes must be equal"),
-        (lambda: one_step(FEATURES, FEATURES, FEATURES), r"one axis more, \(B, k"),
-        (lambda: one_step(FEATURES, FEATURES, {"positive_id": np.arange(30)}), "'positive_ids'"),
-        (lambda: one_step(FEATURES, FEATURES, {"relevant_ids": np.arange(30)}), r"give \(30, n\)"),
-        (lambda: one_step(FEATURES, FEATURES, loss=losses.TeacherKL()), "has no scores of one"),
+        (
+            lambda: trainer_of(DualEncoder(encoder()), encoded=True, freeze_encoder=False),
+            "Leave one of them out",
+        ),
+        (
+            lambda: PairBatches(FEATURES[:1], FEATURES, [[0]], batch_size=0),
+            "positive integer, got 0",
+        ),
+        (lambda: one_step(FEATURES), "got 1 parts"),
+        (lambda: one_step(FEATURES, FEATURES[:4]), "same batch size"),
+        (lambda: one_step(FEATURES, FEATURES, FEATURES), r"one axis more than positives, \(B, k"),
+        (
+            lambda: one_step(FEATURES, FEATURES, {"positive_id": np.arange(30)}),
+            "among positive_ids, relevant_ids",
+        ),
+        (
+            lambda: one_step(FEATURES, FEATURES, {"relevant_ids": np.arange(30)}),
+            r"must have the shape \(30, n\)",
+        ),
+        (lambda: one_step(FEATURES, FEATURES, loss=losses.TeacherKL()), "needs teacher_scores"),
         (
             lambda: one_step(FEATURES, FEATURES, {"positive_ids": np.arange(30) + 2**32}),
-            r"positive_ids has numbers from 4294967296 .* Give row numbers",
+            r"positive_ids must be .* got values from 4294967296 .* Use row numbers",
         ),
         (
             lambda: trainer_of(DualEncoder(encoder())).train(
                 [(FEATURES, FEATURES, {"positive_ids": np.array(["a"] * 30)})], epochs=1
             ),
-            "positive_ids has the dtype str32.* Give row numbers",
+            "positive_ids must be .* got the dtype str32.* Use row numbers",
         ),
         (
             lambda: one_step(FEATURES, FEATURES, {"positive_ids": list(range(30))}),
-            r"came as a list; .*np.array\(positive_ids\)",
+            r"got a list. Use np.array\(positive_ids\)",
         ),
         (
             lambda: one_step(
@@ -608,7 +620,7 @@ class OfDicts(keras.Model):
                 FEATURES,
                 model=DualEncoder(keras.layers.Dense(6), keras.layers.Dense(4)),
             ),
-            "has 6 numbers and a document's 4.*projection_size=4",
+            "got sizes 6 and 4.*projection_size=4",
         ),
         (
             lambda: one_step(FEATURES, FEATURES, model=DualEncoder(OfDicts())),
@@ -616,7 +628,7 @@ class OfDicts(keras.Model):
         ),
         (
             lambda: one_step(FEATURES, FEATURES, compute_scores=lambda q, d: q),
-            "return the pair",
+            "must return a pair",
         ),
         (
             lambda: one_step(
@@ -625,16 +637,16 @@ class OfDicts(keras.Model):
                 {"positive_ids": np.arange(30)},
                 compute_scores=lambda q, d: (ops.sum(q * d, -1), ops.matmul(q, ops.transpose(d))),
             ),
-            "returned 30 negative scores per query, and the batch has 29",
+            "here 29, got 30",
         ),
     ],
 )
-def test_bad_input_says_what_to_write(wrong, message):
+def test_bad_input_raises(wrong, message):
     with pytest.raises(ValueError, match=message):
         wrong()
 
 
-def test_a_model_without_the_methods_gets_the_class_to_write(tmp_path):
+def test_a_model_without_the_methods_is_told_the_class_to_write(tmp_path):
     with pytest.raises(TypeError, match="class MyDualEncoder") as error:
         trainer_of(encoder())
     message = str(error.value)
@@ -649,7 +661,7 @@ def test_a_model_without_the_methods_gets_the_class_to_write(tmp_path):
         np.testing.assert_allclose(numpy(ours), numpy(theirs), rtol=1e-6)
 
 
-def test_mined_negatives_are_the_best_unjudged_ones_below_the_margin():
+def test_mined_negatives_are_the_best_unjudged_documents_below_the_margin():
     queries, documents = normal(4, 5), normal(40, 5)
     relevant = [np.array([0, 1]), np.array([2]), np.array([3]), np.array([4])]
     pairs = np.array([(q, d) for q, rows in enumerate(relevant) for d in rows])
@@ -668,7 +680,7 @@ def test_mined_negatives_are_the_best_unjudged_ones_below_the_margin():
 
 
 def collection():
-    """Documents, and queries that are noisy, rotated copies of some of them."""
+    """Returns documents, and queries that are noisy rotated copies of some of them."""
     documents = normal(40, 8)
     rotation = np.linalg.qr(normal(8, 8))[0]
     queries = documents[:30] @ rotation + 0.1 * normal(30, 8)
@@ -677,7 +689,7 @@ def collection():
     return queries.astype("float32"), documents, ids, qrels
 
 
-def test_training_with_validation_and_mining_finds_the_documents():
+def test_training_with_validation_and_mining_learns_to_retrieve():
     queries, documents, document_ids, qrels = collection()
     query_ids = list(qrels)
     relevant = relevant_rows(qrels, query_ids, document_ids)
@@ -696,7 +708,7 @@ def test_training_with_validation_and_mining_finds_the_documents():
         assert not set(row.tolist()) & set(relevant[query].tolist())
     model.query_projection.kernel.assign(np.zeros((8, 8)))
     validation.on_train_end()
-    # The best weights were put back, and a resumed run knows them.
+    # The best weights are restored, also by a resumed run.
     ids = [document_ids[row] for row in range(40)]
     found = evaluate(qrels, validation.run(), ["nDCG@10"])["nDCG@10"]
     assert found == pytest.approx(validation.best)
@@ -705,7 +717,7 @@ def test_training_with_validation_and_mining_finds_the_documents():
     assert (other.best, other.best_epoch) == (validation.best, validation.best_epoch)
 
 
-def test_the_best_model_is_put_back_with_its_statistics():
+def test_the_best_weights_are_restored_with_batch_statistics():
     queries, documents = normal(12, 6), normal(12, 6)
     ids = [str(row) for row in range(12)]
     qrels = {each: {each: 1} for each in ids}
@@ -725,7 +737,7 @@ def test_the_best_model_is_put_back_with_its_statistics():
     assert validation.run() == best
 
 
-def test_training_that_makes_a_model_worse_is_undone():
+def test_training_that_makes_the_model_worse_is_undone():
     queries = normal(12, 6)
     documents = queries + 0.1 * normal(12, 6)
     ids = [str(row) for row in range(12)]
@@ -747,7 +759,7 @@ def test_training_that_makes_a_model_worse_is_undone():
     np.testing.assert_array_equal(numpy(model.query_projection.kernel), np.eye(6))
 
 
-def test_training_metrics_and_validation_of_batches():
+def test_evaluate_computes_in_batch_accuracy():
     queries, documents, *_ = collection()
     relevant = [[row] for row in range(30)]
     data = PairBatches(queries, documents, relevant, batch_size=15)
@@ -768,7 +780,7 @@ def test_training_metrics_and_validation_of_batches():
     assert results["first"] == pytest.approx(np.mean(first))
 
 
-def test_scores_of_ones_own_need_a_similarity():
+def test_custom_scores_need_a_similarity():
     queries, documents, ids, qrels = collection()
     validation = RetrievalValidation(queries, documents, qrels, list(qrels), ids)
     data = PairBatches(queries, documents, [[row] for row in range(30)])
@@ -779,8 +791,8 @@ def test_scores_of_ones_own_need_a_similarity():
         trainer.train(data, epochs=1, callbacks=[validation])
 
 
-def test_a_trained_model_is_saved_and_loaded(tmp_path):
-    """Its parts were used, the model itself was never called."""
+def test_trained_models_are_saved_and_loaded(tmp_path):
+    """Even though training calls the layers, and never the model itself."""
     model = DualEncoder(encoder())
     trainer = trainer_of(model)
     trainer.train_step(normal(B, 3), normal(B, 3))
@@ -794,7 +806,7 @@ def test_a_trained_model_is_saved_and_loaded(tmp_path):
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
-    """With mined negatives, also where the next epoch mines anew, and a learned temperature."""
+    """With mined negatives, also mined again in the next epoch, and a learned temperature."""
     queries, documents, ids, qrels = collection()
 
     def run(epochs, folder):

@@ -2,11 +2,11 @@
 
 Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup",
 arXiv:2101.06983. A contrastive loss needs the representations of the whole batch, but not the
-activations that led to them:
+activations that they were computed from:
 
     representations = forward(texts)                     # in micro-batches, without gradients
-    by_representations = gradient of loss(representations)
-    by_weights = backward(texts, by_representations)     # in micro-batches, each computed again
+    vector_gradients = gradient of loss(representations) # with respect to the representations
+    gradients = backward(texts, vector_gradients)        # in micro-batches, recomputing each
 """
 
 import functools
@@ -19,19 +19,20 @@ from keras import ops
 from polus.backends import backend
 
 Represent = Callable[[Any], Any]
-"""From the features of texts to vectors, or a pair of vectors and mask."""
+"""Maps the features of texts to vectors, or to a pair of vectors and mask."""
 
 
 class GradientCache:
-    """Both passes over a batch, `size` texts at a time.
+    """Runs the forward and the backward pass over a batch, `size` texts at a time.
 
-    The second pass computes what the first one did, in the same order and from the same state:
-    seeds of dropout and batch statistics are put back in between, so dropout is the same in both.
+    The backward pass recomputes what the forward pass did, in the same order and from the same
+    state: dropout seeds and batch statistics are restored in between, so dropout is the same in
+    both.
 
     Args:
-        size: texts in a micro-batch.
-        weights: what gradients are taken by.
-        state: variables that `represent` may assign.
+        size: The number of texts in a micro-batch.
+        weights: The variables to differentiate with respect to.
+        state: The variables that the encoders may assign.
     """
 
     def __init__(
@@ -40,31 +41,74 @@ class GradientCache:
         self.size = size
         self.weights = list(weights)
         self.state = list(state)
-        # Variables, since the loop over micro-batches can add to nothing else.
+        # Variables, since the loop over micro-batches can accumulate into nothing else.
         self.totals = [
             keras.Variable(ops.zeros(weight.shape), dtype=weight.dtype, trainable=False)
             for weight in self.weights
         ]
 
+    def value_and_grad(
+        self,
+        represent: Sequence[Represent],
+        texts: Sequence[Any],
+        loss_fn: Callable[[list[Any]], tuple[Any, Any]],
+        loss_weights: Sequence[keras.Variable] = (),
+        scale: Callable[[Any], Any] = lambda loss: loss,
+    ) -> tuple[Any, Any, list[Any]]:
+        """Computes a loss over the representations of `texts`, and its gradients.
+
+        Args:
+            represent: For each of `texts`, the function that represents it.
+            texts: The features of each kind of text.
+            loss_fn: Takes the list of representations, returns the scalar loss and anything else.
+            loss_weights: Those of `weights` that `loss_fn` reads itself.
+            scale: Scales the loss for the backward pass. The gradients returned are unscaled.
+
+        Returns:
+            The loss, what else `loss_fn` returned, and the gradient for each weight, None for a
+            weight that the loss doesn't depend on.
+        """
+        representations, start = self.forward(represent, texts)
+
+        def scaled_loss(*vectors: Any) -> Any:
+            replaced = [with_vectors(r, v) for r, v in zip(representations, vectors, strict=True)]
+            return scale(loss_fn(replaced)[0])
+
+        vectors = [vectors_of(each) for each in representations]
+        _, vector_gradients = backend.value_and_input_grad(scaled_loss, vectors)
+        loss, others = loss_fn(representations)
+        gradients = self.backward(represent, texts, vector_gradients, start)
+        if loss_weights:
+            _, found = backend.value_and_grad(lambda: scaled_loss(*vectors), loss_weights)
+            index = {id(weight): i for i, weight in enumerate(self.weights)}
+            for weight, gradient in zip(loss_weights, found, strict=True):
+                gradients[index[id(weight)]] = gradient
+        unscale = 1 / scale(ops.ones(()))
+        gradients = [None if g is None else g * ops.cast(unscale, g.dtype) for g in gradients]
+        return loss, others, gradients
+
     def forward(
         self, represent: Sequence[Represent], texts: Sequence[Any]
     ) -> tuple[list[Any], tuple[Any, ...]]:
-        """The representations of each of `texts` by its function, and what `backward` starts from.
+        """Computes the representations of each of `texts`, and what `backward` starts from.
 
-        Only here the state changes, as in a step without caching.
+        Only this pass changes the state, as a step without caching does.
         """
         start = [backend.copy(variable) for variable in self.state], backend.random_state()
-        with_each = zip(represent, texts, strict=True)
-        return [self._in_micro_batches(f, text) for f, text in with_each], start
+        pairs = zip(represent, texts, strict=True)
+        return [self._map_micro_batches(fn, text) for fn, text in pairs], start
 
     def backward(
         self,
         represent: Sequence[Represent],
         texts: Sequence[Any],
-        by_vectors: Sequence[Any],
+        vector_gradients: Sequence[Any],
         start: tuple[Any, ...],
     ) -> list[Any]:
-        """The gradients by the weights, of those by the vectors; None for one without effect."""
+        """Computes the gradients for the weights from those for the vectors.
+
+        Returns None for a weight that the vectors don't depend on.
+        """
         values, generators = start
         for variable, value in zip(self.state, values, strict=True):
             variable.assign(value)
@@ -73,11 +117,11 @@ class GradientCache:
             total.assign(ops.zeros(total.shape, total.dtype))
         connected = [False] * len(self.weights)
 
-        def carry_on(f: Represent, micro_batch: tuple[Any, Any]) -> Any:
+        def accumulate(fn: Represent, micro_batch: tuple[Any, Any]) -> Any:
             text, gradient = micro_batch
 
             def product() -> Any:
-                return ops.sum(ops.cast(vectors_of(f(text)) * gradient, "float32"))
+                return ops.sum(ops.cast(vectors_of(fn(text)) * gradient, "float32"))
 
             value, gradients = backend.value_and_grad(product, self.weights)
             for i, each in enumerate(gradients):
@@ -85,17 +129,17 @@ class GradientCache:
                     connected[i] = True
                     each = ops.cast(ops.convert_to_tensor(each), self.totals[i].dtype)
                     self.totals[i].assign_add(each)
-            return ops.reshape(value, (1,))  # something with a row for each micro-batch
+            return ops.reshape(value, (1,))  # the loop needs a row per micro-batch
 
-        for f, text, gradient in zip(represent, texts, by_vectors, strict=True):
-            self._in_micro_batches(functools.partial(carry_on, f), (text, gradient))
+        for fn, text, gradient in zip(represent, texts, vector_gradients, strict=True):
+            self._map_micro_batches(functools.partial(accumulate, fn), (text, gradient))
         return [
             ops.convert_to_tensor(total) if there else None
             for total, there in zip(self.totals, connected, strict=True)
         ]
 
-    def _in_micro_batches(self, fn: Callable[[Any], Any], inputs: Any) -> Any:
-        """`fn` of each micro-batch of `inputs`, in a loop that holds one at a time; joined."""
+    def _map_micro_batches(self, fn: Callable[[Any], Any], inputs: Any) -> Any:
+        """Applies `fn` to each micro-batch in a loop that holds one at a time; concatenates."""
         size = self.size
         whole, rest = divmod(keras.tree.flatten(inputs)[0].shape[0], size)
         results = []
@@ -117,12 +161,12 @@ def _micro_batch(payload: Any, i: Any) -> tuple[Any]:
 
 
 def vectors_of(representation: Any) -> Any:
-    """The vectors, without the mask that late interaction has."""
+    """Returns the vectors, without the mask that late interaction has."""
     return representation[0] if isinstance(representation, (tuple, list)) else representation
 
 
 def with_vectors(representation: Any, vectors: Any) -> Any:
-    """`representation` with other vectors; the mask, which has no gradient, stays."""
+    """Replaces the vectors of `representation`; the mask, which has no gradient, stays."""
     if isinstance(representation, (tuple, list)):
         return vectors, representation[1]
     return vectors

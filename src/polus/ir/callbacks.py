@@ -1,4 +1,4 @@
-"""Between epochs of retrieval training: validation by search, and mining of hard negatives."""
+"""Callbacks for retrieval training: validation by search, and hard-negative mining."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,14 +8,18 @@ import numpy as np
 from keras import ops
 
 from polus.callbacks.base import Callback
+from polus.host import to_host
 from polus.ir.data import PairBatches, Rows, as_features
-from polus.ir.encoding import encode, joined
-from polus.ir.evaluation import MEASURES, as_run, evaluate, top_k
+from polus.ir.encoding import encode, stack_vectors
+from polus.ir.evaluation import MEASURES, evaluate
 from polus.ir.scores import InBatchScores, Similarity, dot_product
+from polus.ir.search import as_run, take_rows, to_arrays, top_k
+
+_QUERIES = 1024  # mined at a time
 
 
 class _Search(Callback):
-    """What both callbacks share: representations of the present model, and their similarity."""
+    """Base of the callbacks that search with the current model."""
 
     similarity: Similarity | None
     batch_size: int
@@ -28,8 +32,10 @@ class _Search(Callback):
     def _represented(self, queries: Any, documents: Any) -> tuple[Any, Any]:
         trainer = self._trainer
         return (
-            joined(encode(trainer.represent_queries, as_features(queries), self.batch_size)),
-            joined(encode(trainer.represent_documents, as_features(documents), self.batch_size)),
+            stack_vectors(encode(trainer.represent_queries, as_features(queries), self.batch_size)),
+            stack_vectors(
+                encode(trainer.represent_documents, as_features(documents), self.batch_size)
+            ),
         )
 
     def _similarity(self) -> Similarity:
@@ -38,37 +44,39 @@ class _Search(Callback):
         scores = self._trainer.compute_scores
         if not isinstance(scores, InBatchScores):
             raise ValueError(
-                f"How documents are compared is not known from {scores!r}; say "
-                f"{type(self).__name__}(..., similarity=polus.ir.scores.cosine.similarity)."
+                f"{type(self).__name__} needs a similarity if compute_scores isn't one of "
+                f"polus.ir.scores, got compute_scores={scores!r}. Use {type(self).__name__}(..., "
+                "similarity=polus.ir.scores.cosine.similarity)."
             )
         return scores.similarity
 
 
 class RetrievalValidation(_Search):
-    """Searches with the present model after an epoch, measures, and keeps the best weights.
+    """Evaluates search with the current model after each epoch, and keeps the best weights.
 
-    Before the first epoch too, so that training which makes a model worse is undone. The measures
-    after an epoch are added to `shared_dict["validation"][name]` and the epoch's logs, as
-    `ValidationDataCallback` does.
+    It evaluates before the first epoch as well, so that training which makes the model worse is
+    undone. The results of an epoch are recorded as those of `ValidationDataCallback` are.
 
     Args:
-        queries: features of the judged queries; see `polus.ir.data.Features`.
-        documents: features of all documents.
-        qrels: `{query id: {document id: grade}}`.
-        query_ids: of `queries`, in order.
-        document_ids: of `documents`, in order.
-        measures: as for `polus.ir.evaluation.evaluate`.
-        monitor: the measure that decides which model is the best.
-        restore_best: whether the best model's weights are put back when training ends, those of a
-            learned temperature and batch statistics as well.
-        name: of this set of queries.
-        every_epochs: how often.
-        depth: documents that are retrieved.
-        similarity: as for `polus.ir.evaluation.top_k`; that of the trainer's `compute_scores`.
-        batch_size: texts represented at a time.
+        queries: The features of the judged queries; see `polus.ir.data.Features`.
+        documents: The features of all documents.
+        qrels: The judgements, `{query id: {document id: grade}}`.
+        query_ids: The ids of `queries`, in order.
+        document_ids: The ids of `documents`, in order.
+        measures: The measures, as for `polus.ir.evaluation.evaluate`.
+        monitor: The measure by which the best model is chosen.
+        restore_best: Whether to restore the weights of the best model when training ends, including
+            a learned temperature and batch statistics.
+        name: The name of this validation set.
+        every_epochs: Evaluate after every n-th epoch.
+        depth: The number of documents retrieved.
+        similarity: As for `polus.ir.search.top_k`. Defaults to that of the trainer's
+            `compute_scores`.
+        batch_size: The number of texts encoded at a time.
 
     Attributes:
-        best: the best value so far. best_epoch: its epoch, from 0; -1 is the model before training.
+        best: The best value so far.
+        best_epoch: Its epoch, counted from 0; -1 is the model before training.
     """
 
     def __init__(
@@ -90,7 +98,7 @@ class RetrievalValidation(_Search):
         super().__init__()
         if monitor not in measures:
             raise ValueError(
-                f"monitor is {monitor!r}, which is none of the measures {list(measures)}; add it."
+                f"monitor must be one of the measures {list(measures)}, got {monitor!r}."
             )
         self.queries, self.documents = queries, documents
         self.qrels, self.query_ids, self.document_ids = qrels, query_ids, document_ids
@@ -102,33 +110,28 @@ class RetrievalValidation(_Search):
         self._weights: list[Any] = []
 
     def on_epoch_begin(self, epoch: int) -> None:
-        # Here and not where training begins: a run that is resumed knows its best by now.
+        # Not in on_train_begin: a resumed run has restored its best by now.
         if epoch == 0 and self.best == -np.inf:
-            data = self.coordinator.reader.current
+            data = self.coordinator.run.reader.current
             assert data is not None  # an epoch has begun
-            self._trainer.meet(*data.example)  # so that what may change is known
+            self._trainer.build_on(data.example)  # so that changing_weights is known
             self._keep_if_best(evaluate(self.qrels, self.run(), self.measures), epoch=-1)
 
     def on_epoch_end(self, epoch: int) -> None:
         if (epoch + 1) % self.every_epochs:
             return
         found = evaluate(self.qrels, self.run(), self.measures)
-        values = self.coordinator.shared_dict["validation"].setdefault(self.name, {})
-        for measure, value in found.items():
-            values.setdefault(measure, []).append(value)
-        self.coordinator.shared_dict["epoch_logs"] |= {
-            f"{self.name}_{measure}": value for measure, value in found.items()
-        }
+        self.coordinator.run.validated(self.name, dict(found))
         self._keep_if_best(found, epoch)
 
     def _keep_if_best(self, found: Mapping[str, float], epoch: int) -> None:
         if found[self.monitor] > self.best:
             self.best, self.best_epoch = found[self.monitor], epoch
             weights = self._trainer.changing_weights
-            self._weights = [np.array(ops.convert_to_numpy(weight)) for weight in weights]
+            self._weights = [np.array(to_host(weight)) for weight in weights]
 
     def run(self) -> dict[str, dict[str, float]]:
-        """What the present model finds."""
+        """Returns the run of the current model."""
         queries, documents = self._represented(self.queries, self.documents)
         found = top_k(queries, documents, self.depth, similarity=self._similarity())
         return as_run(self.query_ids, self.document_ids, *found)
@@ -149,23 +152,23 @@ class RetrievalValidation(_Search):
 
 
 class HardNegativeMining(_Search):
-    """Gives each pair the documents that the present model takes for relevant, wrongly.
+    """Mines hard negatives with the current model: high-ranked documents not judged relevant.
 
-    Exact search over all documents before the first epoch and after every n epochs; from what is
-    found for a query, whatever is judged relevant to it is left out.
+    Searches all documents exactly, before the first epoch and after every n-th one.
 
     Args:
-        batches: gets its `negatives`.
-        k: hard negatives per pair; where fewer are left the rest is masked.
-        every_epochs: how often.
-        ranks: first and last rank to take from, from 0, the last not included, judged positives
-            not counted.
-        relative_margin: a document counts only if its score is below this part of the positive's:
-            a document that scores as well is probably relevant and unjudged. 0.95 as in Moreira et
-            al. 2024, NV-Retriever, arXiv:2407.15831, section 3; without it, hard negatives hurt.
-            None for no limit. Below a positive score of 0 the distance is the same.
-        similarity: as for `polus.ir.evaluation.top_k`; that of the trainer's `compute_scores`.
-        batch_size: texts represented at a time.
+        batches: The batches, whose `negatives` are assigned.
+        k: The number of hard negatives per pair. If there are fewer, the rest is masked.
+        every_epochs: Mine after every n-th epoch.
+        ranks: The first and last rank to take, counted from 0 without relevant documents, the last
+            excluded.
+        relative_margin: Take only documents that score below this fraction of the positive's score;
+            one that scores higher is probably relevant but unjudged. 0.95 as in Moreira et al.
+            2024, NV-Retriever, arXiv:2407.15831, section 3; without it, hard negatives hurt. None
+            for no limit. If the positive's score is negative, the distance to it is the same.
+        similarity: As for `polus.ir.search.top_k`. Defaults to that of the trainer's
+            `compute_scores`.
+        batch_size: The number of texts encoded at a time.
     """
 
     def __init__(
@@ -181,8 +184,8 @@ class HardNegativeMining(_Search):
         super().__init__()
         if not 0 <= ranks[0] < ranks[1] or k < 1:
             raise ValueError(
-                f"k is {k} and ranks is {ranks}: take at least one negative, from a first rank "
-                "that is below the last, such as ranks=(0, 100)."
+                "k must be positive and ranks must be (first, last) with 0 <= first < last, got "
+                f"k={k} and ranks={ranks}. Use, for example, ranks=(0, 100)."
             )
         self.batches = batches
         self.k, self.every_epochs, self.ranks = k, every_epochs, ranks
@@ -193,8 +196,8 @@ class HardNegativeMining(_Search):
         self._mine()
 
     def on_epoch_end(self, epoch: int) -> None:
-        # Here and not where the next epoch begins: what a checkpoint keeps of the data is then new.
-        # After the last epoch too, for a run that is continued.
+        # Not in on_epoch_begin: a checkpoint at the epoch's end must save the new negatives. After
+        # the last epoch too, for a run that is resumed with more epochs.
         if (epoch + 1) % self.every_epochs == 0:
             self._mine()
 
@@ -223,28 +226,42 @@ def mine(
     relative_margin: float | None = 0.95,
     similarity: Similarity = dot_product.similarity,
 ) -> Rows:
-    """Hard negatives `(P, k)` of pairs `(P, 2)`, -1 where there are none left.
+    """Returns hard negatives `(P, k)` for pairs `(P, 2)`, padded with -1.
 
-    See `HardNegativeMining`; `queries` and `documents` are representations, as for `top_k`.
+    See `HardNegativeMining`. `queries` and `documents` are representations, as for `top_k`.
     """
-    most = max(len(rows) for rows in relevant)
-    scores, rows = top_k(queries, documents, ranks[1] + most, similarity=similarity)
+    queries, documents = to_arrays(queries), to_arrays(documents)
     negatives = np.full((len(pairs), k), -1, np.int64)
-    if relative_margin is not None:
-        chosen = [
-            keras.tree.map_structure(
-                lambda x, rows=rows: ops.convert_to_tensor(x[rows][:, None]), each
-            )
-            for each, rows in ((queries, pairs[:, 0]), (documents, pairs[:, 1]))
-        ]
-        positive = ops.convert_to_numpy(similarity(*chosen))[:, 0, 0]
-        limits = positive - (1 - relative_margin) * np.abs(positive)
-    for place, query in enumerate(pairs[:, 0]):
-        unjudged = ~np.isin(rows[query], relevant[query])
-        candidates, values = rows[query][unjudged], scores[query][unjudged]
-        window = slice(*ranks)
-        candidates, values = candidates[window], values[window]
+    depth = ranks[1] + max(len(rows) for rows in relevant)
+    by_query = np.argsort(pairs[:, 0], kind="stable")
+    for start in range(0, len(relevant), _QUERIES):
+        block = range(start, min(start + _QUERIES, len(relevant)))
+        first, last = np.searchsorted(pairs[by_query, 0], [block.start, block.stop])
+        places = by_query[first:last]
+        scores, rows = top_k(
+            take_rows(queries, slice(start, block.stop)), documents, depth, similarity=similarity
+        )
+        limits = np.full(len(places), np.inf)
         if relative_margin is not None:
-            candidates = candidates[values < limits[place]]
-        negatives[place, : len(candidates[:k])] = candidates[:k]
+            positive = _pair_scores(queries, documents, pairs[places], similarity)
+            limits = positive - (1 - relative_margin) * np.abs(positive)
+        for place, limit in zip(places, limits, strict=True):
+            query = pairs[place, 0]
+            unjudged = ~np.isin(rows[query - start], relevant[query])
+            window = np.flatnonzero(unjudged)[slice(*ranks)]
+            chosen = window[scores[query - start, window] < limit][:k]
+            negatives[place, : len(chosen)] = rows[query - start, chosen]
     return negatives
+
+
+def _pair_scores(queries: Any, documents: Any, pairs: Rows, similarity: Similarity) -> Any:
+    """Returns the score of each pair, `(P,)`."""
+    found = []
+    for start in range(0, len(pairs), _QUERIES):
+        part = pairs[start : start + _QUERIES].T
+        pair = [
+            take_rows(each, rows) for each, rows in zip((queries, documents), part, strict=True)
+        ]
+        tensors = keras.tree.map_structure(lambda x: ops.convert_to_tensor(x[:, None]), pair)
+        found.append(to_host(similarity(*tensors))[:, 0, 0])
+    return np.concatenate(found)

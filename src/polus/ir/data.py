@@ -1,4 +1,4 @@
-"""Where texts, queries and judgements come from, and how pairs become batches."""
+"""Reads test collections, and makes training batches from judged pairs."""
 
 import csv
 import gzip
@@ -17,7 +17,7 @@ Rows = NDArray[np.int64]
 
 
 class Collection(NamedTuple):
-    """A test collection: `{id: text}` of documents and of the judged queries, and judgements."""
+    """A test collection: documents and judged queries as `{id: text}`, and judgements (qrels)."""
 
     documents: dict[str, str]
     queries: dict[str, str]
@@ -27,23 +27,28 @@ class Collection(NamedTuple):
 def read_beir(folder: str | Path, split: str = "test") -> Collection:
     """Reads a folder in the layout of BEIR (Thakur et al. 2021, arXiv:2104.08663).
 
-    That is `corpus.jsonl` and `queries.jsonl` (either may be gzipped) and `qrels/<split>.tsv`.
-    A document's text is its title and its text; an unjudged query is left out.
+    Such a folder has `corpus.jsonl` and `queries.jsonl` (either may be gzipped) and
+    `qrels/<split>.tsv`. A document's title is prepended to its text. Queries without judgements
+    are left out.
+
+    Args:
+        folder: The folder.
+        split: The name of a file in `qrels`.
 
     Raises:
-        FileNotFoundError: there is no such split; the message names those that are there.
-        ValueError: a query is judged that `queries.jsonl` does not have.
+        FileNotFoundError: If there is no such split. The message lists the splits found.
+        ValueError: If `queries.jsonl` lacks a judged query.
     """
     folder = Path(folder)
     path = folder / "qrels" / f"{split}.tsv"
     if not path.exists():
         found = sorted(each.stem for each in path.parent.glob("*.tsv"))
-        raise FileNotFoundError(f"{path} is not there; splits found: {found or 'none'}.")
+        raise FileNotFoundError(f"{path} doesn't exist. Splits found: {found or 'none'}.")
     qrels: dict[str, dict[str, int]] = {}
     with open(path, encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file, delimiter="\t"):
             qrels.setdefault(row["query-id"], {})[row["corpus-id"]] = int(row["score"])
-    documents = {  # a title may also be null
+    documents = {  # a title may be null
         each["_id"]: f"{each.get('title') or ''} {each['text']}".strip()
         for each in _json_lines(folder / "corpus.jsonl")
     }
@@ -51,8 +56,8 @@ def read_beir(folder: str | Path, split: str = "test") -> Collection:
     missing = [query for query in qrels if query not in queries]
     if missing:
         raise ValueError(
-            f"{path} judges {len(missing)} queries that queries.jsonl does not have, such as "
-            f"{missing[0]!r}; add them there or take them out of the judgements."
+            f"queries.jsonl must have every query judged in {path}, but {len(missing)} are "
+            f"missing, such as {missing[0]!r}. Add them, or remove their judgements."
         )
     return Collection(documents, {query: queries[query] for query in qrels}, qrels)
 
@@ -63,14 +68,14 @@ def _json_lines(path: Path) -> list[dict[str, str]]:
     else:
         with gzip.open(f"{path}.gz", "rt", encoding="utf-8") as file:
             text = file.read()
-    # Not splitlines(): that breaks at Unicode line separators inside a text.
+    # Not splitlines(), which splits at Unicode line separators inside a text too.
     return [json.loads(line) for line in text.split("\n") if line]
 
 
 def relevant_rows(
     qrels: Mapping[str, Mapping[str, int]], query_ids: Sequence[str], document_ids: Sequence[str]
 ) -> list[Rows]:
-    """For each query the row numbers of the documents judged relevant (graded above 0)."""
+    """Returns, for each query, the row numbers of the relevant documents (graded above 0)."""
     row_of = {document: row for row, document in enumerate(document_ids)}
     return [
         np.array(
@@ -82,12 +87,12 @@ def relevant_rows(
 
 
 class Features:
-    """What the encoders take, by row number.
+    """The encoder inputs of some texts, indexed by row number.
 
     Args:
-        rows: an array with a row per text, a dict (any structure) of such arrays, or a function
-            from row numbers (n,) to one; a function can tokenize just the texts it is asked for.
-        count: the number of texts; needed for a function.
+        rows: An array with a row per text, a structure (such as a dict) of such arrays, or a
+            function that maps row numbers (n,) to one. A function can tokenize on demand.
+        count: The number of texts. Required for a function.
     """
 
     def __init__(self, rows: Any, count: int | None = None) -> None:
@@ -95,8 +100,8 @@ class Features:
         if count is None:
             if callable(rows):
                 raise ValueError(
-                    "Features(function) does not know how many texts there are; "
-                    "write Features(function, count=len(texts))."
+                    "Features of a function need the number of texts. Use Features(function, "
+                    "count=len(texts))."
                 )
             count = len(keras.tree.flatten(rows)[0])
         self.count = count
@@ -105,14 +110,14 @@ class Features:
     def of_texts(
         cls, texts: Sequence[str], tokenizer: Callable[[Sequence[str]], Any]
     ) -> "Features":
-        """The tokens of texts, made when they are asked for."""
+        """Returns the tokens of texts, tokenized on demand."""
         return cls(lambda rows: tokenizer([texts[row] for row in rows]), len(texts))
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, rows: Rows) -> Any:
-        """The features of rows of any shape; theirs is that shape and then the text's own."""
+        """Returns the features of `rows`: their shape is that of `rows`, then that of one text."""
         if callable(self._rows):
             flat = self._rows(rows.reshape(-1))
             return keras.tree.map_structure(lambda x: x.reshape(*rows.shape, *x.shape[1:]), flat)
@@ -120,33 +125,34 @@ class Features:
 
 
 def as_features(features: Any) -> Features:
-    """`features`, or `Features(features)` where they are something else."""
+    """Returns `features` as `Features`."""
     return features if isinstance(features, Features) else Features(features)
 
 
 class PairBatches(SeekableAdapter):
-    """Batches of judged pairs for `EfficientDenseRetrievalTrainer`, shuffled anew each epoch.
+    """Batches of judged pairs for `EfficientDenseRetrievalTrainer`, reshuffled each epoch.
 
     A batch is `(query, positive, [negatives,] {"positive_ids", "relevant_ids"[, "negative_ids"]})`.
-    Ids are row numbers of documents; the trainer masks scores by them. The order of an epoch
-    depends on `seed` and its number alone.
+    Ids are row numbers of documents, by which the trainer masks scores. The order of an epoch
+    depends on nothing but `seed` and the epoch's number.
 
     Args:
-        queries: features of Q queries; see `Features`.
-        documents: features of D documents.
-        relevant: for each query the rows of its relevant documents, as `relevant_rows` gives.
-        batch_size: pairs per batch.
-        seed: of the order.
-        avoid_clashes: no document in a batch is relevant to another query of it, so that nothing
-            has to be masked. A pair that would clash waits for a later batch of the epoch: none is
-            dropped, and instead the last batches are smaller. Where most queries share documents
-            that costs more than masking.
+        queries: The features of Q queries; see `Features`.
+        documents: The features of D documents.
+        relevant: The rows of the relevant documents of each query, as `relevant_rows` returns them.
+        batch_size: The number of pairs per batch.
+        seed: The seed of the order.
+        avoid_clashes: Compose batches in which no document is relevant to another pair's query, so
+            that nothing is masked. A pair that would clash is moved to a later batch of the epoch.
+            No pair is dropped, but the last batches are smaller. If most queries share documents,
+            this costs more than masking.
 
     Attributes:
         pairs: `(P, 2)` rows of query and positive document.
-        negatives: `(P, k)` rows of each pair's hard negatives, -1 for none; None for no negatives.
-            Replaced, it counts from the next epoch on; a checkpoint keeps it.
+        negatives: `(P, k)` rows of the hard negatives of each pair, -1 for padding, or None.
+            Assigning it takes effect with the next epoch. Checkpoints save it.
     """
+
 
     def __init__(
         self,
@@ -163,17 +169,18 @@ class PairBatches(SeekableAdapter):
         pairs = [(query, row) for query, rows in enumerate(self.relevant) for row in rows]
         if len(self.relevant) != len(self.queries) or not pairs:
             raise ValueError(
-                f"{len(self.queries)} queries with {len(self.relevant)} relevant lists and "
-                f"{len(pairs)} pairs; give one list per query and at least one pair."
+                "relevant must have one list per query and at least one relevant document, got "
+                f"{len(self.relevant)} lists for {len(self.queries)} queries and {len(pairs)} "
+                "relevant documents."
             )
         self.pairs: Rows = np.array(pairs, np.int64)
         if self.pairs[:, 1].max() >= len(self.documents) or self.pairs.min() < 0:
             raise ValueError(
-                f"Relevant documents are numbered up to {self.pairs[:, 1].max()}, of "
-                f"{len(self.documents)}; give row numbers from 0."
+                f"relevant must hold row numbers from 0 to {len(self.documents) - 1}, got "
+                f"{self.pairs[:, 1].min()} to {self.pairs[:, 1].max()}."
             )
         if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; give a positive number of pairs.")
+            raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}.")
         self.batch_size = batch_size
         self.seed = seed
         self.avoid_clashes = avoid_clashes
@@ -187,7 +194,7 @@ class PairBatches(SeekableAdapter):
             self.num_batches = -(-len(self.pairs) // batch_size)
 
     def batches(self, epoch: int, skip: int = 0) -> Iterator[Any]:
-        """The batches of an epoch, from batch `skip` on."""
+        """Yields the batches of an epoch, from batch `skip` on."""
         negatives = self.negatives
         for number, places in enumerate(self.order(epoch)):
             if number >= skip:
@@ -200,7 +207,7 @@ class PairBatches(SeekableAdapter):
         self.negatives = state.get("negatives")
 
     def order(self, epoch: int) -> Iterator[Rows]:
-        """Which pairs make each batch of an epoch."""
+        """Yields the indices of the pairs in each batch of an epoch."""
         waiting = np.random.default_rng([self.seed, epoch]).permutation(len(self.pairs))
         while len(waiting):
             chosen = (
@@ -213,15 +220,15 @@ class PairBatches(SeekableAdapter):
 
     def _without_clash(self, waiting: Rows) -> list[int]:
         chosen: list[int] = []
-        there: set[int] = set()
-        unwelcome: set[int] = set()  # what is relevant to a query that is in
+        present: set[int] = set()
+        excluded: set[int] = set()  # relevant to a query already in the batch
         for place, pair in enumerate(waiting):
             query, document = self.pairs[pair]
-            own = self.relevant[query]
-            if document not in unwelcome and there.isdisjoint(own.tolist()):
+            relevant = self.relevant[query]
+            if document not in excluded and present.isdisjoint(relevant.tolist()):
                 chosen.append(place)
-                there.add(int(document))
-                unwelcome.update(own.tolist())
+                present.add(int(document))
+                excluded.update(relevant.tolist())
             if len(chosen) == self.batch_size:
                 break
         return chosen
@@ -237,5 +244,5 @@ class PairBatches(SeekableAdapter):
             return *parts, ids
         rows = negatives[places]
         ids["negative_ids"] = rows.astype(np.int32)
-        # A missing negative is masked by its id; any document may stand in its place.
+        # A padding negative is masked by its id, so any document may fill its place.
         return *parts, self.documents[np.maximum(rows, 0)], ids

@@ -1,4 +1,4 @@
-"""Many texts through an encoder, batch by batch."""
+"""Encodes many texts, batch by batch."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,14 +18,14 @@ def encode(
     batch_size: int = 64,
     order: Rows | None = None,
 ) -> list[Vectors]:
-    """`fn` of all features: one array per text.
+    """Applies an encoder to all features, and returns one array per text.
 
     Args:
-        fn: from the features of a batch to `(B, E)`, or for late interaction to
+        fn: Maps the features of a batch to `(B, E)`, or for late interaction to
             `(vectors (B, L, E), mask (B, L))`.
-        features: of N texts.
-        batch_size: texts at a time.
-        order: all row numbers, in the order to take them; the order of the rows if not given.
+        features: The features of N texts.
+        batch_size: The number of texts encoded at a time.
+        order: All row numbers, in the order to encode them. Defaults to the order of the rows.
 
     Returns:
         N arrays `(E,)`, or for late interaction `(tokens, E)` without padding.
@@ -34,8 +34,8 @@ def encode(
     vectors: dict[int, Vectors] = {}
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        # Filled up to a power of two or a whole batch: few shapes to compile a program for, and one
-        # query does not cost what a batch costs.
+        # Padded to a power of two or a whole batch, so that few shapes are compiled and a single
+        # query doesn't cost as much as a batch.
         filled = min(1 << (len(rows) - 1).bit_length(), batch_size)
         result = fn(features[np.resize(rows, filled)])
         if isinstance(result, (tuple, list)):
@@ -46,8 +46,8 @@ def encode(
     return [vectors[row].astype("float32") for row in range(len(features))]
 
 
-def joined(vectors: Sequence[Vectors]) -> Any:
-    """One array `(N, E)`; of arrays of tokens the pair `(vectors (N, L, E), mask (N, L))`."""
+def stack_vectors(vectors: Sequence[Vectors]) -> Any:
+    """Stacks vectors to `(N, E)`, or token vectors to `(vectors (N, L, E), mask (N, L))`."""
     if vectors[0].ndim == 1:
         return np.stack(vectors)
     longest = max(len(each) for each in vectors)

@@ -1,8 +1,8 @@
-"""Losses over a positive's score and its negatives' scores.
+"""Losses over the score of a positive and the scores of its negatives.
 
-Each is called as `loss(positive_scores (B,), negative_scores (B, N))`, those that learn from a
-teacher with `teacher_scores (B, 1 + n)` as well, and gives a float32 scalar. A score that is masked
-(`MASKED`) takes no part in any of them.
+Each is called as `loss(positive_scores (B,), negative_scores (B, N))` and returns a float32 scalar;
+distillation losses take `teacher_scores (B, 1 + n)` as well. All of them ignore masked scores
+(`MASKED`).
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ import numpy as np
 from keras import ops
 
 MASKED = -1e9
-"""What stands for the score of a document that is no negative.
+"""The score of a masked document.
 
 Finite, since -inf times the zero gradient of a learned temperature is NaN.
 """
@@ -21,33 +21,35 @@ Finite, since -inf times the zero gradient of a learned temperature is NaN.
 
 def _mean_of_unmasked(values: Any, negative_scores: Any) -> Any:
     counted = ops.cast(negative_scores > MASKED / 2, "float32")
-    # where before the product: a masked value squared may be infinite.
+    # Masked before the sum: a masked value squared may be infinite.
     total = ops.sum(ops.where(counted > 0, values, 0.0))
     return total / ops.maximum(ops.sum(counted), 1.0)
 
 
 class RetrievalLoss:
-    """A callable loss; `trainable_variables` are what the trainer trains besides the model."""
+    """A callable loss, whose `trainable_variables` are trained along with the model."""
 
     trainable_variables: Sequence[keras.Variable] = ()
 
 
 class InfoNCE(RetrievalLoss):
-    """Cross-entropy of picking the positive out of the positive and its negatives.
+    """The cross-entropy of classifying the positive among the positive and its negatives.
 
-    Oord et al. 2018, arXiv:1807.03748, equation 4; with the documents of the batch as negatives,
-    Karpukhin et al. 2020, arXiv:2004.04906, equation 2.
+    Oord et al. 2018, arXiv:1807.03748, equation 4; with in-batch negatives, Karpukhin et al. 2020,
+    arXiv:2004.04906, equation 2.
 
     Args:
-        temperature: scores are divided by it. 0.05 suits cosines (SimCSE, arXiv:2104.08821);
-            with plain inner products use 1.
-        learned: whether the temperature is trained, as the logarithm of its inverse with the
-            inverse held at or below 100 (Radford et al. 2021, arXiv:2103.00020, section 2.5).
+        temperature: The divisor of the scores. 0.05 suits cosines (SimCSE, arXiv:2104.08821);
+            use 1 with plain inner products.
+        learned: Whether to train the temperature, as the logarithm of its inverse, with the inverse
+            clipped to 100 (Radford et al. 2021, arXiv:2103.00020, section 2.5).
     """
 
     def __init__(self, temperature: float = 0.05, learned: bool = False) -> None:
         if temperature <= 0:
-            raise ValueError(f"temperature is {temperature}; it divides the scores: give one > 0.")
+            raise ValueError(
+                f"temperature must be positive, got {temperature}. Use 0.05 with cosines."
+            )
         self.temperature = temperature
         self.log_scale: keras.Variable | None = None
         if learned:
@@ -64,10 +66,10 @@ class InfoNCE(RetrievalLoss):
 
 
 class PairwiseHinge(RetrievalLoss):
-    """`max(0, margin - positive + negative)`, the mean over all pairs.
+    """The mean of `max(0, margin - positive + negative)` over all pairs.
 
-    Joachims 2002 (RankSVM); Schroff et al. 2015, arXiv:1503.03832, equation 3, over similarities,
-    whose margin of 0.2 for vectors of length one is the default.
+    Joachims 2002 (RankSVM); Schroff et al. 2015, arXiv:1503.03832, equation 3, over similarities.
+    The default margin is theirs for unit vectors, 0.2.
     """
 
     def __init__(self, margin: float = 0.2) -> None:
@@ -79,10 +81,10 @@ class PairwiseHinge(RetrievalLoss):
 
 
 class PairwiseLogistic(RetrievalLoss):
-    """`log(1 + exp((negative - positive) / temperature))`, the mean over all pairs.
+    """The mean of `log(1 + exp((negative - positive) / temperature))` over all pairs.
 
-    Burges et al. 2005 (RankNet), equation 3 with a target probability of 1. The temperature is
-    that of `InfoNCE`.
+    Burges et al. 2005 (RankNet), equation 3 with a target probability of 1. The temperature is as
+    in `InfoNCE`.
     """
 
     def __init__(self, temperature: float = 0.05) -> None:
@@ -94,11 +96,10 @@ class PairwiseLogistic(RetrievalLoss):
 
 
 class MarginMSE(RetrievalLoss):
-    """Squared error between the student's and the teacher's margin, positive minus negative.
+    """The squared error between the student's and the teacher's margins (positive minus negative).
 
-    Hofstätter et al. 2020, arXiv:2010.02666, equation 8. `teacher_scores (B, 1 + n)` are the
-    teacher's for the positive and for the last n columns of `negative_scores`: with `n = k` the
-    query's own negatives.
+    Hofstätter et al. 2020, arXiv:2010.02666, equation 8. `teacher_scores (B, 1 + n)` belong to the
+    positive and the last n columns of `negative_scores`: with `n = k`, the query's hard negatives.
     """
 
     def __call__(
@@ -111,14 +112,14 @@ class MarginMSE(RetrievalLoss):
 
 
 class TeacherKL(RetrievalLoss):
-    """Kullback-Leibler divergence from the teacher's distribution over documents to the student's.
+    """The KL divergence from the teacher's distribution over documents to the student's.
 
-    Santhanam et al. 2022 (ColBERTv2), arXiv:2112.01488, section 3.2. Which columns
-    `teacher_scores` stand for: see `MarginMSE`.
+    Santhanam et al. 2022 (ColBERTv2), arXiv:2112.01488, section 3.2. `teacher_scores` are as in
+    `MarginMSE`.
 
     Args:
-        temperature: divides the student's scores (that of `InfoNCE`).
-        teacher_temperature: divides the teacher's; 1 takes them as logits.
+        temperature: The divisor of the student's scores, as in `InfoNCE`.
+        teacher_temperature: The divisor of the teacher's scores; 1 takes them as logits.
     """
 
     def __init__(self, temperature: float = 0.05, teacher_temperature: float = 1.0) -> None:
@@ -139,35 +140,36 @@ class TeacherKL(RetrievalLoss):
 
 
 def _judged(negative_scores: Any, teacher_scores: Any) -> Any:
-    """The columns of `negative_scores` that the teacher has scored: the last ones."""
+    """Returns the columns of `negative_scores` that the teacher has scored: the last ones."""
     if teacher_scores is None:
         raise ValueError(
-            "This loss learns from a teacher, and the batch has no scores of one. Put a dict last: "
-            '(query, positive, negatives, {"teacher_scores": ...}), (B, 1 + k), the positive first.'
+            "A distillation loss needs teacher_scores, but the batch has none. Use batches (query, "
+            'positive, negatives, {"teacher_scores": scores}), with scores (B, 1 + k), the '
+            "positive first."
         )
     scored, available = teacher_scores.shape[1] - 1, negative_scores.shape[1]
     if scored < 1 or (available is not None and scored > available):
         raise ValueError(
-            f"teacher_scores has {scored + 1} columns: 1 for the positive and {scored} for "
-            f"negatives, where there are {available}. Give (B, 1 + k), the positive first."
+            "teacher_scores must be (B, 1 + k), the positive first, got "
+            f"{scored + 1} columns with {available} negatives."
         )
     return negative_scores[:, -scored:]
 
 
 class Matryoshka(RetrievalLoss):
-    """The sum of a loss over the first 64, 128, ... numbers of the representations.
+    """The sum of a loss over the first 64, 128, ... dimensions of the representations.
 
     Kusupati et al. 2022, arXiv:2205.13147, equation 1. Truncated vectors stay useful, so an index
-    can be made smaller afterwards. It stands in two places, since it needs the representations:
+    can be made smaller afterwards. Since it needs the representations, pass it twice:
 
         matryoshka = Matryoshka(InfoNCE(), cosine, [64, 128, 384])
         EfficientDenseRetrievalTrainer(model, matryoshka.compute_scores, loss=matryoshka, ...)
 
     Args:
-        loss: any loss of this module.
-        compute_scores: any scores of `polus.ir.scores`.
-        dimensions: the lengths, each at most that of the representation.
-        weights: of each length's loss; 1 each, as in the paper.
+        loss: Any loss of this module.
+        compute_scores: Any scores of `polus.ir.scores`.
+        dimensions: The truncated sizes, none larger than the representation.
+        weights: The weight of the loss at each size; 1 each, as in the paper.
     """
 
     def __init__(
@@ -182,19 +184,19 @@ class Matryoshka(RetrievalLoss):
         self.weights = tuple(weights or [1.0] * len(self.dimensions))
         if len(self.weights) != len(self.dimensions):
             raise ValueError(
-                f"{len(self.weights)} weights for the {len(self.dimensions)} dimensions "
-                f"{self.dimensions}; give one weight for each."
+                "weights must have one weight for each of the dimensions "
+                f"{list(self.dimensions)}, got {list(self.weights)}."
             )
         self._compute_scores = compute_scores
         self.trainable_variables = tuple(getattr(loss, "trainable_variables", ()))
 
     def compute_scores(self, *representations: Any) -> tuple[Any, Any]:
-        """Scores with a last axis of their own for the lengths: `(B, D)` and `(B, N, D)`."""
+        """Returns scores with a last axis for the D sizes: `(B, D)` and `(B, N, D)`."""
         size = keras.tree.flatten(representations[0])[0].shape[-1]
         if max(self.dimensions) > size:
             raise ValueError(
-                f"Matryoshka(dimensions={list(self.dimensions)}) over representations of "
-                f"{size} numbers; leave out what is above {size}."
+                f"dimensions must not exceed the size of a representation, {size}, got "
+                f"{list(self.dimensions)}."
             )
         scores = [
             self._compute_scores(*[_truncated(each, length) for each in representations])
@@ -213,7 +215,7 @@ class Matryoshka(RetrievalLoss):
 
 
 def _truncated(representation: Any, length: int) -> Any:
-    if isinstance(representation, (tuple, list)):  # late interaction: the mask stays whole
+    if isinstance(representation, (tuple, list)):  # late interaction: the mask stays as it is
         vectors, mask = representation
         return vectors[..., :length], mask
     return representation[..., :length]

@@ -1,4 +1,4 @@
-"""Models that turn texts into vectors: tokens, an encoder, and projections that are trained."""
+"""From texts to vectors: a tokenizer, encoders and trainable projections."""
 
 import hashlib
 from collections.abc import Sequence
@@ -15,23 +15,25 @@ __all__ = ["BertEncoder", "DualEncoder", "IdentityProjection", "TextTokenizer"]
 
 
 class TextTokenizer:
-    """Texts to token ids, by a `tokenizer.json` of the `tokenizers` library.
+    """Tokenizes texts with a `tokenizer.json` of the `tokenizers` library.
 
-    Calling it with N texts gives `{"input_ids": (N, L), "attention_mask": (N, L)}` of int32, with L
-    the longest text's length rounded up to a multiple of `multiple`, so that a compiled encoder
-    meets few shapes.
+    Called with N texts, it returns `{"input_ids": (N, L), "attention_mask": (N, L)}` of int32. L is
+    the length of the longest text, rounded up to a multiple of `multiple`, so that an encoder is
+    compiled for few shapes.
 
     Args:
-        path: of `tokenizer.json`, or of the folder it is in.
-        max_length: longer texts are cut, special tokens included in the count.
-        multiple: see above.
+        path: The path of `tokenizer.json`, or of its folder.
+        max_length: Longer texts are truncated; special tokens count.
+        multiple: See above.
     """
 
     def __init__(self, path: str | Path, max_length: int = 256, multiple: int = 32) -> None:
         try:
             from tokenizers import Tokenizer
         except ImportError as error:
-            raise ImportError("TextTokenizer needs tokenizers: pip install polus[ir]") from error
+            raise ImportError(
+                "TextTokenizer needs tokenizers. Use: pip install tokenizers"
+            ) from error
         path = Path(path)
         self._tokenizer = Tokenizer.from_file(
             str(path / "tokenizer.json" if path.is_dir() else path)
@@ -54,25 +56,26 @@ class TextTokenizer:
         return {"input_ids": ids, "attention_mask": mask}
 
     def lengths(self, texts: Sequence[str]) -> list[int]:
-        """The number of tokens of each text."""
+        """Returns the number of tokens of each text."""
         return [len(each.ids) for each in self._tokenizer.encode_batch(list(texts))]
 
     @property
     def fingerprint(self) -> str:
-        """Differs where the tokens of a text may differ."""
+        """A digest that differs if the tokens of any text may differ."""
         return hashlib.sha256(self._tokenizer.to_str().encode()).hexdigest()
 
 
 @keras.saving.register_keras_serializable(package="polus")
 class IdentityProjection(keras.layers.Layer):
-    """A linear map without bias that starts as the identity.
+    """A linear projection without bias, initialized to the identity.
 
-    A frozen encoder's vectors are good as they are; a random start would throw away what the
-    encoder knows and have to learn it back from the training pairs.
+    A frozen encoder's vectors are good as they are. A random initialization would discard what the
+    encoder knows, and would have to relearn it from the training pairs.
 
     Args:
-        size: length of the projected vectors; the input's if not given. A shorter one starts by
-            keeping the first numbers.
+        size: The size of the projected vectors. Defaults to that of the input. A smaller one keeps
+            the first dimensions at first.
+        kwargs: As for `keras.layers.Layer`.
     """
 
     def __init__(self, size: int | None = None, **kwargs: Any) -> None:
@@ -80,7 +83,7 @@ class IdentityProjection(keras.layers.Layer):
         self.size = size
 
     def build(self, input_shape: Any) -> None:
-        # Of a pair of vectors and mask the shape is a pair of shapes.
+        # The shape of a pair of vectors and mask is a pair of shapes.
         given = (input_shape[0] if isinstance(input_shape[0], tuple) else input_shape)[-1]
         self.kernel = self.add_weight(
             (given, self.size or given), initializer="identity", name="kernel"
@@ -98,17 +101,18 @@ class IdentityProjection(keras.layers.Layer):
 
 @keras.saving.register_keras_serializable(package="polus")
 class DualEncoder(keras.Model):
-    """An encoder for queries and one for documents, each with a projection on top.
+    """A query encoder and a document encoder, each with a projection on top.
 
-    It has the four methods that `EfficientDenseRetrievalTrainer` calls. Called as a model, with a
-    pair of queries and documents, it gives the pair of their representations.
+    It has the four methods that `EfficientDenseRetrievalTrainer` calls. Called as a model with a
+    pair of queries and documents, it returns the pair of their representations.
 
     Args:
-        encoder: any Keras model from a tensor, or a dict of tensors, to `(B, E)`, or for late
+        encoder: Any Keras model that maps a tensor, or a dict of tensors, to `(B, E)`, or for late
             interaction to `(vectors (B, L, E), mask (B, L))`.
-        document_encoder: for documents; the same one if not given.
-        projection_size: length of the representations; the encoder's if not given.
-        shared_projection: one projection for queries and documents.
+        document_encoder: The encoder for documents. Defaults to `encoder`.
+        projection_size: The size of the representations. Defaults to the encoder's.
+        shared_projection: Whether queries and documents share one projection.
+        kwargs: As for `keras.Model`.
 
     Example:
         >>> model = DualEncoder(keras.Sequential([keras.layers.Dense(8)]))
@@ -138,11 +142,11 @@ class DualEncoder(keras.Model):
         )
 
     def encode_query(self, inputs: Any, training: bool = False) -> Any:
-        """The encoder's vectors of queries, before the projection."""
+        """Returns the encoder's vectors of queries, before the projection."""
         return _vectors(self.query_encoder(inputs, training=training), "query")
 
     def encode_document(self, inputs: Any, training: bool = False) -> Any:
-        """The encoder's vectors of documents, before the projection."""
+        """Returns the encoder's vectors of documents, before the projection."""
         return _vectors(self.document_encoder(inputs, training=training), "document")
 
     def call(self, inputs: Any, training: bool = False) -> Any:
@@ -154,12 +158,12 @@ class DualEncoder(keras.Model):
 
     @property
     def built(self) -> bool:
-        """Whether its parts are built: a trainer uses them one by one and never calls the whole."""
+        """Whether its layers are built: a trainer calls them one by one, never the model."""
         return all(layer.built for layer in self.layers)
 
     @built.setter
     def built(self, built: bool) -> None:
-        pass  # Keras sets it
+        pass  # Keras assigns it
 
     def get_build_config(self) -> dict[str, Any]:
         heads = (self.query_projection, self.document_projection)
@@ -193,8 +197,8 @@ def _vectors(outputs: Any, kind: str) -> Any:
     if not isinstance(outputs, dict):
         return outputs
     raise ValueError(
-        f"The {kind} encoder gives a dict of {list(outputs)}; DualEncoder takes one tensor, or "
-        "vectors and a mask. Pick it in a subclass: def encode_query(self, inputs, training=False)"
-        ": return self.query_encoder(inputs, training=training)[name], and likewise "
-        "encode_document with self.document_encoder."
+        f"The {kind} encoder must return one tensor, or a pair of vectors and mask, got a dict of "
+        f"{list(outputs)}. Use a subclass of DualEncoder that selects one: def encode_query(self, "
+        "inputs, training=False): return self.query_encoder(inputs, training=training)[name], and "
+        "likewise encode_document with self.document_encoder."
     )

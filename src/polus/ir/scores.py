@@ -1,7 +1,7 @@
-"""From representations to scores: what a trainer takes as `compute_scores`.
+"""Similarities of representations, and the scores that a trainer takes as `compute_scores`.
 
 A representation is one vector per text, `(B, E)`, or, for late interaction, one vector per token
-with the mask that tells tokens from padding: `(vectors (B, L, E), mask (B, L))`.
+with a padding mask: `(vectors (B, L, E), mask (B, L))`.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ Representation = Any
 """A tensor `(..., E)`, or a pair `(vectors (..., L, E), mask (..., L))`."""
 
 Similarity = Callable[[Representation, Representation], Any]
-"""`similarity(queries, documents)`: `(..., Q, E)` and `(..., D, E)` give `(..., Q, D)`."""
+"""`similarity(queries, documents)` maps `(..., Q, E)` and `(..., D, E)` to `(..., Q, D)`."""
 
 
 def _dot_product(queries: Any, documents: Any) -> Any:
@@ -27,8 +27,8 @@ def _cosine(queries: Any, documents: Any) -> Any:
 
 
 def _unit(vectors: Any) -> Any:
-    # The maximum stands under the root: a vector of zeros, which dropout can make, has then a
-    # gradient of zero, where that of its length would be NaN.
+    # The maximum is taken before the root: the gradient at a vector of zeros, which dropout can
+    # make, is then zero, where that of its norm would be NaN.
     squared = ops.sum(ops.square(vectors), axis=-1, keepdims=True)
     return vectors * ops.rsqrt(ops.maximum(squared, 1e-12))
 
@@ -36,46 +36,53 @@ def _unit(vectors: Any) -> Any:
 def _max_sim(queries: Representation, documents: Representation) -> Any:
     (query, query_mask), (document, document_mask) = queries, documents
     _check_sizes(query, document)
-    # (..., Q, 1, L, E) x (..., 1, D, E, M): every query token against every document token.
-    tokens = ops.matmul(
-        ops.expand_dims(query, -3), ops.expand_dims(ops.swapaxes(document, -1, -2), -4)
+    *_, num_queries, query_tokens, size = ops.shape(query)
+    *leading, num_documents, document_tokens, _ = ops.shape(document)
+    # One product (..., Q * L, E) x (..., E, D * M) of all tokens. With Q and D as leading axes to
+    # broadcast it is slower, and TensorFlow 2.21 with oneDNN crashed on it or gave wrong numbers.
+    query = ops.reshape(query, (*ops.shape(query)[:-3], num_queries * query_tokens, size))
+    document = ops.reshape(document, (*leading, num_documents * document_tokens, size))
+    tokens = ops.matmul(query, ops.swapaxes(document, -1, -2))
+    tokens = ops.reshape(
+        tokens,
+        (*ops.shape(tokens)[:-2], num_queries, query_tokens, num_documents, document_tokens),
     )
-    present = ops.cast(document_mask, "bool")[..., None, :, None, :]
+    present = ops.cast(document_mask, "bool")[..., None, None, :, :]
     best = ops.max(ops.where(present, tokens, -1e9), axis=-1)
-    # A text without a single token must not score -1e9 per query token.
+    # A document without tokens must not score -1e9 per query token.
     best = ops.where(ops.any(present, axis=-1), best, 0.0)
-    return ops.sum(best * ops.cast(ops.expand_dims(query_mask, -2), best.dtype), axis=-1)
+    return ops.sum(best * ops.cast(query_mask, best.dtype)[..., None], axis=-2)
 
 
 def _check_sizes(queries: Any, documents: Any) -> None:
     sizes = queries.shape[-1], documents.shape[-1]
     if sizes[0] != sizes[1]:
         raise ValueError(
-            f"A query's vector has {sizes[0]} numbers and a document's {sizes[1]}, and the two are "
-            "multiplied number by number. Project both to one length: "
-            f"polus.ir.models.DualEncoder(..., projection_size={min(sizes)})."
+            "Query and document vectors must have the same size, got sizes "
+            f"{sizes[0]} and {sizes[1]}. Use polus.ir.models.DualEncoder(..., "
+            f"projection_size={min(sizes)}) to project both to one size."
         )
 
 
 def without_diagonal(matrix: Any) -> Any:
-    """The `(B, B)` matrix without its diagonal, `(B, B - 1)`; each row keeps its order."""
+    """Removes the diagonal of a `(B, B)` matrix, giving `(B, B - 1)`; each row keeps its order."""
     size = ops.shape(matrix)[0]
-    # Behind the first element, the diagonal stands in every (B + 1)-th place.
+    # After the first element, the diagonal is every (B + 1)-th element.
     rest = ops.reshape(ops.reshape(matrix, (-1,))[1:], (size - 1, size + 1))[:, :-1]
     return ops.reshape(rest, (size, size - 1))
 
 
 class InBatchScores:
-    """Scores of each query against its document, the batch's other documents and its own negatives.
+    """Scores each query against its positive, the batch's other documents and its hard negatives.
+
+    Call it with queries `(B, E)`, positives `(B, E)` and any number of hard negatives `(B, k, E)`.
+    It returns, in float32, `(positive_scores (B,), negative_scores (B, B - 1 + k))`. The columns
+    are the other documents in batch order, then the query's hard negatives. For late interaction
+    each argument is a pair of vectors and mask.
 
     Args:
-        similarity: see `Similarity`; it must broadcast over leading axes.
-        name: what it is called in messages.
-
-    Calling it with queries `(B, E)`, positives `(B, E)` and, if there are any, one or more tensors
-    of negatives `(B, k, E)` gives, in float32, `(positive_scores (B,), negative_scores
-    (B, B - 1 + k))`. The columns are the other documents in the batch's order, then the query's
-    own negatives. For late interaction each of the three is a pair of vectors and mask.
+        similarity: See `Similarity`. It must broadcast over leading axes.
+        name: Its name in messages.
     """
 
     def __init__(self, similarity: Similarity, name: str) -> None:
@@ -100,11 +107,11 @@ class InBatchScores:
 
 
 dot_product = InBatchScores(_dot_product, "dot_product")
-"""The inner product of two vectors: the length of a vector counts."""
+"""The inner product, which depends on the norms of the vectors."""
 
 cosine = InBatchScores(_cosine, "cosine")
-"""The inner product of two vectors of length one: between -1 and 1, so divide by a temperature."""
+"""The inner product of unit vectors: between -1 and 1, so divide it by a temperature."""
 
 max_sim = InBatchScores(_max_sim, "max_sim")
-"""Late interaction: each query token's best document token, summed over the query's tokens
+"""Late interaction: the best document token of each query token, summed over the query's tokens
 (Khattab and Zaharia 2020, ColBERT, arXiv:2004.12832, section 3.3). Holds `B * B * L * M` floats."""

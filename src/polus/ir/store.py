@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 from polus.core import BaseLogger, function
 from polus.files import atomic_write
 from polus.ir.data import Features
-from polus.ir.encoding import Vectors, encode, joined
+from polus.ir.encoding import Vectors, encode, stack_vectors
 from polus.ir.models import TextTokenizer
 
 TEXTS_PER_FILE = 10_000  # what a crash can cost
@@ -90,7 +90,7 @@ class RepresentationStore(BaseLogger):
             _write(folder, list(part), vectors)
             known |= dict(zip(part, vectors, strict=True))
             self.encoded += len(part)
-        return joined([known[key] for key in keys])
+        return stack_vectors([known[key] for key in keys])
 
     def _known(self, folder: Path, wanted: set[str]) -> dict[str, Vectors]:
         known: dict[str, Vectors] = {}

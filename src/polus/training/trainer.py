@@ -185,15 +185,23 @@ class BaseTrainer(BaseLogger):
 
     @trainable_weights.setter
     def trainable_weights(self, weights: Sequence[keras.Variable] | None) -> None:
-        # Under its own name, where no attribute of a subclass can be in the way.
-        self.__dict__["trainable_weights"] = (
-            None if weights is None else checks.checked_variables(weights)
-        )
+        self.set_trainable_weights(weights)
 
     @property
     def explicit_trainable_weights(self) -> list[keras.Variable] | None:
         """The variables that `trainable_weights` was set to; None if it was not."""
         return self.__dict__.get("trainable_weights")
+
+    def set_trainable_weights(self, weights: Sequence[keras.Variable] | None) -> None:
+        """Sets `explicit_trainable_weights`; for a subclass that overrides `trainable_weights`."""
+        # Under the property's name, where no attribute of a subclass can be in the way.
+        self.__dict__["trainable_weights"] = (
+            None if weights is None else checks.checked_variables(weights)
+        )
+
+    def build_on(self, batch: Any) -> None:
+        """Builds the model and the optimizer from a batch. Nothing is trained."""
+        self._engine.executor.prepare(as_arguments(batch))
 
     # ------------------------------------------------------------------ the step
 

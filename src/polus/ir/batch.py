@@ -1,0 +1,180 @@
+"""The parts of a training batch, and the mask of documents that must not count as negatives."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from polus.ir.scores import without_diagonal
+
+EXTRAS = ("positive_ids", "relevant_ids", "negative_ids", "teacher_scores")
+"""The keys of the dict that may come last in a batch."""
+
+
+def split_batch(
+    inputs: Sequence[Any], require_negatives: bool = False
+) -> tuple[list[Any], dict[str, Any]]:
+    """Splits a batch into its texts and its extras, and checks their shapes.
+
+    Args:
+        inputs: `(query, positive)` or `(query, positive, negatives)`, then any extras.
+        require_negatives: Raise if there are no negatives.
+
+    Returns:
+        The list of two or three texts, and the dict of extras, empty if the batch has none.
+
+    Raises:
+        ValueError: If the number of parts, a shape or an id is wrong.
+    """
+    extras = extras_of(inputs)
+    texts = list(inputs[:-1] if extras else inputs)
+    if len(texts) not in (2, 3):
+        raise ValueError(
+            "A retrieval batch must be (query, positive) or (query, positive, negatives), with an "
+            f"optional last dict of {_listed(EXTRAS)}, got {len(texts)} parts."
+        )
+    if require_negatives and len(texts) == 2:
+        raise ValueError(
+            "k_negatives is set, but the batch has no negatives. Use batches (query, positive, "
+            "negatives), or leave out k_negatives."
+        )
+    _check_text_shapes(texts)
+    check_ids(extras)
+    _check_extra_shapes(extras, len_of(texts[0]))
+    return texts, extras
+
+
+def extras_of(inputs: Sequence[Any]) -> dict[str, Any]:
+    """Returns the dict of extras that ends a batch, or an empty dict."""
+    last = inputs[-1] if inputs else None
+    return last if isinstance(last, dict) and set(EXTRAS).issuperset(last) else {}
+
+
+def first_rows(inputs: Sequence[Any], count: int) -> tuple[Any, ...]:
+    """Returns the first `count` examples of a batch."""
+    return tuple(keras.tree.map_structure(lambda x: x[:count], each) for each in inputs)
+
+
+def len_of(features: Any) -> int:
+    """Returns the size of the first axis of a tensor or of a structure of tensors."""
+    return keras.tree.flatten(features)[0].shape[0]  # type: ignore[no-any-return]
+
+
+def check_ids(extras: Mapping[str, Any]) -> None:
+    """Raises unless all document ids are arrays or tensors of 32-bit integers.
+
+    Call it on NumPy arrays where possible: JAX has truncated larger ids by the time a step runs.
+    """
+    for name, value in extras.items():
+        if not hasattr(value, "dtype"):
+            raise ValueError(
+                f"{name} must be an array or a tensor, got a {type(value).__name__}. Use "
+                f"np.array({name})."
+            )
+        if name == "teacher_scores":
+            continue
+        dtype, found = getattr(value.dtype, "name", str(value.dtype)), None
+        if "int" not in dtype:
+            found = f"the dtype {dtype}"
+        elif isinstance(value, np.ndarray) and value.size:  # a tensor in a step has no values yet
+            low, high = int(value.min()), int(value.max())
+            if low < -(2**31) or high >= 2**31:
+                found = f"values from {low} to {high}"
+        if found is not None:
+            raise ValueError(
+                f"{name} must be 32-bit integers, which is all that JAX compares, got {found}. Use "
+                "row numbers ({id: row for row, id in enumerate(document_ids)} maps ids to them), "
+                "or polus.ir.data.PairBatches, which makes such batches."
+            )
+
+
+def _check_text_shapes(texts: Sequence[Any]) -> None:
+    shapes = [tuple(keras.tree.flatten(text)[0].shape) for text in texts]
+    if any(shape[0] != shapes[0][0] for shape in shapes):
+        raise ValueError(
+            "Queries, positives and negatives must have the same batch size (one positive per "
+            f"query), got the shapes {_listed(shapes)}."
+        )
+    if len(texts) == 3 and len(shapes[2]) != len(shapes[1]) + 1:
+        raise ValueError(
+            "Negatives must have one axis more than positives, (B, k, ...), got the shape "
+            f"{shapes[2]} with positives of shape {shapes[1]}. If the third part is a dict of "
+            f"extras, its keys must be among {_listed(EXTRAS)}."
+        )
+
+
+def _check_extra_shapes(extras: Mapping[str, Any], size: int) -> None:
+    for name, value in extras.items():
+        rank = 1 if name == "positive_ids" else 2
+        if len(value.shape) != rank or value.shape[0] != size:
+            raise ValueError(
+                f"{name} must have the shape ({size}{', n' if rank == 2 else ','}) in a batch of "
+                f"{size} queries, got {tuple(value.shape)}."
+            )
+
+
+def _listed(values: Sequence[Any]) -> str:
+    return ", ".join(map(str, values))
+
+
+def relevant_mask(extras: Mapping[str, Any], columns: int, num_hard_negatives: int) -> Any:
+    """Returns which negative scores belong to relevant documents, `(B, B - 1 + k)` bool.
+
+    Args:
+        extras: The batch's extras.
+        columns: The number of negative scores per query.
+        num_hard_negatives: k, the number of hard negatives per query.
+
+    Returns:
+        The mask, or None if the batch has no document ids.
+
+    Raises:
+        ValueError: If `positive_ids` is missing, or `columns` isn't B - 1 + k.
+    """
+    if "positive_ids" not in extras:
+        if {"relevant_ids", "negative_ids"} & extras.keys():
+            raise ValueError(
+                f"The batch has {_listed(sorted(extras))} but no positive_ids, so its documents "
+                "can't be identified. Add positive_ids."
+            )
+        return None
+    positive = extras["positive_ids"]
+    if columns != positive.shape[0] - 1 + num_hard_negatives:
+        raise ValueError(
+            "compute_scores must return B - 1 + k negative scores per query, here "
+            f"{positive.shape[0] - 1 + num_hard_negatives}, got {columns}: the scores of the other "
+            "documents in batch order, then those of the query's hard negatives. "
+            "polus.ir.scores.InBatchScores does so."
+        )
+    relevant = positive[:, None]
+    if "relevant_ids" in extras:
+        others = ops.cast(extras["relevant_ids"], relevant.dtype)
+        relevant = ops.concatenate([relevant, others], axis=1)
+    in_batch = ops.any(ops.equal(relevant[:, None, :], positive[None, :, None]), axis=-1)
+    if "negative_ids" in extras:
+        ids = ops.cast(extras["negative_ids"], relevant.dtype)
+        hard = ops.any(ops.equal(relevant[:, None, :], ids[:, :, None]), axis=-1)
+        hard = ops.logical_or(hard, ids < 0)
+    else:
+        hard = ops.zeros((positive.shape[0], num_hard_negatives), "bool")
+    return ops.concatenate([without_diagonal(in_batch), hard], axis=1)
+
+
+def flatten_negatives(inputs: Any) -> tuple[Any, tuple[Any, Any]]:
+    """Reshapes negatives (B, k, ...) to (B * k, ...), and returns (B, k) as well."""
+    size, k = ops.shape(keras.tree.flatten(inputs)[0])[:2]
+    flat = keras.tree.map_structure(lambda x: ops.reshape(x, (size * k, *ops.shape(x)[2:])), inputs)
+    return flat, (size, k)
+
+
+def unflatten_negatives(vectors: Any, shape: tuple[Any, Any]) -> Any:
+    """Reshapes (B * k, ...) back to (B, k, ...)."""
+    return keras.tree.map_structure(lambda x: ops.reshape(x, (*shape, *ops.shape(x)[1:])), vectors)
+
+
+def on_negatives(fn: Callable[[Any], Any], inputs: Any) -> Any:
+    """Applies `fn`, a function of (N, ...), to negatives (B, k, ...)."""
+    flat, shape = flatten_negatives(inputs)
+    return unflatten_negatives(fn(flat), shape)

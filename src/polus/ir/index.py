@@ -1,0 +1,149 @@
+"""A searchable index of document vectors, saved as one file."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from polus.files import atomic_write
+from polus.ir.search import Floats, Ints, as_run, to_arrays, top_k
+
+_ROWS = 8192  # checked at a time, so that a check takes little memory
+
+
+class DenseIndex:
+    """Document vectors and their ids: exact search, saved as one file.
+
+    Args:
+        vectors: `(D, E)`, an array or a tensor, kept as float32.
+        ids: The D document ids: strings, all different.
+
+    Raises:
+        ValueError: If vectors and ids don't match, an id isn't a string or not unique, or a vector
+            isn't finite.
+
+    Example:
+        >>> index = DenseIndex([[1.0, 0.0], [0.0, 1.0]], ["north", "east"])
+        >>> index.search([[0.75, 0.25]], k=1)
+        [[('north', 0.75)]]
+    """
+
+    def __init__(self, vectors: Any, ids: Sequence[str]) -> None:
+        self.vectors: Floats = np.ascontiguousarray(to_arrays(vectors), np.float32)
+        self.ids = list(ids)
+        if self.vectors.ndim != 2 or len(self.vectors) != len(self.ids):
+            raise ValueError(
+                "An index needs vectors (D, E) and D ids, got vectors of shape "
+                f"{self.vectors.shape} and {len(self.ids)} ids."
+            )
+        _check_ids(self.ids)
+        for start in range(0, len(self.ids), _ROWS):
+            finite = np.isfinite(self.vectors[start : start + _ROWS]).all(axis=1)
+            if not finite.all():
+                bad = self.ids[start + int(np.argmin(finite))]
+                raise ValueError(
+                    f"Vectors must be finite, but that of {bad!r} contains NaN or infinity. Look "
+                    "for such numbers in the encoder's weights, and at the text of that document."
+                )
+
+    def search(self, queries: Any, k: int = 10) -> list[list[tuple[str, float]]]:
+        """Returns the k best documents of each query vector `(Q, E)` as `(id, inner product)`.
+
+        Of documents with equal scores, the one that is first in the index comes first.
+        """
+        scores, rows = self._top_k(queries, k)
+        return [
+            [(self.ids[row], float(score)) for score, row in zip(values, places, strict=True)]
+            for values, places in zip(scores, rows, strict=True)
+        ]
+
+    def run(
+        self, queries: Any, query_ids: Sequence[str], k: int = 100
+    ) -> dict[str, dict[str, float]]:
+        """Returns the k best documents of each query as a run."""
+        return as_run(query_ids, self.ids, *self._top_k(queries, k))
+
+    def _top_k(self, queries: Any, k: int) -> tuple[Floats, Ints]:
+        return top_k(np.asarray(to_arrays(queries), np.float32), self.vectors, k)
+
+    def save(self, path: str | Path) -> None:
+        """Writes vectors, ids and a checksum to one safetensors file, which replaces an older one.
+
+        An interrupted `save` leaves the older file as it was.
+        """
+        # Ids as a tensor: the header, where metadata is, can't be longer than 100 MB.
+        arrays = {"vectors": self.vectors, "ids": _encode_ids(self.ids)}
+        with atomic_write(path) as temporary:
+            save_file(arrays, str(temporary), metadata={"sha256": _checksum(arrays)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> "DenseIndex":
+        """Reads an index that `save` has written.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If the file isn't an index, or its checksum doesn't match.
+        """
+        try:
+            with safe_open(str(path), "numpy") as file:
+                metadata = file.metadata() or {}
+                names = ("vectors", "ids")
+                found = set(names) <= set(file.keys()) and "sha256" in metadata
+                arrays = {name: file.get_tensor(name) for name in names} if found else {}
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a safetensors file, or damaged: {error}.") from error
+        if not arrays:
+            raise ValueError(f"{path} must be a file written by DenseIndex.save, but it isn't one.")
+        if _checksum(arrays) != metadata["sha256"]:
+            raise ValueError(
+                f"{path} is damaged: its checksum doesn't match. Restore it from a copy, or save "
+                "the index again."
+            )
+        return cls(arrays["vectors"], json.loads(arrays["ids"].tobytes()))
+
+    def to_faiss(self) -> Any:
+        """Returns a `faiss.IndexFlatIP` over the vectors, with row numbers as ids."""
+        try:
+            import faiss  # type: ignore[import-not-found]  # optional
+        except ImportError as error:
+            raise ImportError("to_faiss() needs FAISS. Use: pip install faiss-cpu") from error
+        index = faiss.IndexFlatIP(self.vectors.shape[1])
+        index.add(self.vectors)
+        return index
+
+    def to_usearch(self) -> Any:
+        """Returns a `usearch.index.Index` by inner product, with row numbers as keys."""
+        try:
+            from usearch.index import Index  # type: ignore[import-not-found]  # optional
+        except ImportError as error:
+            raise ImportError("to_usearch() needs usearch. Use: pip install usearch") from error
+        index = Index(ndim=self.vectors.shape[1], metric="ip", dtype="f32")
+        index.add(np.arange(len(self.vectors)), self.vectors)
+        return index
+
+
+def _check_ids(ids: Sequence[str]) -> None:
+    seen: set[str] = set()
+    for each in ids:
+        if not isinstance(each, str):
+            raise ValueError(f"ids must be strings, got {each!r}. Use {str(each)!r}.")
+        if each in seen:
+            raise ValueError(f"ids must be unique, got {each!r} twice.")
+        seen.add(each)
+
+
+def _encode_ids(ids: Sequence[str]) -> np.ndarray[Any, Any]:
+    return np.frombuffer(json.dumps(list(ids)).encode(), np.uint8)
+
+
+def _checksum(arrays: dict[str, np.ndarray[Any, Any]]) -> str:
+    digest = hashlib.sha256()
+    for name, array in arrays.items():
+        digest.update(f"{name} {array.dtype} {array.shape} ".encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
