@@ -454,7 +454,7 @@ def test_summary_reports_time_spent_waiting_for_data():
 
     class Waits(Callback):
         def on_epoch_end(self, epoch):
-            self.coordinator.reader.waited_secs += 43.0
+            self.coordinator.run.reader.waited_secs += 43.0
 
     trainer.train(BATCHES, epochs=1, callbacks=[slow, Waits()], steps_per_execution=1)
     assert "input-bound: 43%" in out.getvalue().replace("\n", " ")

@@ -28,6 +28,7 @@ from polus.checkpoint.store import Store, read
 from polus.data import from_arrays
 from polus.metrics import Accuracy
 from polus.state_tree import flatten_state, unflatten_state
+from polus.steps.autotune import Autotuner, Tuning
 from polus.steps.compiled import CompiledStep
 from polus.training import ClassifierTrainer
 from polus.training_state import allocate_buffers, canonical_paths, variables_state
@@ -282,9 +283,9 @@ def test_signal_during_a_call_of_many_steps(tmp_path, monkeypatch):
 
         return interrupted, arguments
 
-    prepared = CompiledStep.prepare
+    prepared = CompiledStep.program
     with monkeypatch.context() as patch:
-        patch.setattr(CompiledStep, "prepare", prepare)
+        patch.setattr(CompiledStep, "program", prepare)
         with pytest.raises(SystemExit):
             weights([Checkpoint(tmp_path)])
     assert [t["progress"]["step"] for t in trees(tmp_path)] == [4]
@@ -815,25 +816,20 @@ def once(dispatch, *_):
 
 
 def test_autotuned_settings_are_restored(tmp_path, monkeypatch):
-    from polus.training import trainer as training
-
     polus.core.set_jit_compile("auto")
-    trainer = new_trainer()
     checkpoint = Checkpoint(tmp_path)
-    trainer.train(data(), 1, [checkpoint], resume=tmp_path)
-    chosen = trainer._jit_compile, trainer._capacity
-    monkeypatch.setattr(training, "choose", once)
-    trainer = new_trainer()
-    trainer.train(data(), 2, [checkpoint], resume=tmp_path)
-    assert (trainer._jit_compile, trainer._capacity) == chosen
+    new_trainer().train(data(), 1, [checkpoint], resume=tmp_path)
+    chosen = checkpoint.coordinator.run.executor.tuning
+    monkeypatch.setattr(CompiledStep, "time", never)
+    new_trainer().train(data(), 2, [checkpoint], resume=tmp_path)
+    assert checkpoint.coordinator.run.executor.tuning == chosen
+
+
+def never(*arguments):
+    raise AssertionError("a resumed run must not time its step again")
 
 
 def test_validation_after_the_last_step_keeps_its_compiler(tmp_path, monkeypatch):
-    from polus.training import trainer as training
-
-    def chosen(dispatch, *_):
-        dispatch.jit_compile, dispatch.capacity, dispatch.settled = True, 2, True
-
     class Validates(Callback):
         def on_epoch_end(self, epoch):
             if epoch == 1 and dies:
@@ -841,15 +837,17 @@ def test_validation_after_the_last_step_keeps_its_compiler(tmp_path, monkeypatch
             self.coordinator.trainer.evaluate(data())
 
     polus.core.set_jit_compile("auto")
-    monkeypatch.setattr(training, "choose", chosen)
+    monkeypatch.setattr(Autotuner, "__call__", lambda *_: Tuning(True, 2))
     monkeypatch.setattr(backend, "function", lambda fn, jit_compile=None: fn)
     dies, folder = True, str(tmp_path)
     with pytest.raises(Killed):
         new_trainer().train(data(), 2, [Checkpoint(folder, every_steps=7), Validates()])
-    monkeypatch.setattr(training, "choose", once)
-    dies, trainer = False, new_trainer()
-    trainer.train(data(), 2, [Checkpoint(folder, every_steps=7), Validates()], resume=folder)
-    assert trainer._dispatches["evaluation", "auto"].jit_compile is True
+    monkeypatch.undo()
+    polus.core.set_jit_compile("auto")
+    dies, validates = False, Validates()
+    new_trainer().train(data(), 2, [Checkpoint(folder, every_steps=7), validates], resume=folder)
+    tunings = validates.coordinator.run.executor.get_state()
+    assert tunings["evaluation, auto"] == [True, 1]
 
 
 def test_changed_environment_warns(one_epoch, monkeypatch, caplog):

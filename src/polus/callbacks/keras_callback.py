@@ -76,7 +76,9 @@ class KerasCallback(Callback):
                 )
         if isinstance(self.callback, MONITORS) and self.callback.mode == "auto":
             # Keras would ask the metrics of a compiled model, and raises if they don't know.
-            self.callback.mode = improving_direction(self.callback.monitor, self.coordinator) or "auto"
+            self.callback.mode = (
+                improving_direction(self.callback.monitor, self.coordinator) or "auto"
+            )
         if run.resuming and isinstance(self.callback, keras.callbacks.CSVLogger):
             self.callback.append = True  # otherwise it empties the file
         self.callback.on_train_begin(self.fit.begin_logs(self))

@@ -35,7 +35,9 @@ def improving_direction(name: str, coordinator: Coordinator) -> Direction | None
         name: The name in the logs: `"loss"`, `"val_accuracy"`, ...
         coordinator: The coordinator of the run, for its metrics and validation sets.
     """
-    metric_names = {name.removeprefix(f"{s}_") for s in ("val", *coordinator.shared_dict["validation"])}
+    metric_names = {
+        name.removeprefix(f"{s}_") for s in ("val", *coordinator.shared_dict["validation"])
+    }
     for metric in coordinator.trainer.metrics:
         # The attribute by which Keras' metrics, and users' own ones, tell Keras' callbacks. It has
         # no public name.

@@ -153,7 +153,6 @@ class PairBatches(SeekableAdapter):
             Assigning it takes effect with the next epoch. Checkpoints save it.
     """
 
-
     def __init__(
         self,
         queries: Any,

@@ -57,8 +57,7 @@ def find(
     def run_step(block: StepBlock) -> Any:
         return step(block)["loss"]
 
-    metrics = executor.owner.metrics
-    result = run_range_test(run_step, reader, optimizer, variables, metrics, settings)
+    result = run_range_test(run_step, reader, optimizer, variables, settings)
     logger.info("%r", result)
     if use_lr_found:
         old = float(optimizer.learning_rate)

@@ -3,13 +3,14 @@
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from os import PathLike
+from pathlib import Path
 from typing import Any, Literal, Self
 
 import keras
 import numpy as np
 
 from polus.data import DataAdapter, as_adapter
+from polus.files import check_directory
 from polus.host import did_you_mean, to_host
 
 # The documented names, of which two are spellings of one argument.
@@ -31,7 +32,7 @@ class TrainConfig:
     steps: int | None = None
     learning_rate: float | None = None
     steps_per_execution: int | None = None
-    resume: str | PathLike[str] | None = None
+    resume: Path | None = None
     resume_changes: Literal["refuse", "accept"] = "refuse"
 
     @classmethod
@@ -60,6 +61,8 @@ class TrainConfig:
         changes = given.get("resume_changes", "refuse")
         if changes not in ("refuse", "accept"):
             raise ValueError(f'resume_changes must be "refuse" or "accept", got {changes!r}.')
+        if given.get("resume") is not None:
+            given["resume"] = check_directory(given["resume"], "resume")
         return cls(**{**given, "dataset": as_adapter(given["dataset"])})
 
 

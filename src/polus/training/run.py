@@ -2,9 +2,9 @@
 
 import contextlib
 import enum
-import itertools
 import math
 import secrets
+import signal
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -20,7 +20,7 @@ from polus.host import DeviceValues
 from polus.log import BaseLogger
 from polus.metrics import IMetric
 from polus.signals import Signals
-from polus.state import layers_of, random_state, set_random_state
+from polus.state import random_state, set_random_state
 from polus.steps.compiled import CompiledStep, as_terms
 from polus.steps.executor import StepExecutor
 from polus.training.config import TrainConfig
@@ -354,6 +354,7 @@ class Run(BaseLogger):
         random = self.reader.set_state(
             state["data"], self.epoch, self.step, state["random"], self._stop_if_asked
         )
+        assert self.reader.current is not None  # it has opened the epoch
         self._set_up(self.reader.current.example)
         # Nothing reads the data from here on, and what building draws is undone below.
         variables = self.variables()
@@ -409,7 +410,8 @@ class Run(BaseLogger):
         """Ends the run on a signal before it continues: a save would be of half a run."""
         if self.signals.pending is not None:
             self.logger.warning(
-                "Interrupted before the run continued, and nothing was saved. Start the program "
-                "again to continue from the same checkpoint."
+                "%s: the run has not continued yet, and nothing is saved. Start the program again "
+                "to continue from the same checkpoint.",
+                signal.Signals(self.signals.pending).name,
             )
             self.signals.check()

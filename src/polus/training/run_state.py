@@ -7,7 +7,6 @@ import keras
 import numpy as np
 
 from polus.history import History
-from polus.metrics import IMetric
 from polus.state import layers_of, random_state
 from polus.state_tree import check_layout, is_count
 from polus.training_state import CALLBACKS_LAYOUT, VARIABLES_LAYOUT, check_random_state

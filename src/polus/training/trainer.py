@@ -265,6 +265,7 @@ class BaseTrainer(BaseLogger):
             return loss_fn()
         # The user's function takes tensors; else gradients go to the optimizer as they do in `fit`.
         sparse = self.post_process_grads is None
+
         def scaled():
             r = loss_fn()
             return optimizer.scale_loss(checks.scalar_loss(r)), r
@@ -341,6 +342,10 @@ class BaseTrainer(BaseLogger):
         config = TrainConfig.checked(engine.arguments | one_transform(given))
         self.early_stop = False
         run = Run(self, engine.executor, config, engine.steps, engine.epochs)
+        if config.resume is not None:
+            from polus.checkpoint import has_checkpoint, resume_run
+
+            run.resuming = has_checkpoint(config.resume)
         with (
             learning_rate_set(self.optimizer, config.learning_rate),
             engine.running(run),
@@ -348,8 +353,6 @@ class BaseTrainer(BaseLogger):
             checks.explain_argument_errors(lambda: engine.executor.example),
         ):
             if config.resume is not None:
-                from polus.checkpoint import resume_run
-
                 resume_run(run, config.resume)
             return train_loop(run)
 
