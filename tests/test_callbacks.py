@@ -28,6 +28,7 @@ from polus.training import ClassifierTrainer
 X = np.random.default_rng(0).normal(size=(80, 6)).astype("float32")
 Y = (X[:, 0] > 0).astype("int32") + (X[:, 1] > 0)
 BATCHES = [(X[i : i + 16], Y[i : i + 16]) for i in range(0, 80, 16)]
+NAN = float("nan")
 CROSS_ENTROPY = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
 
@@ -124,8 +125,6 @@ def test_smooth_loss_is_a_bias_corrected_average():
         corrected = average / (1 - 0.8**i)
     assert smooth.smooth_loss == pytest.approx(corrected, rel=1e-6)
     assert shared.seen[-1]["smooth_loss"] == smooth.smooth_loss
-    with pytest.raises(ValueError, match="less than 1, got"):
-        LossSmoothCallback(1.0)
 
 
 def test_smooth_loss_resumes_from_its_state():
@@ -189,6 +188,35 @@ def test_validation_every_n_steps():
     ]
 
 
+def test_validation_every_n_epochs_leaves_the_other_epochs_out():
+    callbacks = [
+        ValidationDataCallback(BATCHES, every_epochs=2),
+        EarlyStop("val_accuracy", patience=2),
+        seen := Shared(),
+    ]
+    history = make_trainer(rate=1e-9).train(BATCHES, epochs=9, callbacks=callbacks)
+    # The first validation is the best, two more make the patience: 2, 4 and 6 epochs.
+    assert [v.epoch for v in history.validations] == [1, 3, 5]
+    assert ["val_accuracy" in row for row in history.epochs] == [False, True] * 3
+    assert ["val_accuracy" in logs for logs in seen.seen] == [False, True] * 3
+
+
+def test_values_that_callbacks_add_to_the_logs_are_seen_and_recorded():
+    class Adds(Callback):
+        phase = Phase.MEASURE
+
+        def on_epoch_end(self, epoch):
+            self.coordinator.logs["score"] = -epoch
+
+    class Hears(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            logs["heard"] = logs["score"]
+
+    callbacks = [Hears(), EarlyStop("heard", patience=2, mode="max"), Adds()]
+    history = make_trainer().train(BATCHES, epochs=9, callbacks=callbacks)
+    assert [(row["score"], row["heard"]) for row in history.epochs] == [(0, 0), (-1, -1), (-2, -2)]
+
+
 def test_duplicate_validation_set_names_raise():
     sets = [ValidationDataCallback(BATCHES), ValidationDataCallback(BATCHES)]
     with pytest.raises(ValueError, match="Two validation sets are named 'val'"):
@@ -220,20 +248,69 @@ def test_changes_below_min_delta_are_no_improvement():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (
-            lambda: EarlyStop("loss", patience=0),
-            "patience must be a positive integer, got 0",
-        ),
-        (lambda: EarlyStop("loss", mode="up"), '"min", "max" or "auto"'),
-        (lambda: EarlyStop("loss", min_delta=-1), "at least 0"),
+        (lambda: EarlyStop(3), r"got 3\. Did you mean EarlyStop\(patience=3\)\?"),
+        (lambda: EarlyStop(None), "monitor must be a string, got None"),
+        (lambda: EarlyStop(""), "monitor must not be empty"),
+        (lambda: EarlyStop("loss", 0), "patience must be a positive integer, got 0"),
+        (lambda: EarlyStop("loss", 1.5), r"patience must be a positive integer, got 1\.5"),
+        (lambda: EarlyStop("loss", "max"), "patience must be a positive integer, got 'max'"),
+        (lambda: EarlyStop("loss", True), "patience must be a positive integer, got True"),
+        (lambda: EarlyStop("loss", mode="up"), '"min", "max" or "auto", got \'up\''),
+        (lambda: EarlyStop("loss", min_delta=-1), "min_delta must be at least 0 and finite"),
+        (lambda: EarlyStop("loss", min_delta=NAN), "min_delta must be at least 0 and finite"),
+        (lambda: EarlyStop("loss", min_delta="1"), "min_delta must be a number, got '1'"),
         (lambda: SaveModelCallback("sometimes"), '"best", "every" or "end"'),
+        (lambda: SaveModelCallback("a.keras"), r"mean SaveModelCallback\(path='a\.keras'\)\?"),
         (lambda: SaveModelCallback("best", "model.pt"), "must end in .keras or .weights.h5"),
+        (lambda: SaveModelCallback("best", 3), "path must be a path, got 3"),
+        (lambda: SaveModelCallback("best", "{loss}.keras"), r"such as \{epoch:03d\}, got '\{loss"),
         (lambda: SaveModelCallback("every", "model.keras"), "must contain the epoch number"),
+        (lambda: LossSmoothCallback(1.0), "beta must be at least 0 and less than 1, got 1.0"),
+        (lambda: LossSmoothCallback(NAN), "beta must be at least 0 and less than 1, got nan"),
+        (lambda: LossSmoothCallback("fast"), "beta must be a number, got 'fast'"),
+        (lambda: TimerCallback(3), "clock must be a function, got 3"),
+        (lambda: ConsoleLogCallback(3), "console must be a rich.console.Console, got 3"),
+        (lambda: ConsoleLogCallback(clock=3), "clock must be a function, got 3"),
+        (lambda: ValidationDataCallback(BATCHES, len, "v"), "name must be a string, got <built-in"),
+        (lambda: ValidationDataCallback(BATCHES, "v", len), "every_steps must be a positive int"),
+        (lambda: ValidationDataCallback(BATCHES, "v", 0), "every_steps must be a positive int"),
+        (lambda: ValidationDataCallback(BATCHES, "v", None, 3), "_transform_f must be a function"),
+        (lambda: ValidationDataCallback(BATCHES, steps=0), "steps must be a positive integer"),
+        (
+            lambda: ValidationDataCallback(BATCHES, every_epochs=0),
+            "every_epochs must be a positive",
+        ),
+        (
+            lambda: ValidationDataCallback(BATCHES, every_steps=2, every_epochs=2),
+            "Pass either every_steps or every_epochs",
+        ),
     ],
 )
 def test_invalid_arguments_raise(make, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         make()
+
+
+class Closeness(keras.metrics.Mean):
+    """A metric that tells its direction as those of Keras do, against what its name suggests."""
+
+    def __init__(self):
+        super().__init__("closeness_error")
+        self._direction = "up"
+
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        super().update_state(ops.cast(ops.argmax(y_pred, -1) == y_true, "float32"))
+
+
+def test_early_stop_asks_the_metric_for_its_direction():
+    monitors = {name: EarlyStop(f"val_{name}", patience=9) for name in ("closeness_error", "loss")}
+    history = make_trainer(0.5, metrics=[Closeness()]).train(
+        BATCHES, epochs=4, callbacks=[ValidationDataCallback(BATCHES), *monitors.values()]
+    )
+    for name, best in (("closeness_error", max), ("loss", min)):
+        values = [row[f"val_{name}"] for row in history.epochs]
+        assert monitors[name].monitor.best == pytest.approx(best(values))
+        assert len(set(values)) > 1
 
 
 def test_unknown_monitor_lists_the_available_names():
@@ -290,6 +367,15 @@ def test_models_are_saved_every_epoch_and_at_the_end(tmp_path):
     make_trainer().train(BATCHES, epochs=2, callbacks=callbacks)
     names = sorted(file.name for file in tmp_path.iterdir())
     assert names == ["01.weights.h5", "02.weights.h5", "last.keras"]
+
+
+def test_relative_paths_do_not_move_with_the_working_directory(tmp_path, monkeypatch):
+    (tmp_path / "{odd}").mkdir()
+    monkeypatch.chdir(tmp_path / "{odd}")
+    save = SaveModelCallback("every", "models/{epoch}.weights.h5")
+    monkeypatch.chdir(tmp_path)
+    make_trainer().train(BATCHES, epochs=1, callbacks=[save])
+    assert (tmp_path / "{odd}" / "models" / "1.weights.h5").is_file()
 
 
 def test_failed_save_keeps_the_previous_file(tmp_path, monkeypatch):

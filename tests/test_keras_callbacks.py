@@ -1,6 +1,7 @@
 """Keras callbacks behave in `train` as they do in `fit`."""
 
 import csv
+import functools
 import logging
 
 import keras
@@ -9,6 +10,7 @@ import pytest
 
 import polus.core
 from polus.callbacks import (
+    Callback,
     ConsoleLogCallback,
     EarlyStop,
     LossSmoothCallback,
@@ -288,3 +290,225 @@ def test_epoch_level_keras_callbacks_do_not_limit_steps_per_execution(tmp_path):
 def test_tensorboard_writes_event_files(tmp_path):
     run([keras.callbacks.TensorBoard(tmp_path)], "train", epochs=1)
     assert list(tmp_path.rglob("events*"))
+
+
+class Tells(keras.callbacks.Callback):
+    """Tells which events came, and what the model had."""
+
+    def __init__(self):
+        super().__init__()
+        self.events = []
+        self.histories = []
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.events.append(epoch)
+        self.histories.append({k: list(v) for k, v in self.model.history.history.items()})
+
+    def on_train_end(self, logs=None):
+        self.events.append("end")
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_terminate_on_nan_raises_as_in_fit():
+    """Callbacks hear no end then, so a backup is kept for the next run."""
+    events = {}
+    for how in ("fit", "train"):
+        tells = Tells()
+        with pytest.raises(RuntimeError, match="NaN or Inf loss encountered at batch 1"):
+            run([tells, keras.callbacks.TerminateOnNaN(True)], how, rate=float("nan"))
+        events[how] = tells.events
+    assert events["train"] == events["fit"] == []
+
+
+def test_callbacks_find_the_history_at_the_model_as_in_fit():
+    histories = {}
+    for how in ("fit", "train"):
+        tells = Tells()
+        model = run([tells], how, epochs=3)
+        histories[how] = tells.histories
+    assert not hasattr(model, "history")
+    assert [len(h.get("val_loss", [])) for h in histories["train"]] == [0, 1, 2]
+    for got, expected in zip(histories["train"], histories["fit"], strict=True):
+        assert got.keys() == expected.keys()
+        for name, values in expected.items():
+            assert got[name] == pytest.approx(values, rel=1e-4), name
+
+
+def test_lambda_callbacks_take_any_callable():
+    heard = []
+    event = functools.partial(lambda number, batch, logs: heard.append(number), 7)
+    run([keras.callbacks.LambdaCallback(on_train_batch_end=event)], "train", epochs=1)
+    assert heard == [7] * 3
+
+
+@pytest.mark.parametrize("how", ["fit", "train"])
+def test_validation_every_n_epochs_matches_validation_freq(how):
+    keras.utils.set_random_seed(7)
+    model = keras.Sequential([keras.Input((5,)), keras.layers.Dense(2)])
+    history = keras.callbacks.History()
+    optimizer = keras.optimizers.SGD(0.1)
+    if how == "fit":
+        model.compile(optimizer, CROSS_ENTROPY)
+        given = {"validation_data": (X, Y), "validation_freq": 2, "shuffle": False}
+        model.fit(X, Y, 20, 5, 0, [history], **given)
+    else:
+        trainer = ClassifierTrainer(model, optimizer, CROSS_ENTROPY)
+        validation = ValidationDataCallback([(X, Y)], every_epochs=2)
+        trainer.train(from_arrays((X, Y), 20, shuffle=False), 5, [history, validation])
+    assert len(history.history["loss"]) == 5
+    assert len(history.history["val_loss"]) == 2
+
+
+def test_a_compiled_model_is_saved_with_its_loss_and_the_optimizer_that_trained_it(tmp_path):
+    keras.utils.set_random_seed(7)
+    model = keras.Sequential([keras.Input((5,)), keras.layers.Dense(2)])
+    model.compile(keras.optimizers.SGD(), CROSS_ENTROPY, metrics=["accuracy"])
+    optimizer = keras.optimizers.Adam(0.25)
+    trainer = ClassifierTrainer(model, optimizer, CROSS_ENTROPY)
+    callbacks = [keras.callbacks.ModelCheckpoint(tmp_path / "model.keras")]
+    trainer.train([(X, Y)], epochs=3, callbacks=callbacks)
+    assert isinstance(model.optimizer, keras.optimizers.SGD)
+    assert model.get_compile_config()["optimizer"]["class_name"] == "SGD"
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert isinstance(loaded.optimizer, keras.optimizers.Adam)
+    assert isinstance(loaded.loss, keras.losses.SparseCategoricalCrossentropy)
+    for got, expected in zip(loaded.optimizer.variables, optimizer.variables, strict=True):
+        np.testing.assert_array_equal(*map(keras.ops.convert_to_numpy, (got, expected)))
+    # Both go on alike.
+    model.compile(optimizer, CROSS_ENTROPY)
+    for each in (model, loaded):
+        each.fit(X, Y, 60, 2, 0)
+    for got, expected in zip(loaded.get_weights(), model.get_weights(), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-6)
+
+
+class Told(keras.metrics.Mean):
+    """A user's metric, which tells Keras its direction or not."""
+
+    def __init__(self, name, direction=None):
+        super().__init__(name)
+        if direction:
+            self._direction = direction
+
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        return super().update_state(keras.ops.abs(y_true - y_pred))
+
+
+@pytest.mark.parametrize(
+    ("monitor", "expected"),
+    [
+        *(("loss", "less"), ("val_loss", "less"), ("val_mean_absolute_error", "less")),
+        *(("val_told_error", "greater"), ("told_score", "less"), ("val_r2_score", "greater")),
+        *(("val_untold", "ValueError"), ("val_mistyped", "ValueError")),
+    ],
+)
+def test_auto_mode_finds_the_direction_as_in_fit(monitor, expected):
+    found = {}
+    for how in ("fit", "train"):
+        metrics = [
+            *(keras.metrics.MeanAbsoluteError(), keras.metrics.R2Score()),
+            *(Told("told_error", "up"), Told("told_score", "down"), Told("untold")),
+        ]
+        model = keras.Sequential([keras.Input((5,)), keras.layers.Dense(1)])
+        loss, optimizer = keras.losses.MeanSquaredError(), keras.optimizers.SGD()
+        y = Y[:, None].astype("float32")
+        stopping = keras.callbacks.EarlyStopping(monitor)
+        try:
+            if how == "fit":
+                model.compile(optimizer, loss, metrics=metrics)
+                model.fit(X, y, 60, 1, 0, [stopping], validation_data=(X, y))
+            else:
+                trainer = ClassifierTrainer(model, optimizer, loss, metrics)
+                trainer.train([(X, y)], 1, [stopping, ValidationDataCallback([(X, y)])])
+            found[how] = stopping.monitor_op.__name__
+        except ValueError as error:
+            unknown = "automatically determine" in str(error)
+            found[how] = "ValueError" if unknown else str(error)
+    assert found == {"fit": expected, "train": expected}
+
+
+class Overwrites(Callback):
+    """Restores a state in which every attribute of the Keras callbacks has a hostile value."""
+
+    def __init__(self, value):
+        super().__init__()
+        self.value = value
+
+    def on_epoch_begin(self, epoch):
+        for adapter in self.coordinator.callbacks:
+            if isinstance(adapter, KerasCallback):
+                state = adapter.get_state()
+                names = [*vars(adapter.callback), "filepath", "on_epoch_end", "model"]
+                state["changed"] = dict.fromkeys(names, self.value)
+                adapter.set_state(state)
+
+
+WRITERS = {
+    "ModelCheckpoint": lambda path: keras.callbacks.ModelCheckpoint(path / "a.keras", mode="min"),
+    "CSVLogger": lambda path: keras.callbacks.CSVLogger(path / "log.csv"),
+    "BackupAndRestore": lambda path: keras.callbacks.BackupAndRestore(
+        path / "backup", delete_checkpoint=False
+    ),
+    "TensorBoard": lambda path: keras.callbacks.TensorBoard(path / "board", write_graph=False),
+}
+
+
+@pytest.mark.parametrize("value", ["elsewhere.keras", ["elsewhere"], 1, None])
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_restored_state_moves_no_file(name, value, tmp_path, monkeypatch):
+    folders = {}
+    monkeypatch.chdir(tmp_path)
+    for hostile in (False, True):
+        path = tmp_path / f"hostile-{hostile}"
+        path.mkdir()
+        callback = WRITERS[name](path)
+        before = {k: v for k, v in vars(callback).items() if isinstance(v, bool | str)}
+        run([callback, *[Overwrites(value)] * hostile], "train", epochs=1)
+        assert {k: vars(callback)[k] for k in before if k[0] != "_"} == {
+            k: v for k, v in before.items() if k[0] != "_"
+        }
+        files = [file for file in path.rglob("*") if file.is_file()]
+        folders[hostile] = sorted(str(f.relative_to(path)).split(".")[0] for f in files)
+    assert folders[True] == folders[False] != []
+    assert {file.name for file in tmp_path.iterdir()} == {"hostile-False", "hostile-True"}
+
+
+class Counts(keras.callbacks.Callback):
+    """A user's callback with a state: numbers, arrays, a string and a function."""
+
+    def __init__(self, count=0):
+        super().__init__()
+        self.count = count
+        self.norms = []
+        self.name = "none yet"
+        self.made = lambda: None
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.count += 1
+        self.norms.append(np.array([logs["loss"], epoch]))
+        self.name = f"epoch {epoch}"
+
+
+def test_resuming_restores_numbers_and_arrays_and_warns_of_strings(tmp_path, caplog):
+    first, second = Counts(), Counts()
+    run([first, Checkpoint(tmp_path)], "train", 2)
+    run([second, Checkpoint(tmp_path)], "train", 4, resume=tmp_path)
+    assert second.count == 4
+    np.testing.assert_array_equal(second.norms[:2], first.norms)
+    assert "Counts changed its attributes ['name'] during the run" in caplog.text
+
+
+def test_resuming_with_other_keras_callbacks_warns(tmp_path, caplog):
+    run([Counts(), Checkpoint(tmp_path)], "train", 2)
+    stopping = keras.callbacks.EarlyStopping("loss")
+    run([stopping, Checkpoint(tmp_path)], "train", 3, resume=tmp_path)
+    assert "has the state of a 'Counts' where this run has EarlyStopping" in caplog.text
+
+
+def test_ignored_test_batch_events_warn(caplog):
+    class Hears(keras.callbacks.Callback):
+        def on_test_batch_end(self, batch, logs=None):
+            pass
+
+    run([Hears()], "train", epochs=2)
+    assert caplog.text.count("Hears.on_test_batch_end is not called in train") == 1

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 
 from polus.callbacks.base import Callback, Phase
+from polus.callbacks.checks import check_callable
 from polus.callbacks.smooth import LossSmoothCallback
 
 REFRESH_SECS = 0.2  # losses are read from the device only at a refresh
@@ -36,6 +37,9 @@ class ConsoleLogCallback(Callback):
         self, console: Console | None = None, clock: Callable[[], float] = time.perf_counter
     ) -> None:
         super().__init__()
+        if console is not None and not isinstance(console, Console):
+            raise TypeError(f"console must be a rich.console.Console, got {console!r}.")
+        check_callable("clock", clock)
         self.console = console
         self.clock = clock
         self._progress: Progress | None = None

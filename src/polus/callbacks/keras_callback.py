@@ -89,7 +89,7 @@ class KerasCallback(Callback):
         if self is self.fit.first:
             self.fit.begin_epoch()
         self.callback.on_epoch_begin(epoch, self.fit.begin_logs(self))
-        self.fit.check_stop()
+        self.fit.check_stop(self)
 
     def on_train_batch_begin(self, epoch: int, step: int) -> None:
         logs = self.fit.begin_logs(self)
@@ -105,7 +105,7 @@ class KerasCallback(Callback):
             if len(steps) > 1:
                 self.callback.on_train_batch_begin(step, {})
             self.callback.on_train_batch_end(step, self.fit.batch_logs(i))
-        self.fit.check_stop()
+        self.fit.check_stop(self)
 
     def on_epoch_end(self, epoch: int) -> None:
         logs = self.coordinator.run.logs
@@ -114,7 +114,7 @@ class KerasCallback(Callback):
         self.callback.on_epoch_end(epoch, logs)
         if self is self.fit.last and self.fit.adds_history:
             self.fit.history.on_epoch_end(epoch, logs)
-        self.fit.check_stop()
+        self.fit.check_stop(self)
 
     def on_train_end(self) -> None:
         if self.coordinator.run.exception is None:
@@ -233,9 +233,10 @@ class FitEmulation:
                 if value is not MISSING:
                     object.__setattr__(model, name, value)
 
-    def check_stop(self) -> None:
-        trainer = self.run.trainer
-        trainer.early_stop = trainer.early_stop or bool(self.model.stop_training)
+    def check_stop(self, adapter: KerasCallback) -> None:
+        """Ends the run if a callback asked for it."""
+        if self.model.stop_training and not self.run.stopping:
+            self.run.stop(f"{type(adapter.callback).__name__} set model.stop_training")
 
     def begin_epoch(self) -> None:
         self._sums, self._examples = {}, 0
