@@ -1,4 +1,4 @@
-"""Several steps in one call: chosen by measuring without a trace, and told as if one by one."""
+"""Steps per execution: how many run in one call, how that is chosen, and what callbacks hear."""
 
 import contextlib
 import logging
@@ -9,12 +9,12 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
+from recorder import Recorder
 
 import polus.data.blocks
 import polus.steps.compiled
 from polus import core
 from polus.backends import backend
-from polus.callbacks import Callback
 from polus.data import DataReader, as_adapter, from_arrays
 from polus.signals import Signals
 from polus.state import random_state
@@ -44,24 +44,11 @@ def make_trainer(cls=ClassifierTrainer, *more_layers):
     return cls(model, keras.optimizers.Adam(1e-2), CROSS_ENTROPY)
 
 
-class Blocks(Callback):
-    """Records how many steps came at a time, and each one's number and loss."""
-
-    def __init__(self, every_steps=None):
-        super().__init__()
-        self.every_steps = every_steps
-        self.counts, self.heard = [], []
-
-    def on_steps_end(self, epoch, steps, losses):
-        self.counts.append(len(steps))
-        self.heard += [(epoch, step, float(losses[i])) for i, step in enumerate(steps)]
-
-
 def number(tensor) -> float:
     return float(ops.convert_to_numpy(tensor))
 
 
-# ---------------------------------------------------------------------- what runs together
+# ---------------------------------------------------------------------- steps per call
 
 
 @pytest.mark.parametrize(
@@ -77,20 +64,19 @@ def number(tensor) -> float:
     ],
 )
 @pytest.mark.parametrize("kind", ["batches", "arrays"])
-def test_blocks_are_as_long_as_asked_for_and_allowed(
+def test_a_call_runs_as_many_steps_as_callbacks_allow(
     kind, steps_per_execution, every_steps, counts
 ):
     data = BATCHES if kind == "batches" else from_arrays((X, Y), 8, shuffle=False)
-    reference, heard = Blocks(), Blocks(every_steps)
+    reference, recorder = Recorder(every_steps=None), Recorder(every_steps=every_steps)
     make_trainer().train(data, 2, [reference], steps_per_execution=1)
-    make_trainer().train(data, 2, [heard], steps_per_execution=steps_per_execution)
-    assert heard.counts == 2 * counts
-    assert [h[:2] for h in heard.heard] == [h[:2] for h in reference.heard]
-    losses = [[h[2] for h in callback.heard] for callback in (heard, reference)]
-    np.testing.assert_allclose(*losses, rtol=1e-5)
+    make_trainer().train(data, 2, [recorder], steps_per_execution=steps_per_execution)
+    assert recorder.blocks == 2 * counts
+    assert recorder.steps == reference.steps
+    np.testing.assert_allclose(recorder.losses, reference.losses, rtol=1e-5)
 
 
-def test_slow_data_changes_no_bit(monkeypatch):
+def test_slow_data_changes_no_result(monkeypatch):
     def losses():
         return make_trainer().train(BATCHES, 1, steps_per_execution=4).steps["loss"]
 
@@ -99,25 +85,25 @@ def test_slow_data_changes_no_bit(monkeypatch):
     np.testing.assert_array_equal(losses(), quick)
 
 
-def test_who_hears_of_batches_finds_the_model_as_it_was_then():
-    class Mine(Callback):
-        def on_train_batch_end(self, epoch, step, loss):
-            counted.append(number(self.coordinator.trainer.step_counter))
+def test_the_model_is_current_at_each_batch_event():
+    def count(event, *_):
+        if event == "step_end":
+            counted.append(number(trainer.step_counter))
 
-    counted = []
-    make_trainer().train(BATCHES, 1, [Mine()])
+    counted, trainer = [], make_trainer()
+    trainer.train(BATCHES, 1, [Recorder(count)])
     assert counted == list(range(1, 11))
 
 
-def test_callbacks_of_two_rhythms_each_run_at_their_own_steps():
-    threes, fours = Blocks(every_steps=3), Blocks(every_steps=4)
+def test_two_callbacks_each_run_at_their_own_steps():
+    threes, fours = Recorder(every_steps=3), Recorder(every_steps=4)
     make_trainer().train(BATCHES, 2, [threes, fours], steps_per_execution=100)
-    ends = np.cumsum(threes.counts)
+    ends = np.cumsum(threes.blocks)
     assert ends.tolist() == [3, 4, 6, 8, 9, 10, 13, 14, 16, 18, 19, 20]
-    assert threes.counts == fours.counts
+    assert threes.blocks == fours.blocks
 
 
-def test_a_shape_is_compiled_once():
+def test_each_batch_shape_is_compiled_once():
     shapes = [BATCHES[0]] * 3 + [(X[:4], Y[:4])] * 3 + [BATCHES[0]] * 2 + [(X[:4], Y[:4])]
     trainer = make_trainer(Traced)
     trainer.train(shapes, 1, steps_per_execution=3)
@@ -127,7 +113,7 @@ def test_a_shape_is_compiled_once():
     assert again == (0 if backend.COMPILES else 3 * len(shapes))
 
 
-def test_many_shapes_are_named_once(caplog):
+def test_many_batch_shapes_warn_once(caplog):
     shapes = [(X[:n], Y[:n]) for n in range(3, 14)]
     with caplog.at_level(logging.WARNING, "polus"):
         make_trainer().train(shapes, 2)
@@ -136,41 +122,38 @@ def test_many_shapes_are_named_once(caplog):
     assert all(f"({n}, 6)" in said[0] for n in range(3, 10) if said)
 
 
-def test_an_interruption_falls_between_two_steps():
-    class Interrupt(Callback):
-        def on_train_batch_begin(self, epoch, step):
-            if step == 3:
-                signal.raise_signal(signal.SIGINT)
+def interrupt_at(*moment):
+    """Sends Ctrl-C at an event of the run."""
 
-        def on_train_end(self):
-            self.ended = True
+    def interrupt(*event):
+        if event == moment:
+            signal.raise_signal(signal.SIGINT)
 
-    interrupt, later = Interrupt(), Blocks()
+    return interrupt
+
+
+def test_an_interruption_takes_effect_after_the_step():
+    first, second = Recorder(interrupt_at("step_begin", 0, 3)), Recorder(every_steps=None)
     trainer = make_trainer()
     with pytest.raises(KeyboardInterrupt):
-        trainer.train(BATCHES, 2, [interrupt, later])
-    run = later.coordinator.run
-    assert interrupt.ended
+        trainer.train(BATCHES, 2, [first, second])
+    run = second.coordinator.run
+    assert first.names[-1] == second.names[-1] == "train_end"
     assert (run.epoch, run.step) == (0, 4)
-    assert number(trainer.step_counter) == len(later.heard) == len(run.history.steps["loss"]) == 4
+    assert number(trainer.step_counter) == len(second.steps) == len(run.history.steps["loss"]) == 4
 
 
-def test_an_interruption_after_the_last_step_is_one():
-    class Interrupt(Callback):
-        def on_epoch_end(self, epoch):  # where a validation runs
-            if epoch == 1:
-                signal.raise_signal(signal.SIGINT)
-
-    with pytest.raises(KeyboardInterrupt):
-        make_trainer().train(BATCHES, 2, [Interrupt()])
+def test_an_interruption_after_the_last_step_is_raised():
+    with pytest.raises(KeyboardInterrupt):  # at an epoch's end a validation may run
+        make_trainer().train(BATCHES, 2, [Recorder(interrupt_at("epoch_end", 1))])
 
 
-def test_no_interruption_is_lost():
+def test_an_interruption_before_the_first_step_is_raised():
     with pytest.raises(KeyboardInterrupt), Signals():
         signal.raise_signal(signal.SIGINT)
 
 
-# ---------------------------------------------------------------------- how it is chosen
+# ---------------------------------------------------------------------- autotuning
 
 
 class Clock:
@@ -317,7 +300,7 @@ def test_a_slow_compiler_is_tried_in_long_runs_only():
     keras.config.backend() != "torch", reason="only PyTorch's steps are eager by default"
 )
 @pytest.mark.filterwarnings("ignore")  # PyTorch's compiler warns of its own parts
-def test_torch_compiles_a_step_as_one_program_that_computes_what_the_eager_one_does():
+def test_torch_compiles_the_whole_step_and_equals_eager():
     import torch
 
     if len(backend.candidates()) == 1:

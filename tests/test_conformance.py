@@ -1,4 +1,4 @@
-"""One step on every backend: it computes what the loop by hand computes, and what the others do."""
+"""Each step computes what a hand-written loop of the backend computes, and the other backends."""
 
 import json
 
@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from conformance import RECORDED, ROWS, build, plain_losses
 from keras import ops
+from recorder import Recorder
 
 from polus import core
 from polus.backends import backend
-from polus.callbacks import Callback
 
 REFERENCE = json.loads(RECORDED.read_text())
 # What may be compiled in several ways is held to the same in each.
@@ -23,24 +23,17 @@ def jit(request):
     core.set_jit_compile("auto")
 
 
-class Traces(Callback):
-    """Notes after each call how often the step's Python was run so far."""
-
-    def __init__(self, every_steps):
-        super().__init__()
-        self.every_steps = every_steps
-        self.counts = []
-
-    def on_steps_end(self, epoch, steps, losses):
-        self.counts.append(self.coordinator.trainer.traces)
-
-
 def trained(case, steps_per_execution):
-    counter = Traces(steps_per_execution)
-    history = case.trainer.train(
-        case.batches, epochs=1, callbacks=[counter], steps_per_execution=steps_per_execution
+    """The losses, and after each call but the first how often it ran the step's Python."""
+    counts = []
+    recorder = Recorder(
+        lambda event, *_: counts.append(case.trainer.traces) if event == "step_end" else None,
+        every_steps=steps_per_execution,
     )
-    return history.steps["loss"], np.diff(counter.counts)
+    history = case.trainer.train(
+        case.batches, epochs=1, callbacks=[recorder], steps_per_execution=steps_per_execution
+    )
+    return history.steps["loss"], np.diff(counts[steps_per_execution - 1 :: steps_per_execution])
 
 
 def values(case):
@@ -52,7 +45,7 @@ CASES = [(name, mode) for name in ROWS for mode in MODES if mode == MODES[0] or 
 
 
 @pytest.mark.parametrize(("name", "jit"), CASES, indirect=["jit"])
-def test_a_step_equals_the_loop_by_hand(name, jit):
+def test_steps_equal_the_hand_written_loop(name, jit):
     plain, single, several = build(name), build(name), build(name)
     expected = plain_losses(plain)
     assert len(set(expected)) == len(expected)  # something is trained
@@ -76,5 +69,5 @@ def test_a_step_equals_the_loop_by_hand(name, jit):
         np.testing.assert_allclose(losses, REFERENCE[name], rtol=1e-4)
 
 
-def test_each_deterministic_row_has_its_reference():
+def test_every_deterministic_row_has_a_reference():
     assert set(REFERENCE) == {name for name in ROWS if build(name).deterministic}

@@ -1,4 +1,4 @@
-"""The documented trainer: its contract with users, compared with Keras' own fit."""
+"""The documented trainer: its API, and its results compared with Keras' fit."""
 
 import inspect
 import logging
@@ -7,6 +7,7 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
+from recorder import Recorder
 
 import polus.core
 import polus.data
@@ -34,26 +35,6 @@ def make_trainer(model=None, **kwargs) -> ClassifierTrainer:
     return ClassifierTrainer(model, keras.optimizers.Adam(1e-2), CROSS_ENTROPY, **kwargs)
 
 
-class Steps(Callback):
-    """Records what it hears; `after` is called after each step."""
-
-    def __init__(self, after=None):
-        super().__init__()
-        self.heard = []
-        self.after = after
-
-    def on_train_begin(self):
-        self.heard.append("begin")
-
-    def on_train_batch_end(self, epoch, step, loss):
-        self.heard.append((epoch, step, float(loss)))
-        if self.after:
-            self.after(self, epoch, step)
-
-    def on_train_end(self):
-        self.heard.append("end")
-
-
 @pytest.fixture
 def jit_compile_off():
     """No XLA where it is a choice: on TensorFlow it draws other dropout masks from a seed."""
@@ -63,7 +44,7 @@ def jit_compile_off():
     polus.core.set_jit_compile("auto")
 
 
-# ---------------------------------------------------------------------- it trains as Keras does
+# ---------------------------------------------------------------------- equal to Keras' fit
 
 
 @pytest.mark.parametrize("built", [True, False])
@@ -95,7 +76,7 @@ def test_same_weights_as_fit(case, built, jit_compile_off):
     np.testing.assert_allclose(history.to_dict()["loss"], expected.history["loss"], rtol=1e-4)
 
 
-def test_a_frozen_part_stays_and_the_rest_trains():
+def test_only_the_given_trainable_weights_are_trained():
     model = make_model()
     trainer = ClassifierTrainer(
         model, model.layers[1].trainable_weights, keras.optimizers.Adam(0.1), CROSS_ENTROPY
@@ -106,16 +87,16 @@ def test_a_frozen_part_stays_and_the_rest_trains():
     assert changed == [False, False, True, True]
 
 
-def test_all_weights_are_trained_and_a_log_line_says_so(caplog):
+def test_training_all_weights_is_logged(caplog):
     caplog.set_level(logging.INFO)
     make_trainer().train(BATCHES, epochs=1)
     assert "Training all 4 trainable variables of the model (83 parameters)" in caplog.text
 
 
-# ---------------------------------------------------------------------- what a user describes
+# ---------------------------------------------------------------------- what a subclass defines
 
 
-def test_the_distiller_of_the_docs_trains_towards_its_teacher():
+def test_distillation_as_in_the_docs():
     class Distiller(BaseTrainer):
         def __init__(self, student, teacher, **kwargs):
             super().__init__(student, **kwargs)
@@ -142,7 +123,7 @@ def test_the_distiller_of_the_docs_trains_towards_its_teacher():
 
 
 @pytest.mark.parametrize("spelling", ["forward", "foward"])
-def test_both_spellings_can_be_overridden_and_called(spelling):
+def test_both_spellings_of_forward_work(spelling):
     def without(self, x, y):
         return x * 2.0, y
 
@@ -180,7 +161,7 @@ def test_both_spellings_can_be_overridden_and_called(spelling):
     np.testing.assert_allclose(losses, np.log(3), rtol=1e-6)
 
 
-def test_two_spellings_of_one_method_in_one_class_is_an_error():
+def test_both_spellings_in_one_class_raise():
     with pytest.raises(TypeError, match="two spellings"):
         type(
             "Both",
@@ -189,7 +170,7 @@ def test_two_spellings_of_one_method_in_one_class_is_an_error():
         )
 
 
-def test_loss_terms_are_recorded_and_the_total_is_minimised():
+def test_loss_terms_are_recorded_and_their_total_minimized():
     def loss(y, logits):
         main, size = CROSS_ENTROPY(y, logits), ops.mean(ops.abs(logits))
         return {"loss": main + 0.1 * size, "main": main, "size": size}
@@ -210,14 +191,14 @@ def test_loss_terms_are_recorded_and_the_total_is_minimised():
 
 
 @pytest.mark.parametrize("keyword", ["post_process_prediction", "post_process_logits"])
-def test_post_processing_of_predictions(keyword):
+def test_post_process_prediction(keyword):
     trainer = make_trainer(**{keyword: lambda logits: logits * 0.0})
     history = trainer.train(BATCHES, epochs=1)
     np.testing.assert_allclose(history.steps["loss"], np.log(3), rtol=1e-6)
     assert trainer.post_process_logits is not None
 
 
-def test_post_processing_of_gradients():
+def test_post_process_grads():
     model = make_model()
     before = model.get_weights()
     trainer = ClassifierTrainer(
@@ -254,7 +235,7 @@ def test_loss_scaling_does_not_change_post_processed_gradients():
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
 
 
-def test_train_step_alone_is_one_update_and_counts():
+def test_train_step_outside_train_is_one_update():
     model = make_model(built=False)
     trainer = make_trainer(model)
     first = float(trainer.train_step(*BATCHES[0]))
@@ -262,7 +243,7 @@ def test_train_step_alone_is_one_update_and_counts():
     assert int(ops.convert_to_numpy(trainer.step_counter.value)) == 2
 
 
-def test_step_counter_can_be_used_in_the_step():
+def test_forward_can_read_the_step_counter():
     class Warm(ClassifierTrainer):
         def forward_with_grads(self, x, y):
             return y, self.model(x) * ops.cast(self.step_counter, "float32")
@@ -273,7 +254,7 @@ def test_step_counter_can_be_used_in_the_step():
     assert len(set(losses.tolist())) == 3
 
 
-def test_train_step_can_be_overridden_and_its_terms_are_logged():
+def test_train_step_can_be_overridden():
     class Two(BaseTrainer):
         def __init__(self, one, other, *args, **kwargs):
             super().__init__(one, *args, **kwargs)
@@ -301,7 +282,7 @@ def test_train_step_can_be_overridden_and_its_terms_are_logged():
     assert columns["other"][-1] < columns["other"][0]
 
 
-def test_parts_can_be_replaced_between_two_runs():
+def test_parts_replaced_between_runs_take_effect():
     model = make_model()
     head = model.layers[1].trainable_weights
     trainer = ClassifierTrainer(model, head, keras.optimizers.SGD(0.1), CROSS_ENTROPY)
@@ -328,7 +309,7 @@ def test_parts_can_be_replaced_between_two_runs():
     np.testing.assert_allclose(epoch(), 7.0, rtol=1e-6)
 
 
-def test_an_average_of_the_weights_ends_as_in_keras_whatever_the_step():
+def test_ema_weights_are_finalized_as_in_keras():
     class Overridden(ClassifierTrainer):
         def train_step(self, *inputs):
             return super().train_step(*inputs)
@@ -347,7 +328,7 @@ def test_an_average_of_the_weights_ends_as_in_keras_whatever_the_step():
 # ---------------------------------------------------------------------- datasets and batches
 
 
-def test_a_dict_and_a_single_tensor_are_one_argument():
+def test_dict_and_tensor_batches_are_one_argument():
     class One(BaseTrainer):
         def forward_with_grads(self, batch):
             x = batch["x"] if isinstance(batch, dict) else batch
@@ -393,7 +374,7 @@ def kinds_of_data():
 
 @pytest.mark.parametrize("kind", kinds_of_data())
 @pytest.mark.parametrize("steps_per_execution", [1, 3])
-def test_every_kind_of_dataset_trains_alike(kind, steps_per_execution):
+def test_all_kinds_of_datasets_train_the_same(kind, steps_per_execution):
     def losses(data):
         keras.utils.set_random_seed(2)
         return make_trainer().train(data, epochs=2, steps_per_execution=steps_per_execution).steps
@@ -424,7 +405,7 @@ class Heard(keras.utils.PyDataset):
         self.heard.append("end")
 
 
-def test_a_pydataset_hears_of_epochs():
+def test_pydataset_epoch_events_are_called():
     data = Heard()
     make_trainer().train(data, epochs=2)
     assert data.heard == ["begin", *range(5), "end"] * 2
@@ -438,7 +419,7 @@ def test_a_pydataset_hears_of_epochs():
         make_trainer().train(Heard(None), epochs=1)
 
 
-def test_a_transform_is_applied_to_each_batch():
+def test_transform_is_applied_to_each_batch():
     def negative(batch):
         x, y = batch
         return -x, y
@@ -451,7 +432,7 @@ def test_a_transform_is_applied_to_each_batch():
         np.testing.assert_allclose(got, expected, rtol=1e-6)
 
 
-def test_steps_bound_an_endless_dataset():
+def test_steps_limit_an_endless_dataset():
     def endless():
         while True:
             yield BATCHES[0]
@@ -465,12 +446,12 @@ def test_steps_bound_an_endless_dataset():
     assert read == [*range(6)]
 
 
-def test_an_exhausted_generator_is_an_error_at_epoch_2():
+def test_exhausted_generator_raises_in_epoch_2():
     with pytest.raises(ValueError, match=r"exhausted before epoch 2.*without calling it"):
         make_trainer().train((batch for batch in BATCHES), epochs=2)
 
 
-def test_the_epoch_loss_is_weighted_by_examples():
+def test_epoch_loss_is_weighted_by_examples():
     batches = [(X[:10], Y[:10]), (X[10:12], Y[10:12])]
     trainer = ClassifierTrainer(make_model(), keras.optimizers.SGD(0.0), CROSS_ENTROPY)
     history = trainer.train(batches, epochs=1)
@@ -478,35 +459,33 @@ def test_the_epoch_loss_is_weighted_by_examples():
     assert history.epochs[0]["loss"] == pytest.approx(expected, rel=1e-5)
 
 
-# ---------------------------------------------------------------------- the loop and its arguments
+# ---------------------------------------------------------------------- arguments of train
 
 
-def test_learning_rate_holds_for_its_run_only():
+def test_learning_rate_is_set_for_one_run():
     trainer = make_trainer()
     seen = []
-    rate = Steps(lambda c, *_: seen.append(to_float(trainer.optimizer.learning_rate)))
-    trainer.train(BATCHES[:1], epochs=1, learning_rate=0.5, callbacks=[rate])
-    assert seen == [0.5]
+    recorder = Recorder(lambda *_: seen.append(to_float(trainer.optimizer.learning_rate)))
+    trainer.train(BATCHES[:1], epochs=1, learning_rate=0.5, callbacks=[recorder])
+    assert set(seen[1:-1]) == {0.5}
     assert to_float(trainer.optimizer.learning_rate) == pytest.approx(0.01)
 
 
-def test_early_stop_ends_after_the_step():
+def test_early_stop_ends_training_after_the_step():
     trainer = make_trainer()
 
-    def stop(callback, epoch, step):
-        trainer.early_stop = (epoch, step) == (1, 2)
+    def stop(*event):
+        trainer.early_stop = event[:3] == ("step_end", 1, 2)
 
-    recorder = Steps(stop)
+    recorder = Recorder(stop)
     history = trainer.train(BATCHES, epochs=9, callbacks=[recorder])
-    assert [h[:2] for h in recorder.heard[1:-1]] == [(0, s) for s in range(5)] + [
-        (1, s) for s in range(3)
-    ]
-    assert recorder.heard[-1] == "end"
+    assert recorder.steps == [(0, s) for s in range(5)] + [(1, s) for s in range(3)]
+    assert recorder.names[-1] == "train_end"
     assert len(history.epochs) == 2
-    trainer.train(BATCHES, epochs=1)  # and it does not stop the next run
+    assert len(trainer.train(BATCHES, epochs=1).epochs) == 1  # the next run is not stopped
 
 
-def test_kept_configuration_makes_a_trainer_ready_to_run():
+def test_changing_train_config_is_used_by_train():
     trainer = make_trainer()
     trainer.changing_train_config(tf_dataset=BATCHES, epochs=2)
     assert len(trainer.train().epochs) == 2
@@ -516,14 +495,14 @@ def test_kept_configuration_makes_a_trainer_ready_to_run():
         trainer.changing_train_config(epoch=3)
 
 
-def test_mutable_defaults_are_not_kept():
-    trainer, callback = make_trainer(), Steps()
-    trainer.train(BATCHES, epochs=1, callbacks=[callback])
+def test_callbacks_of_one_run_are_not_kept_for_the_next():
+    trainer, recorder = make_trainer(), Recorder()
+    trainer.train(BATCHES, epochs=1, callbacks=[recorder])
     trainer.train(BATCHES, epochs=1)
-    assert callback.heard.count("end") == 1
+    assert recorder.names.count("train_end") == 1
 
 
-def test_the_documented_signatures():
+def test_documented_signatures():
     names = list(inspect.signature(BaseTrainer.__init__).parameters)
     assert names[1:7] == [
         "model",
@@ -545,19 +524,19 @@ def test_the_documented_signatures():
     assert trainer.trainable_weights == trainer.model.trainable_weights
 
 
-def test_an_error_in_a_step_ends_the_run_in_order():
+def test_an_error_in_the_data_still_ends_callbacks():
     def broken():
         yield BATCHES[0]
         raise RuntimeError("no more disk")
 
-    recorder = Steps()
+    recorder = Recorder()
     with pytest.raises(RuntimeError, match="no more disk") as caught:
         make_trainer().train(broken, epochs=1, callbacks=[recorder])
     assert "broken" in [entry.name for entry in caught.traceback]
-    assert [recorder.heard[0], recorder.heard[-1]] == ["begin", "end"]
+    assert [recorder.names[0], recorder.names[-1]] == ["train_begin", "train_end"]
 
 
-def test_one_failing_callback_does_not_keep_others_from_their_end(caplog):
+def test_a_failing_callback_still_ends_the_others(caplog):
     class Fails(Callback):
         def on_epoch_end(self, epoch):
             raise RuntimeError("mine")
@@ -565,17 +544,17 @@ def test_one_failing_callback_does_not_keep_others_from_their_end(caplog):
         def on_train_end(self):
             raise ValueError("and at the end too")
 
-    recorders = [Steps(), Steps()]
+    recorders = [Recorder(), Recorder()]
     with pytest.raises(RuntimeError, match="mine"):
         make_trainer().train(BATCHES, epochs=1, callbacks=[recorders[0], Fails(), recorders[1]])
     assert "on_train_end failed as well" in caplog.text
-    assert [r.heard[-1] for r in recorders] == ["end", "end"]
+    assert [recorder.names[-1] for recorder in recorders] == ["train_end", "train_end"]
 
 
 # ---------------------------------------------------------------------- metrics and validation
 
 
-def test_training_metrics_and_an_undisturbed_evaluation():
+def test_evaluation_does_not_disturb_training_metrics():
     metrics = [keras.metrics.SparseCategoricalAccuracy(name="accuracy")]
     keras.utils.set_random_seed(4)
     plain = make_trainer(metrics=metrics).train(BATCHES, epochs=2)
@@ -583,7 +562,7 @@ def test_training_metrics_and_an_undisturbed_evaluation():
     keras.utils.set_random_seed(4)
     trainer = make_trainer(metrics=[keras.metrics.SparseCategoricalAccuracy(name="accuracy")])
     seen = []
-    evaluating = Steps(lambda *_: seen.append(trainer.evaluate(BATCHES[:3])))
+    evaluating = Recorder(lambda *_: seen.append(trainer.evaluate(BATCHES[:3])))
     disturbed = trainer.train(BATCHES, epochs=2, callbacks=[evaluating])
     np.testing.assert_allclose(
         disturbed.to_dict()["accuracy"], plain.to_dict()["accuracy"], atol=1e-6
@@ -594,7 +573,7 @@ def test_training_metrics_and_an_undisturbed_evaluation():
     assert seen[-1]["loss"] == pytest.approx(float(CROSS_ENTROPY(Y[:48], logits)), rel=1e-5)
 
 
-def test_metrics_that_a_step_gives_nothing_to_are_left_out():
+def test_metrics_without_samples_are_left_out():
     class Three(BaseTrainer):
         def forward_with_grads(self, x, y):
             return y, self.model(x), x
@@ -614,7 +593,7 @@ def test_metrics_that_a_step_gives_nothing_to_are_left_out():
     assert set(history.to_dict()) - {"epoch"} == set(heard.history) == expected
 
 
-def test_a_layer_that_draws_numbers_in_inference_mode_goes_on_in_training_as_before():
+def test_evaluation_restores_seed_generators_of_layers():
     class Noise(keras.layers.Layer):
         def __init__(self):
             super().__init__()
@@ -634,10 +613,10 @@ def test_a_layer_that_draws_numbers_in_inference_mode_goes_on_in_training_as_bef
     np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
-# ---------------------------------------------------------------------- bad input
+# ---------------------------------------------------------------------- errors and warnings
 
 
-def test_the_base_is_extended_not_instantiated():
+def test_instantiating_the_base_raises():
     with pytest.raises(TypeError, match="extended, not instantiated"):
         BaseTrainer(make_model(), keras.optimizers.SGD(), CROSS_ENTROPY)
 
@@ -656,7 +635,7 @@ def test_the_base_is_extended_not_instantiated():
         ((None, keras.optimizers.SGD(), keras.losses.Loss), TypeError, "got the class Loss"),
     ],
 )
-def test_arguments_of_the_wrong_kind(arguments, error, message):
+def test_parts_of_the_wrong_kind_raise(arguments, error, message):
     class Trainer(BaseTrainer):
         pass
 
@@ -687,7 +666,7 @@ def test_arguments_of_the_wrong_kind(arguments, error, message):
         ({"tf_dataset": [(X, Y, Y, Y)], "epochs": 1}, TypeError, "(?s)5 were given\n.* 4 parts"),
     ],
 )
-def test_bad_arguments_of_train(train, error, message):
+def test_bad_arguments_of_train_raise(train, error, message):
     with pytest.raises(error, match=message):
         make_trainer().train(**train)
 
@@ -705,7 +684,7 @@ def test_bad_arguments_of_train(train, error, message):
         (lambda y, p: 1.0, "got a float"),
     ],
 )
-def test_a_loss_that_cannot_be_minimised(loss, message):
+def test_losses_that_cannot_be_minimized_raise(loss, message):
     trainer = ClassifierTrainer(make_model(), keras.optimizers.SGD(), loss)
     with pytest.raises(ValueError, match=message):
         trainer.train(BATCHES, epochs=1)
@@ -720,7 +699,7 @@ def test_a_loss_that_cannot_be_minimised(loss, message):
         (lambda loss: {"total": loss}, "result of train_step must have a term named 'loss'"),
     ],
 )
-def test_a_step_that_returns_no_losses(returned, message):
+def test_train_step_must_return_losses(returned, message):
     class Step(ClassifierTrainer):
         def train_step(self, x, y):
             return returned(super().train_step(x, y))
@@ -729,7 +708,7 @@ def test_a_step_that_returns_no_losses(returned, message):
         Step(make_model(), keras.optimizers.SGD(), CROSS_ENTROPY).train(BATCHES, epochs=1)
 
 
-def test_two_metrics_of_one_name():
+def test_metrics_with_the_same_name_raise():
     with pytest.raises(ValueError, match=r"2 metrics are named 'accuracy'.*Accuracy\(\.\.\., name"):
         make_trainer(metrics=[Accuracy(3), Accuracy(3)])
 
@@ -750,14 +729,14 @@ def test_a_frozen_model_warns_and_runs_as_in_fit(caplog):
     np.testing.assert_allclose(history.epochs[0]["loss"], expected.history["loss"][0], rtol=1e-5)
 
 
-def test_a_schedule_is_not_overruled_by_a_number():
+def test_learning_rate_with_a_schedule_raises():
     schedule = keras.optimizers.schedules.CosineDecay(0.1, 100)
     trainer = ClassifierTrainer(make_model(), keras.optimizers.SGD(schedule), CROSS_ENTROPY)
     with pytest.raises(ValueError, match="is a schedule"):
         trainer.train(BATCHES, epochs=1, learning_rate=0.1)
 
 
-def test_a_loss_that_is_not_finite_is_said(caplog):
+def test_a_non_finite_loss_warns(caplog):
     trainer = ClassifierTrainer(
         make_model(), keras.optimizers.SGD(0.1), lambda y, p: ops.mean(p) * float("nan")
     )
@@ -765,13 +744,13 @@ def test_a_loss_that_is_not_finite_is_said(caplog):
     assert "not finite from step 0 of epoch 1" in caplog.text
 
 
-def test_data_that_ends_early_is_said(caplog):
+def test_a_dataset_that_ends_early_warns(caplog):
     history = make_trainer().train(BATCHES, epochs=1, steps=9)
     assert "ended after 5 of the 9 steps of epoch 1" in caplog.text
     assert len(history.steps["loss"]) == 5
 
 
-def test_an_endless_tf_dataset_needs_steps():
+def test_an_endless_tf_dataset_without_steps_raises():
     tf = pytest.importorskip("tensorflow")
     data = tf.data.Dataset.from_tensor_slices((X, Y)).batch(16).repeat()
     with pytest.raises(ValueError, match="endless"):
