@@ -21,7 +21,6 @@ MAX_ANY_SHARE = 0.08
 # relied on.
 UNAVOIDABLE = {
     "from torch import _dynamo",  # the switch that PyTorch's own message names
-    "model._initial_epoch",  # where Keras' BackupAndRestore leaves the epoch that it restored
     "dataset._inputs",  # whether a tf.data pipeline repeats or shuffles: nothing public tells
     "loader._iterator",  # the workers of a DataLoader, which can't be copied
     "owner._learning_rate",  # the schedule itself; Keras' property returns its present value

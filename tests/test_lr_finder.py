@@ -466,7 +466,7 @@ def test_one_optimizer_of_a_multi_optimizer_can_be_swept():
         ({"suggestion": "sharp"}, "no suggestion 'sharp'. Use one of 'steep', 'valley'"),
         ({"suggestion": 3}, "no suggestion 3. Use one of"),
         ({"tf_dataset": None}, "lr_finder needs a dataset"),
-        ({"tf_dataset": []}, "gave no batch"),
+        ({"tf_dataset": []}, "yielded no batch"),
         ({"tf_dataset": iter(ONES)}, "What is read from a list_iterator is gone"),
     ],
 )

@@ -367,7 +367,7 @@ def test_minimize_in_a_dry_run_calls_the_loss_and_updates_nothing():
     assert dry_run.updates == [(trainer.optimizer, [trainer.source])]
     assert not gradients
     np.testing.assert_array_equal(trainer.source, before)
-    with pytest.raises(ValueError, match=r"scalar tensor, and got a tensor of shape \(8, 1\)"):
+    with pytest.raises(ValueError, match=r"scalar tensor, got a tensor of shape \(8, 1\)"):
         backend.trace(lambda x: trainer.minimize(lambda: trainer.model(x), [trainer.source]), [X])
 
 

@@ -14,10 +14,6 @@ Y = (X[:, 0] > 0).astype("int32") + (X[:, 1] > 0)
 BATCHES = [(X[i : i + 16], Y[i : i + 16]) for i in range(0, 64, 16)]
 CROSS_ENTROPY = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
-not_yet = pytest.mark.xfail(
-    strict=False, reason="the trainer's parts are still to be separated", raises=BaseException
-)
-
 # What people call things in a class of theirs. The trainer itself keeps one, `_engine`.
 WORDS = """
     args backend batch batch_size best build built cache callbacks check choices clock compile
@@ -64,7 +60,6 @@ def everything_used(trainer):
 # ---------------------------------------------------------------------- private names
 
 
-@not_yet
 def test_a_trainer_has_one_private_name():
     trainer = make_trainer()
     everything_used(trainer)
@@ -73,7 +68,6 @@ def test_a_trainer_has_one_private_name():
     assert (private, inherited) == (["_engine"], [])
 
 
-@not_yet
 @pytest.mark.parametrize("where", ["before super().__init__", "after it", "as methods"])
 def test_private_names_of_a_subclass_change_nothing(where):
     values = {name: ("mine", name) for name in EVERYDAY_NAMES}
@@ -101,7 +95,6 @@ def test_private_names_of_a_subclass_change_nothing(where):
         assert {name: getattr(trainer, name) for name in values} == values
 
 
-@not_yet
 @pytest.mark.parametrize("value", [None, 0, "text", [], {}])
 def test_a_private_name_may_hold_anything(value):
     """An empty list under a name of ours once trained nothing, and said nothing."""
@@ -124,7 +117,6 @@ def first_layer(model):
     return model.layers[0].trainable_weights
 
 
-@not_yet
 def test_trainable_weights_set_before_init_are_kept():
     class HeadOnly(ClassifierTrainer):
         def __init__(self, model, *args, **kwargs):
@@ -144,7 +136,6 @@ def test_trainable_weights_set_before_init_are_kept():
     assert [v.path for v in trainer.trainable_weights] == [v.path for v in first_layer(model)]
 
 
-@not_yet
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -184,7 +175,6 @@ def trained_once(trainer):
     return [alone, *trainer.train(BATCHES, epochs=1, steps_per_execution=1).steps["loss"]]
 
 
-@not_yet
 @pytest.mark.parametrize("used", [False, True], ids=["fresh", "used"])
 def test_a_copy_with_another_model_trains_that_model(used):
     original = ClassifierTrainer(make_model(), keras.optimizers.SGD(0.1), CROSS_ENTROPY)
@@ -211,7 +201,6 @@ def test_a_copy_with_another_model_trains_that_model(used):
     assert any((a != b).any() for a, b in zip(before, weights_of(original), strict=True))
 
 
-@not_yet
 def test_a_copy_keeps_a_configuration_of_its_own():
     original = make_trainer()
     original.changing_train_config(tf_dataset=BATCHES, epochs=1)
@@ -222,7 +211,6 @@ def test_a_copy_keeps_a_configuration_of_its_own():
     assert len(other.train().epochs) == 3
 
 
-@not_yet
 @pytest.mark.parametrize("head_only", [False, True], ids=["all weights", "head only"])
 @pytest.mark.parametrize("used", [False, True], ids=["fresh", "used"])
 def test_a_deep_copy_trains_on_as_the_original_would(used, head_only):
@@ -251,7 +239,6 @@ def test_a_deep_copy_trains_on_as_the_original_would(used, head_only):
 # ---------------------------------------------------------------------- repr
 
 
-@not_yet
 def test_repr_says_what_is_trained_and_how(caplog):
     class Pair(BaseTrainer):
         def __init__(self, *args, **kwargs):
@@ -275,7 +262,6 @@ def test_repr_says_what_is_trained_and_how(caplog):
     assert not caplog.records
 
 
-@not_yet
 def test_repr_of_an_unbuilt_trainer():
     schedule = keras.optimizers.schedules.CosineDecay(0.1, 100)
     trainer = ClassifierTrainer(

@@ -719,13 +719,9 @@ def test_a_frozen_model_warns_and_runs_as_in_fit(caplog):
     history = make_trainer(model).train(BATCHES, epochs=1)
     assert "The step updates nothing" in caplog.text
     model.compile(keras.optimizers.SGD(), CROSS_ENTROPY)
-    expected = model.fit(
-        np.concatenate([x for x, _ in BATCHES]),
-        np.concatenate([y for _, y in BATCHES]),
-        batch_size=len(BATCHES[0][0]),
-        shuffle=False,
-        verbose=0,
-    )
+    x, y = (np.concatenate(part) for part in zip(*BATCHES, strict=True))
+    with pytest.warns(UserWarning, match="any trainable weights"):
+        expected = model.fit(x, y, batch_size=len(BATCHES[0][0]), shuffle=False, verbose=0)
     np.testing.assert_allclose(history.epochs[0]["loss"], expected.history["loss"][0], rtol=1e-5)
 
 

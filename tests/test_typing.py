@@ -22,10 +22,6 @@ EXPECTED = re.compile(r"# mypy: (?P<mypy>[\w-]+), pyright: (?P<pyright>\w+)")
 # One finding: the file, the line and the rule.
 Finding = tuple[Path, int, str]
 
-not_yet = pytest.mark.xfail(
-    strict=False, reason="the trainer's parts are still to be separated", raises=AssertionError
-)
-
 
 def run(*command: str) -> str:
     """The output of a checker, whether or not it found something."""
@@ -83,7 +79,6 @@ def checker(request) -> tuple[str, list[tuple[Finding, str]]]:
     return request.param, find()
 
 
-@not_yet
 def test_a_users_program_is_clean(checker):
     _, findings = checker
     offenders = [
@@ -94,7 +89,6 @@ def test_a_users_program_is_clean(checker):
     assert not offenders, "\n".join(offenders)
 
 
-@not_yet
 def test_each_mistake_is_found_by_its_rule(checker):
     name, findings = checker
     lines = enumerate(MISTAKES.read_text().splitlines(), start=1)

@@ -3,7 +3,7 @@
 from bisect import bisect_right
 from collections.abc import Mapping
 from os import PathLike
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import keras
 import numpy as np
@@ -110,7 +110,7 @@ class History:
             row |= {f"{name}_{metric}": value for metric, value in results.items()}
         return [rows[epoch] for epoch in sorted(rows)]
 
-    def to_dict(self, level: str = "epoch") -> dict[str, Any]:
+    def to_dict(self, level: Literal["epoch", "step"] = "epoch") -> dict[str, Any]:
         """Gives columns of equal length; what a row does not have is NaN.
 
         Args:
@@ -124,7 +124,7 @@ class History:
         names = dict.fromkeys(name for row in rows for name in row)
         return {name: [row.get(name, float("nan")) for row in rows] for name in names}
 
-    def to_frame(self, level: str = "epoch") -> Any:
+    def to_frame(self, level: Literal["epoch", "step"] = "epoch") -> Any:
         """Gives `to_dict(level)` as a `pandas.DataFrame`; pandas is imported only here."""
         try:
             import pandas as pd

@@ -12,11 +12,21 @@ prediction leaves the device and none is kept::
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import keras
 import numpy as np
 from keras import ops
+
+
+class MetricLike(Protocol):
+    """An `IMetric` or a `keras.metrics.Metric`, for type checkers, which find no types in Keras."""
+
+    name: Any
+
+    def update_state(self, *args: Any, **kwargs: Any) -> object: ...
+    def result(self) -> Any: ...
+    def reset_state(self) -> object: ...
 
 
 class IMetric(keras.metrics.Metric, ABC):
@@ -60,7 +70,7 @@ class IMetric(keras.metrics.Metric, ABC):
         self.has_samples = False
 
     @abstractmethod
-    def _samples_from_batch(self, *samples: Any) -> None:
+    def _samples_from_batch(self, *samples: Any, **named: Any) -> None:
         """Adds a batch to what is kept in variables; may run inside a compiled step."""
 
     @abstractmethod
@@ -255,8 +265,15 @@ class Accuracy(IConfusionMatrix):
     0.75
     """
 
-    def __init__(self, *args: Any, name: str = "accuracy", **kwargs: Any) -> None:
-        super().__init__(*args, name=name, **kwargs)
+    def __init__(
+        self,
+        num_classes: int,
+        reduce_f: Callable[[Any], tuple[Any, ...]] | None = None,
+        *,
+        ignore_class: int | None = None,
+        name: str = "accuracy",
+    ) -> None:
+        super().__init__(num_classes, reduce_f, ignore_class=ignore_class, name=name)
 
     def _evaluate(self) -> Any:
         matrix = ops.cast(self.confusion_matrix, "float32")
@@ -278,8 +295,15 @@ class MacroF1Score(IConfusionMatrix):
     0.7333
     """
 
-    def __init__(self, *args: Any, name: str = "macro_f1", **kwargs: Any) -> None:
-        super().__init__(*args, name=name, **kwargs)
+    def __init__(
+        self,
+        num_classes: int,
+        reduce_f: Callable[[Any], tuple[Any, ...]] | None = None,
+        *,
+        ignore_class: int | None = None,
+        name: str = "macro_f1",
+    ) -> None:
+        super().__init__(num_classes, reduce_f, ignore_class=ignore_class, name=name)
 
     def _evaluate(self) -> Any:
         matrix = ops.cast(self.confusion_matrix, "float32")

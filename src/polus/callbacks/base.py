@@ -28,6 +28,13 @@ class Phase(enum.IntEnum):
     """Writes the model, after anything that may still change it."""
 
 
+class KerasCallbackLike(Protocol):
+    """A `keras.callbacks.Callback`, for type checkers, which find no types in Keras."""
+
+    def set_params(self, params: Any) -> object: ...
+    def set_model(self, model: Any) -> object: ...
+
+
 class TrainerView(Protocol):
     """What callbacks use of a trainer."""
 

@@ -15,6 +15,7 @@ from polus.lr_finder.sweep import (
     has_rate_variable,
     run_range_test,
 )
+from polus.metrics import kept_has_samples
 from polus.state import random_state_kept
 from polus.steps.executor import StepExecutor
 
@@ -57,7 +58,8 @@ def find(
     def run_step(block: StepBlock) -> Any:
         return step(block)["loss"]
 
-    result = run_range_test(run_step, reader, optimizer, variables, settings)
+    with kept_has_samples(executor.owner.metrics):
+        result = run_range_test(run_step, reader, optimizer, variables, settings)
     logger.info("%r", result)
     if use_lr_found:
         old = float(optimizer.learning_rate)

@@ -13,7 +13,7 @@ import numpy as np
 from polus.backends import backend
 from polus.core import function, get_jit_compile
 from polus.data.reader import EpochReader
-from polus.metrics import IMetric
+from polus.metrics import IMetric, kept_has_samples
 from polus.state import Snapshot
 from polus.steps.autotune import Autotuner, Limits, Timing, Tuning
 from polus.steps.compiled import CompiledStep
@@ -150,7 +150,8 @@ class StepExecutor:
         before = _plain_parts(self.owner)
         for _ in range(2):  # the second time with the weights that the first one made
             unbuilt = [layer for layer in held_layers(self.owner) if not is_built(layer)]
-            seen = backend.trace(self.step, inputs)
+            with kept_has_samples(self.owner.metrics):
+                seen = backend.trace(self.step, inputs)
             if not any(is_built(layer) for layer in unbuilt) and all(w for _, w in seen.updates):
                 break
         for optimizer, weights in seen.updates:

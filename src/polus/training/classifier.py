@@ -1,11 +1,27 @@
 """The trainer for (x, y) batches."""
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypedDict, Unpack, overload
 
 import keras
 
+from polus.metrics import MetricLike
 from polus.training.checks import add_penalties
 from polus.training.trainer import BaseTrainer
+
+
+class OtherArguments(TypedDict, total=False):
+    """The optional arguments of a trainer besides its metrics and weights, for type checkers."""
+
+    post_process_prediction: Callable[[Any], Any] | None
+    post_process_grads: Callable[[list[Any]], list[Any]] | None
+    post_process_logits: Callable[[Any], Any] | None
+
+
+class TrainerArguments(OtherArguments, total=False):
+    """The optional arguments of a trainer besides its weights, for type checkers."""
+
+    metrics: Sequence[MetricLike] | None
 
 
 class ClassifierTrainer(BaseTrainer):
@@ -28,22 +44,60 @@ class ClassifierTrainer(BaseTrainer):
         kwargs: As for `BaseTrainer`, from `optimizer` on.
     """
 
+    @overload
     def __init__(
-        self, model: keras.Model, trainable_weights: Any = None, *args: Any, **kwargs: Any
-    ) -> None:
-        if isinstance(trainable_weights, keras.optimizers.Optimizer):
-            args, trainable_weights = (trainable_weights, *args), None
-            trainable_weights = kwargs.pop("trainable_weights", None)
-        super().__init__(model, *args, trainable_weights=trainable_weights, **kwargs)
+        self,
+        model: keras.Model,
+        trainable_weights: Sequence[keras.Variable] | None = None,
+        *,
+        optimizer: keras.optimizers.Optimizer,
+        loss: Callable[..., Any],
+        **kwargs: Unpack[TrainerArguments],
+    ) -> None: ...
+    @overload
+    def __init__(
+        self,
+        model: keras.Model,
+        trainable_weights: Sequence[keras.Variable] | None,
+        optimizer: keras.optimizers.Optimizer,
+        loss: Callable[..., Any],
+        metrics: Sequence[MetricLike] | None = None,
+        **kwargs: Unpack[OtherArguments],
+    ) -> None: ...
+    @overload
+    def __init__(
+        self,
+        model: keras.Model,
+        optimizer: keras.optimizers.Optimizer,
+        loss: Callable[..., Any],
+        metrics: Sequence[MetricLike] | None = None,
+        *,
+        trainable_weights: Sequence[keras.Variable] | None = None,
+        **kwargs: Unpack[OtherArguments],
+    ) -> None: ...
 
-    def forward_with_grads(self, x: Any, y: Any, *sample_weight: Any) -> Any:
+    def __init__(self, model: keras.Model, *args: Any, **kwargs: Any) -> None:
+        if args and not isinstance(args[0], keras.optimizers.Optimizer):
+            if "trainable_weights" in kwargs:
+                raise TypeError(
+                    "ClassifierTrainer got trainable_weights twice: second and by name. Pass "
+                    "ClassifierTrainer(model, optimizer, loss, trainable_weights=...)."
+                )
+            kwargs["trainable_weights"], args = args[0], args[1:]
+        super().__init__(model, *args, **kwargs)
+
+    def forward_with_grads(self, *inputs: Any, **named: Any) -> Any:
         """Returns the labels and the prediction, as Keras' losses take them."""
-        return y, self.predicted(self.model(x, training=True)), *sample_weight
+        return _classified(self, *inputs)
 
-    def metric_samples(self, *outputs: Any) -> tuple[Any, ...]:
+    def metric_samples(self, *outputs: Any, **named: Any) -> tuple[Any, ...]:
         """Returns the labels and the prediction; as in Keras, `metrics` are not weighted."""
         return outputs[:2]
 
-    def evaluation_loss(self, *samples: Any) -> Any:
+    def evaluation_loss(self, *samples: Any, **named: Any) -> Any:
         """Returns the loss over validation data, without sample weights."""
         return add_penalties(self.loss(*samples), self.model.losses)
+
+
+def _classified(trainer: ClassifierTrainer, x: Any, y: Any, *sample_weight: Any) -> tuple[Any, ...]:
+    return y, trainer.predicted(trainer.model(x, training=True)), *sample_weight

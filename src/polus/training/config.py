@@ -3,12 +3,14 @@
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypedDict
 
 import keras
 import numpy as np
 
+from polus.callbacks.base import ICallback, KerasCallbackLike
 from polus.data import DataAdapter, as_adapter
 from polus.files import check_directory
 from polus.host import did_you_mean, to_host
@@ -19,6 +21,21 @@ NAMES = {
     "custom_data_transform_f": "transform",
     "train_map_f": "transform",
 }
+
+
+class TrainArguments(TypedDict, total=False):
+    """The arguments of `train`, for type checkers."""
+
+    tf_dataset: Any
+    epochs: int
+    callbacks: Sequence[ICallback | KerasCallbackLike]
+    custom_data_transform_f: Callable[[Any], Any]
+    train_map_f: Callable[[Any], Any]
+    steps: int
+    learning_rate: float
+    steps_per_execution: int
+    resume: str | PathLike[str]
+    resume_changes: Literal["refuse", "accept"]
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import keras
 
 from polus.host import to_host
+from polus.metrics import KerasMetric
 from polus.state import layers_of
 from polus.steps.variables import held
 
@@ -82,7 +83,12 @@ def _bare(trainer: T) -> T:
 
 def _copy_with_variables(part: Any, memo: dict[int, Any]) -> None:
     """Copies a layer, model or metric, and notes which part and variable of the copy is which."""
-    new = memo[id(part)] = copy.deepcopy(part, memo)
+    if isinstance(part, KerasMetric):
+        _copy_with_variables(part.metric, memo)
+        new = KerasMetric(memo[id(part.metric)], part.reduce_f, part.name)
+    else:
+        new = copy.deepcopy(part, memo)
+    memo[id(part)] = new
     for old, own in zip(part.variables, new.variables, strict=True):
         memo.setdefault(id(old), own)
     if isinstance(part, keras.layers.Layer):

@@ -90,6 +90,6 @@ class CompiledMethod:
 
 def uncompiled(trainer: Any, name: str) -> Callable[..., Any]:
     """Returns a trainer's own step as it was written."""
-    if name in vars(trainer):
-        return vars(trainer)[name]  # type: ignore[no-any-return]
-    return types.MethodType(getattr(type(trainer), name), trainer)
+    written = vars(trainer).get(name) or types.MethodType(getattr(type(trainer), name), trainer)
+    step: Callable[..., Any] = written
+    return step

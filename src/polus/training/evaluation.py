@@ -8,6 +8,7 @@ import numpy as np
 
 from polus.data import DataReader, as_adapter
 from polus.host import DeviceValues
+from polus.metrics import kept_has_samples
 from polus.state import Snapshot
 from polus.steps.compiled import CompiledStep
 from polus.steps.executor import StepExecutor
@@ -39,13 +40,14 @@ def evaluate(
     # Random layers and layers with a state of their own assign in inference mode too.
     variables |= {id(v): v for v in assigned}
     snapshot = Snapshot(variables.values())
-    try:
-        for metric in metrics:
-            metric.reset()
-        losses, sizes = _run(step, data, min(executor.tuning[1], reader.num_batches or 2**31))
-        results = {metric.name: metric.evaluate() for metric in metrics}
-    finally:
-        snapshot.restore()
+    with kept_has_samples(metrics):
+        try:
+            for metric in metrics:
+                metric.reset()
+            losses, sizes = _run(step, data, min(executor.tuning[1], reader.num_batches or 2**31))
+            results = {metric.name: metric.evaluate() for metric in metrics}
+        finally:
+            snapshot.restore()
     return _weighted_means(losses, sizes) | results
 
 

@@ -83,12 +83,16 @@ def describe_trainer(trainer: Any) -> str:
 
 def _optimizer(optimizer: Any) -> str:
     rate = optimizer.learning_rate
-    shown = f"{float(to_host(rate)):.4g}" if isinstance(rate, keras.Variable) else "schedule"
+    if isinstance(rate, keras.Variable):
+        shown = f"{float(to_host(rate)):.4g}"
+    else:
+        shown = optimizer.get_config()["learning_rate"]["class_name"]
     return f"{type(optimizer).__name__}(learning_rate={shown})"
 
 
 def _trained_weights(trainer: Any) -> str:
     if trainer.explicit_trainable_weights is None and not trainer.model.built:
         return "all of the model, which is not built yet"
-    weights, total = trainer.trainable_weights, len(trainer.model.variables)
-    return f"{_counted(weights, 'variable')}, the model has {total}"
+    weights, total = trainer.trainable_weights, len(trainer.model.trainable_variables)
+    parameters = sum(math.prod(variable.shape) for variable in weights)
+    return f"{len(weights)} of {total} variables ({parameters:,} parameters)"

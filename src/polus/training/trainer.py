@@ -2,21 +2,23 @@
 
 from collections.abc import Callable, Sequence
 from os import PathLike
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, Unpack
 
 import keras
 from keras import ops
 
 from polus.backends import backend
 from polus.backends.scopes import active_dry_run
+from polus.callbacks.base import ICallback, KerasCallbackLike
 from polus.data import as_arguments
 from polus.history import History
 from polus.log import BaseLogger
-from polus.metrics import IMetric, as_metric
+from polus.metrics import MetricLike, as_metric
 from polus.steps.update import apply_gradients
 from polus.steps.variables import StepVariables, unique
 from polus.training import checks
 from polus.training.config import (
+    TrainArguments,
     TrainConfig,
     check_names,
     learning_rate_set,
@@ -96,7 +98,7 @@ class BaseTrainer(BaseLogger):
         model: keras.Model,
         optimizer: keras.optimizers.Optimizer,
         loss: Callable[..., Any],
-        metrics: Sequence[IMetric | keras.metrics.Metric] | None = None,
+        metrics: Sequence[MetricLike] | None = None,
         post_process_prediction: Callable[[Any], Any] | None = None,
         post_process_grads: Callable[[list[Any]], list[Any]] | None = None,
         *,
@@ -299,7 +301,7 @@ class BaseTrainer(BaseLogger):
         self,
         tf_dataset: Any = None,
         epochs: int | None = None,
-        callbacks: Sequence[Any] | None = None,
+        callbacks: Sequence[ICallback | KerasCallbackLike] | None = None,
         custom_data_transform_f: Callable[[Any], Any] | None = None,
         steps: int | None = None,
         learning_rate: float | None = None,
@@ -413,7 +415,7 @@ class BaseTrainer(BaseLogger):
                 engine.executor, engine.arguments, tf_dataset, use_lr_found, settings, swept
             )
 
-    def changing_train_config(self, **arguments: Any) -> None:
+    def changing_train_config(self, **arguments: Unpack[TrainArguments]) -> None:
         """Keeps arguments of `train` for later calls that leave them out.
 
         So a function can return a trainer that is ready to run:
@@ -430,8 +432,8 @@ class BaseTrainer(BaseLogger):
         Raises:
             TypeError: For a name that `train` doesn't take.
         """
-        check_names(arguments)
-        self._engine.arguments |= one_transform(arguments)
+        check_names(dict(arguments))
+        self._engine.arguments |= one_transform(dict(arguments))
 
     def evaluate(
         self,
