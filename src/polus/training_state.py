@@ -94,6 +94,19 @@ def restore_variables(saved: Sequence[Tree], variables: Variables) -> None:
         variable.assign(state["value"])
 
 
+def without_learning_rates(
+    saved: Sequence[Tree], variables: Variables
+) -> tuple[list[Tree], list[keras.Variable]]:
+    """Leaves out the learning rates, where a run continues with those that the program sets.
+
+    A rate that is a schedule is no variable, so a run can change from one to the other.
+    """
+    return (
+        [state for state in saved if not state["path"].endswith("/learning_rate")],
+        [variable for variable in variables if not variable.path.endswith("/learning_rate")],
+    )
+
+
 def canonical_paths(paths: Sequence[str]) -> list[str]:
     """Replaces the numbers by which Keras counts layers by their rank.
 
@@ -160,7 +173,7 @@ def callbacks_state(callbacks: Iterable[Stateful]) -> list[list[Any]]:
 def restore_callbacks(callbacks: Sequence[Stateful], saved: Sequence[Any]) -> None:
     """Gives each callback the state of its class; the second of a class that of the second.
 
-    Warns if the checkpoint has a state that no callback takes.
+    Warns if the checkpoint has a state that no callback takes, and logs which callbacks are new.
 
     Raises:
         ValueError: If a callback's `set_state` fails; it names the callback.
@@ -170,6 +183,8 @@ def restore_callbacks(callbacks: Sequence[Stateful], saved: Sequence[Any]) -> No
         state = states.pop((type(callback).__name__, n), None)
         if state is not None:
             _restore_callback(callback, state)
+        else:
+            logger.info("The callback %s is new to the run.", type(callback).__name__)
     if lost := [name for (name, _), state in states.items() if state]:
         logger.warning("The checkpoint has the state of callbacks that are gone: %s.", lost)
 
