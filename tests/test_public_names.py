@@ -3,6 +3,7 @@
 import ast
 import importlib
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -133,3 +134,14 @@ def test_the_interpreter_adds_no_second_hint():
 def test_unknown_names_raise_without_a_hint(name):
     with pytest.raises(AttributeError, match=f"'polus' has no attribute '{name}'.$"):
         getattr(polus, name)
+
+
+def test_no_advice_installs_polus_from_a_package_index():
+    """Another project has this name there; optional libraries are installed by their own names."""
+    root = Path(__file__).parent.parent
+    folders = ("src", "docs", "examples", "benchmarks")
+    files = [path for folder in folders for path in (root / folder).rglob("*.[pm][yd]")]
+    files += [*root.glob("*.md"), root / "Makefile"]
+    assert len(files) > 50
+    advice = re.compile(r"pip install (--?\S+ )*[\"']?polus\b|polus\[")
+    assert not [str(path) for path in files if advice.search(path.read_text())]
