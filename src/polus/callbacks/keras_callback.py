@@ -160,10 +160,8 @@ class KerasCallback(Callback):
             return
         attributes = vars(self.callback)
         for key, value in state["changed"].items():
-            replaces = (
-                attributes[key] if key in attributes else getattr(type(self.callback), key, None)
-            )
-            if key not in self._fixed and _is_plain(replaces) and _is_plain(value):
+            present = attributes.get(key, getattr(type(self.callback), key, None))
+            if key not in self._fixed and _may_replace(present, value):
                 attributes[key] = value
         if state["strings"]:
             self.logger.warning(
@@ -308,9 +306,11 @@ def _fixed_attributes(callback: keras.callbacks.Callback) -> set[str]:
 
     These are the attributes of every callback, such as the model, and the constructor arguments of
     Keras' own callbacks: the user's configuration. (Keras itself changes `min_delta`, whose sign it
-    turns once in each process.)
+    turns once in each process.) `CSVLogger` continues from its file.
     """
     fixed = set(vars(keras.callbacks.Callback()))
+    if isinstance(callback, keras.callbacks.CSVLogger):
+        fixed |= set(vars(callback))
     for cls in type(callback).__mro__:
         if cls.__module__.startswith("keras.") and "__init__" in vars(cls):
             fixed |= set(inspect.signature(cls).parameters)
@@ -327,6 +327,15 @@ def _is_plain(value: Any) -> bool:
         # bfloat16 and its kind are void types to NumPy, without fields.
         return value.dtype.kind in "biufc" or keras.backend.is_float_dtype(value.dtype.name)
     return isinstance(value, bool | int | float | None)
+
+
+def _may_replace(present: Any, value: Any) -> bool:
+    """Returns True if both values are plain and of the same kind, or one of them is None."""
+    if not _is_plain(present) or not _is_plain(value):
+        return False
+    kinds: tuple[Any, ...] = (bool | int | float | np.generic, np.ndarray, list | tuple, dict)
+    alike = any(isinstance(present, kind) and isinstance(value, kind) for kind in kinds)
+    return alike or present is None or value is None
 
 
 def _overridden(callback: keras.callbacks.Callback, event: str) -> bool:
