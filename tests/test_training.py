@@ -475,7 +475,8 @@ def test_early_stop_ends_training_after_the_step():
     trainer = make_trainer()
 
     def stop(*event):
-        trainer.early_stop = event[:3] == ("step_end", 1, 2)
+        if event[:3] == ("step_end", 1, 2):
+            trainer.early_stop = True
 
     recorder = Recorder(stop)
     history = trainer.train(BATCHES, epochs=9, callbacks=[recorder])
