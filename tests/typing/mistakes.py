@@ -30,8 +30,8 @@ trainer = ClassifierTrainer(model, optimizer, mean_error)
 # Arguments of train.
 trainer.train(data, "3")  # mypy: arg-type, pyright: reportArgumentType
 trainer.train(data, epochs=2.5)  # mypy: arg-type, pyright: reportArgumentType
-trainer.train(data, epoch=3)  # mypy: call-arg, pyright: reportCallIssue
-trainer.train(data, 1, validation_data=data)  # mypy: call-arg, pyright: reportCallIssue
+trainer.train(data, epoch=3)  # mypy: arg-type, pyright: reportArgumentType
+trainer.train(data, 1, validation_data=data)  # mypy: arg-type, pyright: reportArgumentType
 trainer.train(data, 1, [print])  # mypy: list-item, pyright: reportArgumentType
 trainer.train(data, 1, [EarlyStop])  # mypy: list-item, pyright: reportArgumentType
 trainer.train(data, 1, EarlyStop())  # mypy: arg-type, pyright: reportArgumentType

@@ -152,9 +152,11 @@ def _checked_list(callbacks: Any) -> list[Any]:
             f"callbacks must be a list, got a single {type(callbacks).__name__}. Write "
             f"callbacks=[{type(callbacks).__name__}(...)]."
         )
+    if not isinstance(callbacks, list | tuple):
+        raise TypeError(f"callbacks must be a list, got {callbacks!r}.")
     listed = list(callbacks)
     for i, callback in enumerate(listed):
-        if any(callback is other for other in listed[:i]):
+        if not isinstance(callback, str) and any(callback is other for other in listed[:i]):
             raise ValueError(
                 f"callbacks has the same {type(callback).__name__} twice, and it would hear each "
                 "event twice. Remove one, or make a second object."

@@ -40,11 +40,25 @@ def apply_gradients(
         gradients = _times(gradients, optimizer.scale_loss(ops.ones(())))
     if not optimizer.built:
         optimizer.build(variables)
-    backend.apply_gradients(optimizer, gradients, variables)
+    try:
+        backend.apply_gradients(optimizer, gradients, variables)
+    except (ValueError, KeyError) as error:
+        if "nknown variable" not in str(error) and not isinstance(error, KeyError):
+            raise
+        # Keras' own message prints the weights.
+        name = type(optimizer).__name__
+        raise ValueError(
+            f"The optimizer {optimizer.name!r} was made for other variables: it has trained "
+            "another model, or fewer variables than are trained now. Give the trainer a new one: "
+            f"trainer.optimizer = keras.optimizers.{name}(...)."
+        ) from None
 
 
 def _post_processed(gradients: Gradients, post_process_grads: PostProcess) -> Gradients:
-    processed = list(post_process_grads(gradients))
+    processed = post_process_grads(gradients)
+    if not isinstance(processed, list | tuple):
+        raise TypeError(f"post_process_grads must return the list of gradients, got {processed!r}.")
+    processed = list(processed)
     if len(processed) != len(gradients):
         raise ValueError(
             f"post_process_grads must return one gradient for each that it takes, in the same "

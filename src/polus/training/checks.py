@@ -4,7 +4,7 @@ import contextlib
 import logging
 import traceback
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -20,22 +20,51 @@ RESERVED_NAMES = ("loss", "epoch", "step")
 
 def check_kinds(model: Any, optimizer: Any, loss: Any) -> None:
     """Raises TypeError if a part of a trainer is of the wrong kind."""
+    check_model(model)
+    check_optimizer(optimizer)
+    if not callable(loss) or isinstance(loss, type):
+        raise TypeError(
+            f"loss must be a callable that returns a scalar, got {_kind(loss)}: {loss!r}. Use, "
+            "for example, keras.losses.SparseCategoricalCrossentropy(from_logits=True)."
+        )
+
+
+def check_model(model: Any) -> None:
+    """Raises TypeError if it is not a model of this Keras."""
     if not isinstance(model, keras.Model):
         raise TypeError(
             f"model must be a keras.Model, got {_kind(model)}. It has to come from this Keras "
             f"(keras {keras.__version__} on {keras.config.backend()}), not from another library."
         )
+
+
+def check_optimizer(optimizer: Any) -> None:
+    """Raises TypeError if it is not an optimizer of this Keras."""
     if not isinstance(optimizer, keras.optimizers.Optimizer):
         raise TypeError(
             f"optimizer must be a keras.optimizers.Optimizer, got {_kind(optimizer)}. Use, for "
             "example, keras.optimizers.Adam(1e-3); a backend's own optimizer can't update Keras "
             "variables on every backend."
         )
-    if not callable(loss) or isinstance(loss, type):
-        raise TypeError(
-            f"loss must be a callable that returns a scalar, got {_kind(loss)}: {loss!r}. Use, "
-            "for example, keras.losses.SparseCategoricalCrossentropy(from_logits=True)."
-        )
+
+
+def check_function(function: Any, name: str) -> None:
+    """Raises TypeError if an optional argument is neither a function nor None."""
+    if function is not None and not callable(function):
+        raise TypeError(f"{name} must be a function, got {function!r}.")
+
+
+def check_minimized(loss_fn: Any, variables: Any, optimizer: Any) -> None:
+    """Raises TypeError if an argument of `minimize` is of the wrong kind."""
+    if not callable(loss_fn):
+        raise TypeError(f"loss_fn must be a function without arguments, got {loss_fn!r}.")
+    what = "variables must be a list of keras.Variable"
+    if isinstance(variables, keras.Variable) or not isinstance(variables, Iterable):
+        raise TypeError(f"{what}, got {variables!r}.")
+    for variable in variables:
+        if not isinstance(variable, keras.Variable):
+            raise TypeError(f"{what}, got {variable!r}.")
+    check_optimizer(optimizer)
 
 
 def _kind(value: Any) -> str:

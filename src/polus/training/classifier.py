@@ -6,7 +6,7 @@ from typing import Any, TypedDict, Unpack, overload
 import keras
 
 from polus.metrics import MetricLike
-from polus.training.checks import add_penalties
+from polus.training.checks import add_penalties, check_model
 from polus.training.trainer import BaseTrainer
 
 
@@ -77,7 +77,8 @@ class ClassifierTrainer(BaseTrainer):
     ) -> None: ...
 
     def __init__(self, model: keras.Model, *args: Any, **kwargs: Any) -> None:
-        if args and not isinstance(args[0], keras.optimizers.Optimizer):
+        check_model(model)
+        if args and (args[0] is None or isinstance(args[0], list | tuple)):
             if "trainable_weights" in kwargs:
                 raise TypeError(
                     "ClassifierTrainer got trainable_weights twice: second and by name. Pass "

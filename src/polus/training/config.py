@@ -1,7 +1,7 @@
 """The arguments of `train`, given at once or kept for a later call."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from os import PathLike
 from pathlib import Path
@@ -68,7 +68,7 @@ class TrainConfig:
                     f"changing_train_config({name}=...)."
                 )
         for name in ("epochs", "steps", "steps_per_execution"):
-            _check_count(name, given.get(name))
+            check_count(name, given.get(name))
         _check_learning_rate(given.get("learning_rate"))
         if not (given.get("transform") is None or callable(given["transform"])):
             raise TypeError(
@@ -99,17 +99,40 @@ def one_transform(arguments: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
-def check_names(arguments: dict[str, Any]) -> None:
+def check_names(arguments: Mapping[str, Any]) -> None:
     """Raises TypeError for a name that is no argument of `train`."""
     known = [field.name for field in fields(TrainConfig) if field.name not in NAMES.values()]
     known = [*NAMES, *known]
     for name in arguments:
         if name not in known:
-            hint = f" {hint}" if (hint := did_you_mean(name, known)) else ""
-            raise TypeError(f"train takes no argument {name!r}.{hint} It takes {', '.join(known)}.")
+            hint = OF_FIT.get(name) or did_you_mean(name, known)
+            raise TypeError(
+                f"train takes no argument {name!r}. {hint + ' ' * bool(hint)}It takes "
+                f"{', '.join(known)}."
+            )
 
 
-def _check_count(name: str, value: Any) -> None:
+# What to write instead of the arguments of Keras' `fit`.
+OF_FIT = {
+    "x": "Pass the data first: train(polus.data.from_arrays((x, y), batch_size=32), epochs=3).",
+    "y": "Pass the data first: train(polus.data.from_arrays((x, y), batch_size=32), epochs=3).",
+    "batch_size": "The data says it: polus.data.from_arrays((x, y), batch_size=32).",
+    "shuffle": "The data says it: polus.data.from_arrays((x, y), 32, shuffle=True).",
+    "validation_data": "Use callbacks=[ValidationDataCallback(data)].",
+    "validation_split": "Split the arrays, and use callbacks=[ValidationDataCallback(data)].",
+    "validation_batch_size": "Use callbacks=[ValidationDataCallback(data)] with batches of it.",
+    "validation_steps": "Use callbacks=[ValidationDataCallback(data, steps=...)].",
+    "validation_freq": "Use callbacks=[ValidationDataCallback(data, every_epochs=...)].",
+    "verbose": "Use callbacks=[ConsoleLogCallback()] to see progress; without it there is none.",
+    "sample_weight": "Use batches of (x, y, sample_weight).",
+    "class_weight": "Use ClassifierTrainer(..., class_weight={0: 1.0, 1: 5.0}).",
+    "initial_epoch": "Use resume=..., which continues a run where it was saved.",
+    "steps_per_epoch": "Did you mean 'steps'?",
+}
+
+
+def check_count(name: str, value: Any) -> None:
+    """Raises ValueError if an optional argument is not a positive integer."""
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:

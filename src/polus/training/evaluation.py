@@ -12,7 +12,8 @@ from polus.metrics import kept_has_samples
 from polus.state import Snapshot
 from polus.steps.compiled import CompiledStep
 from polus.steps.executor import StepExecutor
-from polus.training.checks import terms_of
+from polus.training.checks import check_function, terms_of
+from polus.training.config import check_count
 
 
 def evaluation_step(trainer: Any, *inputs: Any) -> dict[str, Any]:
@@ -31,6 +32,8 @@ def evaluate(
     steps: int | None,
 ) -> dict[str, Any]:
     """Evaluates the trainer's metrics and loss; see `BaseTrainer.evaluate`."""
+    check_count("steps", steps)
+    check_function(transform, "custom_data_transform_f")
     reader = DataReader(as_adapter(dataset), transform, steps)
     reader.check_ends("evaluate")
     data = reader.epoch(0)

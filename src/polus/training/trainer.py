@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from os import PathLike
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, Literal, Never, Self, TypeVar, Unpack
 
 import keras
 from keras import ops
@@ -112,6 +112,14 @@ class BaseTrainer(BaseLogger):
             )
         super().__init__()
         checks.check_kinds(model, optimizer, loss)
+        checks.check_function(post_process_prediction, "post_process_prediction")
+        checks.check_function(post_process_logits, "post_process_logits")
+        checks.check_function(post_process_grads, "post_process_grads")
+        if post_process_prediction is not None and post_process_logits is not None:
+            raise TypeError(
+                "post_process_prediction and post_process_logits are two names of one argument. "
+                "Pass one."
+            )
         self.model = model
         self.optimizer = checks.loss_scaled(optimizer, model)
         self.loss = loss
@@ -256,13 +264,14 @@ class BaseTrainer(BaseLogger):
             ValueError: If the loss is not a scalar, or depends on none of the variables.
         """
         optimizer = self.optimizer if optimizer is None else optimizer
-        variables = unique(variables)
         if (dry_run := active_dry_run()) is not None:
+            checks.check_minimized(loss_fn, variables, optimizer)
             with dry_run.differentiating():
                 result = loss_fn()
             checks.scalar_loss(result)
-            dry_run.record_update(optimizer, variables)
+            dry_run.record_update(optimizer, unique(variables))
             return result
+        variables = unique(variables)
         if not variables:
             return loss_fn()
         # The user's function takes tensors; else gradients go to the optimizer as they do in `fit`.
@@ -310,6 +319,7 @@ class BaseTrainer(BaseLogger):
         steps_per_execution: int | None = None,
         resume: str | PathLike[str] | None = None,
         resume_changes: Literal["refuse", "accept"] | None = None,
+        **unknown: Never,
     ) -> History:
         """Trains for some epochs.
 
@@ -332,6 +342,7 @@ class BaseTrainer(BaseLogger):
                 `polus.checkpoint.Checkpoint` among the callbacks, to save to.
             resume_changes: "accept" continues a run although settings that may change on the way
                 differ from the checkpoint's, such as the learning rate. By default that raises.
+            unknown: Raises, and says what to write instead of an argument of `fit`.
 
         Returns:
             What happened: see `polus.history.History`.
@@ -339,7 +350,8 @@ class BaseTrainer(BaseLogger):
         Raises:
             ValueError, TypeError: If it can't train with these arguments; the message says why.
         """
-        given = {name: value for name, value in locals().items() if name != "self"}
+        given = {n: value for n, value in locals().items() if n not in ("self", "unknown")}
+        check_names(unknown)
         engine = self._engine
         config = TrainConfig.checked(engine.arguments | one_transform(given))
         self.early_stop = False
