@@ -54,6 +54,18 @@ def check_function(function: Any, name: str) -> None:
         raise TypeError(f"{name} must be a function, got {function!r}.")
 
 
+def check_processing(prediction: Any, logits: Any, grads: Any) -> None:
+    """Raises TypeError if a post-processing is no function, or is given under both its names."""
+    check_function(prediction, "post_process_prediction")
+    check_function(logits, "post_process_logits")
+    check_function(grads, "post_process_grads")
+    if prediction is not None and logits is not None:
+        raise TypeError(
+            "post_process_prediction and post_process_logits are two names of one argument. Pass "
+            "one."
+        )
+
+
 def check_minimized(loss_fn: Any, variables: Any, optimizer: Any) -> None:
     """Raises TypeError if an argument of `minimize` is of the wrong kind."""
     if not callable(loss_fn):

@@ -112,14 +112,7 @@ class BaseTrainer(BaseLogger):
             )
         super().__init__()
         checks.check_kinds(model, optimizer, loss)
-        checks.check_function(post_process_prediction, "post_process_prediction")
-        checks.check_function(post_process_logits, "post_process_logits")
-        checks.check_function(post_process_grads, "post_process_grads")
-        if post_process_prediction is not None and post_process_logits is not None:
-            raise TypeError(
-                "post_process_prediction and post_process_logits are two names of one argument. "
-                "Pass one."
-            )
+        checks.check_processing(post_process_prediction, post_process_logits, post_process_grads)
         self.model = model
         self.optimizer = checks.loss_scaled(optimizer, model)
         self.loss = loss
@@ -390,12 +383,6 @@ class BaseTrainer(BaseLogger):
         optimizer, metrics, generators and the dataset's shuffling are as before, also after an
         error or Ctrl-C. No callback hears of it.
 
-        ```python
-        result = trainer.lr_finder(dataset)
-        result.plot("lr_finder.png")
-        trainer.train(dataset, epochs=10, learning_rate=result.suggestion)
-        ```
-
         Args:
             tf_dataset: As for `train`, but not a bare iterator. It is repeated if it is shorter.
                 By default that of `changing_train_config`, with its `custom_data_transform_f`.
@@ -430,16 +417,7 @@ class BaseTrainer(BaseLogger):
     def changing_train_config(self, **arguments: Unpack[TrainArguments]) -> None:
         """Keeps arguments of `train` for later calls that leave them out.
 
-        So a function can return a trainer that is ready to run:
-
-        ```python
-        def init_trainer():
-            trainer = ClassifierTrainer(model, optimizer, loss)
-            trainer.changing_train_config(tf_dataset=data, epochs=10)
-            return trainer
-
-        init_trainer().train()
-        ```
+        So a function can return a trainer that is ready to run: `init_trainer().train()`.
 
         Raises:
             TypeError: For a name that `train` doesn't take.
