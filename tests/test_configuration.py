@@ -444,8 +444,8 @@ def test_run_that_stopped_early_trains_on_if_more_epochs_are_asked_for(tmp_path,
     caplog.set_level("INFO")
     for epochs, done, message in [
         (3, 1, ""),
-        (3, 1, "The run has stopped early after 1 of 3 epochs, and nothing is trained"),
-        (4, 4, "The run had stopped early after 1 of 3 epochs. It trains on, up to 4"),
+        (3, 1, "so nothing is left to train"),
+        (4, 4, "training continues"),
     ]:
         history = continued({})([Checkpoint(tmp_path), Stops()], epochs, resume=tmp_path)
         assert len(history.epochs) == done

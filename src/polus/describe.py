@@ -30,6 +30,7 @@ Description = Any  # JSON
 
 MAX_DEPTH = 12
 MAX_ITEMS = 200  # of lists and characters; of longer ones the checksum
+MAX_BYTES = 2**16  # of data: larger things are data, not settings
 
 # Keys of configurations that have no effect on a run that continues: names, and what only the
 # first values depend on. Seeds are variables, which a checkpoint restores.
@@ -103,7 +104,10 @@ class _Describer:
 
     def composed(self, value: Any) -> Description:
         if isinstance(value, np.ndarray):
-            return _checksum(value.tobytes(), f"array {value.dtype.name} {value.shape}")
+            text = f"array {value.dtype.name} {value.shape}"
+            return _checksum(value.tobytes(), text) if value.nbytes <= MAX_BYTES else text
+        if isinstance(value, list | tuple | set | Mapping) and len(value) > MAX_BYTES:
+            return {"$object": f"{type(value).__name__} of {len(value)}"}
         if isinstance(value, list | tuple):
             return _shortened([self.value(each) for each in value])
         if isinstance(value, set | frozenset):

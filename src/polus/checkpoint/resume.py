@@ -9,6 +9,7 @@ import keras
 from polus.callbacks.base import RunView
 from polus.checkpoint.environment import describe_environment, warn_of_changes
 from polus.checkpoint.store import CheckpointError, Store
+from polus.configuration import ChangedError
 
 logger = logging.getLogger("polus.checkpoint")
 
@@ -37,6 +38,8 @@ def resume_run(run: ResumableRun, directory: str | os.PathLike[str]) -> None:
     warn_of_changes(saved.path.name, saved.facts.get("environment"), environment)
     try:
         run.set_state(saved.tree, saved.facts.get("backend") == keras.config.backend())
+    except ChangedError as error:
+        raise CheckpointError(f"{saved.path}: nothing is trained. {error}") from error
     except ValueError as error:
         raise CheckpointError(
             f"{saved.path} is of another run, and nothing is trained: {error} Give the folder of "

@@ -24,14 +24,7 @@ from polus.state import random_state, set_random_state
 from polus.steps.compiled import CompiledStep, as_terms
 from polus.steps.executor import StepExecutor
 from polus.training.config import TrainConfig
-from polus.training.run_state import (
-    check_layers,
-    check_same,
-    check_state,
-    kinds_of,
-    layer_names,
-    use_own_generators,
-)
+from polus.training.run_state import Settings, check_state, use_own_generators
 from polus.training_state import (
     callbacks_state,
     check_variables,
@@ -39,6 +32,7 @@ from polus.training_state import (
     restore_variables,
     storable,
     variables_state,
+    without_learning_rates,
 )
 
 
@@ -46,6 +40,9 @@ class TrainerParts(TrainerView, Protocol):
     """What a run uses of its trainer."""
 
     loss: Any
+
+    @property
+    def trainable_weights(self) -> list[keras.Variable]: ...
 
 
 class RunStatus(enum.Enum):
@@ -95,6 +92,7 @@ class Run(BaseLogger):
         reader: The training data.
         callbacks: The coordinator of the callbacks.
         history: What was recorded so far; what `train` returns.
+        settings: What the run is made of, to compare with a checkpoint.
         signals: The signals that wait for the end of a step.
         epochs: The number of epochs.
         steps: The steps of an epoch; None until it is known.
@@ -141,6 +139,7 @@ class Run(BaseLogger):
         self.exception: BaseException | None = None
         self.resuming = False
         self.closing = contextlib.ExitStack()
+        self.settings = Settings(trainer, config.transform)
         self.callbacks = CallbackCoordinator(config.callbacks, self)
 
     # ------------------------------------------------------------------ from beginning to end
@@ -151,6 +150,8 @@ class Run(BaseLogger):
         with self.closing:
             try:
                 with self.signals:
+                    if self.reader.tracked or self.config.resume is not None:
+                        self.settings.begin()
                     self.callbacks.on_train_begin()
                     yield
             except BaseException as exception:
@@ -317,8 +318,7 @@ class Run(BaseLogger):
                 "stop_reason": self.stop_reason,
                 "batch_sizes": np.array(self.batch_sizes, np.int64),
             },
-            "parts": kinds_of(self.trainer),
-            "layers": layer_names(self.trainer.model),
+            "settings": self.settings.get_state(),
             "variables": variables_state(self.variables()),
             "random": random_state(),
             "data": self.reader.get_state(self.epoch, self.step),
@@ -344,7 +344,8 @@ class Run(BaseLogger):
         Raises:
             ValueError: If it is the state of another run; the message says what differs.
         """
-        check_same(state["parts"], kinds_of(self.trainer))
+        accept = self.config.resume_changes == "accept"
+        changes = self.settings.check(state["settings"], accept)
         progress = state["progress"]
         self.epoch, self.step = progress["epoch"], progress["step"]
         self.steps = self.steps or progress["steps"]
@@ -357,10 +358,12 @@ class Run(BaseLogger):
         assert self.reader.current is not None  # it has opened the epoch
         self._set_up(self.reader.current.example)
         # Nothing reads the data from here on, and what building draws is undone below.
-        variables = self.variables()
-        check_variables(state["variables"], variables, same_backend)
-        check_layers(state["layers"], layer_names(self.trainer.model))
-        restore_variables(state["variables"], variables)
+        saved, variables = state["variables"], self.variables()
+        self.settings.check_models(state["settings"], accept)
+        if any("learning_rate" in change.name for change in changes):
+            saved, variables = without_learning_rates(saved, variables)
+        check_variables(saved, variables, same_backend)
+        restore_variables(saved, variables)
         self.batch_sizes = progress["batch_sizes"].tolist()
         self.history.set_state(state["history"])
         self.callbacks.shared_dict |= state["shared"]

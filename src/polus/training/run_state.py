@@ -1,17 +1,29 @@
 """The layout of a run's state, and the comparison of a saved one with the present run."""
 
-import itertools
 from typing import Any, Protocol
 
 import keras
 import numpy as np
 
+from polus.configuration import Difference, changes_since, check_changes, describe_parts
+from polus.describe import describe_object
 from polus.history import History
-from polus.state import layers_of, random_state
+from polus.state import random_state
 from polus.state_tree import check_layout, is_count
-from polus.training_state import CALLBACKS_LAYOUT, VARIABLES_LAYOUT, check_random_state
+from polus.training_state import (
+    CALLBACKS_LAYOUT,
+    VARIABLES_LAYOUT,
+    canonical_paths,
+    check_random_state,
+)
+
+
+def _anything(value: Any) -> bool:
+    return True
+
 
 # See `polus.state_tree.check_layout`; the rest is for its owners to check.
+EPOCH_START_LAYOUT = {"random": dict, "adapter": dict}
 STATE_LAYOUT = {
     "progress": {
         "epoch": is_count,
@@ -22,16 +34,24 @@ STATE_LAYOUT = {
         "stop_reason": str,
         "batch_sizes": lambda sizes: isinstance(sizes, np.ndarray) and sizes.dtype == np.int64,
     },
-    "parts": {...: str},
-    "layers": [str],
+    "settings": {"first": dict, "newest": dict},
     "variables": VARIABLES_LAYOUT,
     "random": dict,
-    "data": dict,
+    "data": {
+        "dataset": dict,
+        "first_epoch": is_count,
+        "epoch_start": EPOCH_START_LAYOUT,
+        ...: _anything,
+    },
     "history": dict,
     "shared": dict,
     "callbacks": CALLBACKS_LAYOUT,
     "tuning": {...: (bool | None, is_count)},
 }
+
+
+# Attributes of every trainer that are no settings, or are described as parts.
+NOT_SETTINGS = ("_engine", "early_stop", "log_name", "step_counter", "trainable_weights")
 
 
 class Parts(Protocol):
@@ -45,6 +65,78 @@ class Parts(Protocol):
     def optimizer(self) -> keras.optimizers.Optimizer: ...
     @property
     def metrics(self) -> Any: ...
+    @property
+    def trainable_weights(self) -> list[keras.Variable]: ...
+
+
+class Settings:
+    """The settings of a run, compared with those that a checkpoint was saved with.
+
+    Args:
+        trainer: The trainer.
+        transform: The function applied to each batch, if any.
+
+    Attributes:
+        first: The description of the settings that the run began with.
+    """
+
+    def __init__(self, trainer: Parts, transform: Any) -> None:
+        self.trainer = trainer
+        self.transform = transform
+        self.first: dict[str, Any] = {}
+
+    def begin(self) -> None:
+        """Describes what the run begins with. Its models follow when they are built."""
+        self.first = self._describe()
+
+    def get_state(self) -> dict[str, Any]:
+        """Returns what the run began with, and what callbacks have made of it since."""
+        if "model" not in self.first:
+            self.first |= self._describe_models()
+        return {"first": self.first, "newest": self.first | self._describe()}
+
+    def check(self, saved: dict[str, Any], accept: bool) -> list[Difference]:
+        """Returns what has changed, except in the models.
+
+        Args:
+            saved: A result of `get_state`.
+            accept: Whether the run may continue with other settings.
+
+        Raises:
+            ValueError: If something has changed that makes another run, or was not accepted.
+        """
+        changes = changes_since(saved["first"], saved["newest"], self.first)
+        check_changes(changes, accept)
+        if not changes and saved["first"].get("python") == self.first.get("python"):
+            self.first = saved["first"]  # not what callbacks made of it before this call
+        return changes
+
+    def check_models(self, saved: dict[str, Any], accept: bool) -> list[Difference]:
+        """Returns what has changed in the models, which are built now; see `check`."""
+        models = self._describe_models()
+        changes = changes_since(saved["first"], saved["newest"], models)
+        check_changes(changes, accept)
+        self.first = self.first | models
+        return changes
+
+    def _describe(self) -> dict[str, Any]:
+        names = ("optimizer", "loss", "metrics", "post_process_logits", "post_process_grads")
+        parts = {name: getattr(self.trainer, name) for name in names}
+        ignored = {*parts, *self._models(), *NOT_SETTINGS}
+        return {
+            **describe_parts({**parts, "transform": self.transform}),
+            "trainer": describe_object(self.trainer, "trainer", ignored),
+        }
+
+    def _describe_models(self) -> dict[str, Any]:
+        trained = canonical_paths([variable.path for variable in self.trainer.trainable_weights])
+        models = {f"trainer.{name}": model for name, model in self._models().items()}
+        models["model"] = models.pop("trainer.model")
+        return describe_parts({**models, "trainable_weights": trained})
+
+    def _models(self) -> dict[str, keras.layers.Layer]:
+        held = vars(self.trainer).items()
+        return {name: value for name, value in held if isinstance(value, keras.layers.Layer)}
 
 
 def check_state(facts: dict[str, Any], state: Any) -> None:
@@ -58,7 +150,13 @@ def check_state(facts: dict[str, Any], state: Any) -> None:
         ValueError: If it is not the state of a run.
     """
     check_layout(state, STATE_LAYOUT)
-    check_random_state(state["random"], facts.get("backend") == keras.config.backend())
+    data = state["data"]
+    check_layout(data.get("iterator") or [0, None], (is_count, _anything), "the state/data")
+    if "previous_epoch" in data:
+        layout = {"epoch_start": EPOCH_START_LAYOUT, "checksum": _anything}
+        check_layout(data["previous_epoch"], layout, "the state/data/previous_epoch")
+    for random in random_states(state):
+        check_random_state(random, facts.get("backend") == keras.config.backend())
     try:
         history = History()
         history.set_state(state["history"])
@@ -67,45 +165,15 @@ def check_state(facts: dict[str, Any], state: Any) -> None:
         raise ValueError(f"its history cannot be read: {error!r}") from error
 
 
-def kinds_of(trainer: Parts) -> dict[str, str]:
-    """Returns the kinds of a run's parts: a checkpoint of others is another run's."""
-    return {
-        "trainer": type(trainer).__name__,
-        "model": type(trainer.model).__name__,
-        "optimizer": type(trainer.optimizer).__name__,
-        "loss": getattr(trainer.loss, "__name__", type(trainer.loss).__name__),
-        "metrics": ", ".join(metric.name for metric in trainer.metrics),
-    }
-
-
-def layer_names(model: keras.Model) -> list[str]:
-    """Returns the class of each layer."""
-    return [type(layer).__name__ for layer in layers_of(model)]
-
-
-def check_layers(saved: list[str], now: list[str]) -> None:
-    """Raises ValueError if the model has other layers; some have no variables to tell them."""
-    for i, (then, layer) in enumerate(itertools.zip_longest(saved, now)):
-        if then != layer:
-            raise ValueError(f"layer {i} of the model was {then}, and is {layer}.")
-
-
-def check_same(saved: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raises ValueError if a part of the run is of another kind than it was."""
-    differing = [
-        f"{name} was {saved.get(name)!r} and is {value!r}"
-        for name, value in now.items()
-        if saved.get(name) != value
-    ]
-    if differing:
-        raise ValueError(f"{', '.join(differing)}.")
+def random_states(state: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns the states of the global generators in a run's state: now, and as epochs began."""
+    data = state["data"]
+    starts = [data, *([data["previous_epoch"]] if "previous_epoch" in data else [])]
+    return [state["random"], *(start["epoch_start"]["random"] for start in starts)]
 
 
 def use_own_generators(state: dict[str, Any]) -> None:
     """Replaces the states of another backend's generators by this one's."""
-    data, own = state["data"], random_state()["backend"]
-    starts = [data["epoch_start"]]
-    if "previous_epoch" in data:
-        starts.append(data["previous_epoch"]["epoch_start"])
-    for random in (state["random"], *(start["random"] for start in starts)):
+    own = random_state()["backend"]
+    for random in random_states(state):
         random["backend"] = own
