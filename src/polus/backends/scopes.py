@@ -1,8 +1,9 @@
 """Scopes that watch a function run: which variables it reads, assigns, and would update."""
 
+import contextlib
 import dataclasses
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Self
 
 import keras
@@ -41,6 +42,8 @@ class VariableRecorder(keras.StatelessScope):
         values: Pairs of a variable and the value that it has inside the scope.
         outer: The recorder around this one, if any.
         copies: Makes the stand-in for a variable's own value. By default the value itself is used.
+        initialize_variables: Whether variables that are created inside get their initial values
+            when the scope ends. Not so while a compiler traces: they would hold tracers.
 
     Attributes:
         read: The variables that were read, by identity, in the order of their first read.
@@ -52,8 +55,11 @@ class VariableRecorder(keras.StatelessScope):
         values: Iterable[tuple[Any, Any]] = (),
         outer: "VariableRecorder | None" = None,
         copies: Callable[[Any], Any] | None = None,
+        initialize_variables: bool = True,
     ) -> None:
-        super().__init__(collect_losses=True, initialize_variables=outer is None)
+        super().__init__(
+            collect_losses=True, initialize_variables=initialize_variables and outer is None
+        )
         self.outer = outer
         self.copies = copies
         self.read: dict[int, Any] = {}
@@ -114,6 +120,8 @@ class DryRun(VariableRecorder):
     Attributes:
         updates: Each optimizer with the variables that it would have updated, in order.
         backend_variables: The backend's own variables that were used.
+        differentiated: The variables that were read where gradients flow.
+        result: What the function returned: tensors, or descriptions of them.
     """
 
     def __init__(
@@ -121,10 +129,22 @@ class DryRun(VariableRecorder):
         values: Iterable[tuple[Any, Any]] = (),
         outer: VariableRecorder | None = None,
         copies: Callable[[Any], Any] | None = None,
+        initialize_variables: bool = True,
     ) -> None:
-        super().__init__(values, outer, copies)
+        super().__init__(values, outer, copies, initialize_variables)
         self.updates: list[tuple[keras.optimizers.Optimizer, list[keras.Variable]]] = []
         self.backend_variables: list[BackendVariable] = []
+        self.differentiated: list[keras.Variable] = []
+        self.result: Any = None
+
+    @contextlib.contextmanager
+    def differentiating(self) -> Iterator[None]:
+        """Notes the variables that are first read in the block as read where gradients flow."""
+        before = set(self.read)
+        try:
+            yield
+        finally:
+            self.differentiated += [v for key, v in self.read.items() if key not in before]
 
     @property
     def variables(self) -> list[Any]:

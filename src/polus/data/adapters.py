@@ -8,14 +8,10 @@ import keras
 import numpy as np
 
 from polus.backends import backend
+from polus.backends.base import as_arguments as as_arguments
 from polus.data.arrays import ArrayDataset
 from polus.data.fingerprint import checksum, leaves_of, same
 from polus.state import random_state
-
-
-def as_arguments(batch: Any) -> tuple[Any, ...]:
-    """The arguments of a step: a tuple or list is spread, anything else is one argument."""
-    return tuple(batch) if isinstance(batch, tuple | list) else (batch,)
 
 
 class DataAdapter:

@@ -60,11 +60,6 @@ def gathered(payload: tuple[Any, Any]) -> Any:
     return keras.tree.map_structure(lambda a: backend.take(a, rows), examples)
 
 
-def row(batches: Any, i: Any) -> tuple[Any, ...]:
-    """The step's arguments out of batch `i` of stacked batches."""
-    return as_arguments(keras.tree.map_structure(lambda a: backend.index(a, i), batches))
-
-
 class DataReader:
     """Reads a dataset epoch by epoch.
 

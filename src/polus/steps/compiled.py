@@ -13,7 +13,7 @@ import numpy as np
 from polus.backends import backend
 from polus.core import JitMode
 from polus.data.adapters import as_arguments
-from polus.data.reader import EpochReader, StepBlock, row
+from polus.data.reader import EpochReader, StepBlock
 from polus.state import Snapshot
 
 # Progress still moves, Ctrl-C still works, and the dispatch itself is lost in it.
@@ -53,7 +53,6 @@ class CompiledStep:
         self.measured: dict[tuple[bool, int], float] = {}
         self.compile_secs = 0.0
         self._programs: dict[Any, Callable[..., Any]] = {}
-        self._steps: dict[Any, Callable[..., Any]] = {}
         self._shapes: list[Any] = []
 
     def prepare(self, block: StepBlock) -> tuple[Callable[..., Any], tuple[Any, ...]]:
@@ -71,29 +70,12 @@ class CompiledStep:
         key = (self.jit_compile, block.fetch, many)
         program = self._programs.get(key)
         if program is None:
-            program = self._programs[key] = self._program(block.fetch, many)
+            program = self._programs[key] = backend.program(
+                self.step, block.fetch, many, self.jit_compile
+            )
         if many:
             return program, (np.int32(block.count), block.capacity, block.payload)
         return program, (block.payload,) if block.fetch else as_arguments(block.payload)
-
-    def _program(self, fetch: Any, many: bool) -> Callable[..., Any]:
-        around = _many if many else _one
-        if backend.COMPILES:
-            return backend.function(around(self.step, fetch), self.jit_compile)  # type: ignore[no-any-return]
-        # A loop of Python's around the step, which is compiled by itself, if at all.
-        step = self._steps.get(self.jit_compile)
-        if step is None:
-            step = self._steps[self.jit_compile] = backend.function(self.step, self.jit_compile)
-        return around(step, fetch)
-
-
-def _many(step: Callable[..., Any], fetch: Any) -> Callable[..., Any]:
-    steps = backend.repeat(step, row)
-    return lambda count, capacity, payload: steps(count, capacity, fetch(payload))
-
-
-def _one(step: Callable[..., Any], fetch: Any) -> Callable[..., Any]:
-    return step if fetch is None else lambda payload: step(*row(fetch(payload), 0))
 
 
 def choose(

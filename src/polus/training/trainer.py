@@ -260,13 +260,12 @@ class BaseTrainer(BaseLogger):
             dry_run.record_update(optimizer, variables)
             return result
 
-        def scaled() -> tuple[Any, Any]:
-            result = loss_fn()
-            return optimizer.scale_loss(_scalar_loss(result)), result
+        def scaled_loss(result: Any) -> Any:
+            return optimizer.scale_loss(_scalar_loss(result))
 
         # As the optimizer is given them in `fit`; but the user's function takes tensors.
         sparse = self.post_process_grads is None
-        (_, result), gradients = backend.value_and_grad(scaled, variables, True, sparse)
+        result, gradients = backend.value_and_grad(loss_fn, variables, scaled_loss, sparse)
         _check_connected(gradients, variables)
         if self.post_process_grads is not None:
             scale = optimizer.scale_loss(ops.ones(()))
