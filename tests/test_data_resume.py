@@ -15,7 +15,6 @@ import pytest
 
 from polus.checkpoint.store import Store
 from polus.data import DataReader, as_adapter, from_arrays, with_iterator_state
-from polus.data.blocks import batch_at
 from polus.data.fingerprint import checksum
 from polus.state import random_state, set_random_state
 from polus.state_tree import flatten_state
@@ -219,7 +218,11 @@ class Interrupted(Exception):
 
 
 def batch_of(block, i):
-    return block.payload if block.unpack is None else batch_at(block.unpack(block.payload), i)
+    return (
+        block.payload
+        if block.unpack is None
+        else keras.tree.map_structure(lambda rows: rows[i], block.unpack(block.payload))
+    )
 
 
 def read(reader, epoch=0, step=0, until=None, log=None):

@@ -17,6 +17,7 @@ from polus import core
 from polus.backends import backend
 from polus.backends.scopes import VariableRecorder, active_dry_run, current_scope
 from polus.callbacks import Callback
+from polus.data import from_arrays
 from polus.training import BaseTrainer, ClassifierTrainer
 
 X = np.random.default_rng(0).normal(size=(8, 4)).astype("float32")
@@ -214,12 +215,24 @@ def test_a_gradient_of_the_users_own_may_read_a_variable():
     def run():
         return core.value_and_grad(lambda: scaled(ops.convert_to_tensor(a)), [a])[1][0]
 
+    @core.function
+    def run_in_loop(x):
+        def slope(row):
+            return core.value_and_grad(lambda: scaled(row * a), [a])[1][0]
+
+        return backend.repeat(slope, 2, x)
+
     assert number(run()) == 2
-    scale.assign(5.0)  # read anew, not a constant of the program
+    scale.assign(5.0)  # not a constant of the program
     assert number(run()) == 5
+    for factor in (5.0, 7.0):
+        scale.assign(factor)
+        slopes = ops.convert_to_numpy(run_in_loop(np.float32([1, 2])))
+        np.testing.assert_array_equal(slopes, [factor, 2 * factor])
 
 
-def test_an_optimizer_may_assign_a_variable_that_the_step_reads():
+@pytest.mark.parametrize("steps_per_execution", [1, 2])
+def test_an_optimizer_may_assign_a_variable_that_the_step_reads(steps_per_execution):
     count = variable(0.0, trainable=False)
 
     class Counting(keras.optimizers.SGD):
@@ -236,8 +249,9 @@ def test_an_optimizer_may_assign_a_variable_that_the_step_reads():
 
     model = keras.Sequential([keras.layers.Input((3,)), keras.layers.Dense(1, use_bias=False)])
     trainer = Counted(model, Counting(0.0), lambda: None)
-    first, second = trainer.train([np.zeros((4, 3), "float32")] * 2, 1).steps["loss"]
-    assert (first, second, number(count)) == (0, 1, 2)
+    batches = [np.zeros((4, 3), "float32")] * 2
+    history = trainer.train(batches, 1, steps_per_execution=steps_per_execution)
+    assert (*history.steps["loss"], number(count)) == (0, 1, 2)
 
 
 def test_no_gradient_is_none():
@@ -327,6 +341,81 @@ def test_a_value_that_is_no_scalar(fn, came):
     a = variable([1.0, 2.0])
     with pytest.raises(ValueError, match=f"scalar tensor, and the function returned {came}"):
         core.value_and_grad(lambda: fn(a), [a])
+
+
+# ---------------------------------------------------------------------- programs of a step
+
+
+def gathered(payload):
+    """Batches of three columns and a label each, out of rows of the payload."""
+    examples, rows = payload
+    batches = ops.take(examples, rows, axis=0)
+    return {"x": batches[..., :3]}, batches[..., 3]
+
+
+@pytest.mark.parametrize("jit_compile", [None, False])
+@pytest.mark.parametrize("unpack", [None, gathered])
+def test_a_program_runs_a_step_once_or_many_times(unpack, jit_compile):
+    total, runs = variable(0.0, trainable=False), []
+
+    def step(features, y):
+        runs.append(len(runs))
+        total.assign_add(ops.sum(features["x"]) + ops.sum(y))
+        return {"sums": (total, ops.sum(y))}  # the variable's value at this step, not the last one
+
+    rows = np.int32([[0, 1], [2, 3], [4, 5], [6, 7]])
+    stacked = ({"x": ops.convert_to_tensor(X[rows, :3])}, ops.convert_to_tensor(X[rows, 3]))
+    examples = ops.convert_to_tensor(X)
+    single = backend.program(step, unpack, False, jit_compile)
+    many = backend.program(step, unpack, True, jit_compile)
+    expected, sums = X[rows].sum(axis=(1, 2)), X[rows, 3].sum(axis=1)
+    for turn in range(3):
+        total.assign(0.0)
+        payload = stacked if unpack is None else (examples, rows)
+        outputs = many(np.int32(3), 4, payload)["sums"]
+        now, y = (ops.convert_to_numpy(output)[:3] for output in outputs)
+        np.testing.assert_allclose(now, np.cumsum(expected)[:3], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(y, sums[:3], rtol=1e-4, atol=1e-5)
+
+        first = ({"x": stacked[0]["x"][3]}, stacked[1][3])
+        arguments = first if unpack is None else ((examples, rows[3:]),)
+        now, y = single(*arguments)["sums"]
+        assert number(now) == pytest.approx(expected.sum(), abs=1e-4)
+        assert number(total) == pytest.approx(expected.sum(), abs=1e-4)
+        if turn == 0:
+            traced = len(runs)
+    if backend.COMPILES and jit_compile is None:
+        assert len(runs) == traced  # compiled once
+
+
+def test_a_program_serves_every_count_up_to_its_capacity():
+    runs = []
+
+    def step(x):
+        runs.append(x)
+        return ops.sum(x)
+
+    many = backend.program(step, None, True)
+    x = ops.convert_to_tensor(X)
+    traced = []
+    for count in (8, 5, 2):
+        outputs = ops.convert_to_numpy(many(np.int32(count), 8, (x,)))[:count]
+        np.testing.assert_allclose(outputs, X.sum(axis=1)[:count], rtol=1e-5, atol=1e-6)
+        traced.append(len(runs))
+    assert traced == ([traced[0]] * 3 if backend.COMPILES else [8, 13, 15])
+
+
+def test_repeat_applies_a_function_to_rows_inside_a_step():
+    total = variable(0.0, trainable=False)
+
+    @core.function
+    def step(x):
+        doubled = backend.repeat(lambda row: (total.assign_add(ops.sum(row)), 2 * row)[1], 8, x)
+        return doubled, total + 0.0
+
+    doubled, after = step(X)
+    np.testing.assert_allclose(ops.convert_to_numpy(doubled), 2 * X, rtol=1e-6)
+    assert number(after) == pytest.approx(X.sum(), abs=1e-4)
 
 
 # ---------------------------------------------------------------------- dry runs
@@ -588,32 +677,52 @@ if keras.backend.backend() != "tensorflow":
     assert done.returncode == 0, done.stderr.decode()
 
 
-def test_the_way_from_train_to_the_gradient():
-    """A longer list is a deeper library: each name is one that a reader has to know."""
-    frames = []
+def frames_of_a_run(**settings) -> list[list[str]]:
+    """Polus' own frames around each call of the loss, of a run on arrays in memory."""
+    found = []
 
     def loss(y, p):
-        frames.append([(f.filename, f.name) for f in traceback.extract_stack()])
+        frames = [(f.filename, f.name) for f in traceback.extract_stack()]
+        found.append([name for file, name in frames if file.startswith(SOURCE)])
         return ops.mean((y - p) ** 2)
 
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
-    core.set_jit_compile(backend.candidates()[0])  # nothing is to be measured
+    trainer = ClassifierTrainer(model, keras.optimizers.SGD(), loss)
+    trainer.train(from_arrays((X, X[:, :1]), batch_size=2), epochs=2, **settings)
+    return found
+
+
+@pytest.mark.parametrize("steps_per_execution", [1, 2])
+def test_the_frames_between_train_and_the_loss(steps_per_execution):
+    """A longer list is a deeper library: each name is one that a reader has to know."""
+    core.set_jit_compile(backend.candidates()[0])  # nothing has to be timed
     try:
-        trainer = ClassifierTrainer(model, keras.optimizers.SGD(), loss)
-        trainer.train([(X, X[:, :1])], epochs=1, steps_per_execution=1)
+        frames = frames_of_a_run(steps_per_execution=steps_per_execution)[-1]
     finally:
         core.set_jit_compile("auto")
-    ours = [(f[len(SOURCE) + 1 :], name) for f, name in frames[-1] if f.startswith(SOURCE)]
-    path = [name for file, name in ours if not file.startswith("backends")]
-    # `scaled` and `forward` are the closures whose gradient is taken.
-    assert path == [*PATH, "scaled", "forward"]
-    below = [name for file, name in ours if file.startswith("backends")]
-    assert below == BACKEND_PATH[keras.backend.backend()]
+    program, one_step = PROGRAM_FRAMES[keras.backend.backend()]
+    loop = "loop" if steps_per_execution > 1 and program == "single" else program
+    expected = ["train", "train_loop", loop, *one_step, "train_step", "minimize", "value_and_grad"]
+    if keras.backend.backend() == "jax":
+        expected.append("differentiated")
+    assert frames == [*expected, "forward"]
 
 
-PATH = ["train", "_run", "train_step", "minimize"]
-BACKEND_PATH = {
-    "tensorflow": ["call", "tensors", "value_and_grad"],
-    "jax": ["__call__", "__call__", "pure", "call", "value_and_grad", "pure"],
-    "torch": ["call", "value_and_grad"],
+def test_the_frames_below_a_program_with_default_settings():
+    """As in the test above, also where Polus times ways to run a step, and in the dry run."""
+    found = {tuple(names[names.index("train_step") - 1 :]) for names in frames_of_a_run()}
+    inner = ("train_step", "minimize", "value_and_grad")
+    if keras.backend.backend() == "jax":
+        inner = (*inner, "differentiated")
+    caller = {"tensorflow": {"one_step"}, "jax": {"pure"}, "torch": {"single", "loop"}}
+    dry = {names for names in found if "value_and_grad" not in names}
+    assert found - dry <= {(name, *inner, "forward") for name in caller[keras.backend.backend()]}
+    assert found - dry
+    assert {names[1:] for names in dry} == {("train_step", "minimize", "forward")}
+
+
+PROGRAM_FRAMES = {
+    "tensorflow": ("run", ["one_step"]),
+    "jax": ("__call__", ["pure"]),
+    "torch": ("single", []),
 }

@@ -127,8 +127,7 @@ def value_and_grad(
         ValueError: if the value is not a scalar.
     """
 
-    def checked() -> Any:
-        result = fn()
+    def scalar(result: Any) -> Any:
         value = result[0] if has_aux else result
         if (shape := getattr(value, "shape", None)) is None or len(shape):
             came = f"shape {tuple(shape)}" if shape is not None else f"a {type(value).__name__}"
@@ -137,6 +136,6 @@ def value_and_grad(
                 "Reduce it, for example with keras.ops.mean(...); a keras.losses class does so "
                 "by itself, where the function of the same name returns one value per example."
             )
-        return result
+        return value
 
-    return backend.value_and_grad(checked, variables, has_aux)  # type: ignore[no-any-return]
+    return backend.value_and_grad(fn, variables, scalar)  # type: ignore[no-any-return]

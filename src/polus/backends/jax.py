@@ -6,6 +6,7 @@ values, read values, arguments) and returns (new values, outputs); only the assi
 donated. A variable that is only read is an argument, never a constant of the program.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -15,9 +16,11 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 
+from polus.backends.base import as_arguments
 from polus.backends.scopes import DryRun, VariableRecorder, active_dry_run, current_scope
 
 Tree = Any
+Values = list[Any]
 COMPILES = True  # a new shape costs a compilation
 LONG_RUN_SECS: dict[bool, float] = {}  # each setting of `jit_compile` is worth a try in any run
 
@@ -27,24 +30,263 @@ def function(fn: Callable[..., Tree], jit_compile: bool | None = None) -> Callab
     return fn if jit_compile is False else _Function(fn)
 
 
-class _Function:
-    """A stateful function, with one compiled program per signature of its arguments."""
+class _Missed(RuntimeError):
+    """A function used other variables when it was traced than in its dry run."""
 
-    def __init__(self, fn: Callable[..., Tree]) -> None:
+    def __init__(self, paths: list[str]) -> None:
+        super().__init__(
+            f"The function used other variables when it was traced again: {', '.join(paths)}. "
+            "Which variables it reads and assigns may depend on its arguments, but not on other "
+            "Python state."
+        )
+
+
+class _Stateful:
+    """A function that uses variables, as a pure function of their values.
+
+    Args:
+        fn: The function.
+        outer: The scope in which it runs, if any.
+
+    Attributes:
+        assigned: The variables that the function assigns, once they were found.
+        read: Those that it only reads.
+        with_gradients: Whether variables are looked for with gradients. It takes longer, and finds
+            those that a custom gradient or a custom optimizer uses.
+    """
+
+    def __init__(self, fn: Callable[..., Tree], outer: VariableRecorder | None = None) -> None:
         self.fn = fn
-        self.programs: dict[Any, _Program] = {}
+        self.outer = outer
+        self.assigned: list[Any] = []
+        self.read: list[Any] = []
+        self.with_gradients = False
+        self._last: list[Any] = []
+
+    @contextlib.contextmanager
+    def finding_variables(self) -> Iterator[None]:
+        """Finds the variables of the function, of which `call` has to be traced in the block."""
+        # The trace ends before this scope, so variables that `fn` creates get real values.
+        with (VariableRecorder if self.with_gradients else DryRun)((), self.outer) as scope:
+            yield
+        if isinstance(scope, DryRun):
+            for optimizer, variables in scope.merged_updates():
+                if not optimizer.built:
+                    optimizer.build(variables)
+                    scope.record_assigned(optimizer.variables)
+        self.assigned = list(scope.assigned.values())
+        self.read = [v for key, v in scope.read.items() if key not in scope.assigned]
+        self._last = [None] * len(self.assigned)
+
+    def call(self, *arguments: Any) -> Tree:
+        """Runs the function as it is."""
+        return _read_out(self.fn(*arguments))
+
+    def pure(self, assigned: Values, read: Values, *arguments: Any) -> tuple[Tree, Values]:
+        """Returns what the function returns, and the new values of the assigned variables.
+
+        Raises:
+            _Missed: If the function uses other variables than those that were found.
+        """
+        known = (*self.assigned, *self.read)
+        values = zip(known, (*assigned, *read), strict=True)
+        with VariableRecorder(values, self.outer, initialize_variables=False) as scope:
+            outputs = _read_out(self.fn(*arguments))
+            new = [scope.get_current_value(variable) for variable in self.assigned]
+        may_assign = set(map(id, self.assigned))
+        may_read = may_assign.union(map(id, self.read))
+        missed = [v.path for key, v in scope.assigned.items() if key not in may_assign]
+        missed += [v.path for key, v in scope.read.items() if key not in may_read]
+        if missed:
+            raise _Missed(missed)
+        return outputs, new
+
+    def look_closer(self) -> None:
+        """Called in the handler of `_Missed`: looks with gradients from now on, or raises again."""
+        if self.with_gradients:
+            raise
+        self.with_gradients = True
+
+    def values(self) -> tuple[Values, Values]:
+        """Returns the values of the assigned variables, to be donated, and of the read ones.
+
+        A donated buffer is gone for everybody. So only what the program itself made is donated; a
+        value from elsewhere, which somebody may still hold or share, is copied, once.
+        """
+        assigned = [
+            value if (value := variable.value) is last else _copied(value)
+            for variable, last in zip(self.assigned, self._last, strict=True)
+        ]
+        return assigned, [variable.value for variable in self.read]
+
+    def assign(self, values: Values) -> None:
+        """Assigns the new values that the program has made."""
+        self._last = values
+        for variable, value in zip(self.assigned, values, strict=True):
+            variable.assign(value)
+
+
+class _Arguments:
+    """The arguments of a call: the arrays among them, and the structure around the arrays."""
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        leaves, self.structure = jax.tree_util.tree_flatten((args, kwargs))
+        self.leaves = [leaf.value if isinstance(leaf, keras.Variable) else leaf for leaf in leaves]
+        self.arrays = [leaf for leaf in self.leaves if _is_array(leaf)]
+        self.key = (self.structure, *map(_signature, self.leaves))
+
+    def filled(self, arrays: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Returns the positional and the named arguments with other arrays."""
+        following = iter(arrays)
+        leaves = [next(following) if _is_array(leaf) else leaf for leaf in self.leaves]
+        return jax.tree_util.tree_unflatten(self.structure, leaves)  # type: ignore[no-any-return]
+
+
+class _Program:
+    """A stateful function, compiled once per signature of its arguments.
+
+    As in `tf.function`, an array is an argument of the compiled program, any other Python value is
+    a constant of it.
+    """
+
+    def __init__(self) -> None:
+        self.compiled: dict[Any, tuple[_Stateful, Callable[..., Any]]] = {}
+
+    def traced(self, arguments: _Arguments) -> tuple[Callable[..., Tree], Sequence[Any]]:
+        """Returns the function to trace, and arrays or their shapes to trace it with."""
+        raise NotImplementedError
+
+    def whole(self, pure: Callable[..., Any], outputs: Tree, arguments: _Arguments) -> Any:
+        """Returns the program to compile around the traced function."""
+        raise NotImplementedError
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tree:
-        leaves, structure = jax.tree_util.tree_flatten((args, kwargs))
-        if current_scope() is not None or any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
-            return self.fn(*args, **kwargs)  # inside an active trace: inlined
-        leaves = [leaf.value if isinstance(leaf, keras.Variable) else leaf for leaf in leaves]
-        # As in tf.function, a Python value is a constant of the program, an array is an argument.
-        key = (structure, *(_signature(leaf) for leaf in leaves))
-        program = self.programs.get(key)
+        arguments = _Arguments(args, kwargs)
+        program = self.compiled.get(arguments.key)
         if program is None:
-            program = self.programs[key] = _Program(self.fn, leaves, structure)
-        return program([leaf for leaf in leaves if _is_array(leaf)])
+            fn, sample = self.traced(arguments)
+            stateful = _Stateful(fn)
+            while True:
+                with stateful.finding_variables():
+                    jax.eval_shape(functools.partial(stateful.call), *sample)
+                # Traced here, and not inside the program: so few frames are around the user's code.
+                pure = jax.jit(functools.partial(stateful.pure), inline=True)
+                values = [v.value for v in stateful.assigned], [v.value for v in stateful.read]
+                try:
+                    outputs, _ = jax.eval_shape(pure, *values, *sample)
+                    break
+                except _Missed:
+                    stateful.look_closer()
+            whole = jax.jit(self.whole(pure, outputs, arguments), donate_argnums=0)
+            program = self.compiled[arguments.key] = stateful, whole
+        stateful, compiled = program
+        outputs, new = compiled(*stateful.values(), *arguments.arrays)
+        stateful.assign(new)
+        return outputs
+
+
+class _Function(_Program):
+    """A compiled function with any arguments. Called in an active trace, it is inlined."""
+
+    def __init__(self, fn: Callable[..., Tree]) -> None:
+        super().__init__()
+        self.fn = fn
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tree:
+        leaves = jax.tree_util.tree_leaves((args, kwargs))
+        if current_scope() is not None or any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+            return self.fn(*args, **kwargs)
+        return super().__call__(*args, **kwargs)
+
+    def traced(self, arguments: _Arguments) -> tuple[Callable[..., Tree], Sequence[Any]]:
+        def call(*arrays: Any) -> Tree:
+            args, kwargs = arguments.filled(arrays)
+            return self.fn(*args, **kwargs)
+
+        return call, arguments.arrays
+
+    def whole(self, pure: Callable[..., Any], outputs: Tree, arguments: _Arguments) -> Any:
+        return pure
+
+
+class _Step(_Program):
+    """A compiled step of one batch: its arguments are that batch, or a payload to unpack."""
+
+    def __init__(self, step: Callable[..., Tree], unpack: Callable[[Any], Any] | None) -> None:
+        super().__init__()
+        self.step = step
+        self.unpack = unpack
+
+    def batches(self, payload: Any) -> tuple[Any, ...]:
+        """Returns the step's arguments, with an axis for the batches."""
+        return as_arguments(payload if self.unpack is None else self.unpack(payload))
+
+    def first(self, payload: Any) -> tuple[Any, ...]:
+        """Returns the first batch of a payload."""
+        return tuple(_row(self.batches(payload), 0))
+
+    def traced(self, arguments: _Arguments) -> tuple[Callable[..., Tree], Sequence[Any]]:
+        args, _ = arguments.filled(arguments.arrays)
+        return self.step, args if self.unpack is None else jax.eval_shape(self.first, *args)
+
+    def whole(self, pure: Callable[..., Any], outputs: Tree, arguments: _Arguments) -> Any:
+        def single(assigned: Values, read: Values, *arrays: Any) -> tuple[Tree, Values]:
+            args, _ = arguments.filled(arrays)
+            batch = args if self.unpack is None else self.first(*args)
+            return pure(assigned, read, *batch)  # type: ignore[no-any-return]
+
+        return single
+
+
+class _Steps(_Step):
+    """Many steps as one compiled program: its arguments are count, capacity and a payload.
+
+    The number of steps is an argument of a `while` loop, so that one compiled program serves every
+    count up to the capacity. Outputs are stacked to (capacity, ...); rows past `count` are zero.
+    """
+
+    def traced(self, arguments: _Arguments) -> tuple[Callable[..., Tree], Sequence[Any]]:
+        (_, _, payload), _ = arguments.filled(arguments.arrays)
+        return self.step, jax.eval_shape(self.first, payload)
+
+    def whole(self, pure: Callable[..., Any], outputs: Tree, arguments: _Arguments) -> Any:
+        def loop(assigned: Values, read: Values, *arrays: Any) -> tuple[Tree, Values]:
+            (count, capacity, payload), _ = arguments.filled(arrays)
+            batches = self.batches(payload)
+
+            def body(i: Any, values: Values) -> tuple[Tree, Values]:
+                return pure(values, read, *_row(batches, i))  # type: ignore[no-any-return]
+
+            return _loop(body, count, assigned, _zeros(outputs, capacity))
+
+        return loop
+
+
+def _row(batches: Tree, i: Any) -> Tree:
+    return jax.tree_util.tree_map(
+        lambda rows: jax.lax.dynamic_index_in_dim(rows, i, keepdims=False), batches
+    )
+
+
+def _zeros(outputs: Tree, capacity: int) -> Tree:
+    """Returns room for the outputs of `capacity` steps."""
+    return jax.tree_util.tree_map(lambda o: jnp.zeros((capacity, *o.shape), o.dtype), outputs)
+
+
+def _loop(
+    body: Callable[[Any, Values], tuple[Tree, Values]], count: Any, values: Values, stacks: Tree
+) -> tuple[Tree, Values]:
+    """Runs `body(i, values) -> (outputs, new values)` and writes the outputs into row i."""
+
+    def turn(carry: tuple[Any, Values, Tree]) -> tuple[Any, Values, Tree]:
+        i, values, stacks = carry
+        outputs, values = body(i, values)
+        stacks = jax.tree_util.tree_map(lambda rows, new: rows.at[i].set(new), stacks, outputs)
+        return i + 1, values, stacks
+
+    start = (jnp.int32(0), values, stacks)
+    _, values, stacks = jax.lax.while_loop(lambda carry: carry[0] < count, turn, start)
+    return stacks, values
 
 
 def _is_array(leaf: Any) -> bool:
@@ -53,78 +295,6 @@ def _is_array(leaf: Any) -> bool:
 
 def _signature(leaf: Any) -> Any:
     return (leaf.shape, leaf.dtype) if _is_array(leaf) else (type(leaf), leaf)
-
-
-class _Missed(Exception):
-    """Names variables that a function used when it was traced, but not in its dry run."""
-
-
-class _Program:
-    """One compiled program: the variables it assigns and reads, and the jitted pure function."""
-
-    def __init__(self, fn: Callable[..., Tree], leaves: list[Any], structure: Any) -> None:
-        slots = [i for i, leaf in enumerate(leaves) if _is_array(leaf)]
-        constants = [None if _is_array(leaf) else leaf for leaf in leaves]
-
-        def call(arrays: Sequence[Any]) -> Tree:
-            filled = list(constants)
-            for slot, array in zip(slots, arrays, strict=True):
-                filled[slot] = array
-            args, kwargs = jax.tree_util.tree_unflatten(structure, filled)
-            return _read_out(fn(*args, **kwargs))
-
-        self.call = call
-        self.with_gradients = False
-        self._find_variables([leaves[slot] for slot in slots])
-
-    def _find_variables(self, arrays: list[Any]) -> None:
-        with VariableRecorder() if self.with_gradients else DryRun() as met:
-            # Outside the trace this scope ends, so variables that `fn` creates get real values.
-            jax.eval_shape(lambda arrays: self.call(arrays), arrays)
-        if isinstance(met, DryRun):
-            for optimizer, variables in met.merged_updates():
-                if not optimizer.built:
-                    optimizer.build(variables)
-                    met.record_assigned(optimizer.variables)
-        self.assigned = list(met.assigned.values())
-        self.read = [v for key, v in met.read.items() if key not in met.assigned]
-        self.last: list[Any] = [None] * len(self.assigned)
-
-        def pure(assigned: list[Any], read: list[Any], arrays: list[Any]) -> tuple[Tree, list[Any]]:
-            known = (*self.assigned, *self.read)
-            with VariableRecorder(zip(known, (*assigned, *read), strict=True)) as scope:
-                outputs = self.call(arrays)
-                new = [scope.get_current_value(v) for v in self.assigned]
-            missed = [v.path for key, v in scope.assigned.items() if key not in met.assigned]
-            missed += [v.path for v in scope.read.values() if id(v) not in met.read | met.assigned]
-            if missed:
-                raise _Missed(missed)
-            return outputs, new
-
-        self.compiled = jax.jit(pure, donate_argnums=0)
-
-    def __call__(self, arrays: list[Any]) -> Tree:
-        # A donated buffer is gone for everybody. So only what this program made itself is donated;
-        # a value from elsewhere, which somebody may still hold or share, is copied, once.
-        assigned = [
-            value if (value := variable.value) is last else _copied(value)
-            for variable, last in zip(self.assigned, self.last, strict=True)
-        ]
-        try:
-            outputs, self.last = self.compiled(assigned, [v.value for v in self.read], arrays)
-        except _Missed as missed:
-            if not self.with_gradients:  # a custom gradient or an optimizer may use them
-                self.with_gradients = True
-                self._find_variables(arrays)
-                return self(arrays)
-            raise RuntimeError(
-                f"The function used other variables when it was traced again: {missed}. Which "
-                "variables it reads and assigns may depend on its arguments, but not on other "
-                "Python state."
-            ) from None
-        for variable, value in zip(self.assigned, self.last, strict=True):
-            variable.assign(value)
-        return outputs
 
 
 def _copied(array: Any) -> Any:
@@ -159,37 +329,41 @@ class _Detaching(VariableRecorder):
 
 
 def value_and_grad(
-    fn: Callable[[], Tree], variables: Sequence[Any], has_aux: bool = False, sparse: bool = False
+    fn: Callable[[], Tree],
+    variables: Sequence[Any],
+    loss: Callable[[Tree], Any] | None = None,
+    sparse: bool = False,
 ) -> tuple[Tree, list[Any]]:
-    """`fn()` and its gradients: None for a variable without effect, or not trainable.
+    """Returns `fn()` and the gradients of its loss; see `Backend`.
 
     `sparse` changes nothing: only TensorFlow has sparse gradients.
     """
     outer = current_scope()
     if (dry_run := active_dry_run()) is not None:  # stand-ins of the right shape
         result = fn()
+        if loss is not None:
+            loss(result)
         found = [v.trainable and id(v) in dry_run.read for v in variables]
         return result, [v.value if f else None for v, f in zip(variables, found, strict=True)]
-    by = [variable for variable in variables if variable.trainable]
-    connected = [False] * len(by)
+    trainable = [variable for variable in variables if variable.trainable]
+    connected = [False] * len(trainable)
     assigned: list[Any] = []
 
-    def pure(values: list[Any]) -> tuple[Any, Tree]:
+    def differentiated(values: Values) -> tuple[Any, tuple[Tree, Values]]:
         values = _watched(values, connected)
-        with _Detaching(by, values, outer) as scope:
+        with _Detaching(trainable, values, outer) as scope:
             result = _read_out(fn())
+            value = result if loss is None else loss(result)
         # What was assigned inside leaves as an output, else tracers would leak.
         assigned[:] = scope.assigned.values()
-        new = [scope.state_mapping[id(variable)] for variable in assigned]
-        value, aux = result if has_aux else (result, None)
-        return value, (result if has_aux else value, aux, new)
+        return value, (result, [scope.state_mapping[id(variable)] for variable in assigned])
 
-    (_, (result, _, new)), gradients = jax.value_and_grad(pure, has_aux=True)(
-        [variable.value for variable in by]
+    (_, (result, new)), gradients = jax.value_and_grad(differentiated, has_aux=True)(
+        [variable.value for variable in trainable]
     )
     for variable, value in zip(assigned, new, strict=True):
         variable.assign(value)
-    by_id = {id(v): g for v, g, c in zip(by, gradients, connected, strict=True) if c}
+    by_id = {id(v): g for v, g, c in zip(trainable, gradients, connected, strict=True) if c}
     return result, [by_id.get(id(variable)) for variable in variables]
 
 
@@ -229,44 +403,56 @@ def _watched(values: list[Any], connected: list[bool]) -> list[Any]:
     return identity(values)
 
 
-def repeat(step: Callable[..., Tree], row: Callable[[Tree, Any], tuple[Any, ...]]) -> Any:
-    """Many steps as one function `(count, capacity, batches) -> outputs`, for `function`.
+def program(
+    step: Callable[..., Tree],
+    unpack: Callable[[Any], Any] | None = None,
+    many: bool = False,
+    jit_compile: bool | None = None,
+) -> Callable[..., Tree]:
+    """Compiles a step, or a loop over many; see `Backend`.
 
-    The number of steps is an argument of a `while` loop, so that one compiled program serves every
-    count up to `capacity`. Outputs are stacked to (capacity, ...); rows past `count` are zero.
+    `jit_compile=False` runs it eagerly, operation by operation, to debug it.
     """
+    if jit_compile is not False:
+        return _Steps(step, unpack) if many else _Step(step, unpack)
 
-    def many(count: Any, capacity: int, batches: Tree) -> Tree:
-        def one(i: Any) -> Tree:
-            return _read_out(step(*row(batches, i)))
+    def single(*arguments: Any) -> Tree:
+        if unpack is not None:
+            arguments = as_arguments(_row(unpack(*arguments), 0))
+        return _read_out(step(*arguments))
 
-        outer = current_scope()
-        if active_dry_run() is not None:
-            return jax.tree_util.tree_map(
-                lambda o: jnp.broadcast_to(o, (capacity, *o.shape)), one(0)
-            )
-        with DryRun((), outer) as met:
-            outputs = jax.eval_shape(one, jax.ShapeDtypeStruct((), jnp.int32))
-        variables = list(met.assigned.values())
-        rows = jax.tree_util.tree_map(lambda o: jnp.zeros((capacity, *o.shape), o.dtype), outputs)
+    def loop(count: Any, capacity: int, payload: Any) -> Tree:
+        batches = as_arguments(payload if unpack is None else unpack(payload))
+        outputs = []
+        for i in range(int(count)):
+            outputs.append(_read_out(step(*_row(batches, i))))
+        return jax.tree_util.tree_map(lambda *rows: jnp.stack(rows), *outputs)
 
-        def body(carry: tuple[Any, list[Any], Tree]) -> tuple[Any, list[Any], Tree]:
-            i, values, rows = carry
-            with VariableRecorder(zip(variables, values, strict=True), outer) as scope:
-                output = one(i)
-                values = [scope.get_current_value(variable) for variable in variables]
-            if missed := scope.assigned.keys() - met.assigned.keys():
-                raise _Missed([scope.assigned[key].path for key in missed])
-            rows = jax.tree_util.tree_map(lambda row, new: row.at[i].set(new), rows, output)
-            return i + 1, values, rows
+    return loop if many else single
 
-        start = (jnp.int32(0), [variable.value for variable in variables], rows)
-        _, values, rows = jax.lax.while_loop(lambda carry: carry[0] < count, body, start)
-        for variable, value in zip(variables, values, strict=True):
-            variable.assign(value)
-        return rows
 
-    return many
+def repeat(fn: Callable[..., Tree], count: int, rows: Tree) -> Tree:
+    """Applies `fn` to each row and stacks what it returns, inside a step; see `Backend`."""
+    stateful = _Stateful(lambda i: fn(_row(rows, i)), current_scope())
+    if active_dry_run() is not None:
+        outputs = stateful.call(0)
+        return jax.tree_util.tree_map(lambda o: jnp.broadcast_to(o, (count, *o.shape)), outputs)
+    while True:
+        with stateful.finding_variables():
+            outputs = jax.eval_shape(functools.partial(stateful.call), jnp.int32(0))
+        assigned, read = ([v.value for v in part] for part in (stateful.assigned, stateful.read))
+        body = functools.partial(_repeated, stateful, read)
+        try:
+            stacks, new = _loop(body, count, assigned, _zeros(outputs, count))
+        except _Missed:
+            stateful.look_closer()
+        else:
+            stateful.assign(new)
+            return stacks
+
+
+def _repeated(stateful: _Stateful, read: Values, i: Any, values: Values) -> tuple[Tree, Values]:
+    return stateful.pure(values, read, i)
 
 
 def trace(fn: Callable[..., Tree], args: Sequence[Any]) -> DryRun:
@@ -307,11 +493,6 @@ def stack(batches: Sequence[Tree], capacity: int) -> Tree:
 def to_device(array: Any) -> Any:
     """An array-like as an array on the device."""
     return array if isinstance(array, jax.Array) else jax.device_put(np.asarray(array))
-
-
-def index(array: Any, i: Any) -> Any:
-    """Row `i` of `array`."""
-    return jax.lax.dynamic_index_in_dim(array, i, keepdims=False)
 
 
 def take(array: Any, indices: Any) -> Any:

@@ -42,6 +42,8 @@ class VariableRecorder(keras.StatelessScope):
         values: Pairs of a variable and the value that it has inside the scope.
         outer: The recorder around this one, if any.
         copies: Makes the stand-in for a variable's own value. By default the value itself is used.
+        initialize_variables: Whether variables that are created inside get their initial values
+            when the scope ends. Not so while a compiler traces: they would hold tracers.
 
     Attributes:
         read: The variables that were read, by identity, in the order of their first read.
@@ -53,8 +55,11 @@ class VariableRecorder(keras.StatelessScope):
         values: Iterable[tuple[Any, Any]] = (),
         outer: "VariableRecorder | None" = None,
         copies: Callable[[Any], Any] | None = None,
+        initialize_variables: bool = True,
     ) -> None:
-        super().__init__(collect_losses=True, initialize_variables=outer is None)
+        super().__init__(
+            collect_losses=True, initialize_variables=initialize_variables and outer is None
+        )
         self.outer = outer
         self.copies = copies
         self.read: dict[int, Any] = {}
@@ -124,8 +129,9 @@ class DryRun(VariableRecorder):
         values: Iterable[tuple[Any, Any]] = (),
         outer: VariableRecorder | None = None,
         copies: Callable[[Any], Any] | None = None,
+        initialize_variables: bool = True,
     ) -> None:
-        super().__init__(values, outer, copies)
+        super().__init__(values, outer, copies, initialize_variables)
         self.updates: list[tuple[keras.optimizers.Optimizer, list[keras.Variable]]] = []
         self.backend_variables: list[BackendVariable] = []
         self.differentiated: list[keras.Variable] = []

@@ -7,6 +7,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from polus.backends.base import as_arguments
 from polus.backends.scopes import BackendVariable, DryRun, current_scope
 
 Tree = Any
@@ -69,19 +70,22 @@ def _read_out(tree: Tree) -> Tree:
 
 
 def value_and_grad(
-    fn: Callable[[], Tree], variables: Sequence[Any], has_aux: bool = False, sparse: bool = False
+    fn: Callable[[], Tree],
+    variables: Sequence[Any],
+    loss: Callable[[Tree], Any] | None = None,
+    sparse: bool = False,
 ) -> tuple[Tree, list[Any]]:
-    """`fn()` and its gradients: None for a variable without effect, or not trainable.
+    """Returns `fn()` and the gradients of its loss; see `Backend`.
 
-    With `sparse`, that of an embedding comes as the rows that were looked up, a repeated one
-    several times: what Keras' optimizers are given in `fit`. It can't be computed with.
+    With `sparse`, the gradient of an embedding is a `tf.IndexedSlices` of the rows that were looked
+    up, a repeated one several times. Keras' optimizers get it so in `fit`; arithmetic can't use it.
     """
     # TensorFlow orders the reads in here before an update that follows. One of ours between the
     # value and the update took its own away (its graph optimizer drops the one for the other, then
     # folds ours).
     with tf.GradientTape() as tape:
         result = fn()
-        value = result[0] if has_aux else result
+        value = result if loss is None else loss(result)
     gradients = tape.gradient(value, [variable.value for variable in variables])
     gradients = [g if v.trainable else None for g, v in zip(gradients, variables, strict=True)]
     if not sparse:
@@ -104,39 +108,103 @@ def value_and_input_grad(fn: Callable[..., Any], inputs: Sequence[Any]) -> tuple
     return value, tape.gradient(value, inputs, unconnected_gradients=tf.UnconnectedGradients.ZERO)
 
 
-def repeat(step: Callable[..., Tree], row: Callable[[Tree, Any], tuple[Any, ...]]) -> Any:
-    """Many steps as one function `(count, capacity, batches) -> outputs`, for `function`.
+def program(
+    step: Callable[..., Tree],
+    unpack: Callable[[Any], Any] | None = None,
+    many: bool = False,
+    jit_compile: bool | None = None,
+) -> Callable[..., Tree]:
+    """Compiles a step to a graph, or many steps to one with a loop; see `Backend`.
+
+    The step is a graph of its own inside the program, so that its Python runs once, and with little
+    of ours around it.
+    """
+    programs: dict[Any, Callable[..., Tree]] = {}
+
+    def one_step(*arguments: Any) -> Tree:
+        return _read_out(step(*arguments))
+
+    def run(*arguments: Any) -> Tree:
+        arguments = keras.tree.map_structure(_tensor, arguments)
+        key = _signature(arguments)
+        program = programs.get(key)
+        if program is None:
+            if many or unpack is not None:
+                batch = _first_batch(unpack, arguments[-1])
+                graph = tf.function(one_step, autograph=False).get_concrete_function(*batch)
+                whole = (_loop if many else _only)(graph, unpack)
+            else:
+                whole = one_step
+            program = tf.function(
+                whole, jit_compile=bool(jit_compile), autograph=False
+            ).get_concrete_function(*arguments)
+            programs[key] = program
+        return program(*arguments)
+
+    return run
+
+
+def _batches(unpack: Callable[[Any], Any] | None, payload: Any) -> tuple[Any, ...]:
+    """Returns the step's arguments, with an axis for the batches."""
+    return as_arguments(payload if unpack is None else unpack(payload))
+
+
+def _first_batch(unpack: Callable[[Any], Any] | None, payload: Any) -> tuple[Any, ...]:
+    """Returns the shapes and dtypes of the step's arguments."""
+    batches = tf.function(_batches, autograph=False).get_concrete_function(unpack, payload)
+    return tuple(_row_specs(batches.structured_outputs))
+
+
+def _row_specs(rows: Tree) -> Tree:
+    return tf.nest.map_structure(lambda rows: tf.TensorSpec(rows.shape[1:], rows.dtype), rows)
+
+
+def _only(step: Any, unpack: Callable[[Any], Any] | None) -> Callable[..., Tree]:
+    """Returns a function that runs `step` on the only batch of a payload."""
+    return lambda payload: step(*_row(_batches(unpack, payload), 0))
+
+
+def _row(batches: Tree, i: Any) -> Tree:
+    return tf.nest.map_structure(lambda rows: rows[i], batches)
+
+
+def _loop(step: Any, unpack: Callable[[Any], Any] | None) -> Callable[..., Tree]:
+    """Returns a function that runs `step`, a concrete function, on each batch of a payload.
 
     The number of steps is an argument of a `while` loop, so that one compiled program serves every
-    count up to `capacity`. Outputs are stacked to (capacity, ...); rows past `count` are zero.
+    count up to the capacity. Outputs are stacked to (capacity, ...); rows past `count` are zero.
     """
 
-    def many(count: Any, capacity: int, batches: Tree) -> Tree:
-        def one(i: Any) -> Tree:
-            return _read_out(step(*row(batches, i)))
+    def loop(count: Any, capacity: int, payload: Any) -> Tree:
+        batches = _batches(unpack, payload)
+        outputs = tf.nest.flatten(step.structured_outputs)
+        stacks = [tf.TensorArray(o.dtype, capacity, element_shape=o.shape) for o in outputs]
 
-        # The structure of what a step returns, known without running it.
-        outputs = (
-            tf.function(one, autograph=False)
-            .get_concrete_function(tf.TensorSpec((), tf.int32))
-            .structured_outputs
-        )
-        flat = tf.nest.flatten(outputs)
-        rows = [tf.TensorArray(o.dtype, capacity, element_shape=o.shape) for o in flat]
+        def body(i: Any, stacks: list[Any]) -> tuple[Any, list[Any]]:
+            values = tf.nest.flatten(step(*_row(batches, i)))
+            written = [stack.write(i, v) for stack, v in zip(stacks, values, strict=True)]
+            return i + 1, written
 
-        def body(i: Any, rows: list[Any]) -> tuple[Any, list[Any]]:
-            values = tf.nest.flatten(one(i))
-            return i + 1, [row.write(i, value) for row, value in zip(rows, values, strict=True)]
-
-        _, rows = tf.while_loop(
+        _, stacks = tf.while_loop(
             lambda i, _: i < count,
             body,
-            (tf.constant(0), rows),
+            (tf.constant(0), stacks),
             parallel_iterations=1,  # a step reads what the last one assigned
         )
-        return tf.nest.pack_sequence_as(outputs, [row.stack() for row in rows])
+        stacked = [stack.stack() for stack in stacks]
+        return tf.nest.pack_sequence_as(step.structured_outputs, stacked)
 
-    return many
+    return loop
+
+
+def repeat(fn: Callable[..., Tree], count: int, rows: Tree) -> Tree:
+    """Applies `fn` to each row and stacks what it returns, inside a step; see `Backend`."""
+
+    def one(*arguments: Any) -> Tree:
+        return _read_out(fn(*arguments))
+
+    graph = tf.function(one, autograph=False).get_concrete_function(_row_specs(rows))
+    return _loop(graph, None)(tf.constant(count), count, (rows,))
 
 
 def trace(fn: Callable[..., Tree], args: Sequence[Any]) -> DryRun:
@@ -149,6 +217,7 @@ def trace(fn: Callable[..., Tree], args: Sequence[Any]) -> DryRun:
         graph = tf.function(fn, autograph=False).get_concrete_function(
             *tf.nest.map_structure(_tensor, args)
         )
+    dry_run.result = graph.structured_outputs
     of_keras = {id(variable.value) for variable in dry_run.variables}
     others = {id(v.handle): v for v in graph.variables if id(v) not in of_keras}
     # The captured inputs are in first-use order; the graph's own list of variables has none.
@@ -205,11 +274,6 @@ def pad(tree: Tree, capacity: int) -> Tree:
 def to_device(array: Any) -> Any:
     """An array-like as a tensor on the device."""
     return tf.convert_to_tensor(array)
-
-
-def index(array: Any, i: Any) -> Any:
-    """Row `i` of `array`."""
-    return array[i]
 
 
 def take(array: Any, indices: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import operator
 import os
 import shutil
 import threading
@@ -14,6 +15,7 @@ import keras
 import numpy as np
 import torch
 
+from polus.backends.base import as_arguments
 from polus.backends.scopes import BackendVariable, DryRun
 
 Tree = Any
@@ -107,9 +109,12 @@ def _tensor(leaf: Any) -> Any:
 
 
 def value_and_grad(
-    fn: Callable[[], Tree], variables: Sequence[Any], has_aux: bool = False, sparse: bool = False
+    fn: Callable[[], Tree],
+    variables: Sequence[Any],
+    loss: Callable[[Tree], Any] | None = None,
+    sparse: bool = False,
 ) -> tuple[Tree, list[Any]]:
-    """`fn()` and its gradients: None for a variable without effect, or not trainable.
+    """Returns `fn()` and the gradients of its loss; see `Backend`.
 
     `sparse` changes nothing: only TensorFlow has sparse gradients.
     """
@@ -118,7 +123,7 @@ def value_and_grad(
     try:
         with torch.enable_grad():
             result = fn()
-            value = result[0] if has_aux else result
+            value = result if loss is None else loss(result)
             gradients: list[Any] = [None] * len(variables)
             tensors = [variable.value for variable in variables]
             trainable = [i for i, tensor in enumerate(tensors) if tensor.requires_grad]
@@ -160,14 +165,39 @@ def _detached(leaf: Any) -> Any:
     return leaf.detach() if isinstance(leaf, torch.Tensor) else leaf
 
 
-def repeat(step: Callable[..., Tree], row: Callable[[Tree, Any], tuple[Any, ...]]) -> Any:
-    """Many steps as one function `(count, capacity, batches) -> outputs`: a plain loop."""
+def program(
+    step: Callable[..., Tree],
+    unpack: Callable[[Any], Any] | None = None,
+    many: bool = False,
+    jit_compile: bool | None = None,
+) -> Callable[..., Tree]:
+    """Compiles a step where that is asked for; see `Backend`. Many steps are a Python loop."""
+    run = _compiled(step) if jit_compile else step
 
-    def many(count: Any, capacity: int, batches: Tree) -> Tree:
-        outputs = [step(*row(batches, i)) for i in range(int(count))]
-        return keras.tree.map_structure(lambda *rows: torch.stack(rows), *outputs)
+    def single(*arguments: Any) -> Tree:
+        if unpack is not None:
+            arguments = as_arguments(_mapped(operator.itemgetter(0), unpack(*arguments)))
+        with torch.no_grad():
+            return _read_out(run(*arguments))
 
-    return many
+    def loop(count: Any, capacity: int, payload: Any) -> Tree:
+        batches = as_arguments(payload if unpack is None else unpack(payload))
+        outputs = []
+        with torch.no_grad():
+            for i in range(int(count)):
+                outputs.append(_read_out(run(*_mapped(operator.itemgetter(i), batches))))
+        return _stacked(outputs)
+
+    return loop if many else single
+
+
+def repeat(fn: Callable[..., Tree], count: int, rows: Tree) -> Tree:
+    """Applies `fn` to each row and stacks what it returns, inside a step; see `Backend`."""
+    return _stacked([fn(_mapped(operator.itemgetter(i), rows)) for i in range(count)])
+
+
+def _stacked(outputs: Sequence[Tree]) -> Tree:
+    return keras.tree.map_structure(lambda *rows: torch.stack(rows), *outputs)
 
 
 def trace(fn: Callable[..., Tree], args: Sequence[Any]) -> DryRun:
@@ -235,11 +265,6 @@ def stack(batches: Sequence[Tree], capacity: int) -> Tree:
 def to_device(array: Any) -> Any:
     """An array-like as a tensor on Keras' device."""
     return keras.ops.convert_to_tensor(array)
-
-
-def index(array: Any, i: Any) -> Any:
-    """Row `i` of `array`."""
-    return array[i]
 
 
 def take(array: Any, indices: Any) -> Any:

@@ -1,6 +1,7 @@
 """Datasets: adapters for each kind, the reader of batches, and the way back after a restart."""
 
-from polus.data.adapters import DataAdapter, as_adapter, as_arguments
+from polus.backends.base import as_arguments
+from polus.data.adapters import DataAdapter, as_adapter
 from polus.data.arrays import ArrayDataset, from_arrays
 from polus.data.blocks import StepBlock
 from polus.data.reader import DataReader, EpochReader

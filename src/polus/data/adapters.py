@@ -16,11 +16,6 @@ from polus.state import random_state
 MAX_CHECKED_BYTES = 2**26
 
 
-def as_arguments(batch: Any) -> tuple[Any, ...]:
-    """Returns the parts of a tuple or list, else the batch itself as the only argument."""
-    return tuple(batch) if isinstance(batch, tuple | list) else (batch,)
-
-
 class DataAdapter:
     """A re-iterable dataset as the loop reads it; subclasses adapt other kinds.
 

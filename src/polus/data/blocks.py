@@ -14,7 +14,6 @@ import keras
 import numpy as np
 
 from polus.backends import backend
-from polus.data.adapters import as_arguments
 from polus.data.arrays import ArrayDataset
 
 StepLimit = Callable[[int], int]
@@ -59,11 +58,6 @@ def gather_batches(payload: tuple[Any, Any]) -> Any:
     """
     examples, rows = payload
     return keras.tree.map_structure(lambda a: backend.take(a, rows), examples)
-
-
-def batch_at(batches: Any, i: Any) -> tuple[Any, ...]:
-    """Returns the step's arguments for batch `i` of stacked batches."""
-    return as_arguments(keras.tree.map_structure(lambda a: backend.index(a, i), batches))
 
 
 def signature_of(batch: Any) -> list[Any]:

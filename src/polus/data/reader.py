@@ -10,8 +10,9 @@ from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 from polus.backends import backend
+from polus.backends.base import as_arguments
 from polus.data import iterator_state
-from polus.data.adapters import DataAdapter, as_arguments
+from polus.data.adapters import DataAdapter
 from polus.data.arrays import ArrayDataset
 from polus.data.blocks import (
     DeviceExamples,

@@ -147,17 +147,13 @@ class GradientCache:
             payload = keras.tree.map_structure(
                 lambda x: ops.reshape(x[: whole * size], (whole, size, *x.shape[1:])), inputs
             )
-            rows = backend.repeat(fn, _micro_batch)(whole, whole, payload)
+            rows = backend.repeat(fn, whole, payload)
             results.append(
                 keras.tree.map_structure(lambda x: ops.reshape(x, (-1, *x.shape[2:])), rows)
             )
         if rest:
             results.append(fn(keras.tree.map_structure(lambda x: x[whole * size :], inputs)))
         return keras.tree.map_structure(lambda *parts: ops.concatenate(parts), *results)
-
-
-def _micro_batch(payload: Any, i: Any) -> tuple[Any]:
-    return (keras.tree.map_structure(lambda x: backend.index(x, i), payload),)
 
 
 def vectors_of(representation: Any) -> Any:

@@ -49,7 +49,7 @@ class CompiledStep:
         key = (self.jit_compile, block.unpack, many)
         program = self._programs.get(key)
         if program is None:
-            program = _program(self.step, block.unpack, many, self.jit_compile)
+            program = backend.program(self.step, block.unpack, many, self.jit_compile)
             self._programs[key] = program
         if many:
             return program, (np.int32(block.count), block.capacity, block.payload)
@@ -96,14 +96,3 @@ class CompiledStep:
 def as_terms(outputs: Any) -> dict[str, Any]:
     """Returns what a step returned as a dict of named values."""
     return outputs if isinstance(outputs, dict) else {"loss": outputs}
-
-
-def _program(step: Any, unpack: Any, many: bool, jit_compile: Any) -> Any:
-    from polus.data.blocks import batch_at
-
-    if many:
-        steps = backend.repeat(step, batch_at)
-        fn = lambda count, capacity, payload: steps(count, capacity, unpack(payload))  # noqa: E731
-    else:
-        fn = step if unpack is None else lambda payload: step(*batch_at(unpack(payload), 0))
-    return backend.function(fn, jit_compile)

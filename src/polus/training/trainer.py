@@ -267,14 +267,13 @@ class BaseTrainer(BaseLogger):
         variables = unique(variables)
         if not variables:
             return loss_fn()
+
+        def scaled_loss(result: Any) -> Any:
+            return optimizer.scale_loss(checks.scalar_loss(result))
+
         # The user's function takes tensors; else gradients go to the optimizer as they do in `fit`.
         sparse = self.post_process_grads is None
-
-        def scaled():
-            r = loss_fn()
-            return optimizer.scale_loss(checks.scalar_loss(r)), r
-
-        (_, result), gradients = backend.value_and_grad(scaled, variables, True, sparse)
+        result, gradients = backend.value_and_grad(loss_fn, variables, scaled_loss, sparse)
         checks.check_connected(gradients, variables)
         apply_gradients(optimizer, gradients, variables, self.post_process_grads, scaled=True)
         return result
