@@ -12,7 +12,7 @@ PIP := .venv/bin/python -m pip install --quiet --constraint constraints.txt
 EXTRA := $(BACKEND:tensorflow=tensorflow-cpu)
 PROJECT := pyproject.toml constraints.txt
 
-.PHONY: setup demo test check bench docs
+.PHONY: setup demo test check bench docs mutants
 .DELETE_ON_ERROR:
 
 .venv/bin/python:
@@ -47,3 +47,7 @@ bench: .venv/.setup
 
 docs: .venv/.setup
 	KERAS_BACKEND=$(BACKEND) .venv/bin/python -m pytest tests/test_docs.py
+
+# Deliberate faults, each of which a test has to find. An hour; `MUTANTS=reader` for some of them.
+mutants: .venv/.setup
+	KERAS_BACKEND=torch .venv/bin/python tests/mutants.py $(MUTANTS)

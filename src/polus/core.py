@@ -68,8 +68,12 @@ def function(fn: Any = None, *, jit_compile: bool | None = None) -> Any:
         fn: a function or method of tensors (any structure of them), returning tensors.
         jit_compile: overrides `set_jit_compile` for this function.
     """
+    if jit_compile not in (True, False, None):
+        raise ValueError(f"jit_compile must be True, False or None, got {jit_compile!r}.")
     if fn is None:
         return functools.partial(function, jit_compile=jit_compile)
+    if not callable(fn):
+        raise TypeError(f"polus.core.function takes a function, got {fn!r}.")
     return _Compiled(fn, jit_compile)
 
 
@@ -126,8 +130,20 @@ def value_and_grad(
     Raises:
         ValueError: if the value is not a scalar.
     """
+    if not callable(fn):
+        raise TypeError(f"value_and_grad takes a function without arguments, got {fn!r}.")
+    for variable in variables if isinstance(variables, Sequence) else [variables]:
+        if not isinstance(variable, keras.Variable):
+            raise TypeError(f"variables must be a list of keras.Variable, got {variable!r}.")
 
+<<<<<<< HEAD
     def scalar(result: Any) -> Any:
+=======
+    def checked() -> Any:
+        result = fn()
+        if has_aux and not (isinstance(result, tuple | list) and len(result) == 2):
+            raise ValueError(f"With has_aux=True, fn must return a pair, got {result!r}.")
+>>>>>>> tests
         value = result[0] if has_aux else result
         if (shape := getattr(value, "shape", None)) is None or len(shape):
             came = f"shape {tuple(shape)}" if shape is not None else f"a {type(value).__name__}"

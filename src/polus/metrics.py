@@ -65,6 +65,10 @@ class IMetric(keras.metrics.Metric, ABC):
     def __init__(
         self, reduce_f: Callable[[Any], tuple[Any, ...]] | None = None, name: str | None = None
     ) -> None:
+        if name is not None and not isinstance(name, str):
+            raise TypeError(f"The name of a metric must be a string, got {name!r}.")
+        if reduce_f is not None and not callable(reduce_f):
+            raise TypeError(f"reduce_f must be a function of the samples, got {reduce_f!r}.")
         super().__init__(name=name)
         self.reduce_f = reduce_f
         self.has_samples = False
@@ -165,6 +169,10 @@ class IConfusionMatrix(IMetric):
         name: str | None = None,
     ) -> None:
         super().__init__(reduce_f, name)
+        for argument, value in {"num_classes": num_classes, "ignore_class": ignore_class}.items():
+            whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+            if not whole and not (argument == "ignore_class" and value is None):
+                raise TypeError(f"{argument} must be an integer, got {value!r}.")
         if num_classes < 2:
             raise ValueError(
                 f"Metric '{self.name}' got num_classes={num_classes}; at least 2 was expected. "

@@ -70,6 +70,11 @@ class ArrayDataset:
                 f"seed must be an integer from 0 to 2**64 - 1, got {seed!r}. Each epoch has its "
                 "own order under one seed; shuffle=False keeps the order given."
             )
+        for name, value in {"shuffle": shuffle, "drop_remainder": drop_remainder}.items():
+            if not isinstance(value, bool | np.bool):
+                raise TypeError(f"{name} must be True or False, got {value!r}.")
+        if not isinstance(device_bytes, int | float) or not device_bytes >= 0:
+            raise ValueError(f"device_bytes must be a number of bytes, got {device_bytes!r}.")
         self.num_examples = lengths[0]
         self.batch_size = min(int(batch_size), self.num_examples)
         self.shuffle = shuffle
@@ -111,10 +116,27 @@ def _is_integer(value: Any) -> bool:
 
 
 def _array(values: Any) -> np.ndarray[Any, Any]:
+    if hasattr(values, "toarray"):  # scipy.sparse
+        raise TypeError(
+            f"from_arrays takes dense arrays, got a {type(values).__name__}. Use values.toarray()."
+        )
     array = np.asarray(values)
     if array.ndim == 0:
         raise ValueError(
             f"from_arrays takes arrays of examples, got the single value {values!r}. A list is a "
             "structure of arrays; make it one array: np.array(values)."
         )
+    if array.dtype.kind in "OSUMm":
+        raise TypeError(
+            f"from_arrays takes arrays of numbers, got the dtype {array.dtype}{_columns(values)}. "
+            "Encode texts and dates as numbers first."
+        )
     return array.astype(keras.config.floatx()) if array.dtype == np.float64 else array
+
+
+def _columns(values: Any) -> str:
+    """Names the columns of a data frame that do not hold numbers."""
+    if not hasattr(values, "columns") or not hasattr(values, "dtypes"):
+        return ""
+    kinds = zip(values.columns, values.dtypes, strict=True)
+    return f" in the columns {[name for name, dtype in kinds if dtype.kind not in 'biufc']}"

@@ -49,6 +49,9 @@ class SweepSettings:
 
     def __post_init__(self) -> None:
         check_suggestion(self.suggestion)
+        for name in ("start_lr", "end_lr", "stop_factor"):
+            if not isinstance(getattr(self, name), numbers.Real):
+                raise TypeError(f"{name} must be a number, got {name}={getattr(self, name)!r}.")
         if not 0 < self.start_lr < self.end_lr < math.inf:
             raise ValueError(
                 "start_lr must be positive and less than end_lr, got "

@@ -85,7 +85,8 @@ class CompiledMethod:
             return self.fn
         if inspect.getattr_static(type(trainer), self.fn.__name__, None) is self:
             return self.update(trainer)
-        return types.MethodType(self.fn, trainer)
+        bound: Callable[..., Any] = types.MethodType(self.fn, trainer)
+        return bound
 
 
 def uncompiled(trainer: Any, name: str) -> Callable[..., Any]:
