@@ -1,4 +1,4 @@
-"""Metrics equal scikit-learn's, whatever the shapes, the batches and the compiler."""
+"""Metrics equal scikit-learn's and Keras' for all shapes, weights, masks and compilers."""
 
 import keras
 import numpy as np
@@ -6,12 +6,26 @@ import pytest
 from keras import ops
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
 
-from polus.metrics import Accuracy, IConfusionMatrix, IMetric, KerasMetric, MacroF1Score, as_metric
+from polus.data import from_arrays
+from polus.masks import carry_mask, mask_of, stop_gradient
+from polus.metrics import (
+    Accuracy,
+    IConfusionMatrix,
+    IMetric,
+    KerasMetric,
+    MacroF1Score,
+    OutputMetric,
+    WeightedSamples,
+    as_metric,
+    as_metrics,
+    update_metrics,
+)
+from polus.training import ClassifierTrainer
 
 C = 4
 REFERENCES = {
     Accuracy: accuracy_score,
-    MacroF1Score: lambda y_true, y_pred: f1_score(y_true, y_pred, average="macro"),
+    MacroF1Score: lambda *args, **kwargs: f1_score(*args, average="macro", **kwargs),
 }
 every_metric = pytest.mark.parametrize("cls", REFERENCES)
 
@@ -23,7 +37,7 @@ def random_labels(n=200, num_classes=C, seed=0):
 
 
 def compiled(fn):
-    """The backend's own compiler, with variables handled as Keras' trainers do it."""
+    """Compiles an update with the backend's own compiler and handles variables as Keras does."""
     match keras.backend.backend():
         case "tensorflow":
             import tensorflow as tf
@@ -68,7 +82,7 @@ def test_equals_scikit_learn(cls, case):
 
 
 @every_metric
-def test_batches_add_up_inside_a_compiled_step_and_evaluate_resets(cls):
+def test_compiled_updates_accumulate_over_batches_and_evaluate_resets(cls):
     y_true, y_pred = random_labels()
     metric = cls(C)
     update = compiled(metric.samples_from_batch)
@@ -120,7 +134,7 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("case", SHAPES)
-def test_shapes(case):
+def test_shapes_of_labels_and_predictions(case):
     y_true, y_pred = random_labels()
     metric = Accuracy(C)
     metric.samples_from_batch(SHAPES[case](y_true, y_pred))
@@ -129,7 +143,7 @@ def test_shapes(case):
 
 
 @pytest.mark.parametrize("shape", [(6,), (6, 1), (3, 2)])
-def test_two_classes_are_told_apart_at_one_half(shape):
+def test_probabilities_of_two_classes_are_split_at_one_half(shape):
     y_true = np.array([0, 0, 1, 1, 1, 0])
     probability = np.array([0.1, 0.6, 0.9, 0.4, 0.51, 0.5], "float32").reshape(shape)
     metric = MacroF1Score(2)
@@ -144,8 +158,8 @@ def test_two_classes_are_told_apart_at_one_half(shape):
 @pytest.mark.parametrize(
     ("true_shape", "pred_shape"), [((8,), (8, 3)), ((8,), (7,)), ((8, 2), (8,)), ((8,), (8, 2, C))]
 )
-def test_other_shapes_are_refused(true_shape, pred_shape):
-    with pytest.raises(ValueError, match=r"num_classes=4 got y_true of shape .*Use reduce_f"):
+def test_other_shapes_raise(true_shape, pred_shape):
+    with pytest.raises(ValueError, match=r"num_classes=4 .*got y_true of shape .*Use reduce_f"):
         Accuracy(C).samples_from_batch((np.zeros(true_shape, "int32"), np.zeros(pred_shape)))
 
 
@@ -153,24 +167,42 @@ def test_other_shapes_are_refused(true_shape, pred_shape):
     ("y_true", "y_pred"),
     [([0, -1], [0, 0]), ([0, 4], [0, 0]), ([0, 0], [0, 7]), ([0, 1.5], [0, 1])],
 )
-def test_labels_out_of_range_never_count_silently(y_true, y_pred):
+def test_labels_out_of_range_raise_and_are_not_counted(y_true, y_pred):
     metric = Accuracy(C)
     compiled(metric.samples_from_batch)((np.array(y_true), np.array(y_pred)))
     assert np.isnan(ops.convert_to_numpy(metric.result()))
-    with pytest.raises(ValueError, match=r"met 1 labels .* whole number from 0 to 3"):
+    with pytest.raises(ValueError, match=r"got 1 invalid label, .* integers from 0 to 3"):
         metric.evaluate()
     metric.samples_from_batch(([1], [1]))
-    assert metric.evaluate() == 1.0  # the error doesn't stay
+    assert metric.evaluate() == 1.0  # the error does not stay
+
+
+def test_error_of_labels_out_of_range_names_the_first_batch():
+    metric = Accuracy(C)
+    update = compiled(metric.samples_from_batch)
+    for labels in ([0, 1], [2, 3], [1, 4], [0, 1], [-1, 9]):
+        update((np.array(labels), np.array([0, 0])))
+    with pytest.raises(ValueError, match=r"got 3 invalid labels, the first in batch 2 \(counting"):
+        metric.evaluate()
+
+
+def test_error_of_validation_labels_out_of_range_names_the_batch():
+    x, y = np.zeros((12, 2), "float32"), np.array([0] * 9 + [C] + [0] * 2)
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(C)])
+    trainer = ClassifierTrainer(model, keras.optimizers.SGD(), lambda y, p: ops.mean(p))
+    trainer.metrics = [Accuracy(C)]
+    with pytest.raises(ValueError, match="got 1 invalid label, the first in batch 4 "):
+        trainer.evaluate(from_arrays((x, y), 2, shuffle=False))
 
 
 @pytest.mark.parametrize("padding", [-100, 0])
-def test_ignored_class(padding):
+def test_ignored_class_is_not_counted(padding):
     metric = Accuracy(C, ignore_class=padding)
     metric.samples_from_batch((np.array([1, 2, padding, padding]), np.array([1, 1, 3, 1])))
     assert metric.evaluate() == 0.5
 
 
-def test_empty_batch_changes_nothing_and_nothing_gives_nan():
+def test_an_empty_batch_changes_nothing_and_no_labels_are_nan():
     metric = MacroF1Score(C)
     assert np.isnan(metric.evaluate())
     metric.samples_from_batch(([1, 1], [1, 1]))
@@ -178,7 +210,7 @@ def test_empty_batch_changes_nothing_and_nothing_gives_nan():
     assert metric.evaluate() == 1.0
 
 
-def test_counts_go_on_where_float32_stands_still():
+def test_counts_are_exact_beyond_the_integers_of_float32():
     metric = Accuracy(2)
     metric.confusion_matrix.assign([[2**24, 0], [0, 0]])
     for _ in range(3):
@@ -186,23 +218,23 @@ def test_counts_go_on_where_float32_stands_still():
     assert int(metric.confusion_matrix[0, 0]) == 2**24 + 3
 
 
-def test_reduce_f_gives_what_the_metric_takes():
+def test_reduce_f_selects_samples():
     metric = Accuracy(C, lambda samples: (samples[0]["labels"], samples[1][0]))
     metric.samples_from_batch(({"labels": np.array([1, 2])}, [np.array([1, 1]), "unused"]))
     assert metric.evaluate() == 0.5
     metric.reduce_f = lambda samples: samples[0]
-    with pytest.raises(TypeError, match="got a dict as the samples"):
+    with pytest.raises(TypeError, match=r"samples of a batch as a tuple .*got a dict"):
         metric.samples_from_batch(({}, None))
 
 
 @pytest.mark.parametrize("cls", [IMetric, IConfusionMatrix])
-def test_interfaces_are_not_instantiated(cls):
+def test_interfaces_cannot_be_instantiated(cls):
     with pytest.raises(TypeError, match="abstract"):
         cls()
 
 
-def test_too_few_classes():
-    with pytest.raises(ValueError, match=r"num_classes=1; .* write num_classes=2"):
+def test_fewer_than_two_classes_raise():
+    with pytest.raises(ValueError, match=r"must be at least 2, got 1.* use num_classes=2"):
         Accuracy(1)
 
 
@@ -220,7 +252,7 @@ class MeanError(IMetric):
         return self.total / self.count
 
 
-def test_a_metric_of_ones_own():
+def test_a_custom_metric():
     metric = MeanError()
     assert metric.name == "mean_error"
     assert {id(v) for v in metric.variables} == {id(metric.total), id(metric.count)}
@@ -229,7 +261,7 @@ def test_a_metric_of_ones_own():
     assert float(metric.total) == 0.0
 
 
-def test_keras_takes_ours_too():
+def test_keras_accepts_our_metrics():
     model = keras.Sequential([keras.layers.Dense(C)])
     model.compile(
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True), metrics=[Accuracy(C)]
@@ -242,7 +274,7 @@ def test_keras_takes_ours_too():
     )
 
 
-def test_keras_metric_adapted():
+def test_keras_metrics_are_wrapped():
     metric = as_metric(keras.metrics.SparseCategoricalAccuracy(name="acc"))
     assert isinstance(metric, KerasMetric)
     assert metric.name == "acc"
@@ -255,7 +287,7 @@ def test_keras_metric_adapted():
     assert metric.evaluate() == 0.0  # it was reset
 
 
-def test_keras_metric_that_is_no_scalar():
+def test_keras_metrics_may_return_arrays():
     metric = KerasMetric(keras.metrics.F1Score(), name="f1")
     y_true = np.array([0, 1, 2, 2])
     metric.samples_from_batch((one_hot(y_true), one_hot(np.array([0, 1, 1, 2]))))
@@ -263,10 +295,310 @@ def test_keras_metric_that_is_no_scalar():
     np.testing.assert_allclose(metric.evaluate(), expected, atol=1e-6)
 
 
-def test_as_metric_keeps_ours_and_refuses_the_rest():
+def test_as_metric_rejects_everything_else():
     metric = Accuracy(C)
     assert as_metric(metric) is metric
-    with pytest.raises(TypeError, match=r"but got 'accuracy' of type str"):
+    with pytest.raises(TypeError, match=r"got 'accuracy' of type str"):
         as_metric("accuracy")
     with pytest.raises(TypeError, match=r"Write MacroF1Score\(\.\.\.\)"):
         as_metric(MacroF1Score)
+
+
+# Weights
+
+WEIGHTS = np.random.default_rng(2).integers(0, 4, 200).astype("float32") / 2  # some are zero
+
+
+@every_metric
+@pytest.mark.parametrize("shape", ["(N,)", "(N, 1)", "(N, T)", "(N, T), (N,)", "(N, T), (N, T, 1)"])
+def test_weighted_metrics_equal_scikit_learn(cls, shape):
+    y_true, y_pred = random_labels()
+    weights, given = WEIGHTS, WEIGHTS
+    if shape == "(N, 1)":
+        y_true, given = y_true[:, None], given[:, None]
+    elif shape != "(N,)":
+        y_true, y_pred, given = (a.reshape(-1, 5) for a in (y_true, y_pred, given))
+    if shape == "(N, T), (N,)":
+        given = given[:, 0]
+        weights = given.repeat(5)
+    elif shape == "(N, T), (N, T, 1)":
+        given = given[..., None]
+    metric = cls(C)
+    update = compiled(metric.samples_from_batch)
+    for rows in np.array_split(np.arange(len(y_true)), 3):
+        update((y_true[rows], scores(y_pred[rows]), given[rows]))
+    expected = REFERENCES[cls](y_true.ravel(), y_pred.ravel(), sample_weight=weights)
+    assert metric.evaluate() == pytest.approx(expected, abs=1e-6)
+
+
+@every_metric
+def test_batches_without_weights_count_with_weight_one(cls):
+    y_true, y_pred = random_labels()
+    metric = cls(C)
+    metric.samples_from_batch((y_true[:80], y_pred[:80]))
+    metric.samples_from_batch((y_true[80:140], y_pred[80:140], WEIGHTS[80:140]))
+    metric.samples_from_batch((y_true[140:], y_pred[140:]))
+    weights = np.r_[np.ones(80), WEIGHTS[80:140], np.ones(60)]
+    expected = REFERENCES[cls](y_true, y_pred, sample_weight=weights)
+    assert metric.evaluate() == pytest.approx(expected, abs=1e-6)
+
+
+def test_an_example_of_weight_zero_is_as_if_it_were_absent():
+    metric = MacroF1Score(C)
+    metric.samples_from_batch(([0, 1, 3, -1], [0, 0, 2, 0], [1.0, 2.0, 0.0, 0.0]))
+    expected = f1_score([0, 1], [0, 0], sample_weight=[1, 2], average="macro")
+    assert metric.evaluate() == pytest.approx(expected)
+
+
+def test_weights_are_exact_beyond_the_integers_of_float32():
+    metric = Accuracy(2)
+    update = compiled(metric.samples_from_batch)
+    update((np.array([0, 1]), np.array([0, 0]), np.array([2.0**24, 2.0**24], "float32")))
+    for _ in range(64):
+        update((np.array([0]), np.array([0]), np.ones(1, "float32")))
+    matrix = ops.convert_to_numpy(metric.confusion_matrix)
+    np.testing.assert_array_equal(matrix, [[2**24 + 64, 0], [2**24, 0]])
+
+
+def test_weights_of_another_shape_raise():
+    with pytest.raises(ValueError, match=r"expected sample_weight .* \(4, 5\).* got \(5,\)"):
+        Accuracy(C).samples_from_batch((np.zeros((4, 5)), np.zeros((4, 5)), np.ones(5)))
+
+
+def dense_model(outputs=C):
+    return keras.Sequential([keras.Input((3,)), keras.layers.Dense(outputs)])
+
+
+def test_weights_reach_weighted_metrics_only_as_in_fit():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(40, 3)).astype("float32"), rng.integers(0, C, 40)
+    weights = rng.random(40).astype("float32")
+
+    def metrics():
+        return [
+            keras.metrics.SparseCategoricalAccuracy(name="a"),
+            keras.metrics.SparseCategoricalCrossentropy(name="b", from_logits=True),
+        ]
+
+    def weighted():
+        return [
+            keras.metrics.SparseCategoricalAccuracy(name="wa"),
+            keras.metrics.SparseCategoricalCrossentropy(name="wb", from_logits=True),
+        ]
+
+    model = dense_model()
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile("sgd", loss, metrics=metrics(), weighted_metrics=weighted())
+    expected = model.evaluate(x, y, 16, sample_weight=weights, verbose=0, return_dict=True)
+    ours = as_metrics([*metrics(), Accuracy(C, name="acc")])
+    ours_weighted = as_metrics([*weighted(), Accuracy(C, name="wacc")], weighted=True)
+    for i in range(0, 40, 16):
+        batch = slice(i, i + 16)
+        samples = WeightedSamples(y[batch], model(x[batch]), weights[batch])
+        update_metrics(ours, ours_weighted, samples)
+    results = {m.name: m.evaluate() for m in (*ours, *ours_weighted)}
+    assert (results.pop("acc"), results.pop("wacc")) == pytest.approx(
+        (expected["a"], expected["wa"]), abs=1e-6
+    )
+    del expected["loss"]
+    assert results == pytest.approx(expected, abs=1e-5)
+    assert abs(results["a"] - results["wa"]) > 1e-3
+
+
+def test_keras_weights_our_metrics():
+    y_true, _ = random_labels(32)
+    model = dense_model()
+    model.compile(loss=lambda y, p: ops.mean(p, -1), weighted_metrics=[MacroF1Score(C)])
+    x = np.random.default_rng(0).normal(size=(32, 3)).astype("float32")
+    logs = model.evaluate(x, y_true, 16, sample_weight=WEIGHTS[:32], verbose=0, return_dict=True)
+    y_pred = model.predict(x, verbose=0).argmax(-1)
+    expected = f1_score(y_true, y_pred, average="macro", sample_weight=WEIGHTS[:32])
+    assert logs["macro_f1"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_no_weights_are_as_in_metrics():
+    metric = Accuracy(C)
+    update_metrics([], [metric], WeightedSamples(np.array([1, 2]), np.array([1, 1]), None))
+    assert metric.evaluate() == 0.5
+
+
+def test_other_tuples_reach_all_metrics_as_they_are():
+    class Sum(IMetric):
+        def __init__(self):
+            super().__init__()
+            self.total = self.add_variable((), "zeros")
+
+        def _samples_from_batch(self, a, b, c):
+            self.total.assign_add(a + b + c)
+
+        def _evaluate(self):
+            return self.total
+
+    metric = Sum()
+    update_metrics([metric], [], (1.0, 2.0, 4.0))
+    assert metric.evaluate() == 7.0
+
+
+# Masks
+
+
+def masked_model(outputs=C):
+    """Predicts each token's class from the token. Token 0 is padding."""
+    keras.utils.set_random_seed(1)
+    layers = [keras.layers.Embedding(9, 8, mask_zero=True), keras.layers.Dense(outputs)]
+    return keras.Sequential([keras.Input((6,), dtype="int32"), *layers])
+
+
+def padded():
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(1, 9, (20, 6)), rng.integers(0, C, (20, 6))
+    x[np.arange(6) >= rng.integers(1, 7, (20, 1))] = 0
+    return x.astype("int32"), y
+
+
+class MaskArgument(keras.layers.Layer):
+    """Records its mask argument, Keras' public way to a mask."""
+
+    def __init__(self):
+        super().__init__()
+        self.supports_masking = True
+
+    def call(self, inputs, mask=None):
+        self.seen = mask
+        return inputs
+
+
+def test_mask_of_returns_the_mask_that_keras_passes_to_layers():
+    layer, prediction = MaskArgument(), masked_model()(padded()[0])
+    layer(prediction)
+    np.testing.assert_array_equal(mask_of(prediction), layer.seen)
+    np.testing.assert_array_equal(mask_of(prediction), padded()[0] != 0)
+    layer(carry_mask(prediction, 2 * prediction))
+    np.testing.assert_array_equal(layer.seen, padded()[0] != 0)
+    assert mask_of(2 * prediction) is None
+    assert mask_of(np.zeros(3)) is None
+
+
+def test_masks_are_carried_over_in_structures():
+    prediction = masked_model()(padded()[0])
+    source = {"a": prediction, "b": ops.ones(3)}
+    target = keras.tree.map_structure(lambda x: x * 1, source)
+    assert carry_mask(source, target) is target
+    assert mask_of(target["a"]) is mask_of(prediction)
+    assert mask_of(target["b"]) is None
+    assert mask_of(stop_gradient(prediction)) is mask_of(prediction)
+
+
+METRICS = {
+    "accuracy": lambda: keras.metrics.SparseCategoricalAccuracy(name="m"),
+    "crossentropy": lambda: keras.metrics.SparseCategoricalCrossentropy(from_logits=True, name="m"),
+    "top k": lambda: keras.metrics.SparseTopKCategoricalAccuracy(2, name="m"),
+}
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_training_and_validation_metrics_count_masks_as_in_fit(name):
+    x, y = padded()
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model = masked_model()
+    model.compile(keras.optimizers.SGD(0.5), loss, metrics=[METRICS[name]()])
+    options = {"batch_size": 8, "epochs": 2, "shuffle": False, "verbose": 0}
+    expected = model.fit(x, y, validation_data=(x, y), **options).history
+    trainer = ClassifierTrainer(
+        masked_model(), keras.optimizers.SGD(0.5), loss, metrics=[METRICS[name]()]
+    )
+    history = trainer.train(from_arrays((x, y), 8, shuffle=False), epochs=2)
+    np.testing.assert_allclose(history.to_dict()["m"], expected["m"], rtol=1e-4)
+    validation = trainer.evaluate(from_arrays((x, y), 8, shuffle=False))
+    assert validation["m"] == pytest.approx(expected["val_m"][-1], rel=1e-4)
+
+
+@every_metric
+@pytest.mark.parametrize("weighted", [False, True])
+def test_masked_labels_are_not_counted(cls, weighted):
+    x, y = padded()
+    model, metric, mask = masked_model(), cls(C), x != 0
+    weights = WEIGHTS[:120].reshape(20, 6)
+    prediction = ops.convert_to_numpy(model(x)).argmax(-1)
+    for batch in (slice(8), slice(8, 20)):
+        samples = (np.where(mask, y, -1)[batch], model(x[batch]))  # -1 is invalid
+        metric.samples_from_batch((*samples, weights[batch]) if weighted else samples)
+    expected = REFERENCES[cls](
+        y[mask], prediction[mask], sample_weight=weights[mask] if weighted else None
+    )
+    assert metric.evaluate() == pytest.approx(expected, abs=1e-6)
+
+
+def test_trainer_counts_masks_in_our_metrics():
+    x, y = padded()
+    trainer = ClassifierTrainer(
+        masked_model(), keras.optimizers.SGD(0.0), lambda y, p: ops.mean(p), metrics=[Accuracy(C)]
+    )
+    history = trainer.train(from_arrays((x, y), 8), epochs=1)
+    y_pred = ops.convert_to_numpy(trainer.model(x)).argmax(-1)
+    expected = accuracy_score(y[x != 0], y_pred[x != 0])
+    assert history.epochs[0]["accuracy"] == pytest.approx(expected, abs=1e-6)
+    assert trainer.evaluate([(x, y)])["accuracy"] == pytest.approx(expected, abs=1e-6)
+
+
+# Several metrics
+
+
+def test_metrics_by_output_as_in_compile():
+    inputs = keras.Input((3,))
+    outputs = {"a": keras.layers.Dense(C)(inputs), "b": keras.layers.Dense(2)(inputs)}
+    model = keras.Model(inputs, outputs)
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(20, 3)).astype("float32")
+    y = {"a": rng.integers(0, C, 20), "b": rng.normal(size=(20, 2)).astype("float32")}
+
+    def metrics():
+        mae, mse = keras.metrics.MeanAbsoluteError("mae"), keras.metrics.MeanSquaredError("mse")
+        return {"a": keras.metrics.SparseCategoricalAccuracy("acc"), "b": [mae, mse]}
+
+    model.compile(
+        loss={"a": lambda y, p: ops.mean(p, -1), "b": "mse"}, metrics=metrics(), optimizer="sgd"
+    )
+    expected = model.evaluate(x, y, 8, verbose=0, return_dict=True)
+    ours = as_metrics({**metrics(), "a": [metrics()["a"], Accuracy(C)]})
+    for i in range(0, 20, 8):
+        batch = slice(i, i + 8)
+        samples = (keras.tree.map_structure(lambda a, b=batch: a[b], y), model(x[batch]))
+        update_metrics(ours, [], samples)
+    results = {metric.name: metric.evaluate() for metric in ours}
+    assert list(results) == ["a_acc", "a_accuracy", "b_mae", "b_mse"]
+    assert results.pop("a_accuracy") == pytest.approx(expected["a_acc"], abs=1e-6)
+    assert results == pytest.approx({name: expected[name] for name in results}, abs=1e-5)
+    assert ours[1].evaluate() is not None
+    assert all(not float(ops.max(v)) for metric in ours for v in metric.variables)
+
+
+def test_metrics_of_an_unknown_output_or_without_one_raise():
+    y, prediction = {"a": np.zeros(2)}, {"a": np.zeros((2, C), "float32")}
+    with pytest.raises(ValueError, match="with the key 'b', got a dict with the keys 'a'"):
+        OutputMetric(Accuracy(C), "b").samples_from_batch((y, prediction))
+    with pytest.raises(TypeError, match=r"expected y_true to be a tensor, got a dict .*metrics=\{"):
+        Accuracy(C).samples_from_batch((y, prediction))
+    with pytest.raises(Exception) as caught:  # noqa: PT011 - the backend's own
+        KerasMetric(METRICS["accuracy"]()).samples_from_batch((y, prediction))
+    assert "use metrics={" in caught.value.__notes__[0]
+
+
+@pytest.mark.parametrize(
+    ("given", "seen"),
+    [
+        ("accuracy", "metrics must be a list, got 'accuracy'"),
+        (Accuracy(2), "metrics must be a list, got <Accuracy"),
+        (["accuracy"], "got 'accuracy' of type str"),
+        ({"a": ["accuracy"]}, "got 'accuracy' of type str"),
+    ],
+)
+def test_arguments_that_are_not_metrics_raise(given, seen):
+    with pytest.raises(TypeError, match=seen):
+        as_metrics(given)
+    assert as_metrics(None) == []
+
+
+def test_metrics_that_take_no_weights_cannot_be_weighted():
+    with pytest.raises(TypeError, match=r"takes no weights.*sample_weight=None"):
+        as_metrics([MeanError()], weighted=True)

@@ -136,14 +136,9 @@ def value_and_grad(
         if not isinstance(variable, keras.Variable):
             raise TypeError(f"variables must be a list of keras.Variable, got {variable!r}.")
 
-<<<<<<< HEAD
     def scalar(result: Any) -> Any:
-=======
-    def checked() -> Any:
-        result = fn()
         if has_aux and not (isinstance(result, tuple | list) and len(result) == 2):
             raise ValueError(f"With has_aux=True, fn must return a pair, got {result!r}.")
->>>>>>> tests
         value = result[0] if has_aux else result
         if (shape := getattr(value, "shape", None)) is None or len(shape):
             came = f"shape {tuple(shape)}" if shape is not None else f"a {type(value).__name__}"

@@ -1,23 +1,29 @@
-"""What a training run leaves behind: every step's loss, every epoch's logs, every validation."""
+"""The record of a training run: each step's loss, each epoch's logs, each validation."""
 
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-import keras
 import numpy as np
+import numpy.typing as npt
+
+from polus.figures import Line, history_figure
+from polus.host import to_host
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+    import pandas as pd
     from matplotlib.figure import Figure
 
-# Entries of steps that are kept unread on the device at most; then the older half is read.
-MAX_UNREAD = 4096
+Array = np.ndarray[Any, Any]
+
+MAX_UNREAD = 4096  # entries kept on the device; beyond it the older half is read
+BLOCK = 2**16  # steps averaged at a time, so that no float64 copy of a whole epoch is made
+RESERVED = ("epoch", "step")
 
 
 class Validation(NamedTuple):
-    """One validation: on which set it was, after which step, and what came out."""
+    """A validation: the epoch and step after which it ran, the set's name, and the results."""
 
     epoch: int
     step: int
@@ -26,12 +32,15 @@ class Validation(NamedTuple):
 
 
 class History:
-    """What `train` returns.
+    """The record that `train` returns.
 
-    - `steps`: every step's loss and named terms, as arrays;
-    - `epochs`: every epoch's logs, with what the validations gave, as a list of dicts;
-    - `validations`: each validation, of which there may be several in an epoch;
-    - `to_dict`, `to_frame`, `plot`: the same as columns, as a pandas data frame, as a picture.
+    - `steps`: the loss and named terms of each step, as arrays;
+    - `epochs`: the logs of each epoch, validations included, as a list of dicts;
+    - `validations`: each validation, of which an epoch may have several;
+    - `to_dict`, `to_frame`, `plot`: the same as columns, as a pandas data frame, as a figure.
+
+    A step takes 4 bytes for each float32 term and 8 for each float64 term, up to half as much again
+    for growth, and no more while an epoch is in progress.
 
     >>> history = History()
     >>> history.add_steps(epoch=0, first_step=0, logs={"loss": [0.9, 0.5]})
@@ -46,62 +55,78 @@ class History:
     def __init__(self) -> None:
         self.validations: list[Validation] = []
         self._epoch_logs: dict[int, dict[str, Any]] = {}
-        self._chunks: list[dict[str, np.ndarray]] = []
+        self._table = _StepTable()
         self._unread: list[tuple[int, int, Mapping[str, Any]]] = []
 
-    # What the loop and the callbacks write.
+    # Written by the loop and by callbacks.
 
     def add_steps(self, epoch: int, first_step: int, logs: Mapping[str, Any]) -> None:
-        """Adds one step or several; nothing waits for the device.
+        """Adds one or several consecutive steps without waiting for the device.
 
         Args:
-            epoch: The epoch they belong to, from 0.
-            first_step: The first one's number within the epoch, from 0.
-            logs: Name to values, of shape `(n,)` for n steps or `()` for one. They may be tensors,
-                or anything that NumPy can read, and are read later.
+            epoch: The epoch of the steps, from 0.
+            first_step: The number of the first step within the epoch, from 0.
+            logs: Term to values, of shape `(n,)` for n steps or `()` for one. Tensors and anything
+                else that NumPy can read; they are read later. float64 values are kept as float64,
+                Python numbers and anything less precise as float32.
+
+        Raises:
+            ValueError: If a term has the name of a column, "epoch" or "step".
         """
+        for name in RESERVED:
+            if name in logs:
+                raise ValueError(
+                    f"The loss has a term named {name!r}, but this name is reserved for the number "
+                    f"of each {name} in the history. Rename the term, for example "
+                    f"'{name}_loss'."
+                )
         self._unread.append((epoch, first_step, logs))
         if len(self._unread) > MAX_UNREAD:
             self._read(MAX_UNREAD // 2)
 
     def add_validation(self, epoch: int, step: int, name: str, results: Mapping[str, Any]) -> None:
-        """Adds what a validation on the set `name` gave after `step` of `epoch`."""
-        results = {metric: _to_host(value) for metric, value in results.items()}
+        """Adds the results of a validation on the set `name` after `step` of `epoch`."""
+        results = {metric: _python_value(value) for metric, value in results.items()}
         self.validations.append(Validation(epoch, step, name, results))
 
     def end_epoch(self, epoch: int, logs: Mapping[str, Any]) -> None:
         """Adds the logs of an epoch: its loss, terms and training metrics."""
-        self._epoch_logs[epoch] = {name: _to_host(value) for name, value in logs.items()}
+        self._epoch_logs[epoch] = {name: _python_value(value) for name, value in logs.items()}
 
-    # What users read.
+    def steps_of(self, epoch: int) -> dict[str, Array]:
+        """Returns the terms of the newest epoch as read-only arrays, without copying them."""
+        self._read(len(self._unread))
+        return self._table.newest(epoch)
+
+    def epoch_means(self, epoch: int, batch_sizes: Sequence[int]) -> dict[str, float]:
+        """Returns the mean of each term over the newest epoch, in float64.
+
+        Args:
+            epoch: The newest epoch.
+            batch_sizes: The number of examples of each of its steps, by which they are weighted.
+        """
+        return {
+            name: _weighted_mean(column, batch_sizes)
+            for name, column in self.steps_of(epoch).items()
+            if name == "loss" or not np.isnan(column).all()
+        }
+
+    # Read by users.
 
     @property
-    def steps(self) -> dict[str, np.ndarray]:
+    def steps(self) -> dict[str, Array]:
         """All steps as columns of equal length.
 
-        `epoch` and `step` (within the epoch) are int64, `loss` and each named term float32. A
-        term that a step did not have is NaN there. Reading waits for the device.
+        `epoch` and `step` (within the epoch) are int64. `loss` and each named term are float32, or
+        float64 if the loss is; a term is NaN for steps that did not have it. Reading waits for the
+        device.
         """
         self._read(len(self._unread))
-        columns = _joined(self._chunks)
-        self._chunks = [columns] if len(columns["step"]) else []
-        return dict(columns)
-
-    def steps_of(self, epoch: int) -> dict[str, np.ndarray]:
-        """The rows of `steps` of the newest epoch, in a time that does not grow with the others."""
-        self._read(len(self._unread))
-        first = len(self._chunks)
-        while first and self._chunks[first - 1]["epoch"][-1] == epoch:
-            first -= 1
-        columns = _joined(self._chunks[first:])
-        if first < len(self._chunks):
-            self._chunks[first:] = [columns]
-        rows = columns["epoch"] == epoch  # the first of them may begin in an earlier one
-        return {name: column[rows] for name, column in columns.items()}
+        return self._table.columns()
 
     @property
     def epochs(self) -> list[dict[str, Any]]:
-        """One dict per epoch: `epoch`, its logs, and the last validation as `<set>_<metric>`."""
+        """A dict per epoch: `epoch`, its logs, and its last validation as `<set>_<metric>`."""
         rows: dict[int, dict[str, Any]] = {
             epoch: {"epoch": epoch, **logs} for epoch, logs in self._epoch_logs.items()
         }
@@ -111,7 +136,7 @@ class History:
         return [rows[epoch] for epoch in sorted(rows)]
 
     def to_dict(self, level: Literal["epoch", "step"] = "epoch") -> dict[str, Any]:
-        """Gives columns of equal length; what a row does not have is NaN.
+        """Returns columns of equal length, NaN where a row has no value.
 
         Args:
             level: `"epoch"` for a row per epoch, as lists, or `"step"` for the arrays of `steps`.
@@ -119,76 +144,54 @@ class History:
         if level == "step":
             return self.steps
         if level != "epoch":
-            raise ValueError(f'level is "epoch" or "step", but got {level!r}.')
+            raise ValueError(f'level must be "epoch" or "step", got {level!r}.')
         rows = self.epochs
         names = dict.fromkeys(name for row in rows for name in row)
         return {name: [row.get(name, float("nan")) for row in rows] for name in names}
 
-    def to_frame(self, level: Literal["epoch", "step"] = "epoch") -> Any:
-        """Gives `to_dict(level)` as a `pandas.DataFrame`; pandas is imported only here."""
+    def to_frame(self, level: Literal["epoch", "step"] = "epoch") -> "pd.DataFrame":
+        """Returns `to_dict(level)` as a `pandas.DataFrame`.
+
+        Raises:
+            ImportError: If pandas is not installed.
+        """
         try:
             import pandas as pd
         except ImportError as error:
             raise ImportError(
-                "History.to_frame needs pandas, which is not installed: pip install pandas. "
-                "History.to_dict gives the same columns without it."
+                "History.to_frame requires pandas. Install it with `pip install pandas`, or use "
+                "History.to_dict, which returns the same columns."
             ) from error
         return pd.DataFrame(self.to_dict(level))
 
     def plot(self, path: str | PathLike[str] | None = None) -> "Figure":
-        """Draws the loss of every step, and below it the metrics, with matplotlib.
+        """Plots the loss of each step and, below it, the metrics.
 
-        The thin line is each step's loss, the thick one its moving average. No display is needed,
-        and nothing of pyplot's is touched.
+        Thin lines are the losses of single steps, or their range if there are many; thick lines are
+        their moving averages. The figure is created without pyplot, so it needs no display and
+        leaves pyplot's figures alone.
 
         Args:
-            path: Where the picture is written, if given; its ending chooses the format.
+            path: The file to save the figure to, if any. Its suffix sets the format.
 
         Returns:
-            The `matplotlib.figure.Figure`, 800 x 500 or 800 x 300 pixels.
-        """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError(
-                "History.plot needs matplotlib, which is not installed: pip install polus[plot]"
-            ) from error
-        steps = self.steps
-        if not len(steps["step"]):
-            raise ValueError("There is nothing to plot: no step was recorded yet.")
-        lines = self._metric_lines()
-        losses = {name: line for name, line in lines.items() if name.endswith("_loss")}
-        metrics = {name: line for name, line in lines.items() if name not in losses}
+            The figure, 800 x 500 pixels, or 800 x 300 if there are no metrics.
 
-        figure = Figure(figsize=(8, 5 if metrics else 3), dpi=100, layout="constrained")
-        axes = figure.subplots(
-            1 + bool(metrics), sharex=True, squeeze=False, height_ratios=[3, 2][: 1 + bool(metrics)]
-        )[:, 0]
-        _draw_losses(axes[0], steps)
-        for name, (x, y) in losses.items():
-            axes[0].plot(x, y, "o-", markersize=4, label=name)
-        axes[0].set_ylabel("loss")
-        for name, (x, y) in metrics.items():
-            axes[-1].plot(x, y, "o-", markersize=4, label=name)
-        if metrics:
-            axes[-1].set_ylabel("metrics")
-        ends = np.flatnonzero(np.diff(steps["epoch"])) + 1
-        for ax in axes:
-            ax.grid(alpha=0.3)
-            ax.spines[["top", "right"]].set_visible(False)
-            # "best" looks at every point, which takes long where there are many.
-            ax.legend(loc="upper right" if ax is axes[0] else "best", frameon=False)
-            if len(ends) < 30:  # more of them would be a grey field
-                for end in ends:
-                    ax.axvline(end + 0.5, color="grey", linewidth=0.6, linestyle=":")
-        axes[-1].xaxis.get_major_locator().set_params(integer=True)
-        axes[-1].set_xlabel("step (dotted: end of an epoch)" if 0 < len(ends) < 30 else "step")
+        Raises:
+            ImportError: If matplotlib is not installed.
+            ValueError: If no step has been recorded.
+        """
+        self._read(len(self._unread))
+        if not self._table.num_rows:
+            raise ValueError("There is nothing to plot: no step has been recorded yet.")
+        figure = history_figure(self._table.terms(), self._metric_lines(), self._table.epoch_ends())
         if path is not None:
             figure.savefig(path)
         return figure
 
     def __repr__(self) -> str:
-        epochs, num_steps = self.epochs, len(self.steps["step"])
+        self._read(len(self._unread))
+        epochs, num_steps = self.epochs, self._table.num_rows
         title = (
             f"History of {len(epochs)} epoch{'s' * (len(epochs) != 1)}, "
             f"{num_steps} step{'s' * (num_steps != 1)}"
@@ -210,107 +213,175 @@ class History:
             lines.insert(1, "  ...")
         return "\n".join([title, *lines] if epochs else [title])
 
-    # What a checkpoint keeps.
+    # Saved in a checkpoint.
 
     def get_state(self) -> dict[str, Any]:
-        """Gives all that is recorded, as arrays and values that JSON can hold."""
+        """Returns the whole record as arrays and JSON values."""
+        self._read(len(self._unread))
         return {
-            "steps": self.steps,
+            "steps": self._table.get_state(),
             "epochs": [[epoch, logs] for epoch, logs in self._epoch_logs.items()],
             "validations": [list(validation) for validation in self.validations],
         }
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Puts back what `get_state` gave, in place of all that was recorded since."""
-        self._unread = []
-        self._chunks = [{name: np.asarray(column) for name, column in state["steps"].items()}]
+        """Replaces the record with one returned by `get_state`.
+
+        Raises:
+            ValueError: If it does not hold the same number of steps for each term.
+        """
+        table = _StepTable()
+        table.set_state(state["steps"])
+        self._unread, self._table = [], table
         self._epoch_logs = {epoch: dict(logs) for epoch, logs in state["epochs"]}
         self.validations = [Validation(*validation) for validation in state["validations"]]
 
     def _read(self, count: int) -> None:
-        """Brings the oldest `count` unread entries to the host."""
+        """Reads the oldest `count` unread entries from the device."""
         entries, self._unread = self._unread[:count], self._unread[count:]
         for epoch, first_step, logs in entries:
-            values = {name: np.atleast_1d(_to_numpy(value)) for name, value in logs.items()}
-            n = max(map(len, values.values()))
-            chunk = {
-                "epoch": np.full(n, epoch, np.int64),
-                "step": np.arange(first_step, first_step + n, dtype=np.int64),
-            }
-            for name, value in values.items():
-                chunk[name] = np.broadcast_to(value, n).astype(np.float32)
-            self._chunks.append(chunk)
+            self._table.append(epoch, first_step, logs)
 
-    def _metric_lines(self) -> dict[str, tuple[list[int], list[float]]]:
-        """Gives name -> (steps from the start, values) of what was measured once in a while."""
-        steps = self.steps
-        taken = list(zip(steps["epoch"].tolist(), steps["step"].tolist(), strict=True))
-        last_step = dict(taken)  # of each epoch
+    def _metric_lines(self) -> dict[str, Line]:
+        """Returns name -> (steps since the start, values) of metrics and validations."""
+        table, terms, recorded = self._table, self._table.terms(), self._table.epochs()
         points = [
-            (epoch, last_step[epoch], name, value)
+            (table.position(epoch), name, value)
             for epoch, logs in self._epoch_logs.items()
             for name, value in logs.items()
-            if epoch in last_step and name not in steps
+            if name not in terms and epoch in recorded
         ]
         points += [
-            (epoch, step, f"{name}_{metric}", value)
+            (table.position(epoch, step), f"{name}_{metric}", value)
             for epoch, step, name, results in self.validations
             for metric, value in results.items()
         ]
-        lines: dict[str, tuple[list[int], list[float]]] = {}
-        for epoch, step, name, value in points:
+        lines: dict[str, Line] = {}
+        for position, name, value in points:
             if isinstance(value, float | int):
                 x, y = lines.setdefault(name, ([], []))
-                x.append(bisect_right(taken, (epoch, step)))
+                x.append(position)
                 y.append(value)
         return lines
 
 
-def _joined(chunks: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Columns of equal length; a term that some of the steps did not have is NaN there."""
-    if not chunks:
-        return {"epoch": np.zeros(0, np.int64), "step": np.zeros(0, np.int64)}
-    names = dict.fromkeys(name for chunk in chunks for name in chunk)
-    return {
-        name: np.concatenate(
-            [c.get(name, np.full(len(c["step"]), np.nan, np.float32)) for c in chunks]
-        )
-        for name in names
-    }
+class _StepTable:
+    """The values of all steps, in columns that grow.
+
+    Step numbers are kept as ranges of consecutive steps, of which an epoch usually has one.
+    """
+
+    def __init__(self) -> None:
+        self.num_rows = 0
+        self._ranges: list[tuple[int, int, int]] = []  # epoch, first step, first row
+        self._columns: dict[str, Array] = {}  # with room for more rows than there are
+
+    def append(self, epoch: int, first_step: int, logs: Mapping[str, Any]) -> None:
+        values = {name: _as_column(value) for name, value in logs.items()}
+        start = self.num_rows
+        stop = start + max(len(column) for column, _ in values.values())
+        if not self._ranges or (epoch, first_step - start) != self._offset(-1):
+            self._ranges.append((epoch, first_step, start))
+        for name in self._columns.keys() - values.keys():
+            self._column(name, np.float32, stop)[start:stop] = np.nan
+        for name, (column, dtype) in values.items():
+            self._column(name, dtype, stop)[start:stop] = column
+        self.num_rows = stop
+
+    def _offset(self, i: int) -> tuple[int, int]:
+        """Returns the epoch of a range, and the difference between its step and row numbers."""
+        epoch, first_step, start = self._ranges[i]
+        return epoch, first_step - start
+
+    def _column(self, name: str, dtype: npt.DTypeLike, num_rows: int) -> Array:
+        """Returns a column with room for `num_rows` rows of at least this precision."""
+        column = self._columns.get(name)
+        if column is None:
+            column = np.full(max(num_rows, 64), np.nan, np.result_type(dtype, np.float32))
+        dtype = np.result_type(column.dtype, dtype)
+        if len(column) < num_rows or column.dtype != dtype:
+            grown = np.empty(max(num_rows + num_rows // 2, 64), dtype)
+            grown[: self.num_rows] = column[: self.num_rows]
+            column = grown
+        self._columns[name] = column
+        return column
+
+    def terms(self, first_row: int = 0) -> dict[str, Array]:
+        """Returns the columns from a row on, read-only and without copying them."""
+        views = {name: c[first_row : self.num_rows] for name, c in self._columns.items()}
+        for view in views.values():
+            view.flags.writeable = False
+        return views
+
+    def newest(self, epoch: int) -> dict[str, Array]:
+        """Returns the rows at the end that belong to this epoch."""
+        first_row = self.num_rows
+        for number, _, start in reversed(self._ranges):
+            if number != epoch:
+                break
+            first_row = start
+        return self.terms(first_row)
+
+    def columns(self) -> dict[str, Array]:
+        """Returns copies of all columns, with the epoch and the step of each row."""
+        epochs = np.empty(self.num_rows, np.int64)
+        steps = np.arange(self.num_rows)
+        for epoch, first_step, start in self._ranges:  # each overwrites the rest of those before
+            epochs[start:] = epoch
+            steps[start:] = np.arange(first_step, first_step + self.num_rows - start)
+        terms = {name: column.copy() for name, column in self.terms().items()}
+        return {"epoch": epochs, "step": steps, **terms}
+
+    def epochs(self) -> set[int]:
+        """Returns the epochs of which a step was recorded."""
+        return {epoch for epoch, *_ in self._ranges}
+
+    def position(self, epoch: int, step: float = float("inf")) -> int:
+        """Returns the number of rows up to a step, or up to the end of an epoch."""
+        i = bisect_right(self._ranges, (epoch, step, float("inf"))) - 1
+        if i < 0:
+            return 0
+        number, first_step, start = self._ranges[i]
+        stop = self._ranges[i + 1][2] if i + 1 < len(self._ranges) else self.num_rows
+        return int(min(stop, start + step - first_step + 1)) if number == epoch else stop
+
+    def epoch_ends(self) -> list[int]:
+        """Returns the number of rows up to the end of each epoch but the last."""
+        pairs = zip(self._ranges[1:], self._ranges, strict=False)
+        return [start for (epoch, _, start), (before, *_) in pairs if epoch != before]
+
+    def get_state(self) -> dict[str, Any]:
+        ranges = np.array(self._ranges, np.int64).reshape(-1, 3)
+        return {"ranges": ranges, "terms": {n: c.copy() for n, c in self.terms().items()}}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        self._columns = {name: np.array(column) for name, column in state["terms"].items()}
+        self._ranges = [(e, step, start) for e, step, start in np.asarray(state["ranges"]).tolist()]
+        self.num_rows = max(map(len, self._columns.values()), default=0)
+        edges = [*(start for *_, start in self._ranges), self.num_rows]
+        lengths = map(len, self._columns.values())
+        if {*lengths, self.num_rows} != {self.num_rows} or edges != sorted({0, *edges}):
+            raise ValueError("The steps of the history have columns of different lengths.")
 
 
-def _draw_losses(ax: "Axes", steps: Mapping[str, np.ndarray]) -> None:
-    x = np.arange(1, len(steps["step"]) + 1)
-    smoothed = {
-        name: _moving_average(values)
-        for name, values in steps.items()
-        if name not in ("epoch", "step")
-    }
-    for name, values in smoothed.items():
-        (line,) = ax.plot(x, values, linewidth=1.8, label=name, marker="o" if len(x) == 1 else "")
-        ax.plot(x, steps[name], linewidth=0.6, alpha=0.35, color=line.get_color())
-    drawn = np.concatenate(list(smoothed.values()))
-    drawn = drawn[np.isfinite(drawn)]
-    if len(drawn) and drawn.min() > 0 and drawn.max() > 100 * drawn.min():
-        ax.set_yscale("log")
+def _as_column(value: Any) -> tuple[Array, npt.DTypeLike]:
+    """Returns the values of a term and the precision to keep them in."""
+    column = np.atleast_1d(to_host(value))
+    # Python numbers are float64 to NumPy, but say nothing about the precision of the loss.
+    return column, np.float32 if type(value) in (float, int, list, tuple) else column.dtype
 
 
-def _moving_average(values: np.ndarray) -> np.ndarray:
-    """Averages over a fiftieth of all values around each, of what is finite there."""
-    window = np.ones(2 * (len(values) // 100) + 1)
-    finite = np.isfinite(values)
-    total = np.convolve(np.where(finite, values, 0), window, "same")
-    count = np.convolve(finite, window, "same")
-    return np.where(count > 0.5, total / np.maximum(count, 1), np.nan)
+def _weighted_mean(column: Array, weights: Sequence[int]) -> float:
+    total = weight = 0.0
+    for start in range(0, len(column), BLOCK):
+        part = np.asarray(weights[start : start + BLOCK])
+        total += float(np.sum(column[start : start + BLOCK].astype(np.float64) * part))
+        weight += float(part.sum())
+    return total / weight
 
 
-def _to_numpy(value: Any) -> np.ndarray:
-    # Keras reads what NumPy cannot, such as a bfloat16 tensor of PyTorch.
-    return keras.ops.convert_to_numpy(value) if keras.ops.is_tensor(value) else np.asarray(value)
-
-
-def _to_host(value: Any) -> Any:
-    array = _to_numpy(value)
+def _python_value(value: Any) -> Any:
+    array = to_host(value)
     return array.item() if array.ndim == 0 else array
 
 

@@ -26,6 +26,8 @@ def did_you_mean(name: object, names: Iterable[str]) -> str:
 class DeviceValues(Sequence[float]):
     """One scalar per step, kept on the device until the first one is read.
 
+    On the host they are float64 if the tensor is, or holds integers, and float32 otherwise.
+
     Args:
         values: A tensor whose first `count` elements are the values; it may be padded.
         count: The number of steps.
@@ -38,8 +40,8 @@ class DeviceValues(Sequence[float]):
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
         if self._read is None:
-            values = np.asarray(to_host(self._values), np.float32)
-            self._read = values.reshape(-1)[: self._count]
+            values = to_host(self._values).reshape(-1)[: self._count]
+            self._read = values.astype(np.result_type(values.dtype, np.float32), copy=False)
             self._values = None
         return self._read if dtype is None else self._read.astype(dtype)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from polus.figures import new_figure
 from polus.host import did_you_mean
 from polus.lr_finder.curve import (
     MIN_STEPS,
@@ -170,14 +171,7 @@ class LRFinderResult:
         Raises:
             ImportError: If matplotlib is not installed.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError(
-                "LRFinderResult.plot requires matplotlib. Install it with `pip install matplotlib`."
-            ) from error
-
-        figure = Figure(figsize=(8, 4), dpi=100, layout="constrained")
+        figure = new_figure("LRFinderResult.plot", height=4)
         axes = figure.add_subplot(
             xscale="log", xlabel="learning rate (log scale)", ylabel="loss", title="Range test"
         )

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import keras
 
 from polus.host import to_host
-from polus.metrics import KerasMetric
+from polus.metrics import KerasMetric, OutputMetric
 from polus.state import layers_of
 from polus.steps.variables import held
 
@@ -86,6 +86,9 @@ def _copy_with_variables(part: Any, memo: dict[int, Any]) -> None:
     if isinstance(part, KerasMetric):
         _copy_with_variables(part.metric, memo)
         new = KerasMetric(memo[id(part.metric)], part.reduce_f, part.name)
+    elif isinstance(part, OutputMetric):
+        _copy_with_variables(part.metric, memo)
+        new = OutputMetric(memo[id(part.metric)], part.output, part.name)
     else:
         new = copy.deepcopy(part, memo)
     memo[id(part)] = new

@@ -8,7 +8,7 @@ import numpy as np
 
 from polus.data import DataReader, as_adapter
 from polus.host import DeviceValues
-from polus.metrics import kept_has_samples
+from polus.metrics import kept_has_samples, update_metrics
 from polus.state import Snapshot
 from polus.steps.compiled import CompiledStep
 from polus.steps.executor import StepExecutor
@@ -19,8 +19,7 @@ from polus.training.config import check_count
 def evaluation_step(trainer: Any, *inputs: Any) -> dict[str, Any]:
     """Feeds a trainer's metrics with one batch and returns its loss and terms, if it has any."""
     samples = trainer.evaluation_step(*inputs)
-    for metric in trainer.metrics:
-        metric.samples_from_batch(samples)
+    update_metrics(trainer.metrics, (), samples)
     loss = trainer.evaluation_loss(*samples)
     return {} if loss is None else terms_of(loss)
 

@@ -2,9 +2,11 @@
 
 import contextlib
 import enum
+import itertools
 import math
 import secrets
 import signal
+from array import array
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -131,7 +133,7 @@ class Run(BaseLogger):
         self.steps_before = total_steps
         self.epoch = 0
         self.step = 0
-        self.batch_sizes: list[int] = []
+        self.batch_sizes = array("i")  # a list would take ten times as much for each step
         self.step_logs: dict[str, DeviceValues] = {}
         self.logs: dict[str, Any] = {}
         self.status = RunStatus.CREATED
@@ -186,7 +188,7 @@ class Run(BaseLogger):
         resumed = self.step > 0
         data = self.reader.epoch(self.epoch, start=self.step)
         if not resumed:
-            self.batch_sizes, self.logs = [], {}
+            self.batch_sizes, self.logs = array("i"), {}
             self.callbacks.shared_dict["epoch_logs"] = self.logs
             self.callbacks.on_epoch_begin()
         self.executor.example = data.example
@@ -212,7 +214,7 @@ class Run(BaseLogger):
         self.step_logs = {name: DeviceValues(terms[name], block.count) for name in names}
         steps = range(self.step, self.step + block.count)
         self.history.add_steps(self.epoch, self.step, self.step_logs)
-        self.batch_sizes += [block.batch_size] * block.count
+        self.batch_sizes.extend(itertools.repeat(block.batch_size, block.count))
         self.step = steps.stop
         self.callbacks.on_steps_end(steps, self.step_logs["loss"])
         self.callbacks.on_boundary()
@@ -282,13 +284,8 @@ class Run(BaseLogger):
 
     def _weighted_means(self) -> dict[str, float]:
         """Returns the means of loss and terms over the epoch, weighted by the batches' sizes."""
-        columns = self.history.steps_of(self.epoch)
-        means = {}
-        for name, column in columns.items():
-            if name in ("epoch", "step") or (name != "loss" and np.isnan(column).all()):
-                continue
-            means[name] = float(np.average(column.astype(np.float64), weights=self.batch_sizes))
-        bad = np.flatnonzero(~np.isfinite(columns["loss"]))
+        losses = self.history.steps_of(self.epoch)["loss"]
+        bad = np.flatnonzero(~np.isfinite(losses))
         if len(bad):
             self.logger.warning(
                 "The loss is not finite from step %d of epoch %d on (%s). Try a smaller learning "
@@ -296,9 +293,9 @@ class Run(BaseLogger):
                 "keras.optimizers.Adam(clipnorm=1.0).",
                 bad[0],
                 self.epoch + 1,
-                columns["loss"][bad[0]],
+                losses[bad[0]],
             )
-        return means
+        return self.history.epoch_means(self.epoch, self.batch_sizes)
 
     # ------------------------------------------------------------------ for checkpoints
 
@@ -364,7 +361,7 @@ class Run(BaseLogger):
             saved, variables = without_learning_rates(saved, variables)
         check_variables(saved, variables, same_backend)
         restore_variables(saved, variables)
-        self.batch_sizes = progress["batch_sizes"].tolist()
+        self.batch_sizes = array("i", progress["batch_sizes"].tolist())
         self.history.set_state(state["history"])
         self.callbacks.shared_dict |= state["shared"]
         self.logs = self.callbacks.shared_dict["epoch_logs"] = self._validation_logs()

@@ -1,11 +1,10 @@
 """The trainer: one step, described by its user."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal, Never, Self, TypeVar, Unpack
 
 import keras
-from keras import ops
 
 from polus.backends import backend
 from polus.backends.scopes import active_dry_run
@@ -13,7 +12,8 @@ from polus.callbacks.base import ICallback, KerasCallbackLike
 from polus.data import as_arguments
 from polus.history import History
 from polus.log import BaseLogger
-from polus.metrics import MetricLike, as_metric
+from polus.masks import stop_gradient
+from polus.metrics import MetricLike, as_metrics, update_metrics
 from polus.steps.update import apply_gradients
 from polus.steps.variables import StepVariables, unique
 from polus.training import checks
@@ -68,7 +68,8 @@ class BaseTrainer(BaseLogger):
         optimizer: A `keras.optimizers.Optimizer`.
         loss: A callable that takes what `forward_with_grads` returns. It returns a scalar tensor,
             or a dict of scalars of which the one named "loss" is minimized and all are recorded.
-        metrics: `polus.metrics.IMetric` or `keras.metrics.Metric` objects.
+        metrics: `polus.metrics.IMetric` or `keras.metrics.Metric` objects. For a model whose
+            outputs are a dict, a dict of the name of an output to its metrics.
         post_process_prediction: Applied to the model's output before the loss. It is kept as
             `post_process_logits`.
         post_process_grads: Takes and returns the list of gradients (None where there is none)
@@ -98,7 +99,7 @@ class BaseTrainer(BaseLogger):
         model: keras.Model,
         optimizer: keras.optimizers.Optimizer,
         loss: Callable[..., Any],
-        metrics: Sequence[MetricLike] | None = None,
+        metrics: Sequence[MetricLike] | Mapping[str, Any] | None = None,
         post_process_prediction: Callable[[Any], Any] | None = None,
         post_process_grads: Callable[[list[Any]], list[Any]] | None = None,
         *,
@@ -117,7 +118,7 @@ class BaseTrainer(BaseLogger):
         self.optimizer = checks.loss_scaled(optimizer, model)
         self.loss = loss
         given = metrics if metrics is not None else getattr(self, "metrics", ())
-        self.metrics = [as_metric(metric) for metric in checks.listed(given, "metrics")]
+        self.metrics = as_metrics(given)
         checks.check_metric_names(self.metrics)
         self.post_process_logits = (
             post_process_prediction
@@ -227,9 +228,8 @@ class BaseTrainer(BaseLogger):
             outputs = as_arguments(self.forward_with_grads(*inputs))
             result = checks.add_penalties(self.loss(*outputs), self.model.losses)
             if self.metrics and (samples := self.metric_samples(*outputs)) is not None:
-                samples = keras.tree.map_structure(ops.stop_gradient, samples)
-                for metric in self.metrics:
-                    metric.samples_from_batch(samples)
+                samples = keras.tree.map_structure(stop_gradient, samples)
+                update_metrics(self.metrics, (), samples)
             return result
 
         result = self.minimize(forward, self.trainable_weights, self.optimizer)

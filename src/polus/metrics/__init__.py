@@ -1,0 +1,30 @@
+"""Metrics that are updated inside the compiled step and read when an epoch or a validation ends.
+
+A metric takes samples batch by batch and accumulates them in Keras variables, so that predictions
+stay on the device and are not kept::
+
+    metric = MacroF1Score(num_classes=10)
+    for x, y in dataset:
+        metric.samples_from_batch((y, model(x)))
+    print(metric.evaluate())  # over all batches; resets the metric
+"""
+
+from polus.metrics.adapters import KerasMetric, OutputMetric, as_metric, as_metrics
+from polus.metrics.base import IMetric, MetricLike, WeightedSamples
+from polus.metrics.confusion import Accuracy, IConfusionMatrix, MacroF1Score
+from polus.metrics.update import kept_has_samples, update_metrics
+
+__all__ = [
+    "Accuracy",
+    "IConfusionMatrix",
+    "IMetric",
+    "KerasMetric",
+    "MacroF1Score",
+    "MetricLike",
+    "OutputMetric",
+    "WeightedSamples",
+    "as_metric",
+    "as_metrics",
+    "kept_has_samples",
+    "update_metrics",
+]
