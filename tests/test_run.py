@@ -255,3 +255,72 @@ def test_a_callback_that_is_listed_twice_is_refused():
     callback = Watch()
     with pytest.raises(ValueError, match="the same Watch twice"):
         make_trainer().train(from_arrays((X, Y), 32), 1, [callback, callback])
+
+
+WEIGHTS = np.where(Y, 5.0, 0.1).astype("float32")
+
+
+@pytest.mark.parametrize("weights", ["sample", "class"])
+def test_weights_count_as_in_fit(weights):
+    sample = WEIGHTS if weights != "class" else None
+    by_class = {1: 3.0} if weights != "sample" else None
+    parts = (X, Y) if sample is None else (X, Y, sample)
+    ours, theirs = make_trainer().model, make_trainer().model
+    ours.set_weights(theirs.get_weights())
+
+    def accuracy():
+        return keras.metrics.SparseCategoricalAccuracy(name="acc")
+
+    def weighted():
+        return keras.metrics.SparseCategoricalAccuracy(name="weighted")
+
+    theirs.compile(
+        keras.optimizers.SGD(0.1),
+        CROSS_ENTROPY,
+        metrics=[accuracy()],
+        weighted_metrics=[weighted()],
+    )
+    expected = theirs.fit(
+        X,
+        Y,
+        sample_weight=sample,
+        class_weight=by_class,
+        batch_size=16,
+        shuffle=False,
+        epochs=2,
+        verbose=0,
+        validation_data=parts,
+    ).history
+    trainer = ClassifierTrainer(
+        ours,
+        keras.optimizers.SGD(0.1),
+        CROSS_ENTROPY,
+        metrics=[accuracy()],
+        weighted_metrics=[weighted()],
+        class_weight=by_class,
+    )
+    data = from_arrays(parts, 16, shuffle=False)
+    history = trainer.train(data, 2, [ValidationDataCallback(data)]).to_dict()
+    for name, values in expected.items():
+        np.testing.assert_allclose(history[name], values, rtol=1e-5, err_msg=name)
+
+
+def test_a_none_part_of_a_batch_is_as_in_fit():
+    once, none = make_trainer(), make_trainer()
+    none.model.set_weights(once.model.get_weights())
+    histories = [
+        once.train([(X, Y)], 1).steps["loss"],
+        none.train([(X, Y, None)], 1).steps["loss"],
+    ]
+    np.testing.assert_array_equal(*histories)
+
+
+def test_one_epoch_a_call_trains_what_many_epochs_in_one_call_do():
+    at_once, calls = make_trainer(), make_trainer()
+    calls.model.set_weights(at_once.model.get_weights())
+    data = from_arrays((X, Y), 16)
+    expected = at_once.train(data, 3).steps["loss"]
+    losses = np.concatenate([calls.train(data, 1).steps["loss"] for _ in range(3)])
+    np.testing.assert_array_equal(losses, expected)
+    for a, b in zip(at_once.model.get_weights(), calls.model.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)

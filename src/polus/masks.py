@@ -32,7 +32,12 @@ def carry_mask(source: Any, target: T) -> T:
 
 
 def stop_gradient(tensor: Any) -> Any:
-    """Returns a tensor without its gradient, but with its mask, unlike `keras.ops`."""
+    """Returns a tensor without its gradient, but with its mask, unlike `keras.ops`.
+
+    None stays None.
+    """
+    if tensor is None:
+        return None
     stopped = keras.ops.stop_gradient(tensor)
     _carry(tensor, stopped)
     return stopped

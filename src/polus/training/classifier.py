@@ -1,11 +1,12 @@
 """The trainer for (x, y) batches."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypedDict, Unpack, overload
 
 import keras
+from keras import ops
 
-from polus.metrics import MetricLike
+from polus.metrics import MetricLike, WeightedSamples
 from polus.training.checks import add_penalties, check_model
 from polus.training.trainer import BaseTrainer
 
@@ -16,6 +17,8 @@ class OtherArguments(TypedDict, total=False):
     post_process_prediction: Callable[[Any], Any] | None
     post_process_grads: Callable[[list[Any]], list[Any]] | None
     post_process_logits: Callable[[Any], Any] | None
+    weighted_metrics: Sequence[MetricLike] | None
+    class_weight: Mapping[int, float] | None
 
 
 class TrainerArguments(OtherArguments, total=False):
@@ -40,6 +43,8 @@ class ClassifierTrainer(BaseTrainer):
         model: A `keras.Model`.
         trainable_weights: The variables to train. By default all trainable ones of the model. The
             optimizer may stand in this place: `ClassifierTrainer(model, optimizer, loss)`.
+        class_weight: The weight of each class in the training loss, 1 for those left out. In a
+            validation, classes have no weights, as in `fit`.
         args: As for `BaseTrainer`, from `optimizer` on.
         kwargs: As for `BaseTrainer`, from `optimizer` on.
     """
@@ -85,6 +90,7 @@ class ClassifierTrainer(BaseTrainer):
                     "ClassifierTrainer(model, optimizer, loss, trainable_weights=...)."
                 )
             kwargs["trainable_weights"], args = args[0], args[1:]
+        self.class_weight = _checked_class_weight(kwargs.pop("class_weight", None))
         super().__init__(model, *args, **kwargs)
 
     def forward_with_grads(self, *inputs: Any, **named: Any) -> Any:
@@ -92,13 +98,53 @@ class ClassifierTrainer(BaseTrainer):
         return _classified(self, *inputs)
 
     def metric_samples(self, *outputs: Any, **named: Any) -> tuple[Any, ...]:
-        """Returns the labels and the prediction; as in Keras, `metrics` are not weighted."""
-        return outputs[:2]
+        """Returns labels, prediction and weights, which count for `weighted_metrics` only."""
+        y, prediction, *sample_weight = outputs
+        return WeightedSamples(y, prediction, sample_weight[0] if sample_weight else None)
+
+    def evaluation_step(self, *inputs: Any, **named: Any) -> Any:
+        """Returns labels, prediction and weights of a batch, in inference mode."""
+        y, prediction = super().evaluation_step(*inputs)
+        return WeightedSamples(y, prediction, inputs[2] if len(inputs) > 2 else None)
 
     def evaluation_loss(self, *samples: Any, **named: Any) -> Any:
-        """Returns the loss over validation data, without sample weights."""
+        """Returns the loss over validation data, weighted as the training loss is."""
         return add_penalties(self.loss(*samples), self.model.losses)
 
 
-def _classified(trainer: ClassifierTrainer, x: Any, y: Any, *sample_weight: Any) -> tuple[Any, ...]:
-    return y, trainer.predicted(trainer.model(x, training=True)), *sample_weight
+def _classified(
+    trainer: ClassifierTrainer, x: Any, y: Any, sample_weight: Any = None
+) -> tuple[Any, ...]:
+    prediction = trainer.predicted(trainer.model(x, training=True))
+    if trainer.class_weight is not None:
+        by_class = _weights_of(y, prediction, trainer.class_weight)
+        sample_weight = by_class if sample_weight is None else sample_weight * by_class
+    return (y, prediction) if sample_weight is None else (y, prediction, sample_weight)
+
+
+def _weights_of(y: Any, prediction: Any, class_weight: Mapping[int, float]) -> Any:
+    """Returns the weight of each label's class; 1 for classes without one, as in `fit`."""
+    labels = ops.convert_to_tensor(y)
+    if len(labels.shape) > 1 and labels.shape[-1] == prediction.shape[-1] > 1:  # one-hot
+        labels = ops.argmax(labels, axis=-1)
+    elif len(labels.shape) > 1 and labels.shape[-1] == 1:
+        labels = ops.squeeze(labels, -1)
+    labels = ops.cast(labels, "int32")
+    weights = ops.ones_like(labels, dtype=keras.config.floatx())
+    for label, weight in class_weight.items():
+        weights = ops.where(labels == label, weight, weights)
+    return weights
+
+
+def _checked_class_weight(class_weight: Any) -> dict[int, float] | None:
+    if class_weight is None:
+        return None
+    if not isinstance(class_weight, Mapping) or not all(
+        isinstance(label, int) and isinstance(weight, int | float)
+        for label, weight in class_weight.items()
+    ):
+        raise TypeError(
+            f"class_weight must be a dict of classes to weights, got {class_weight!r}. Use, for "
+            "example, class_weight={0: 1.0, 1: 5.0}."
+        )
+    return {int(label): float(weight) for label, weight in class_weight.items()}

@@ -8,7 +8,7 @@ import numpy as np
 
 from polus.data import DataReader, as_adapter
 from polus.host import DeviceValues
-from polus.metrics import kept_has_samples, update_metrics
+from polus.metrics import WeightedSamples, kept_has_samples, update_metrics
 from polus.state import Snapshot
 from polus.steps.compiled import CompiledStep
 from polus.steps.executor import StepExecutor
@@ -19,7 +19,9 @@ from polus.training.config import check_count
 def evaluation_step(trainer: Any, *inputs: Any) -> dict[str, Any]:
     """Feeds a trainer's metrics with one batch and returns its loss and terms, if it has any."""
     samples = trainer.evaluation_step(*inputs)
-    update_metrics(trainer.metrics, (), samples)
+    update_metrics(trainer.metrics, trainer.weighted_metrics, samples)
+    if isinstance(samples, WeightedSamples) and samples.sample_weight is None:
+        samples = samples[:2]
     loss = trainer.evaluation_loss(*samples)
     return {} if loss is None else terms_of(loss)
 

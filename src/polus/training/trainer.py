@@ -75,6 +75,7 @@ class BaseTrainer(BaseLogger):
         post_process_grads: Takes and returns the list of gradients (None where there is none)
             before the optimizer sees them. Under loss scaling they are unscaled.
         trainable_weights: The variables to train. By default all trainable ones of the model.
+        weighted_metrics: Metrics that sample weights count for; those of `metrics` ignore them.
         post_process_logits: Another name of `post_process_prediction`.
 
     Attributes:
@@ -104,6 +105,7 @@ class BaseTrainer(BaseLogger):
         post_process_grads: Callable[[list[Any]], list[Any]] | None = None,
         *,
         trainable_weights: Sequence[keras.Variable] | None = None,
+        weighted_metrics: Sequence[MetricLike] | Mapping[str, Any] | None = None,
         post_process_logits: Callable[[Any], Any] | None = None,
     ) -> None:
         if type(self) is BaseTrainer:
@@ -118,7 +120,8 @@ class BaseTrainer(BaseLogger):
         self.optimizer = checks.loss_scaled(optimizer, model)
         self.loss = loss
         given = metrics if metrics is not None else getattr(self, "metrics", ())
-        self.metrics = as_metrics(given)
+        self.weighted_metrics = as_metrics(weighted_metrics, weighted=True)
+        self.metrics = [*as_metrics(given), *self.weighted_metrics]
         checks.check_metric_names(self.metrics)
         self.post_process_logits = (
             post_process_prediction
@@ -229,7 +232,7 @@ class BaseTrainer(BaseLogger):
             result = checks.add_penalties(self.loss(*outputs), self.model.losses)
             if self.metrics and (samples := self.metric_samples(*outputs)) is not None:
                 samples = keras.tree.map_structure(stop_gradient, samples)
-                update_metrics(self.metrics, (), samples)
+                update_metrics(self.metrics, self.weighted_metrics, samples)
             return result
 
         result = self.minimize(forward, self.trainable_weights, self.optimizer)
