@@ -478,11 +478,7 @@ DATASETS = [
     ("from_arrays(X[:0], 8)", ValueError, r"\[0\]"),
     ("from_arrays((generator(), Y), 8)", WRONG, "arrays of examples, got .*generator"),
     ("from_arrays(({1, 2}, Y), 8)", WRONG, "arrays of examples, got .*{1, 2}"),
-    ("from_arrays((TYPES[1], Y[:16]), 8)", WRONG, "object"),
-    ("from_arrays((TYPES[0], Y[:16]), 8)", WRONG, "<U1|str"),
     ("from_arrays((scipy_matrix(), Y), 8)", WRONG, r"\.toarray\(\)"),
-    ("from_arrays((frame(a=X[:, 0], b=['x'] * 32), Y), 8)", WRONG, "'b'"),
-    ("from_arrays((np.array(['2024-01-01'] * 32, 'datetime64'), Y), 8)", WRONG, "datetime64"),
 ]
 
 STEPS = [
@@ -860,7 +856,7 @@ def lines():
         yield pytest.param(source, error, phrase, marks=marks, id=source)
 
 
-@pytest.mark.parametrize(("source", "error", "phrase"), lines())
+@pytest.mark.parametrize(("source", "error", "phrase"), list(lines()))
 def test_bad_input_raises(source, error, phrase):
     with pytest.raises(error) as caught:
         eval(source)

@@ -126,17 +126,4 @@ def _array(values: Any) -> np.ndarray[Any, Any]:
             f"from_arrays takes arrays of examples, got the single value {values!r}. A list is a "
             "structure of arrays; make it one array: np.array(values)."
         )
-    if array.dtype.kind in "OSUMm":
-        raise TypeError(
-            f"from_arrays takes arrays of numbers, got the dtype {array.dtype}{_columns(values)}. "
-            "Encode texts and dates as numbers first."
-        )
     return array.astype(keras.config.floatx()) if array.dtype == np.float64 else array
-
-
-def _columns(values: Any) -> str:
-    """Names the columns of a data frame that do not hold numbers."""
-    if not hasattr(values, "columns") or not hasattr(values, "dtypes"):
-        return ""
-    kinds = zip(values.columns, values.dtypes, strict=True)
-    return f" in the columns {[name for name, dtype in kinds if dtype.kind not in 'biufc']}"
