@@ -84,7 +84,8 @@ class CompiledMethod:
         if trainer is None:
             return self.fn
         if inspect.getattr_static(type(trainer), self.fn.__name__, None) is self:
-            return self.update(trainer)
+            update: Callable[..., Any] = self.update(trainer)
+            return update
         bound: Callable[..., Any] = types.MethodType(self.fn, trainer)
         return bound
 
