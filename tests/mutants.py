@@ -54,7 +54,7 @@ MUTANTS = [
     Mutant("training/loop.py", "run.executor.finalize()", "pass", TRAINING + "ema_weights"),
     Mutant("training/run.py", "self.step = steps.stop", "self.step += 1", TUNE + "as_many_steps"),
     Mutant(
-        "training/run.py",
+        "training/evaluation.py",
         "[block.batch_size] * block.count",
         "[1] * block.count",
         TRAINING + "weighted_by_examples",
@@ -118,13 +118,6 @@ MUTANTS = [
         "checks.add_penalties(self.loss(*outputs), self.model.losses)",
         "self.loss(*outputs)",
         TRAINING + "same_weights_as_fit and regularised",
-    ),
-    Mutant(
-        "training/trainer.py",
-        "ops.stop_gradient, samples",
-        "lambda sample: sample, samples",
-        TRAINING + "training_metrics or loss_terms or same_weights",
-        "a metric's variables carry no gradient into the loss: stopping it saves work only.",
     ),
     Mutant(
         "steps/update.py",
@@ -246,7 +239,6 @@ MUTANTS = [
         "raise SystemExit(number)",
         CHECKPOINT + "signal_saves",
     ),
-    Mutant("training/run.py", "self.batch_sizes = progress", "progress", CHECKPOINT + "repeatedly"),
     Mutant("training/run.py", "set_random_state(random)", "pass", CHECKPOINT + "repeatedly"),
     Mutant(
         "training/run.py",
@@ -255,26 +247,21 @@ MUTANTS = [
         CHECKPOINT + "repeatedly",
     ),
     # Metrics and history.
-    Mutant("metrics.py", "self.num_invalid.assign_add(", "str(", METRICS + "out_of_range"),
-    Mutant("metrics.py", "y_pred = y_pred > 0.5", "y_pred = y_pred > 0", METRICS + "one_half"),
     Mutant(
-        "metrics.py",
+        "metrics/confusion.py", "self.num_invalid.assign_add(", "str(", METRICS + "out_of_range"
+    ),
+    Mutant(
+        "metrics/confusion.py", "y_pred = y_pred > 0.5", "y_pred = y_pred > 0", METRICS + "one_half"
+    ),
+    Mutant(
+        "metrics/confusion.py",
         "ops.stack([true, predicted]",
         "ops.stack([predicted, true]",
         METRICS + "scikit or shapes or own",
         "accuracy and macro-F1 are symmetric in the matrix; "
         "a metric that is not would be the first to notice.",
     ),
-    Mutant(
-        "metrics.py",
-        "counted = y_true != self.ignore_class",
-        "counted = known",
-        METRICS + "ignored",
-    ),
-    Mutant("metrics.py", "self.reset()", "pass", METRICS + "evaluate_resets"),
-    Mutant(
-        "history.py", 'self._chunks[first - 1]["epoch"][-1] == epoch', "True", HISTORY + "newest"
-    ),
+    Mutant("metrics/base.py", "self.reset()", "pass", METRICS + "evaluate_resets"),
     # The learning-rate range test.
     Mutant(
         "lr_finder/curve.py",

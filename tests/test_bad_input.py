@@ -819,6 +819,16 @@ ROWS = [
 
 # Lines whose answer is still missing or unclear on at least one backend.
 NOT_YET = {
+    "Accuracy('3')",
+    "Accuracy(2.5)",
+    "Accuracy(None)",
+    "Accuracy(True)",
+    "MacroF1Score('3')",
+    "Accuracy(3, 3)",
+    "Accuracy(3, reduce_f='first')",
+    "Accuracy(3, ignore_class='pad')",
+    "Accuracy(3, ignore_class=1.5)",
+    "Accuracy(3, name=3)",
     "train(train_map_f=lambda b: None)",
     "train(scipy_matrix())",
     "train(lambda: None)",
