@@ -12,9 +12,7 @@ from polus.ir.data import Features, Rows
 Vectors = NDArray[np.float32]
 
 
-def encode(
-    fn: Callable[[Any], Any], features: Features, batch_size: int = 64
-) -> list[Vectors]:
+def encode(fn: Callable[[Any], Any], features: Features, batch_size: int = 64) -> list[Vectors]:
     """Applies an encoder to all features, and returns one array per text.
 
     Args:

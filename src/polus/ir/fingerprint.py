@@ -53,7 +53,7 @@ def _condense(value: np.ndarray[Any, Any]) -> bytes:
     data = value.reshape(-1).view(np.uint8)
     whole = len(data) // (8 * _WORDS) * 8 * _WORDS
     sums = data[:whole].view(np.uint64).reshape(-1, _WORDS) @ _MULTIPLIERS
-    return sums.tobytes() + data[whole:].tobytes()  # type: ignore[no-any-return]
+    return sums.tobytes() + data[whole:].tobytes()
 
 
 def _description(encoder: keras.Model) -> str:

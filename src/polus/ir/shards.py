@@ -63,7 +63,7 @@ class VectorShards:
             path = self._path(shard, "vectors")
             # An empty file can't be mapped.
             vectors = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.empty(0, "u1")
-            for i in np.flatnonzero(same & (self._shards[numbers] == shard)):
+            for i in np.flatnonzero(same & (self._shards[numbers] == shard)).tolist():
                 each = _verified(self._entries[numbers[i]], vectors)
                 if each is None:
                     self.damaged += 1

@@ -124,9 +124,7 @@ def _as_list(texts: Iterable[str]) -> list[str]:
 def _check_finite(vectors: list[Any], texts: list[str]) -> None:
     """Raises if a vector isn't finite: stored, it would outlive the cause."""
     broken = [
-        text
-        for text, each in zip(texts, vectors, strict=True)
-        if not np.isfinite(each).all()
+        text for text, each in zip(texts, vectors, strict=True) if not np.isfinite(each).all()
     ]
     if broken:
         raise ValueError(
