@@ -273,6 +273,11 @@ def test_relevant_documents_are_masked():
     negatives = normal(B, K, 3)
     assert found(negatives, ids) == pytest.approx(weights[expected].sum(), rel=1e-4)
     assert found(negatives) == 0
+    mask = np.ones((B, B + K), bool)  # the diagonal, which is no negative, doesn't matter
+    mask[:, :B][~np.eye(B, dtype=bool)] = expected[:, : B - 1].reshape(-1)
+    mask[:, B:] = expected[:, B - 1 :]
+    masked = {"relevant_mask": mask}
+    assert found(negatives, masked) == pytest.approx(weights[expected].sum(), rel=1e-4)
     there = expected.copy()
     there[2, 2] = there[2, -1] = False  # known from relevant_ids only
     del ids["relevant_ids"]
@@ -491,13 +496,14 @@ def test_micro_batches_record_the_loss_if_a_gradient_overflows():
 
 def test_micro_batches_equal_whole_batches_in_train():
     """With post_process_grads, several steps per execution and a smaller last batch."""
-    relevant = [[row] for row in range(10)]
+    relevant = [[row, (row + 1) % 10] for row in range(10)]
     weights = {}
     for size in (None, 3):
         keras.utils.set_random_seed(0)
         model = DualEncoder(encoder())
         model((np.zeros((1, 3)), np.zeros((1, 3))))
-        data = PairBatches(FEATURES[:10], FEATURES[10:], relevant, batch_size=4)
+        data = PairBatches(FEATURES[:10], FEATURES[10:], relevant, batch_size=7)
+        data.negatives = np.arange(40).reshape(20, 2) % 20 - 1
         trainer = trainer_of(
             model,
             freeze_encoder=False,
@@ -516,28 +522,33 @@ def test_micro_batches_equal_whole_batches_in_train():
 FEATURES = normal(30, 3)
 
 
-def test_batches_hold_the_features_of_their_ids():
+def test_batches_hold_pairs_and_mask_what_is_relevant():
     relevant = [[0, 1], [2], [], [3, 0]]
-    data = PairBatches(FEATURES[:4], FEATURES[10:], relevant, batch_size=2)
-    data.negatives = np.array([[4, 5], [6, -1], [7, 8], [9, 9], [5, 5]])
+    documents = FEATURES[10:]
+    data = PairBatches(FEATURES[:4], documents, relevant, batch_size=2)
+    data.negatives = np.array([[4, 5], [6, -1], [7, 1], [9, 9], [5, 0]])
     assert data.num_batches == 3
+
+    def row_of(features, text):
+        return int(np.flatnonzero((features == text).all(1))[0])
+
     seen = []
-    for queries, positives, negatives, ids in data.batches(0):
-        np.testing.assert_array_equal(positives, FEATURES[10:][ids["positive_ids"]])
-        there = ids["negative_ids"] >= 0
-        np.testing.assert_array_equal(negatives[there], FEATURES[10:][ids["negative_ids"][there]])
-        for query, document, judged in zip(
-            queries, ids["positive_ids"], ids["relevant_ids"], strict=True
-        ):
-            row = int(np.flatnonzero((FEATURES[:4] == query).all(1))[0])
-            assert set(judged.tolist()) - {-1} == set(relevant[row])
-            seen.append((row, int(document)))
+    for queries, positives, negatives, extras in data.batches(0):
+        rows = [row_of(documents, text) for text in positives]
+        for i, text in enumerate(queries):
+            query = row_of(FEATURES[:4], text)
+            seen.append((query, rows[i]))
+            hard = data.negatives[data.pairs.tolist().index([query, rows[i]])]
+            np.testing.assert_array_equal(negatives[i][hard >= 0], documents[hard[hard >= 0]])
+            expected = [row in relevant[query] for row in rows]
+            expected += [row in relevant[query] or row < 0 for row in hard]
+            assert extras["relevant_mask"][i].tolist() == expected
     assert sorted(seen) == [(0, 0), (0, 1), (1, 2), (3, 0), (3, 3)]
     first, again, other = (list(data.order(epoch)) for epoch in (0, 0, 1))
     assert all(map(np.array_equal, first, again))
     assert not all(map(np.array_equal, first, other))
-    _, _, _, skipped = next(data.batches(0, skip=2))
-    np.testing.assert_array_equal(skipped["positive_ids"], data.pairs[first[2]][:, 1])
+    _, skipped, *_ = next(data.batches(0, skip=2))
+    np.testing.assert_array_equal(skipped, documents[data.pairs[first[2]][:, 1]])
 
 
 def test_avoid_clashes_drops_no_pair():
@@ -593,7 +604,11 @@ class OfDicts(keras.Model):
         (lambda: one_step(FEATURES, FEATURES, FEATURES), r"one axis more than positives, \(B, k"),
         (
             lambda: one_step(FEATURES, FEATURES, {"positive_id": np.arange(30)}),
-            "among positive_ids, relevant_ids",
+            "among relevant_mask, positive_ids",
+        ),
+        (
+            lambda: one_step(FEATURES, FEATURES, {"relevant_mask": np.ones((30, 31), bool)}),
+            r"must have the shape \(30, 30\) .* got \(30, 31\)",
         ),
         (
             lambda: one_step(FEATURES, FEATURES, {"relevant_ids": np.arange(30)}),

@@ -32,11 +32,10 @@ class Snapshot:
 
 
 def layers_of(layer: keras.layers.Layer) -> Iterator[keras.layers.Layer]:
-    """A layer and, where it is a model, those in it and in the models in it."""
+    """Yields a layer and all layers inside it, depth first, also those that custom layers hold."""
     yield layer
-    if isinstance(layer, keras.Model):
-        for part in layer.layers:
-            yield from layers_of(part)
+    for part in layer._layers:  # what `Model.layers` reads; layers have no public name for it
+        yield from layers_of(part)
 
 
 def random_state() -> dict[str, Any]:

@@ -9,7 +9,7 @@ from keras import ops
 
 from polus.ir.scores import without_diagonal
 
-EXTRAS = ("positive_ids", "relevant_ids", "negative_ids", "teacher_scores")
+EXTRAS = ("relevant_mask", "positive_ids", "relevant_ids", "negative_ids", "teacher_scores")
 """The keys of the dict that may come last in a batch."""
 
 
@@ -42,7 +42,7 @@ def split_batch(
         )
     _check_text_shapes(texts)
     check_ids(extras)
-    _check_extra_shapes(extras, len_of(texts[0]))
+    _check_extra_shapes(extras, texts)
     return texts, extras
 
 
@@ -54,7 +54,13 @@ def extras_of(inputs: Sequence[Any]) -> dict[str, Any]:
 
 def first_rows(inputs: Sequence[Any], count: int) -> tuple[Any, ...]:
     """Returns the first `count` examples of a batch."""
-    return tuple(keras.tree.map_structure(lambda x: x[:count], each) for each in inputs)
+    size = len_of(inputs[0])
+    first = [keras.tree.map_structure(lambda x: x[:count], each) for each in inputs]
+    if "relevant_mask" in extras_of(inputs) and count < size:
+        mask = first[-1]["relevant_mask"]
+        columns = [mask[:, :count], mask[:, size:]]
+        first[-1] = {**first[-1], "relevant_mask": ops.concatenate(columns, axis=1)}
+    return tuple(first)
 
 
 def len_of(features: Any) -> int:
@@ -73,7 +79,7 @@ def check_ids(extras: Mapping[str, Any]) -> None:
                 f"{name} must be an array or a tensor, got a {type(value).__name__}. Use "
                 f"np.array({name})."
             )
-        if name == "teacher_scores":
+        if name in ("teacher_scores", "relevant_mask"):
             continue
         dtype, found = getattr(value.dtype, "name", str(value.dtype)), None
         if "int" not in dtype:
@@ -105,13 +111,20 @@ def _check_text_shapes(texts: Sequence[Any]) -> None:
         )
 
 
-def _check_extra_shapes(extras: Mapping[str, Any], size: int) -> None:
+def _check_extra_shapes(extras: Mapping[str, Any], texts: Sequence[Any]) -> None:
+    size = len_of(texts[0])
+    k = keras.tree.flatten(texts[2])[0].shape[1] if len(texts) == 3 else 0
+    expected = {"positive_ids": f"({size},)", "relevant_mask": f"({size}, {size + k})"}
     for name, value in extras.items():
-        rank = 1 if name == "positive_ids" else 2
-        if len(value.shape) != rank or value.shape[0] != size:
+        shape = tuple(value.shape)
+        if name in expected:
+            fits = str(shape) == expected[name]
+        else:
+            fits = len(shape) == 2 and shape[0] == size
+        if not fits:
             raise ValueError(
-                f"{name} must have the shape ({size}{', n' if rank == 2 else ','}) in a batch of "
-                f"{size} queries, got {tuple(value.shape)}."
+                f"{name} must have the shape {expected.get(name, f'({size}, n)')} in a batch of "
+                f"{size} queries with {k} hard negatives each, got {shape}."
             )
 
 
@@ -128,38 +141,47 @@ def relevant_mask(extras: Mapping[str, Any], columns: int, num_hard_negatives: i
         num_hard_negatives: k, the number of hard negatives per query.
 
     Returns:
-        The mask, or None if the batch has no document ids.
+        The mask, or None if the batch has neither a mask nor document ids.
 
     Raises:
         ValueError: If `positive_ids` is missing, or `columns` isn't B - 1 + k.
     """
-    if "positive_ids" not in extras:
-        if {"relevant_ids", "negative_ids"} & extras.keys():
-            raise ValueError(
-                f"The batch has {_listed(sorted(extras))} but no positive_ids, so its documents "
-                "can't be identified. Add positive_ids."
-            )
+    if "relevant_mask" in extras:
+        mask = ops.cast(extras["relevant_mask"], "bool")
+        in_batch, hard = mask[:, : mask.shape[0]], mask[:, mask.shape[0] :]
+    elif "positive_ids" in extras:
+        in_batch, hard = _compare_ids(extras, num_hard_negatives)
+    elif {"relevant_ids", "negative_ids"} & extras.keys():
+        raise ValueError(
+            f"The batch has {_listed(sorted(extras))} but no positive_ids, so its documents can't "
+            "be identified. Add positive_ids."
+        )
+    else:
         return None
-    positive = extras["positive_ids"]
-    if columns != positive.shape[0] - 1 + num_hard_negatives:
+    size = in_batch.shape[0]
+    if columns != size - 1 + num_hard_negatives:
         raise ValueError(
             "compute_scores must return B - 1 + k negative scores per query, here "
-            f"{positive.shape[0] - 1 + num_hard_negatives}, got {columns}: the scores of the other "
-            "documents in batch order, then those of the query's hard negatives. "
+            f"{size - 1 + num_hard_negatives}, got {columns}: the scores of the other documents in "
+            "batch order, then those of the query's hard negatives. "
             "polus.ir.scores.InBatchScores does so."
         )
+    return ops.concatenate([without_diagonal(in_batch), hard], axis=1)
+
+
+def _compare_ids(extras: Mapping[str, Any], num_hard_negatives: int) -> tuple[Any, Any]:
+    """Returns which positives `(B, B)` and hard negatives `(B, k)` are relevant, or padding."""
+    positive = extras["positive_ids"]
     relevant = positive[:, None]
     if "relevant_ids" in extras:
         others = ops.cast(extras["relevant_ids"], relevant.dtype)
         relevant = ops.concatenate([relevant, others], axis=1)
     in_batch = ops.any(ops.equal(relevant[:, None, :], positive[None, :, None]), axis=-1)
-    if "negative_ids" in extras:
-        ids = ops.cast(extras["negative_ids"], relevant.dtype)
-        hard = ops.any(ops.equal(relevant[:, None, :], ids[:, :, None]), axis=-1)
-        hard = ops.logical_or(hard, ids < 0)
-    else:
-        hard = ops.zeros((positive.shape[0], num_hard_negatives), "bool")
-    return ops.concatenate([without_diagonal(in_batch), hard], axis=1)
+    if "negative_ids" not in extras:
+        return in_batch, ops.zeros((positive.shape[0], num_hard_negatives), "bool")
+    ids = ops.cast(extras["negative_ids"], relevant.dtype)
+    hard = ops.any(ops.equal(relevant[:, None, :], ids[:, :, None]), axis=-1)
+    return in_batch, ops.logical_or(hard, ids < 0)
 
 
 def flatten_negatives(inputs: Any) -> tuple[Any, tuple[Any, Any]]:

@@ -11,7 +11,7 @@ import keras
 from keras import layers, ops
 from safetensors import safe_open
 
-from polus.ir.pretrained import bert_arguments, output_settings
+from polus.ir.pretrained import bert_arguments, output_settings, transformer_folder
 
 
 class _Block(layers.Layer):
@@ -125,20 +125,21 @@ class BertEncoder(keras.Model):
         """Loads the encoder in a folder with `config.json` and `model.safetensors`.
 
         Pooling and normalization are those of sentence-transformers' `modules.json`. Without that
-        file they are "mean" and no normalization.
+        file they are "mean" and no normalization. Prompts and the maximum length belong to the
+        tokenizer: see `TextTokenizer`.
 
         Args:
             folder: The folder, as downloaded from a model hub or found in a package.
             overrides: Arguments of this class, such as `dropout=0.0`.
 
         Raises:
-            ValueError: If the weights aren't those of a BERT encoder as implemented here, or
-                `modules.json` names a module other than Transformer, Pooling and Normalize.
+            ValueError: If the weights aren't those of a BERT encoder as implemented here, or a
+                module or setting in `modules.json` isn't implemented.
         """
         folder = Path(folder)
         model = cls(**{**bert_arguments(folder), **output_settings(folder), **overrides})
         model({"input_ids": ops.ones((1, 2), "int32"), "attention_mask": ops.ones((1, 2), "int32")})
-        with safe_open(str(folder / "model.safetensors"), "numpy") as file:
+        with safe_open(str(transformer_folder(folder) / "model.safetensors"), "numpy") as file:
             _load_weights(model, _Tensors(file))
         return model
 

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from polus.data import SeekableAdapter
+from polus.data.fingerprint import checksum
 
 Rows = NDArray[np.int64]
 
@@ -132,9 +133,9 @@ def as_features(features: Any) -> Features:
 class PairBatches(SeekableAdapter):
     """Batches of judged pairs for `EfficientDenseRetrievalTrainer`, reshuffled each epoch.
 
-    A batch is `(query, positive, [negatives,] {"positive_ids", "relevant_ids"[, "negative_ids"]})`.
-    Ids are row numbers of documents, by which the trainer masks scores. The order of an epoch
-    depends on nothing but `seed` and the epoch's number.
+    A batch is `(query, positive, [negatives,] {"relevant_mask"})`, whose mask tells the trainer
+    which documents are no negatives. The order of an epoch depends on nothing but `seed` and the
+    epoch's number.
 
     Args:
         queries: The features of Q queries; see `Features`.
@@ -184,13 +185,19 @@ class PairBatches(SeekableAdapter):
         self.seed = seed
         self.avoid_clashes = avoid_clashes
         self.negatives: Rows | None = None
-        most = max(len(rows) for rows in self.relevant)
-        self._padded = np.full((len(self.relevant), most), -1, np.int64)
-        for query, rows in enumerate(self.relevant):
-            self._padded[query, : len(rows)] = rows
+        self._checksum = checksum(self.pairs)
         super().__init__(self)
         if not avoid_clashes:
             self.num_batches = -(-len(self.pairs) // batch_size)
+
+    def facts(self) -> dict[str, Any]:
+        names = ("batch_size", "seed", "avoid_clashes")
+        found = {name: getattr(self, name) for name in names}
+        return {
+            **found,
+            "number of pairs": len(self.pairs),
+            "checksum of the pairs": self._checksum,
+        }
 
     def batches(self, epoch: int, skip: int = 0) -> Iterator[Any]:
         """Yields the batches of an epoch, from batch `skip` on."""
@@ -234,14 +241,21 @@ class PairBatches(SeekableAdapter):
 
     def _batch(self, places: Rows, negatives: Rows | None) -> tuple[Any, ...]:
         queries, documents = self.pairs[places].T
-        ids = {
-            "positive_ids": documents.astype(np.int32),
-            "relevant_ids": self._padded[queries].astype(np.int32),
-        }
+        hard = np.empty((len(places), 0), np.int64) if negatives is None else negatives[places]
+        extras = {"relevant_mask": self._relevant_mask(queries, documents, hard)}
         parts = (self.queries[queries], self.documents[documents])
         if negatives is None:
-            return *parts, ids
-        rows = negatives[places]
-        ids["negative_ids"] = rows.astype(np.int32)
-        # A padding negative is masked by its id, so any document may fill its place.
-        return *parts, self.documents[np.maximum(rows, 0)], ids
+            return *parts, extras
+        # Padding is masked, so any document may fill its place.
+        return *parts, self.documents[np.maximum(hard, 0)], extras
+
+    def _relevant_mask(self, queries: Rows, documents: Rows, hard: Rows) -> NDArray[np.bool_]:
+        """Marks the relevant documents among the positives and hard negatives, and padding."""
+        mask = np.empty((len(queries), len(documents) + hard.shape[1]), bool)
+        is_relevant = np.zeros(len(self.documents), bool)
+        for i, query in enumerate(queries):
+            is_relevant[self.relevant[query]] = True
+            mask[i, : len(documents)] = is_relevant[documents]
+            mask[i, len(documents) :] = is_relevant[hard[i]] | (hard[i] < 0)
+            is_relevant[self.relevant[query]] = False
+        return mask

@@ -1,23 +1,18 @@
 """Encodes many texts, batch by batch."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from keras import ops
 from numpy.typing import NDArray
 
+from polus.host import to_host
 from polus.ir.data import Features, Rows
 
 Vectors = NDArray[np.float32]
 
 
-def encode(
-    fn: Callable[[Any], Any],
-    features: Features,
-    batch_size: int = 64,
-    order: Rows | None = None,
-) -> list[Vectors]:
+def encode(fn: Callable[[Any], Any], features: Features, batch_size: int = 64) -> list[Vectors]:
     """Applies an encoder to all features, and returns one array per text.
 
     Args:
@@ -25,25 +20,37 @@ def encode(
             `(vectors (B, L, E), mask (B, L))`.
         features: The features of N texts.
         batch_size: The number of texts encoded at a time.
-        order: All row numbers, in the order to encode them. Defaults to the order of the rows.
 
     Returns:
         N arrays `(E,)`, or for late interaction `(tokens, E)` without padding.
     """
-    order = np.arange(len(features)) if order is None else order
-    vectors: dict[int, Vectors] = {}
+    batches = encode_batches(fn, features, np.arange(len(features)), batch_size)
+    return [each for _, vectors in batches for each in vectors]
+
+
+def encode_batches(
+    fn: Callable[[Any], Any], features: Features, order: Rows, batch_size: int = 64
+) -> Iterator[tuple[Rows, list[Vectors]]]:
+    """Applies an encoder batch by batch; yields the row numbers of each batch and its arrays.
+
+    Args:
+        fn: As for `encode`.
+        features: As for `encode`.
+        order: The row numbers, in the order to encode them.
+        batch_size: The number of texts encoded at a time.
+    """
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         # Padded to a power of two or a whole batch, so that few shapes are compiled and a single
         # query doesn't cost as much as a batch.
-        filled = min(1 << (len(rows) - 1).bit_length(), batch_size)
-        result = fn(features[np.resize(rows, filled)])
+        padded = min(1 << (len(rows) - 1).bit_length(), batch_size)
+        result = fn(features[np.resize(rows, padded)])
         if isinstance(result, (tuple, list)):
-            found, mask = (ops.convert_to_numpy(each) for each in result)
-            vectors |= {int(row): found[i][mask[i] > 0] for i, row in enumerate(rows)}
+            found, mask = (to_host(each)[: len(rows)] for each in result)
+            vectors = [each[there > 0] for each, there in zip(found, mask, strict=True)]
         else:
-            vectors |= dict(zip(rows.tolist(), ops.convert_to_numpy(result), strict=False))
-    return [vectors[row].astype("float32") for row in range(len(features))]
+            vectors = list(to_host(result)[: len(rows)])
+        yield rows, [each.astype("float32") for each in vectors]
 
 
 def stack_vectors(vectors: Sequence[Vectors]) -> Any:

@@ -9,7 +9,9 @@ import keras
 import numpy as np
 from keras import ops
 
+from polus.host import did_you_mean
 from polus.ir.bert import BertEncoder
+from polus.ir.pretrained import TextSettings, text_settings, transformer_folder
 
 __all__ = ["BertEncoder", "DualEncoder", "IdentityProjection", "TextTokenizer"]
 
@@ -21,31 +23,61 @@ class TextTokenizer:
     the length of the longest text, rounded up to a multiple of `multiple`, so that an encoder is
     compiled for few shapes.
 
+    A folder saved by sentence-transformers states the length at which texts are truncated, and for
+    some models prompts that are prepended to queries or documents. Use a tokenizer for each kind of
+    text then:
+
+    ```python
+    query_tokenizer = TextTokenizer(folder, prompt_name="query")
+    document_tokenizer = TextTokenizer(folder, prompt_name="document")
+    ```
+
     Args:
-        path: The path of `tokenizer.json`, or of its folder.
-        max_length: Longer texts are truncated; special tokens count.
+        path: The folder of `tokenizer.json`, or the path of that file.
+        max_length: Longer texts are truncated; special tokens and the prompt count. Defaults to the
+            length that the folder states, or to 256 if it states none.
         multiple: See above.
+        prompt_name: The name of one of the folder's prompts. Defaults to the folder's own default.
+        prompt: A text to prepend instead; "" for none.
+
+    Raises:
+        ImportError: If `tokenizers` isn't installed.
+        ValueError: If the folder has prompts but no default, and neither `prompt_name` nor `prompt`
+            is given, or if it has a setting that isn't implemented.
     """
 
-    def __init__(self, path: str | Path, max_length: int = 256, multiple: int = 32) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        max_length: int | None = None,
+        multiple: int = 32,
+        *,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+    ) -> None:
         try:
-            from tokenizers import Tokenizer
+            from tokenizers import Tokenizer, normalizers
         except ImportError as error:
             raise ImportError(
                 "TextTokenizer needs tokenizers. Use: pip install tokenizers"
             ) from error
         path = Path(path)
-        self._tokenizer = Tokenizer.from_file(
-            str(path / "tokenizer.json" if path.is_dir() else path)
-        )
-        self._tokenizer.no_padding()
-        self._tokenizer.enable_truncation(max_length)
-        self.max_length = max_length
+        folder = path if path.is_dir() else path.parent
+        settings = text_settings(folder)
+        file = transformer_folder(folder) / "tokenizer.json" if path.is_dir() else path
+        self.max_length = max_length or settings.max_length or 256
         self.multiple = multiple
+        self.prompt = _choose_prompt(folder, settings, prompt_name) if prompt is None else prompt
+        self._tokenizer = Tokenizer.from_file(str(file))
+        self._tokenizer.no_padding()
+        self._tokenizer.enable_truncation(self.max_length, direction=settings.truncation_side)
+        if settings.lower_case:
+            own = [self._tokenizer.normalizer] if self._tokenizer.normalizer else []
+            self._tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *own])
         self.vocab_size: int = self._tokenizer.get_vocab_size()
 
     def __call__(self, texts: Sequence[str]) -> dict[str, np.ndarray[Any, Any]]:
-        encodings = self._tokenizer.encode_batch(list(texts))
+        encodings = self._encode(texts)
         longest = max((len(each.ids) for each in encodings), default=1)
         length = min(-(-longest // self.multiple) * self.multiple, max(self.max_length, longest))
         ids = np.zeros((len(encodings), length), np.int32)
@@ -57,12 +89,32 @@ class TextTokenizer:
 
     def lengths(self, texts: Sequence[str]) -> list[int]:
         """Returns the number of tokens of each text."""
-        return [len(each.ids) for each in self._tokenizer.encode_batch(list(texts))]
+        return [len(each.ids) for each in self._encode(texts)]
+
+    def _encode(self, texts: Sequence[str]) -> list[Any]:
+        encodings: list[Any] = self._tokenizer.encode_batch([self.prompt + text for text in texts])
+        return encodings
 
     @property
     def fingerprint(self) -> str:
         """A digest that differs if the tokens of any text may differ."""
-        return hashlib.sha256(self._tokenizer.to_str().encode()).hexdigest()
+        return hashlib.sha256((self._tokenizer.to_str() + self.prompt).encode()).hexdigest()
+
+
+def _choose_prompt(folder: Path, settings: TextSettings, name: str | None) -> str:
+    """Returns the prompt of that name, or else the folder's default."""
+    names = [each for each, text in settings.prompts.items() if text]
+    if name is None:
+        if settings.default_prompt is None and names:
+            raise ValueError(
+                f"{folder} has prompts, so TextTokenizer needs to know which one to use. Use "
+                f"prompt_name= with one of {list(settings.prompts)}, or prompt='' for none."
+            )
+        return settings.prompts.get(settings.default_prompt or "", "")
+    if name not in settings.prompts:
+        hint = did_you_mean(name, settings.prompts) or f"Its prompts are {list(settings.prompts)}."
+        raise ValueError(f"{folder} has no prompt named {name!r}. {hint}")
+    return settings.prompts.get(name, "")
 
 
 @keras.saving.register_keras_serializable(package="polus")

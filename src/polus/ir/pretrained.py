@@ -1,8 +1,11 @@
-"""Reads the settings in a folder that Hugging Face's libraries have saved."""
+"""Reads the settings in folders saved by Hugging Face's transformers and sentence-transformers."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any, Literal, TypedDict
+
+Pooling = Literal["mean", "first"]
 
 _SERVED = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute"}
 _BERT_ARGUMENTS = {
@@ -16,11 +19,18 @@ _BERT_ARGUMENTS = {
     "dropout": "hidden_dropout_prob",
     "epsilon": "layer_norm_eps",
 }
-Pooling = Literal["mean", "first"]
-_POOLING: dict[str, Pooling] = {
+_POOLING: dict[str, Pooling] = {"mean": "mean", "cls": "first"}
+# Until version 6 of sentence-transformers: a flag for each mode, of which several could be set.
+_POOLING_FLAGS = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
     "pooling_mode_mean_tokens": "mean",
-    "pooling_mode_cls_token": "first",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
 }
+# Settings of its module Transformer that change what the encoder is given.
+_NOT_SERVED = ("query_length", "document_length", "query_expansion", "processing_kwargs")
 
 
 class OutputSettings(TypedDict, total=False):
@@ -30,13 +40,40 @@ class OutputSettings(TypedDict, total=False):
     normalize: bool
 
 
+@dataclasses.dataclass(frozen=True)
+class TextSettings:
+    """How texts are tokenized.
+
+    Attributes:
+        max_length: The number of tokens at which texts are truncated; None if nothing is known.
+        lower_case: Whether texts are lowercased before the tokenizer's own normalization.
+        truncation_side: The end at which texts are truncated.
+        prompts: The prompts that are prepended to texts, by name.
+        default_prompt: The name of the prompt for texts of no particular kind.
+    """
+
+    max_length: int | None = None
+    lower_case: bool = False
+    truncation_side: Literal["left", "right"] = "right"
+    prompts: dict[str, str] = dataclasses.field(default_factory=dict)
+    default_prompt: str | None = None
+
+
+def transformer_folder(folder: Path) -> Path:
+    """Returns the folder of weights and tokenizer, a subfolder in old sentence-transformers."""
+    for module in _modules(folder):
+        if _kind(module) == "Transformer":
+            return folder / str(module["path"])
+    return folder
+
+
 def bert_arguments(folder: Path) -> dict[str, Any]:
     """Returns the arguments of `BertEncoder` that a folder's `config.json` holds.
 
     Raises:
         ValueError: If the model isn't a BERT encoder as `BertEncoder` implements it.
     """
-    config = json.loads((folder / "config.json").read_text())
+    config = _read(transformer_folder(folder) / "config.json")
     differing = {
         key: config[key]
         for key, served in _SERVED.items()
@@ -56,17 +93,20 @@ def output_settings(folder: Path) -> OutputSettings:
     Returns an empty dict if there is no such file.
 
     Raises:
-        ValueError: If a module or a pooling mode is none that `BertEncoder` implements.
+        ValueError: If `BertEncoder` doesn't implement a module or one of its settings.
     """
-    if not (folder / "modules.json").exists():
-        return {}
     found: OutputSettings = {}
-    for module in json.loads((folder / "modules.json").read_text()):
-        kind = module["type"].rsplit(".", 1)[-1]
-        if kind == "Normalize":
+    for module in _modules(folder):
+        config = _read(folder / module["path"] / "config.json")
+        kind = _kind(module)
+        if kind == "Pooling":
+            found["pooling"] = _pooling(folder, config)
+        elif kind == "Normalize":
+            if config.get("module_input_name", "sentence_embedding") != "sentence_embedding":
+                raise ValueError(
+                    f"BertEncoder must normalize sentence embeddings, got {config} in {folder}."
+                )
             found["normalize"] = True
-        elif kind == "Pooling":
-            found["pooling"] = _pooling(folder, module["path"])
         elif kind != "Transformer":
             raise ValueError(
                 "BertEncoder implements the modules Transformer, Pooling and Normalize, but "
@@ -76,11 +116,66 @@ def output_settings(folder: Path) -> OutputSettings:
     return found
 
 
-def _pooling(folder: Path, module: str) -> Pooling:
-    modes = json.loads((folder / module / "config.json").read_text())
-    chosen = [mode for mode, on in modes.items() if on is True and mode in _POOLING]
-    if len(chosen) != 1:
+def text_settings(folder: Path) -> TextSettings:
+    """Returns how a folder says that texts are tokenized.
+
+    Raises:
+        ValueError: If it has a setting that `TextTokenizer` doesn't implement.
+    """
+    inner = transformer_folder(folder)
+    tokenizer = _read(inner / "tokenizer_config.json")
+    transformer: dict[str, Any] = {}
+    for path in sorted(inner.glob("sentence_*_config.json")):  # one per family in old versions
+        transformer |= _read(path)
+    unserved = {name: transformer[name] for name in _NOT_SERVED if transformer.get(name)}
+    if tokenizer.get("padding_side", "right") != "right":
+        unserved["padding_side"] = tokenizer["padding_side"]
+    if unserved:
         raise ValueError(
-            f"BertEncoder implements the pooling {_POOLING}, but {folder} has {modes}."
+            f"TextTokenizer doesn't implement the settings {unserved} of {folder}. Write a class "
+            "with __call__(texts), lengths(texts) and fingerprint."
         )
-    return _POOLING[chosen[0]]
+    limits = [tokenizer.get("model_max_length"), _read(inner / "config.json").get(_POSITIONS)]
+    known = [limit for limit in limits if limit is not None]
+    sentence_transformers = _read(folder / "config_sentence_transformers.json")
+    return TextSettings(
+        max_length=transformer.get("max_seq_length") or (int(min(known)) if known else None),
+        lower_case=bool(transformer.get("do_lower_case", False)),
+        truncation_side=tokenizer.get("truncation_side", "right"),
+        prompts={n: text or "" for n, text in (sentence_transformers.get("prompts") or {}).items()},
+        default_prompt=sentence_transformers.get("default_prompt_name"),
+    )
+
+
+_POSITIONS = "max_position_embeddings"
+
+
+def _pooling(folder: Path, config: dict[str, Any]) -> Pooling:
+    modes = config.get("pooling_mode")
+    if modes is None:
+        modes = [mode for flag, mode in _POOLING_FLAGS.items() if config.get(flag)] or ["mean"]
+    modes = [modes] if isinstance(modes, str) else modes
+    if len(modes) != 1 or modes[0] not in _POOLING:
+        raise ValueError(
+            f"BertEncoder implements the pooling modes {', '.join(_POOLING)}, one at a time, but "
+            f"{folder} has {', '.join(modes)}."
+        )
+    if not config.get("include_prompt", True):
+        raise ValueError(
+            f"BertEncoder pools the tokens of prompts too, but {folder} has include_prompt=False."
+        )
+    return _POOLING[modes[0]]
+
+
+def _modules(folder: Path) -> list[dict[str, Any]]:
+    path = folder / "modules.json"
+    return json.loads(path.read_text("utf-8")) if path.exists() else []
+
+
+def _kind(module: dict[str, Any]) -> str:
+    return str(module["type"]).rsplit(".", 1)[-1]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Returns what a JSON file holds; an empty dict if there is none."""
+    return json.loads(path.read_text("utf-8")) if path.exists() else {}

@@ -94,9 +94,6 @@ class CompiledTowers:
             self.towers = towers
         return self.programs[kind](inputs)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "CompiledTowers":
-        return CompiledTowers()  # compiled functions would still run the original's model
-
 
 def check_methods(model: keras.Model) -> None:
     """Raises a TypeError, with the class to write, if the model lacks one of the four methods."""

@@ -38,6 +38,9 @@ class EfficientDenseRetrievalTrainer(BaseTrainer):
     dict of tensors; negatives have a second axis for the k hard negatives of each query. A dict of
     extras may come last, with any of
 
+    - `"relevant_mask"` (B, B + k) bool: True for documents that are no negatives of a query. The
+      columns are the positives of the batch in order, then the query's hard negatives. It takes the
+      place of ids.
     - `"positive_ids"` (B,) int: The document id of each positive. Equal ids are never negatives.
     - `"relevant_ids"` (B, R) int: All documents relevant to each query, padded with -1. They are
       masked, both among the batch's other documents and among the hard negatives.
@@ -316,6 +319,9 @@ class _Prepared:
     """The ids of the frozen encoder's variables."""
     cache: GradientCache | None = None
     programs: CompiledTowers = dataclasses.field(default_factory=CompiledTowers)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Prepared":
+        return _Prepared()  # a copied trainer has variables of its own
 
 
 def _check_settings(freeze_encoder: bool, encoded: bool, micro_batch_size: int | None) -> None:

@@ -69,6 +69,10 @@ class IMetric(keras.metrics.Metric, ABC):
     def __init__(
         self, reduce_f: Callable[[Any], tuple[Any, ...]] | None = None, name: str | None = None
     ) -> None:
+        if name is not None and not isinstance(name, str):
+            raise TypeError(f"name must be a string, got {name!r}.")
+        if reduce_f is not None and not callable(reduce_f):
+            raise TypeError(f"reduce_f must be a function of the samples, got {reduce_f!r}.")
         super().__init__(name=name)
         self.reduce_f = reduce_f
         self.has_samples = False

@@ -63,6 +63,9 @@ class IConfusionMatrix(IMetric):
         name: str | None = None,
     ) -> None:
         super().__init__(reduce_f, name)
+        _check_integer("num_classes", num_classes)
+        if ignore_class is not None:
+            _check_integer("ignore_class", ignore_class)
         if num_classes < 2:
             raise ValueError(
                 f"num_classes of metric {self.name!r} must be at least 2, got {num_classes!r}. For "
@@ -288,3 +291,8 @@ def _equal_shapes(shape: Sequence[int | None], other: Sequence[int | None]) -> b
 
 def _flat(labels: Any) -> Any:
     return labels if len(labels.shape) == 1 else ops.reshape(labels, (-1,))
+
+
+def _check_integer(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{name} must be an integer, got {value!r}.")
