@@ -12,16 +12,14 @@ import threading
 import keras
 import numpy as np
 import pytest
+from resuming import assert_resumes_exactly, batch_of, checkpointed, interrupted_log, read
 
-from polus.checkpoint.store import Store
 from polus.data import DataReader, as_adapter, from_arrays, with_iterator_state
 from polus.data.fingerprint import checksum
-from polus.state import random_state, set_random_state
-from polus.state_tree import flatten_state
 
 torch = pytest.importorskip("torch")
 
-EPOCHS, EXAMPLES = 3, 22
+EXAMPLES = 22
 x = np.arange(EXAMPLES, dtype="float32")
 
 
@@ -210,72 +208,11 @@ SOURCES = {
     "grain": (StatefulIterable, None, None),
     "told the epoch": (ToldTheEpoch, None, None),
 }
-PLACES = [(0, 1), (0, 3), (1, 0), (1, 2), (1, 5), (2, 6)]
-
-
-class Interrupted(Exception):
-    pass
-
-
-def batch_of(block, i):
-    return (
-        block.payload
-        if block.unpack is None
-        else keras.tree.map_structure(lambda rows: rows[i], block.unpack(block.payload))
-    )
-
-
-def read(reader, epoch=0, step=0, until=None, log=None):
-    """Reads as the loop does, up to `until`, and returns the epoch and step reached."""
-    reader.tracked = True
-    while epoch < EPOCHS:
-        data = reader.epoch(epoch, step)
-        data.peek()
-        with contextlib.closing(data.blocks(2)) as blocks:
-            for block in blocks:
-                for i in range(block.count):
-                    log.append((epoch, step, checksum(batch_of(block, i))))
-                    step += 1
-                if until is not None and (epoch, step) >= until:
-                    return epoch, step
-        epoch, step = epoch + 1, 0
-        if until is not None and (epoch, step) >= until:
-            return epoch, step
-    return epoch, step
-
-
-def checkpointed(folder, epoch, step, reader):
-    """What was written and read again, as after a restart."""
-    state = {"data": reader.get_state(epoch, step), "random": random_state()}
-    store = Store(folder)
-    store.write(flatten_state(state), {}, keep=1)
-    return store.read_newest().tree
 
 
 @pytest.mark.parametrize("name", SOURCES)
 def test_a_resumed_run_reads_the_same_batches_as_an_uninterrupted_one(tmp_path, name, caplog):
-    make, transform, steps = SOURCES[name]
-
-    def process(drawn):
-        keras.utils.set_random_seed(1)  # and TensorFlow's seed, which its shuffles start from
-        torch.manual_seed(1)  # Keras does so only on its own backend
-        for _ in range(drawn):
-            random.random(), np.random.random(), torch.rand(())
-        return DataReader(as_adapter(make()), transform, steps)
-
-    expected: list = []
-    read(process(0), log=expected)
-    assert len({entry[2] for entry in expected}) > len(expected) // 3 - 1
-    for place in PLACES:
-        log: list = []
-        reader = process(0)
-        epoch, step = read(reader, until=place, log=log)
-        tree = checkpointed(tmp_path / str(place), epoch, step, reader)
-        again = process(2)
-        state = again.set_state(tree["data"], epoch, step, tree["random"])
-        set_random_state(state)
-        read(again, epoch, step, log=log)
-        assert log == expected, place
+    assert_resumes_exactly(tmp_path, *SOURCES[name])
     assert "does not repeat" not in caplog.text
 
 
@@ -376,6 +313,48 @@ class OwnGenerator:
 class DrawsAtTheEnd(Shuffled):
     def on_epoch_end(self):
         np.random.shuffle(self.order)
+
+
+class ForgetsItsOrder(StatefulLoader):
+    """Leaves the order of the epoch out of its state."""
+
+    def __iter__(self):
+        if self.resumed:
+            self.order = torch.arange(EXAMPLES)
+        return super().__iter__()
+
+    def state_dict(self):
+        return {"position": self.position}
+
+    def load_state_dict(self, state):
+        self.position, self.resumed = state["position"], True
+
+
+class KeepsItsOldState(ForgetsItsOrder):
+    """Begins all later epochs in the state that it was given once."""
+
+    given = None
+
+    def __iter__(self):
+        if self.given is not None:
+            self.position, self.resumed = self.given, True
+        return super().__iter__()
+
+    def load_state_dict(self, state):
+        self.given = state["position"]
+
+
+def test_a_state_that_does_not_bring_the_next_batch_back_is_not_used(tmp_path, caplog):
+    caplog.set_level("INFO", "polus.data")
+    assert_resumes_exactly(tmp_path, ForgetsItsOrder, noisy, places=[(0, 3), (1, 2)])
+    assert "read again from its start instead" in caplog.text
+    assert "does not repeat" not in caplog.text
+
+
+def test_a_state_that_neither_continues_nor_begins_again_warns(tmp_path, caplog):
+    log = interrupted_log(tmp_path, (0, 3), KeepsItsOldState)
+    assert len(log) >= 6
+    assert "does not bring back the batch that followed it, in epoch 1 after" in caplog.text
 
 
 FIRST = "The order of the data does not repeat: the first batch of epoch 2"

@@ -12,6 +12,7 @@ Every backend gives
   the device; ``view``: a variable for the host to copy;
 - ``COMPILES``, ``candidates()``, ``LONG_RUN_SECS``: whether a new shape costs a compilation, which
   settings of ``jit_compile`` are worth measuring, and from how long a run on;
+- ``TAKES_TEXT``: whether tensors may hold text;
 - ``describe()``: devices and threads;
 - ``random_state()``, ``set_random_state(state)``: the backend's own generators.
 

@@ -22,6 +22,7 @@ from polus.backends.scopes import DryRun, VariableRecorder, active_dry_run, curr
 Tree = Any
 Values = list[Any]
 COMPILES = True  # a new shape costs a compilation
+TAKES_TEXT = False  # whether tensors may hold text
 LONG_RUN_SECS: dict[bool, float] = {}  # each setting of `jit_compile` is worth a try in any run
 
 

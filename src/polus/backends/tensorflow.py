@@ -12,6 +12,7 @@ from polus.backends.scopes import BackendVariable, DryRun, current_scope
 
 Tree = Any
 COMPILES = True  # a new shape costs a compilation
+TAKES_TEXT = True  # whether tensors may hold text
 LONG_RUN_SECS: dict[bool, float] = {}  # each setting of `jit_compile` is worth a try in any run
 
 

@@ -20,6 +20,7 @@ from polus.backends.scopes import BackendVariable, DryRun
 
 Tree = Any
 COMPILES = False  # a new shape costs nothing
+TAKES_TEXT = False  # whether tensors may hold text
 # `torch.compile` takes ten seconds for a small model, a minute for a large one, and may be slower.
 LONG_RUN_SECS = {True: 300.0}
 

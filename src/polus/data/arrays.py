@@ -6,6 +6,8 @@ from typing import Any
 import keras
 import numpy as np
 
+from polus.data.batches import arrays_of, map_arrays
+
 
 def from_arrays(
     arrays: Any,
@@ -28,7 +30,8 @@ def from_arrays(
 
     Args:
         arrays: An array, or a structure of arrays with an equal first axis: the examples. A tuple
-            (x, y) yields batches (x, y). float64 becomes `keras.config.floatx()`.
+            (x, y) yields batches (x, y). float64 becomes `keras.config.floatx()`. Text needs a
+            `custom_data_transform_f` that encodes it. A part that is None stays None.
         batch_size: The number of examples per batch.
         shuffle: Whether each epoch has its own order. If not, examples come in the order given.
         seed: The seed of the order, 0 to 2**64 - 1.
@@ -38,7 +41,8 @@ def from_arrays(
 
     Raises:
         ValueError: If there are no arrays or no examples, if the arrays differ in length, or if
-            batch_size or seed is out of range.
+            another argument is out of range.
+        TypeError: If a part is a sparse matrix, or a data frame with columns that are no numbers.
     """
     return ArrayDataset(arrays, batch_size, shuffle, seed, drop_remainder, device_bytes)
 
@@ -55,8 +59,8 @@ class ArrayDataset:
         drop_remainder: bool,
         device_bytes: int,
     ) -> None:
-        self.arrays = keras.tree.map_structure(_array, arrays)
-        leaves = keras.tree.flatten(self.arrays)
+        self.arrays = map_arrays(_array, arrays)
+        leaves = arrays_of(self.arrays)
         lengths = sorted({len(leaf) for leaf in leaves})
         if len(lengths) != 1 or lengths[0] == 0:
             raise ValueError(
@@ -70,10 +74,10 @@ class ArrayDataset:
                 f"seed must be an integer from 0 to 2**64 - 1, got {seed!r}. Each epoch has its "
                 "own order under one seed; shuffle=False keeps the order given."
             )
-        for name, value in {"shuffle": shuffle, "drop_remainder": drop_remainder}.items():
-            if not isinstance(value, bool | np.bool):
-                raise TypeError(f"{name} must be True or False, got {value!r}.")
-        if not isinstance(device_bytes, int | float) or not device_bytes >= 0:
+        for name, value in (("shuffle", shuffle), ("drop_remainder", drop_remainder)):
+            if not isinstance(value, bool | np.bool_):
+                raise ValueError(f"{name} must be True or False, got {value!r}.")
+        if not isinstance(device_bytes, int | float | np.number) or not device_bytes >= 0:
             raise ValueError(f"device_bytes must be a number of bytes, got {device_bytes!r}.")
         self.num_examples = lengths[0]
         self.batch_size = min(int(batch_size), self.num_examples)
@@ -105,7 +109,7 @@ class ArrayDataset:
 
     def batch(self, rows: np.ndarray[Any, Any]) -> Any:
         """Returns the batch of the examples `rows`, in host memory."""
-        return keras.tree.map_structure(lambda array: array[rows], self.arrays)
+        return map_arrays(lambda array: array[rows], self.arrays)
 
     def __iter__(self) -> Iterator[Any]:
         return map(self.batch, self.rows(0))
@@ -116,10 +120,14 @@ def _is_integer(value: Any) -> bool:
 
 
 def _array(values: Any) -> np.ndarray[Any, Any]:
-    if hasattr(values, "toarray"):  # scipy.sparse
+    if type(values).__module__.startswith("scipy.sparse"):
         raise TypeError(
-            f"from_arrays takes dense arrays, got a {type(values).__name__}. Use values.toarray()."
+            f"from_arrays takes dense arrays, got a scipy.sparse {type(values).__name__} of shape "
+            f"{values.shape}. Convert it: x.toarray(). If that does not fit into memory, pass a "
+            "generator function that yields batches such as (x[i : i + 32].toarray(), ...)."
         )
+    if hasattr(values, "columns") and hasattr(values, "dtypes"):
+        _check_columns(values)
     array = np.asarray(values)
     if array.ndim == 0:
         raise ValueError(
@@ -127,3 +135,20 @@ def _array(values: Any) -> np.ndarray[Any, Any]:
             "structure of arrays; make it one array: np.array(values)."
         )
     return array.astype(keras.config.floatx()) if array.dtype == np.float64 else array
+
+
+def _check_columns(frame: Any) -> None:
+    """Raises a TypeError that names the columns of a data frame that don't hold numbers."""
+    others = {
+        str(name): str(dtype)
+        for name, dtype in zip(frame.columns, frame.dtypes, strict=True)
+        if getattr(dtype, "kind", "f") not in "biufc"
+    }
+    if others:
+        kinds = ", ".join(f"{name!r} ({dtype})" for name, dtype in others.items())
+        raise TypeError(
+            f"from_arrays takes numbers, and these columns of the data frame hold something else: "
+            f"{kinds}. Encode them, for example with "
+            f"frame[{next(iter(others))!r}].astype('category').cat.codes, or leave them out: "
+            f"frame.drop(columns={list(others)})."
+        )

@@ -10,11 +10,16 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import keras
 import numpy as np
 
 from polus.backends import backend
 from polus.data.arrays import ArrayDataset
+from polus.data.batches import (
+    batch_size_of,
+    map_arrays,
+    plain_arrays,
+    signature_of,
+)
 
 StepLimit = Callable[[int], int]
 
@@ -57,51 +62,26 @@ def gather_batches(payload: tuple[Any, Any]) -> Any:
     twice as slow.
     """
     examples, rows = payload
-    return keras.tree.map_structure(lambda a: backend.take(a, rows), examples)
+    return map_arrays(lambda a: backend.take(a, rows), examples)
 
 
-def signature_of(batch: Any) -> list[Any]:
-    """Returns the shape and dtype of each array of a batch; other leaves stand for themselves."""
-    return [
-        (tuple(shape), str(leaf.dtype))
-        if (shape := getattr(leaf, "shape", None)) is not None
-        else leaf
-        for leaf in keras.tree.flatten(batch)
-    ]
-
-
-def plain_arrays(batch: Any) -> Any:
-    """Converts all leaves but the backend's tensors to NumPy; float64 becomes Keras' `floatx`."""
-    return keras.tree.map_structure(_plain, batch)
-
-
-def _plain(leaf: Any) -> Any:
-    if keras.ops.is_tensor(leaf):
-        return leaf
-    array = np.asarray(leaf)
-    return array.astype(keras.config.floatx()) if array.dtype == np.float64 else array
-
-
-def _batch_size(batch: Any) -> int:
-    """Returns the length of the first axis of the first array, 1 if there is none."""
-    for leaf in keras.tree.flatten(batch):
-        shape: tuple[int, ...] = getattr(leaf, "shape", ())
-        return int(shape[0]) if len(shape) else 1
-    return 1
+def stack(batches: list[Any], capacity: int) -> Any:
+    """Returns batches of equal shape along a new first axis, with room for `capacity` of them."""
+    return map_arrays(lambda *rows: backend.stack(rows, capacity), *batches)
 
 
 def single_block(batch: Any) -> StepBlock:
     """Returns a block of one batch, which runs in the program for a single step."""
-    payload = keras.tree.map_structure(backend.to_device, batch)
-    return StepBlock(1, _batch_size(batch), None, payload, 1, signature_of(batch))
+    payload = map_arrays(backend.to_device, batch)
+    return StepBlock(1, batch_size_of(batch), None, payload, 1, signature_of(batch))
 
 
 def repeated_block(batch: Any, count: int) -> StepBlock:
     """Returns a block of the same batch `count` times, to time a compiled step with."""
     if count == 1:
         return single_block(batch)
-    payload = backend.stack([batch] * count, count)
-    return StepBlock(count, _batch_size(batch), stacked, payload, count, signature_of(batch))
+    payload = stack([batch] * count, count)
+    return StepBlock(count, batch_size_of(batch), stacked, payload, count, signature_of(batch))
 
 
 class DeviceExamples:
@@ -113,7 +93,7 @@ class DeviceExamples:
 
     def __init__(self, dataset: ArrayDataset) -> None:
         self.dataset = dataset
-        self.arrays = keras.tree.map_structure(backend.to_device, dataset.arrays)
+        self.arrays = map_arrays(backend.to_device, dataset.arrays)
 
     def blocks(
         self, epoch: int, start: int, limit: StepLimit, capacity: int
@@ -142,6 +122,14 @@ class DeviceExamples:
         width = self.dataset.batch_size
         table = backend.to_device(np.zeros((count, width), np.int32))
         return StepBlock(count, width, gather_batches, (self.arrays, table), count, (width,))
+
+
+def _check_not_empty(batch: Any, step: int) -> None:
+    if batch_size_of(batch) == 0:
+        raise ValueError(
+            f"Batch {step + 1} of the epoch has no examples: the first axis of its first array has "
+            "length 0, so its loss would be NaN. Skip empty batches in the dataset."
+        )
 
 
 class BatchSource(Protocol):
@@ -197,6 +185,7 @@ class Grouping:
             if not batch:
                 return
             first = batch.pop()
+            _check_not_empty(first, step)
             if signature_of(first) != signature:
                 left, signature = 0, signature_of(first)
             is_rest = left > 0
@@ -210,7 +199,7 @@ class Grouping:
             count, group = self.source.read_group(first, size, is_rest)
             if count > 1 or is_rest:
                 payload = self.source.stack(group, self.capacity)
-                size = _batch_size(first)
+                size = batch_size_of(first)
                 return StepBlock(count, size, stacked, payload, self.capacity, signature)
         return single_block(first)
 
@@ -248,7 +237,7 @@ class GraphSource:
         return count, rows
 
     def stack(self, group: Any, capacity: int) -> Any:
-        return backend.pad(group, capacity)
+        return map_arrays(lambda rows: backend.pad(rows, capacity), group)
 
 
 class HostSource:
@@ -295,7 +284,7 @@ class HostSource:
         return len(group), group
 
     def stack(self, group: Any, capacity: int) -> Any:
-        return backend.stack(group, capacity)
+        return stack(group, capacity)
 
     def _read_plain(self) -> list[Any]:
         return [plain_arrays(batch) for batch in self._read()]

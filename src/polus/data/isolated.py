@@ -11,7 +11,8 @@ from typing import Any
 import keras
 import numpy as np
 
-from polus.data.adapters import DataAdapter, as_adapter
+from polus.data.adapters import as_adapter
+from polus.data.base_adapter import DataAdapter
 
 
 def isolated_copy(dataset: Any) -> DataAdapter:

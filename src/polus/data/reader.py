@@ -1,6 +1,5 @@
 """Reads a dataset epoch by epoch, and continues in a new process where a checkpoint was saved."""
 
-import collections
 import contextlib
 import itertools
 import logging
@@ -12,20 +11,26 @@ from typing import Any
 from polus.backends import backend
 from polus.backends.base import as_arguments
 from polus.data import iterator_state
-from polus.data.adapters import DataAdapter
 from polus.data.arrays import ArrayDataset
+from polus.data.base_adapter import DataAdapter
+from polus.data.batches import plain_arrays
 from polus.data.blocks import (
     DeviceExamples,
     GraphSource,
     Grouping,
     HostSource,
     StepBlock,
-    plain_arrays,
     repeated_block,
 )
 from polus.data.fingerprint import checksum, leaves_of
 from polus.data.prefetch import prefetch
-from polus.data.resume import check_same_dataset, check_same_leaves, warn_if_another
+from polus.data.resume import (
+    IteratorSnapshot,
+    IteratorSnapshots,
+    check_same_dataset,
+    check_same_leaves,
+    warn_if_another,
+)
 from polus.state import random_state, set_random_state
 
 logger = logging.getLogger("polus.data")
@@ -80,6 +85,8 @@ class DataReader:
         self.current: EpochReader | None = None
         known = adapter.num_batches
         self.num_batches = known if steps is None else steps if known is None else min(steps, known)
+        if transform is None:
+            adapter.check_untransformed()
         self.device_examples: DeviceExamples | None = None
         dataset = adapter.dataset
         if isinstance(dataset, ArrayDataset) and dataset.on_device and transform is None:
@@ -120,18 +127,18 @@ class DataReader:
         """Returns what `set_state` needs to continue before `step` of `epoch`."""
         state: State = {"dataset": self._facts(), "first_epoch": self.first_epoch}
         if self.current is None:
-            return state | {"epoch_start": self.epoch_start()}
+            return state | {"epoch_start": self.generators()}
         state["leaves"] = self.current.leaves
         if self.current.number == epoch:
             return state | self.current.get_state(step)
         return state | self._state_between_epochs(self.current)
 
-    def epoch_start(self) -> State:
+    def generators(self) -> State:
         """Returns the states of the generators that the order of an epoch depends on."""
         return {"random": random_state(), "adapter": self.adapter.get_state()}
 
     def _state_between_epochs(self, previous: "EpochReader") -> State:
-        state: State = {"checksum": None, "iterator": None, "epoch_start": self.epoch_start()}
+        state: State = {"checksum": None, "iterator": None, "epoch_start": self.generators()}
         if self.adapter.can_reread(self.steps):
             state["previous_epoch"] = {
                 "epoch_start": previous.epoch_start,
@@ -169,18 +176,13 @@ class DataReader:
         self.first_epoch = state["first_epoch"]
         self._return_to_epoch(state, epoch)
         saved = state.get("iterator") if step else None
-        if saved is not None:
-            saved = (saved[0], iterator_state.decode(saved[1]))
-        strategy = self.adapter.resume_strategy(saved, self.transform is not None)
-        drawn = strategy.resume(self, epoch, step, handle_signals)
+        snapshot = None if saved is None else IteratorSnapshot.from_tree(saved)
+        strategy = self.adapter.resume_strategy(snapshot, self.transform is not None)
+        drawn = strategy.resume(self, epoch, step, state, handle_signals)
         assert self.current is not None  # the strategy has opened it
         self._resumed = self.current
         self.current.epoch_start = state["epoch_start"]
         check_same_leaves(state.get("leaves"), self.current.leaves)
-        if strategy.checks_first_batch:
-            warn_if_another(epoch, state.get("checksum"), self.current.checksum)
-        else:
-            self.current.checksum = state["checksum"]
         # Before the first step, reading the first batch has moved the generators as it would have
         # in an uninterrupted run.
         return random | drawn if step else random_state()
@@ -195,15 +197,15 @@ class DataReader:
             self._repeat_epoch(epoch - 1, previous)
         if self.adapter.unrepeatable:
             logger.warning("The order of the data may not repeat: %s", self.adapter.unrepeatable)
-        self._restore_generators(state["epoch_start"])
+        self.restore_generators(state["epoch_start"])
         if at_end is not None:
             number = self.first_epoch + epoch
             self.adapter.restore_epoch_end(number, iterator_state.decode(at_end))
-            set_random_state(state["epoch_start"]["random"])
+            self.restore_generators(state["epoch_start"])
 
     def _repeat_epoch(self, epoch: int, saved: State) -> None:
         """Begins an earlier epoch again, checks its first batch and leaves behind what it left."""
-        self._restore_generators(saved["epoch_start"])
+        self.restore_generators(saved["epoch_start"])
         data = self.open_epoch(epoch, 0)
         data.set_example(data.peek())
         warn_if_another(epoch, saved["checksum"], data.checksum)
@@ -211,18 +213,23 @@ class DataReader:
             pass
         self.adapter.end_epoch()
 
-    def _restore_generators(self, epoch_start: State) -> None:
-        self.adapter.set_state(epoch_start["adapter"])
-        set_random_state(epoch_start["random"])
+    def restore_generators(self, generators: State) -> None:
+        """Restores what `generators` returned."""
+        self.adapter.set_state(generators["adapter"])
+        set_random_state(generators["random"])
 
-    def open_epoch(self, epoch: int, start: int, iterator_state: Any = None) -> "EpochReader":
-        """Begins an epoch at batch `start`, with an iterator in that state if one is given."""
-        self.current = EpochReader(self, epoch, start, iterator_state)
+    def open_epoch(
+        self, epoch: int, start: int = 0, snapshot: IteratorSnapshot | None = None
+    ) -> "EpochReader":
+        """Begins an epoch at batch `start`, where the iterator has the state of `snapshot`."""
+        self.current = EpochReader(self, epoch, start, snapshot)
         return self.current
 
-    def first_batch(self, epoch: int) -> Any:
-        """Returns the first batch of an epoch, to look at; None if there is none."""
-        return next(iter(self.adapter.batches(self.first_epoch + epoch)), None)
+    def first_batch(self, epoch: int) -> tuple[Any, ...] | None:
+        """Returns the step's arguments from the first batch of an epoch; None if it has none."""
+        for batch in self.adapter.batches(self.first_epoch + epoch):
+            return as_arguments(batch if self.transform is None else self.transform(batch))
+        return None
 
     def _facts(self) -> State:
         """Returns what tells the dataset from others."""
@@ -239,8 +246,8 @@ class EpochReader:
         reader: The reader of the dataset.
         number: The number of the epoch.
         start: The number of batches that are skipped.
-        iterator_state: The state that the dataset's iterator had behind them, which spares
-            reading them; None to skip them.
+        snapshot: The state of the dataset's iterator behind them, which spares reading them; None
+            to skip them.
 
     Attributes:
         number: The number of the epoch.
@@ -251,29 +258,33 @@ class EpochReader:
     """
 
     def __init__(
-        self, reader: DataReader, number: int, start: int, iterator_state: Any = None
+        self,
+        reader: DataReader,
+        number: int,
+        start: int,
+        snapshot: IteratorSnapshot | None = None,
     ) -> None:
         self.number = number
         self.start = start
-        self.epoch_start = reader.epoch_start() if reader.tracked else None
+        self.epoch_start = reader.generators() if reader.tracked else None
         self.checksum: int | None = None
         self.leaves: list[list[Any]] | None = None
         self._reader = reader
-        # The states of the iterator, and how many batches had been read then.
-        self._iterator_states: collections.deque[tuple[int, Any]] = collections.deque(maxlen=8)
+        self._snapshots = IteratorSnapshots(snapshot)
         self._example: Any = None
         self._first: list[Any] = []
         number += reader.first_epoch
-        if iterator_state is None:
+        if snapshot is None:
             self._raw_batches = reader.adapter.batches(number, start)
         else:
-            self._raw_batches = reader.adapter.restored_batches(number, iterator_state)
+            self._raw_batches = reader.adapter.restored_batches(number, snapshot.state)
         self._batches = self._transformed()
 
     def _transformed(self) -> Iterator[tuple[Any, ...]]:
         # In a generator, a StopIteration that the transform raises is an error, not the data's end.
         transform = self._reader.transform
         for batch in self._raw_batches:
+            self._snapshots.see(batch)
             yield as_arguments(batch if transform is None else transform(batch))
 
     def _read(self) -> list[Any]:
@@ -416,23 +427,31 @@ class EpochReader:
             batches = GraphSource(graph, self._read, self._first, handle_signals)
             return Grouping(batches, limit, capacity).blocks(start)
         stopped = threading.Event()
-        source = HostSource(self._read, self._first, self._record_iterator_state, stopped)
+        source = HostSource(self._read, self._first, self._take_snapshot, stopped)
         blocks = Grouping(source, limit, capacity).blocks(start)
         return prefetch(blocks, handle_signals, stopped)
 
     # ------------------------------------------------------------------ resuming
 
-    def _record_iterator_state(self, num_read: int) -> None:
+    def follows(self, snapshot: IteratorSnapshot) -> bool:
+        """Returns whether the next batch is the one that followed the snapshot it was opened at."""
+        self.peek()
+        return self._snapshots.begin_as(snapshot)
+
+    def _take_snapshot(self, num_read: int) -> None:
         """Records the state of the dataset's iterator behind `num_read` batches of the epoch."""
         reader = self._reader
-        if reader.tracked and (state := reader.adapter.iterator_state()) is not None:
-            self._iterator_states.append((num_read, state))
+        if not reader.tracked:
+            return
+        with reader.paused():  # an evaluation may be about to restore the generators
+            if (state := reader.adapter.iterator_state()) is not None:
+                self._snapshots.add(IteratorSnapshot(num_read, state, reader.generators()))
 
     def get_state(self, step: int) -> State:
         """Returns what a new process needs to continue this epoch before `step`."""
-        states = [(n, state) for n, state in list(self._iterator_states) if n <= step]
-        if self._reader.num_batches in (None, step) and len(states) > 1:
-            # A loader that is given its state behind the last batch may begin the next epoch.
-            states = [(n, state) for n, state in states if n < step]
-        newest = [states[-1][0], iterator_state.encode(states[-1][1])] if states else None
-        return {"epoch_start": self.epoch_start, "checksum": self.checksum, "iterator": newest}
+        snapshot = self._snapshots.before(step)
+        return {
+            "epoch_start": self.epoch_start,
+            "checksum": self.checksum,
+            "iterator": None if snapshot is None else snapshot.to_tree(),
+        }

@@ -10,26 +10,100 @@
 The adapter of a dataset chooses the way: see `DataAdapter.resume_strategy`.
 """
 
+import collections
+import dataclasses
 import logging
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from polus.data.fingerprint import same
+from polus.data import iterator_state
+from polus.data.fingerprint import checksum, same
 from polus.state import random_state
 
 logger = logging.getLogger("polus.data")
 
+# Of each array of a batch, to recognise the batch: all of a batch of images takes too long.
+MAX_CHECKED_BYTES = 2**20
+
+Callback = Callable[[], None]
 State = dict[str, Any]
+
+
+@dataclasses.dataclass
+class IteratorSnapshot:
+    """The state of a dataset's iterator between two batches of an epoch.
+
+    Attributes:
+        num_read: The number of batches of the epoch that were read before.
+        state: The state of the iterator.
+        generators: The states of the random generators then.
+        next_checksum: The checksum of the batch that followed, by which a new process can tell
+            that the state brings it back; None before it is read.
+    """
+
+    num_read: int
+    state: Any
+    generators: State
+    next_checksum: int | None = None
+
+    def to_tree(self) -> State:
+        """Returns the snapshot in types that a checkpoint can hold."""
+        return vars(self) | {"state": iterator_state.encode(self.state)}
+
+    @classmethod
+    def from_tree(cls, tree: State) -> "IteratorSnapshot":
+        """Returns the snapshot that `to_tree` was called on."""
+        return cls(**tree | {"state": iterator_state.decode(tree["state"])})
+
+
+class IteratorSnapshots:
+    """The newest snapshots of an epoch.
+
+    Args:
+        first: The snapshot that the epoch was opened at, if any.
+    """
+
+    def __init__(self, first: IteratorSnapshot | None = None) -> None:
+        # A checkpoint is a few blocks behind the prefetch thread; a state can be large.
+        self._newest: collections.deque[IteratorSnapshot] = collections.deque(maxlen=8)
+        self._first = None if first is None else dataclasses.replace(first, next_checksum=None)
+        if self._first is not None:
+            self._newest.append(self._first)
+
+    def add(self, snapshot: IteratorSnapshot) -> None:
+        self._newest.append(snapshot)
+
+    def see(self, batch: Any) -> None:
+        """Tells which batch was read next."""
+        if self._newest and self._newest[-1].next_checksum is None:
+            self._newest[-1].next_checksum = checksum(batch, MAX_CHECKED_BYTES)
+
+    def begin_as(self, snapshot: IteratorSnapshot) -> bool:
+        """Returns whether the first batch read is the one that once followed the snapshot."""
+        return self._first is not None and self._first.next_checksum == snapshot.next_checksum
+
+    def before(self, step: int) -> IteratorSnapshot | None:
+        """Returns the newest snapshot from which `step` can be reached, None if there is none."""
+        found = None
+        for snapshot in list(self._newest):
+            # One whose next batch is not known could not be verified.
+            if 0 < snapshot.num_read <= step and snapshot.next_checksum is not None:
+                found = snapshot
+        return found
 
 
 class Epoch(Protocol):
     """The part of an `EpochReader` that is needed here."""
 
+    checksum: int | None
+
     def peek(self) -> Any: ...
 
     def set_example(self, batch: Any) -> None: ...
 
-    def skip_to(self, step: int, handle_signals: Callable[[], None]) -> None: ...
+    def skip_to(self, step: int, handle_signals: Callback) -> None: ...
+
+    def follows(self, snapshot: IteratorSnapshot) -> bool: ...
 
 
 class Reader(Protocol):
@@ -37,32 +111,30 @@ class Reader(Protocol):
 
     def first_batch(self, epoch: int) -> Any: ...
 
-    def open_epoch(self, epoch: int, start: int, iterator_state: Any = None) -> Epoch: ...
+    def restore_generators(self, generators: State) -> None: ...
+
+    def open_epoch(
+        self, epoch: int, start: int = 0, snapshot: IteratorSnapshot | None = None
+    ) -> Epoch: ...
 
 
 class ResumeStrategy(Protocol):
-    """A way to continue an epoch before one of its steps.
-
-    Attributes:
-        checks_first_batch: Whether a new process finds the epoch's first batch again, so that its
-            checksum tells whether the order repeats.
-    """
-
-    checks_first_batch: bool
+    """A way to continue an epoch before one of its steps."""
 
     def resume(
-        self, reader: Reader, epoch: int, step: int, handle_signals: Callable[[], None]
+        self, reader: Reader, epoch: int, step: int, saved: State, handle_signals: Callback
     ) -> State:
-        """Opens `epoch` before `step`, with the dataset as it was when the epoch began.
+        """Opens `epoch` before `step`, and warns if the data are not those of the saved run.
 
         Args:
-            reader: Opens epochs.
+            reader: Opens epochs. Dataset and generators are as they were when the epoch began.
             epoch: The number of the epoch.
             step: The number of steps that the run has done in it.
+            saved: What `DataReader.get_state` returned there.
             handle_signals: Called before each batch that is read and dropped; may raise.
 
         Returns:
-            The states of the global random generators that the data is drawn from, as the next
+            The states of the global random generators that each batch is drawn from, as the next
             batch leaves them.
         """
         ...
@@ -71,56 +143,91 @@ class ResumeStrategy(Protocol):
 class Seek:
     """Begins at the batch itself."""
 
-    checks_first_batch = True
-
     def resume(
-        self, reader: Reader, epoch: int, step: int, handle_signals: Callable[[], None]
+        self, reader: Reader, epoch: int, step: int, saved: State, handle_signals: Callback
     ) -> State:
         example = reader.first_batch(epoch)
-        reader.open_epoch(epoch, step).set_example(example)
-        return {}
-
-
-class RestoreIterator:
-    """Begins where the state of an iterator was taken.
-
-    Args:
-        num_read: The number of batches of the epoch that had been read then.
-        iterator_state: The state.
-        checks_first_batch: See `ResumeStrategy`.
-    """
-
-    def __init__(self, num_read: int, iterator_state: Any, checks_first_batch: bool = True) -> None:
-        self.num_read = num_read
-        self.iterator_state = iterator_state
-        self.checks_first_batch = checks_first_batch
-
-    def resume(
-        self, reader: Reader, epoch: int, step: int, handle_signals: Callable[[], None]
-    ) -> State:
-        example = reader.first_batch(epoch)
-        data = reader.open_epoch(epoch, self.num_read, self.iterator_state)
+        data = reader.open_epoch(epoch, step)
         data.set_example(example)
-        data.skip_to(step, handle_signals)
+        warn_if_another(epoch, saved.get("checksum"), data.checksum)
         return {}
 
 
 class Replay:
     """Begins at the start of the epoch and drops batches up to the step."""
 
-    checks_first_batch = True
-
     def resume(
-        self, reader: Reader, epoch: int, step: int, handle_signals: Callable[[], None]
+        self, reader: Reader, epoch: int, step: int, saved: State, handle_signals: Callback
     ) -> State:
-        data = reader.open_epoch(epoch, 0)
+        data = reader.open_epoch(epoch)
         if (example := data.peek()) is not None:
             data.set_example(example)
-        before = random_state()
-        data.skip_to(step, handle_signals)
-        data.peek()
-        # A generator that each batch is drawn from now stands where the data needs it.
-        return {k: v for k, v in random_state().items() if not same(v, before[k])}
+        warn_if_another(epoch, saved.get("checksum"), data.checksum)
+        # What the first batch moved, the order of the epoch may have been drawn from.
+        return _skip_to(data, step, random_state(), handle_signals)
+
+
+class RestoreIterator:
+    """Begins where the state of an iterator was taken, if the state brings the next batch back.
+
+    It may not: a state can leave out a buffer, or the generators of worker processes. Then the
+    epoch is replayed.
+
+    Args:
+        snapshot: The state.
+    """
+
+    def __init__(self, snapshot: IteratorSnapshot) -> None:
+        self.snapshot = snapshot
+
+    def resume(
+        self, reader: Reader, epoch: int, step: int, saved: State, handle_signals: Callback
+    ) -> State:
+        example = reader.first_batch(epoch)
+        data = self._open(reader, epoch, example, saved)
+        if not data.follows(self.snapshot):
+            if self._can_replay(reader, epoch, saved):
+                logger.info(
+                    "The state of the dataset's iterator does not bring back the batch that "
+                    "followed it. The epoch is read again from its start instead."
+                )
+                reader.restore_generators(saved["epoch_start"])
+                return Replay().resume(reader, epoch, step, saved, handle_signals)
+            logger.warning(
+                "The order of the data does not repeat: the state of the dataset's iterator does "
+                "not bring back the batch that followed it, in epoch %d after %d batches. Training "
+                "continues, but not as it would have: some examples may come more often than "
+                "others. Does the state include all buffers and random generators?",
+                epoch + 1,
+                self.snapshot.num_read,
+            )
+            data = self._open(reader, epoch, example, saved)
+        return _skip_to(data, step, self.snapshot.generators["random"], handle_signals)
+
+    def _open(self, reader: Reader, epoch: int, example: Any, saved: State) -> Epoch:
+        # A sampler without a state draws the order of the epoch again.
+        reader.restore_generators(saved["epoch_start"])
+        data = reader.open_epoch(epoch, self.snapshot.num_read, self.snapshot)
+        data.set_example(example)
+        # A new process may not know how the epoch began, and may find another first batch.
+        data.checksum = saved["checksum"]
+        # Only now: to make an iterator may draw random numbers.
+        reader.restore_generators(self.snapshot.generators)
+        return data
+
+    def _can_replay(self, reader: Reader, epoch: int, saved: State) -> bool:
+        """Returns whether the epoch begins as it did before."""
+        reader.restore_generators(saved["epoch_start"])
+        data = reader.open_epoch(epoch)
+        data.set_example(data.peek())
+        return bool(data.checksum == saved["checksum"])
+
+
+def _skip_to(data: Epoch, step: int, before: State, handle_signals: Callback) -> State:
+    """Drops batches up to a step, and returns the states of the generators that differ then."""
+    data.skip_to(step, handle_signals)
+    data.peek()
+    return {k: v for k, v in random_state().items() if not same(v, before[k])}
 
 
 def check_same_dataset(saved: State, now: State) -> None:

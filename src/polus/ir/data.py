@@ -11,7 +11,7 @@ import keras
 import numpy as np
 from numpy.typing import NDArray
 
-from polus.data.adapters import SeekableAdapter
+from polus.data import SeekableAdapter
 
 Rows = NDArray[np.int64]
 
