@@ -1,4 +1,4 @@
-"""Reads data as the loop does, is interrupted, and continues from a checkpoint with everything new."""
+"""Reads data as the loop does, is interrupted, and continues from a checkpoint."""
 
 import contextlib
 import random
