@@ -1,4 +1,4 @@
-"""Reads data as the loop does, is interrupted, and continues with everything made anew."""
+"""Reads data as the loop does, is interrupted, and continues from a checkpoint."""
 
 import contextlib
 import random
@@ -9,7 +9,6 @@ import torch
 
 from polus.checkpoint.store import Store
 from polus.data import DataReader, as_adapter
-from polus.data.batches import map_arrays
 from polus.data.fingerprint import checksum
 from polus.state import random_state, set_random_state
 from polus.state_tree import flatten_state
@@ -19,11 +18,9 @@ PLACES = [(0, 1), (0, 3), (1, 0), (1, 2), (1, 5), (2, 6)]
 
 
 def batch_of(block, i):
-    return (
-        block.payload
-        if block.unpack is None
-        else map_arrays(lambda rows: rows[i], block.unpack(block.payload))
-    )
+    if block.unpack is None:
+        return block.payload
+    return keras.tree.map_structure(lambda rows: rows[i], block.unpack(block.payload))
 
 
 def read(reader, epoch=0, step=0, until=None, log=None):

@@ -1,9 +1,9 @@
 """Datasets: adapters for each kind, the reader of batches, and the way back after a restart."""
 
+from polus.backends.base import as_arguments
 from polus.data.adapters import as_adapter
 from polus.data.arrays import ArrayDataset, from_arrays
 from polus.data.base_adapter import DataAdapter, SeekableAdapter
-from polus.data.batches import as_arguments
 from polus.data.blocks import StepBlock
 from polus.data.reader import DataReader, EpochReader
 from polus.data.tf_iterator import with_iterator_state

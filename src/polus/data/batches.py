@@ -7,7 +7,6 @@ import keras
 import numpy as np
 
 from polus.backends import backend
-from polus.backends.base import as_arguments as as_arguments
 
 # Class names of TensorFlow's values and specs, the name for people, the conversion to a tensor.
 COMPOSITES = {
@@ -49,23 +48,22 @@ def signature_of(batch: Any) -> list[Any]:
 def plain_arrays(batch: Any) -> Any:
     """Converts all leaves but the backend's tensors to NumPy; float64 becomes Keras' `floatx`.
 
+    Args:
+        batch: The step's arguments.
+
     Raises:
         TypeError: If a part is not an array of numbers; the message says what to write.
     """
     try:
         return map_arrays(_plain, batch)
     except _NotNumbersError:
-        check_numbers(batch)
+        # A single argument was the batch itself, and not a part of it.
+        check_numbers(batch[0] if len(batch) == 1 else batch)
         raise
 
 
-def check_numbers(batch: Any, advice: str = "train(..., custom_data_transform_f={})") -> None:
-    """Raises a TypeError that names the part of a batch that is not an array of numbers.
-
-    Args:
-        batch: The batch.
-        advice: How to convert the part. `{}` stands for a function that converts a batch.
-    """
+def check_numbers(batch: Any) -> None:
+    """Raises a TypeError that names the part of a batch that is not an array of numbers."""
     for path, leaf in keras.tree.flatten_with_path(batch):
         try:
             if leaf is not None:
@@ -75,7 +73,7 @@ def check_numbers(batch: Any, advice: str = "train(..., custom_data_transform_f=
             function = _transform(batch, path, error.conversion)
             raise TypeError(
                 f"{part} is {error.kind}, and the step computes with numbers. Convert it: "
-                f"{advice.format(function)}"
+                f"train(..., custom_data_transform_f={function})"
             ) from None
 
 

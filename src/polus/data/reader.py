@@ -9,10 +9,11 @@ from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 from polus.backends import backend
+from polus.backends.base import as_arguments
 from polus.data import iterator_state
 from polus.data.arrays import ArrayDataset
 from polus.data.base_adapter import DataAdapter
-from polus.data.batches import as_arguments, plain_arrays
+from polus.data.batches import plain_arrays
 from polus.data.blocks import (
     DeviceExamples,
     GraphSource,
@@ -92,6 +93,7 @@ class DataReader:
             self.device_examples = DeviceExamples(dataset)
         self._lock = threading.RLock()  # reentrant: the user's dataset may call evaluate
         self._resumed: EpochReader | None = None
+        self._length_warned = False
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -112,6 +114,20 @@ class DataReader:
         if self.adapter.endless and self.steps is None:
             raise ValueError(
                 f"The dataset is endless. Say how many batches to read: {caller}(..., steps=1000)."
+            )
+
+    def check_length(self, count: int) -> None:
+        """Warns once if an epoch has another number of batches than the dataset told."""
+        told = self.adapter.num_batches
+        if self.steps is None and told not in (None, count) and not self._length_warned:
+            self._length_warned = True
+            logger.warning(
+                "len(dataset) is %d, and an epoch had %d batches. All of them were used, but "
+                "progress and whatever else relies on the length are wrong. Correct the __len__ of "
+                "%s.",
+                told,
+                count,
+                type(self.adapter.dataset).__name__,
             )
 
     def epoch(self, epoch: int, start: int = 0) -> "EpochReader":
@@ -386,14 +402,17 @@ class EpochReader:
                 self._made(self._limit(capacity, due), capacity, handle_signals)
             ) as blocks,
         ):
+            count = self.start
             while True:
                 began = time.perf_counter()
                 block = next(blocks, None)
                 reader.waited_secs += time.perf_counter() - began
                 if block is None:
                     break
+                count += block.count
                 yield block
         reader.adapter.end_epoch()
+        reader.check_length(count)
 
     def _limit(self, capacity: int, due: Due) -> Callable[[int], int]:
         steps = self._reader.steps
