@@ -113,7 +113,14 @@ def _compare(name: str, before: Any, after: Any, rule: Rule) -> Iterator[Differe
         for i, (then, now) in enumerate(zip(before, after, strict=True)):
             yield from _compare(f"{name}[{i}]", then, now, rule)
     elif before != after and repr(before) != repr(after):  # not a number differs from itself
-        yield Difference(name, before, after, "change" if rule == "setting" else "run")
+        essential = rule != "setting" or _are_essential(before) or _are_essential(after)
+        yield Difference(name, before, after, "run" if essential else "change")
+
+
+def _are_essential(description: Description) -> bool:
+    """Returns whether this is a list of layers, losses, optimizers or metrics."""
+    parts = description if isinstance(description, list) else []
+    return any(isinstance(part, dict) and _marker_of(part) in ESSENTIAL for part in parts)
 
 
 def _are_parallel(before: Any, after: Any) -> bool:

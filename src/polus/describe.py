@@ -136,7 +136,7 @@ class _Describer:
         if isinstance(value, type):
             return {"$class": value.__qualname__, **self.methods(value)}
         if callable(value) and not hasattr(value, "__self__") and hasattr(value, "__dict__"):
-            ignored = [name for name in vars(value) if name.startswith("_")]
+            ignored = [name for name in vars(value) if name.startswith("_") or name == "training"]
             return self.object(value, "object", ignored)
         return {"$object": getattr(value, "__qualname__", type(value).__qualname__)}
 
@@ -223,7 +223,7 @@ class _Describer:
                 continue
             for name, member in vars(base).items():
                 function = getattr(member, "fget", getattr(member, "__func__", member))
-                function = inspect.unwrap(function) if callable(function) else function
+                function = inspect.unwrap(function)
                 if isinstance(function, types.FunctionType) and name not in NOT_COMPUTED:
                     methods[name] = self.function(function)
         return {"methods": methods} if methods else {}

@@ -166,7 +166,7 @@ class Store:
             state = write_arrays(folder / STATE, flat.arrays)
             manifest = {
                 "format": FORMAT,
-                "files": {STATE: state._asdict()},
+                "files": {STATE: {"size": state.size, "sha256": state.sha256}},
                 "facts": facts,
                 "tree": flat.skeleton,
             }

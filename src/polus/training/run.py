@@ -342,7 +342,7 @@ class Run(BaseLogger):
             ValueError: If it is the state of another run; the message says what differs.
         """
         accept = self.config.resume_changes == "accept"
-        changes = self.settings.check(state["settings"], accept)
+        self.settings.check(state["settings"], accept)
         progress = state["progress"]
         self.epoch, self.step = progress["epoch"], progress["step"]
         self.steps = self.steps or progress["steps"]
@@ -356,8 +356,8 @@ class Run(BaseLogger):
         self._set_up(self.reader.current.example)
         # Nothing reads the data from here on, and what building draws is undone below.
         saved, variables = state["variables"], self.variables()
-        self.settings.check_models(state["settings"], accept)
-        if any("learning_rate" in change.name for change in changes):
+        self.settings.check_built(state["settings"], accept)
+        if self.settings.learning_rate_changed:
             saved, variables = without_learning_rates(saved, variables)
         check_variables(saved, variables, same_backend)
         restore_variables(saved, variables)

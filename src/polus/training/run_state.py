@@ -78,12 +78,19 @@ class Settings:
 
     Attributes:
         first: The description of the settings that the run began with.
+        changes: The settings that were not those of the checkpoint, and were accepted.
     """
 
     def __init__(self, trainer: Parts, transform: Any) -> None:
         self.trainer = trainer
         self.transform = transform
         self.first: dict[str, Any] = {}
+        self.changes: list[Difference] = []
+
+    @property
+    def learning_rate_changed(self) -> bool:
+        """Whether a learning rate is not that of the checkpoint."""
+        return any("learning_rate" in change.name for change in self.changes)
 
     def begin(self) -> None:
         """Describes what the run begins with. Its models follow when they are built."""
@@ -92,11 +99,11 @@ class Settings:
     def get_state(self) -> dict[str, Any]:
         """Returns what the run began with, and what callbacks have made of it since."""
         if "model" not in self.first:
-            self.first |= self._describe_models()
+            self.first |= self._describe_models() | self._describe_trained()
         return {"first": self.first, "newest": self.first | self._describe()}
 
-    def check(self, saved: dict[str, Any], accept: bool) -> list[Difference]:
-        """Returns what has changed, except in the models.
+    def check(self, saved: dict[str, Any], accept: bool) -> None:
+        """Compares the settings before the models are built: a changed one may not even run.
 
         Args:
             saved: A result of `get_state`.
@@ -105,19 +112,22 @@ class Settings:
         Raises:
             ValueError: If something has changed that makes another run, or was not accepted.
         """
-        changes = changes_since(saved["first"], saved["newest"], self.first)
-        check_changes(changes, accept)
-        if not changes and saved["first"].get("python") == self.first.get("python"):
-            self.first = saved["first"]  # not what callbacks made of it before this call
-        return changes
+        self._check(saved, self.first | self._describe_models(), accept)
 
-    def check_models(self, saved: dict[str, Any], accept: bool) -> list[Difference]:
-        """Returns what has changed in the models, which are built now; see `check`."""
-        models = self._describe_models()
-        changes = changes_since(saved["first"], saved["newest"], models)
-        check_changes(changes, accept)
-        self.first = self.first | models
-        return changes
+    def check_built(self, saved: dict[str, Any], accept: bool) -> None:
+        """Compares the built models, and what is trained; see `check`."""
+        models = self._describe_models() | self._describe_trained()
+        self._check(saved, models, accept)
+        if not self.changes and saved["first"].get("python") == self.first.get("python"):
+            self.first = saved["first"]  # not what callbacks have made of it meanwhile
+        else:
+            self.first = self.first | models
+
+    def _check(self, saved: dict[str, Any], now: dict[str, Any], accept: bool) -> None:
+        found = changes_since(saved["first"], saved["newest"], now)
+        new = [each for each in found if each not in self.changes]
+        check_changes(new, accept)
+        self.changes += new
 
     def _describe(self) -> dict[str, Any]:
         names = ("optimizer", "loss", "metrics", "post_process_logits", "post_process_grads")
@@ -129,10 +139,13 @@ class Settings:
         }
 
     def _describe_models(self) -> dict[str, Any]:
-        trained = canonical_paths([variable.path for variable in self.trainer.trainable_weights])
         models = {f"trainer.{name}": model for name, model in self._models().items()}
         models["model"] = models.pop("trainer.model")
-        return describe_parts({**models, "trainable_weights": trained})
+        return describe_parts(models)
+
+    def _describe_trained(self) -> dict[str, Any]:
+        trained = canonical_paths([variable.path for variable in self.trainer.trainable_weights])
+        return describe_parts({"trainable_weights": trained})
 
     def _models(self) -> dict[str, keras.layers.Layer]:
         held = vars(self.trainer).items()
