@@ -12,6 +12,7 @@ import numpy as np
 
 from polus.backends import backend
 from polus.core import function, get_jit_compile
+from polus.data.batches import arrays_of, map_arrays
 from polus.data.reader import EpochReader
 from polus.metrics import IMetric, kept_has_samples
 from polus.state import Snapshot
@@ -305,10 +306,9 @@ def _same_objects(parts: Sequence[Any], others: Sequence[Any]) -> bool:
 
 def _kinds(example: Any) -> str:
     """Describes a batch without its sizes: bucketed batches begin each epoch with another one."""
-    kinds = keras.tree.map_structure(lambda a: (str(a.dtype), len(a.shape)), example)
-    return str(kinds)
+    return str(map_arrays(lambda a: (str(a.dtype), len(a.shape)), example))
 
 
 def _num_bytes(batch: Any) -> int:
     """Returns the bytes that one more step adds to a call."""
-    return sum(int(np.prod(leaf.shape)) * 8 for leaf in keras.tree.flatten(batch))
+    return sum(int(np.prod(leaf.shape)) * 8 for leaf in arrays_of(batch))
