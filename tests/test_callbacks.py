@@ -217,6 +217,27 @@ def test_values_that_callbacks_add_to_the_logs_are_seen_and_recorded():
     assert [(row["score"], row["heard"]) for row in history.epochs] == [(0, 0), (-1, -1), (-2, -2)]
 
 
+class Endless(keras.utils.PyDataset):
+    num_batches = None
+
+    def __getitem__(self, index):
+        return BATCHES[0]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "error", "message"),
+    [
+        (Endless(), ValueError, r"endless.*ValidationDataCallback\(\.\.\., steps=1000\)"),
+        (3, TypeError, "dataset"),
+    ],
+)
+def test_impossible_validation_data_raises_before_training(dataset, error, message):
+    trainer = make_trainer()
+    with pytest.raises(error, match=message):
+        trainer.train(BATCHES, epochs=1, callbacks=[ValidationDataCallback(dataset)])
+    assert int(trainer.step_counter) == 0
+
+
 def test_duplicate_validation_set_names_raise():
     sets = [ValidationDataCallback(BATCHES), ValidationDataCallback(BATCHES)]
     with pytest.raises(ValueError, match="Two validation sets are named 'val'"):

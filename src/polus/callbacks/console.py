@@ -45,7 +45,7 @@ class ConsoleLogCallback(Callback):
         self._progress: Progress | None = None
 
     def on_train_begin(self) -> None:
-        self._out = self.console or Console(highlight=False, soft_wrap=True)
+        self._out = self.console or Console(highlight=False)
         self._began = self._epoch_began = self._shown = self.clock()
         # The time at which the first block of steps ended, its steps and its examples.
         self._first: tuple[float, int, int] | None = None
@@ -145,7 +145,8 @@ class ConsoleLogCallback(Callback):
         self._print(summary)
 
     def _print(self, line: str) -> None:
-        self._out.print(line, markup=False)  # names may contain brackets
+        # Names may contain brackets. A terminal breaks lines between words, a file never.
+        self._out.print(line, markup=False, soft_wrap=not self._out.is_terminal)
 
     def _title(self, epoch: int) -> str:
         epochs = self.coordinator.run.epochs

@@ -5,6 +5,7 @@ from typing import Any
 
 from polus.callbacks.base import Callback, Coordinator, Phase
 from polus.callbacks.checks import check_callable, check_count, check_name
+from polus.data import DataReader, as_adapter
 
 
 class ValidationDataCallback(Callback):
@@ -72,6 +73,11 @@ class ValidationDataCallback(Callback):
                 "ValidationDataCallback(dataset, name=...)."
             )
         names[self.name] = {metric.name: [] for metric in coordinator.trainer.metrics}
+
+    def on_train_begin(self) -> None:
+        # What can't be evaluated raises before training, not after its first epoch.
+        reader = DataReader(as_adapter(self.dataset), self.custom_data_transform_f, self.steps)
+        reader.check_ends("ValidationDataCallback")
 
     def on_steps_end(self, epoch: int, steps: range, losses: Any) -> None:
         if self.every_steps and steps.stop % self.every_steps == 0:
