@@ -19,6 +19,8 @@ from polus.checkpoint.__main__ import main
 from polus.checkpoint.store import CheckpointError, DamagedError, Store, read
 from polus.state_tree import flatten_state
 
+pytestmark = pytest.mark.once  # no backend is involved
+
 STATE, MANIFEST = "state.safetensors", "manifest.json"
 
 

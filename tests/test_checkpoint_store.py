@@ -18,6 +18,8 @@ from polus.checkpoint.state_file import write_arrays
 from polus.checkpoint.store import CheckpointError, DamagedError, Store, read, verify
 from polus.state_tree import STORED_DTYPES, flatten_state, unflatten_state
 
+pytestmark = pytest.mark.once  # no backend is involved
+
 
 def tree_of(value):
     return {

@@ -368,6 +368,8 @@ def continued(change, base=""):
     return train
 
 
+# The whole table on one backend; some of it, below, on each.
+@pytest.mark.once
 @pytest.mark.parametrize("change", ANOTHER_RUN)
 def test_another_run_raises_whatever_is_accepted(killed, change):
     changes, message, *base = ANOTHER_RUN[change]
@@ -377,6 +379,7 @@ def test_another_run_raises_whatever_is_accepted(killed, change):
     assert "nothing is trained" in str(error.value)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("change", CHANGED)
 def test_changed_setting_raises_until_it_is_accepted(killed, change, caplog):
     changes, message, *base = CHANGED[change]
@@ -389,6 +392,18 @@ def test_changed_setting_raises_until_it_is_accepted(killed, change, caplog):
     assert "continues with changed settings" in caplog.text
     assert message in caplog.text
     assert len(history.steps["loss"]) == 10
+
+
+@pytest.mark.parametrize("change", ["units", "average of the weights", "from_logits", "labels"])
+def test_another_run_raises_on_each_backend(killed, change):
+    test_another_run_raises_whatever_is_accepted(killed, change)
+
+
+@pytest.mark.parametrize(
+    "change", ["rate of a dropout", "schedule", "rate in the place of a schedule", "clipping"]
+)
+def test_changed_setting_raises_on_each_backend(killed, change, caplog):
+    test_changed_setting_raises_until_it_is_accepted(killed, change, caplog)
 
 
 @pytest.mark.parametrize("change", SAME)

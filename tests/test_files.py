@@ -8,6 +8,8 @@ import pytest
 
 from polus.files import atomic_write, check_directory, open_regular
 
+pytestmark = pytest.mark.once  # no backend is involved
+
 
 def test_new_content_replaces_the_old(tmp_path):
     target = tmp_path / "runs" / "best.keras"
