@@ -48,6 +48,108 @@ def test_minilm_equals_sentence_transformers(tokenizer):
     np.testing.assert_allclose(vectors, REFERENCE["vectors"], atol=1e-5)
 
 
+SAVED = json.loads(
+    (Path(__file__).parent / "data" / "sentence_transformers.json").read_text("utf-8")
+)
+
+
+def saved_folder(path, name, **changes):
+    """Lays out a folder as sentence-transformers did, with the weights of MiniLM."""
+    for file, content in SAVED["folders"][name]["files"].items():
+        (path / file).parent.mkdir(exist_ok=True)
+        if isinstance(content, dict):
+            content = content | changes.get(Path(file).stem, {})
+        (path / file).write_text(json.dumps(content))
+    inner = path / "0_Transformer"
+    for file in ("model.safetensors", "tokenizer.json"):
+        shutil.copy(FOLDER / file, inner if inner.exists() else path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "options"),
+    [
+        ("saved now", "text", {}),
+        ("saved now", "query", {"prompt_name": "query"}),
+        ("with prompts", "query", {"prompt_name": "query"}),
+        ("with prompts", "document", {"prompt_name": "document"}),
+        ("with prompts", "text", {"prompt": ""}),
+        ("as in version 1", "text", {}),
+        ("as in version 1", "text", {"prompt_name": "search"}),
+        ("as in version 1", "document", {"prompt_name": "document"}),
+    ],
+)
+def test_folders_of_sentence_transformers_give_their_vectors(tmp_path, name, kind, options):
+    """With their pooling, prompts and maximum length, of which one text is longer."""
+    folder = saved_folder(tmp_path, name)
+    tokens = TextTokenizer(folder, **options)(SAVED["texts"])
+    vectors = numpy(BertEncoder.from_pretrained(folder)(tokens, training=False))
+    np.testing.assert_allclose(vectors[:, :32], SAVED["folders"][name][kind], atol=1e-5)
+
+
+def test_an_explicit_length_and_prompt_win_over_the_folder(tmp_path):
+    folder = saved_folder(tmp_path, "with prompts")
+    for path in (folder, folder / "tokenizer.json"):
+        tokenizer = TextTokenizer(path, max_length=4, prompt="calcium ")
+        assert tokenizer(["and mucus"])["input_ids"][0, :4].tolist() == [101, 13853, 1998, 102]
+
+
+def test_folders_with_prompts_need_a_choice(tmp_path):
+    folder = saved_folder(tmp_path, "with prompts")
+    with pytest.raises(ValueError, match=r"has prompts.* one of \['query', 'document'\]"):
+        TextTokenizer(folder)
+    with pytest.raises(ValueError, match=r"no prompt named 'qury'\. Did you mean 'query'"):
+        TextTokenizer(folder, prompt_name="qury")
+    with pytest.raises(ValueError, match=r"no prompt named 'x'\. Its prompts are"):
+        TextTokenizer(FOLDER, prompt_name="x")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"config": {"pooling_mode": "lasttoken"}}, "mean, cls, one at a time, but .* lasttoken"),
+        ({"config": {"pooling_mode": ["mean", "cls"]}}, "one at a time, but .* mean, cls"),
+        ({"config": {"include_prompt": False}}, "has include_prompt=False"),
+        ({"config": {"module_input_name": "token_embeddings"}}, "must normalize sentence"),
+    ],
+)
+def test_outputs_that_are_not_implemented_raise(tmp_path, changes, message):
+    folder = saved_folder(tmp_path, "saved now", **changes)
+    with pytest.raises(ValueError, match=message):
+        BertEncoder.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sentence_bert_config": {"query_length": 32}}, "'query_length': 32"),
+        ({"tokenizer_config": {"padding_side": "left"}}, "'padding_side': 'left'"),
+    ],
+)
+def test_tokenizer_settings_that_are_not_implemented_raise(tmp_path, changes, message):
+    folder = saved_folder(tmp_path, "saved now", **changes)
+    with pytest.raises(ValueError, match=f"doesn't implement the settings .*{message}"):
+        TextTokenizer(folder)
+
+
+def test_lowercasing_and_the_side_of_truncation_are_those_of_the_folder(tmp_path):
+    changes = {
+        "sentence_bert_config": {"do_lower_case": True},
+        "tokenizer_config": {"truncation_side": "left", "model_max_length": 4},
+    }
+    folder = saved_folder(tmp_path, "saved now", **changes)
+    path = folder / "tokenizer.json"
+    cased = json.loads(path.read_text("utf-8"))
+    cased["normalizer"]["lowercase"] = False
+    path.write_text(json.dumps(cased), "utf-8")
+    assert TextTokenizer(folder)(["One TWO three"])["input_ids"][0, :4].tolist() == [
+        101,
+        2048,
+        2093,
+        102,
+    ]
+
+
 def test_pooling(tokenizer):
     tokens = tokenizer(["a short one", "one that is a little longer than that"])
     mask = tokens["attention_mask"]
@@ -73,7 +175,7 @@ def test_pooling(tokenizer):
         (
             "1_Pooling/config.json",
             {"pooling_mode_mean_tokens": False, "pooling_mode_max_tokens": True},
-            "implements the pooling",
+            "implements the pooling modes mean, cls, one at a time, but .* max",
         ),
         (
             "modules.json",

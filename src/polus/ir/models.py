@@ -37,7 +37,9 @@ class TextTokenizer:
         max_length: Longer texts are truncated; special tokens and the prompt count. Defaults to the
             length that the folder states, or to 256 if it states none.
         multiple: See above.
-        prompt_name: The name of one of the folder's prompts. Defaults to the folder's own default.
+        prompt_name: The name of one of the folder's prompts. "query" and "document" are empty if
+            the folder has none of that name, as in sentence-transformers. Defaults to the folder's
+            own default.
         prompt: A text to prepend instead; "" for none.
 
     Raises:
@@ -114,7 +116,7 @@ def _choose_prompt(folder: Path, settings: TextSettings, name: str | None) -> st
     if name not in settings.prompts:
         hint = did_you_mean(name, settings.prompts) or f"Its prompts are {list(settings.prompts)}."
         raise ValueError(f"{folder} has no prompt named {name!r}. {hint}")
-    return settings.prompts.get(name, "")
+    return settings.prompts[name]
 
 
 @keras.saving.register_keras_serializable(package="polus")

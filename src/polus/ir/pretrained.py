@@ -31,6 +31,8 @@ _POOLING_FLAGS = {
 }
 # Settings of its module Transformer that change what the encoder is given.
 _NOT_SERVED = ("query_length", "document_length", "query_expansion", "processing_kwargs")
+# The prompts of every sentence-transformers model; the folder may replace them.
+_PROMPTS = {"query": "", "document": ""}
 
 
 class OutputSettings(TypedDict, total=False):
@@ -48,7 +50,7 @@ class TextSettings:
         max_length: The number of tokens at which texts are truncated; None if nothing is known.
         lower_case: Whether texts are lowercased before the tokenizer's own normalization.
         truncation_side: The end at which texts are truncated.
-        prompts: The prompts that are prepended to texts, by name.
+        prompts: The prompts that are prepended to texts, by name, perhaps empty.
         default_prompt: The name of the prompt for texts of no particular kind.
     """
 
@@ -138,11 +140,12 @@ def text_settings(folder: Path) -> TextSettings:
     limits = [tokenizer.get("model_max_length"), _read(inner / "config.json").get(_POSITIONS)]
     known = [limit for limit in limits if limit is not None]
     sentence_transformers = _read(folder / "config_sentence_transformers.json")
+    prompts = sentence_transformers.get("prompts") or {}
     return TextSettings(
         max_length=transformer.get("max_seq_length") or (int(min(known)) if known else None),
         lower_case=bool(transformer.get("do_lower_case", False)),
         truncation_side=tokenizer.get("truncation_side", "right"),
-        prompts={n: text or "" for n, text in (sentence_transformers.get("prompts") or {}).items()},
+        prompts=_PROMPTS | {name: text or "" for name, text in prompts.items()},
         default_prompt=sentence_transformers.get("default_prompt_name"),
     )
 
