@@ -145,10 +145,12 @@ def child(source: str, folder: Path, result: Path, log: Path) -> None:
         )
         held_out = [(x[EXAMPLES:], y[EXAMPLES:].astype("int32"))]
         callbacks = [ValidationDataCallback(held_out), EarlyStop("loss", patience=EPOCHS)]
+    logged = Logged()
     history = trainer.train(
-        data, EPOCHS, [*callbacks, checkpoint, Logged()], resume=folder, steps_per_execution=3
+        data, EPOCHS, [*callbacks, checkpoint, logged], resume=folder, steps_per_execution=3
     )
-    weights = [keras.ops.convert_to_numpy(v).tobytes() for v in trainer.state_variables()]
+    variables = logged.coordinator.run.variables()
+    weights = [keras.ops.convert_to_numpy(variable).tobytes() for variable in variables]
     outcome = {
         "losses": history.steps["loss"].tobytes().hex(),
         "epochs": json.dumps(history.epochs),
@@ -301,9 +303,9 @@ def costs(method: str, megabytes: int) -> dict[str, float]:
                 variables: Any = None
 
                 def on_boundary(self) -> None:
-                    run = self.coordinator
+                    run = self.coordinator.run
                     if run.step and run.step % 200 == 0:
-                        self.variables = self.variables or run.trainer.state_variables()
+                        self.variables = self.variables or run.variables()
                         self.save(run.step, [v.value for v in self.variables])
 
                 @timed
