@@ -336,7 +336,7 @@ def test_timings_are_logged(caplog):
     assert said.startswith("Timed 3 ways to run a step in 5.5 s; fastest: ")
     assert said.endswith(
         "compiled, 25 steps per call (2,500 steps/s); then compiled, 1 step per call "
-        "(250 steps/s); then no XLA, 1 step per call (2.5 s/step)."
+        "(250 steps/s); then not compiled, 1 step per call (2.5 s/step)."
     )
 
 

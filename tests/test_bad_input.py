@@ -467,7 +467,7 @@ DATASETS = [
     ("from_arrays((), 8)", ValueError, "no array"),
     ("from_arrays([], 8)", ValueError, "no array"),
     ("from_arrays({}, 8)", ValueError, "no array"),
-    ("from_arrays(None, 8)", WRONG, "arrays of examples, got .*None"),
+    ("from_arrays(None, 8)", WRONG, "got no array"),
     ("from_arrays(3, 8)", WRONG, "arrays of examples, got .*3"),
     ("from_arrays('text', 8)", WRONG, "arrays of examples, got .*'text'"),
     ("from_arrays((X, 3), 8)", WRONG, "arrays of examples, got .*3"),
@@ -600,13 +600,12 @@ METRICS = [
     ("Accuracy(3, lambda s: s[0]).samples_from_batch((Y, Y))", TypeError, "from reduce_f"),
     ("measured(Y)", TypeError, "y_pred"),
     ("measured()", TypeError, "y_true"),
-    ("measured(Y, Y, Y)", TypeError, "argument"),
     ("measured(Y, Y[:5])", ValueError, r"\(32,\) and y_pred of shape \(5,\)"),
     ("measured(Y, X)", ValueError, r"y_pred of shape \(32, 4\)"),
     ("measured(Y, X[None])", ValueError, r"y_pred of shape \(1, 32, 4\)"),
-    ("measured(Y + 5, Y)", ValueError, "labels .*0 to 2"),
-    ("measured(Y - 1, Y)", ValueError, "labels .*0 to 2"),
-    ("measured(Y, Y + 0.5)", ValueError, "labels .*not a whole number|whole number"),
+    ("measured(Y + 5, Y)", ValueError, "invalid labels.*0 to 2"),
+    ("measured(Y - 1, Y)", ValueError, "invalid labels.*0 to 2"),
+    ("measured(Y, Y + 0.5)", ValueError, "must be integers"),
 ]
 
 CALLBACKS = [
@@ -800,7 +799,7 @@ CORE = [
     ("train().to_dict('steps')", ValueError, "level .*'steps'"),
     ("train().to_dict(3)", ValueError, "level .*3"),
     ("train().to_frame('batch')", ValueError, "level .*'batch'"),
-    ("polus.History().plot()", ValueError, "no step was recorded"),
+    ("polus.History().plot()", ValueError, "no step has been recorded"),
 ]
 
 ROWS = [

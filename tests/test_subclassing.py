@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from keras import ops
 
+from polus.metrics import Accuracy, MacroF1Score
 from polus.training import BaseTrainer, ClassifierTrainer
 
 X = np.random.default_rng(0).normal(size=(64, 6)).astype("float32")
@@ -271,3 +272,16 @@ def test_repr_of_an_unbuilt_trainer():
     for part in ("ClassifierTrainer", "student", "SGD", "CosineDecay", "lambda"):
         assert part in text
     assert "all" in text  # of what is not built yet, no number is known
+
+
+def test_a_deep_copy_has_metrics_of_its_own():
+    metrics = [Accuracy(3), MacroF1Score(3), keras.metrics.SparseCategoricalAccuracy(name="keras")]
+    trainer = ClassifierTrainer(
+        make_model(), keras.optimizers.SGD(0.1), CROSS_ENTROPY, metrics=metrics
+    )
+    trainer.train(BATCHES, epochs=1)
+    twin = copy.deepcopy(trainer)
+    one, other = (each.train(BATCHES, epochs=2).epochs for each in (trainer, twin))
+    assert one == other
+    ids = [{id(v) for m in each.metrics for v in m.variables} for each in (trainer, twin)]
+    assert not ids[0] & ids[1]

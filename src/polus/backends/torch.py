@@ -99,7 +99,7 @@ def _mapped(fn: Callable[[Any], Any], tree: Tree) -> Tree:
         return type(tree)(_mapped(fn, part) for part in tree)
     if type(tree) is dict:
         return {name: _mapped(fn, part) for name, part in tree.items()}
-    return keras.tree.map_structure(fn, tree)
+    return None if tree is None else keras.tree.map_structure(fn, tree)
 
 
 def _tensor(leaf: Any) -> Any:

@@ -176,10 +176,11 @@ class Autotuner:
             self.compile_secs = max(self.compile_secs, timing.compile_secs)
             total += timing.compile_secs + timing.secs
         fastest = self._fastest(limits, max_steps)
+        if len(fastest) < 2:
+            return  # there was no choice
         logger.info(
-            "Timed %d way%s to run a step in %.1f s; fastest: %s.",
+            "Timed %d ways to run a step in %.1f s; fastest: %s.",
             len(fastest),
-            "s" * (len(fastest) != 1),
             total,
             "; then ".join(f"{describe(t)} ({_speed(self.secs[t])})" for t in fastest),
         )
@@ -192,8 +193,8 @@ class Autotuner:
 
 
 def describe(tuning: Tuning) -> str:
-    """Returns a configuration in words."""
-    compiler = "compiled" if tuning.jit_compile else "no XLA"
+    """Returns a configuration in words: XLA on TensorFlow and JAX, `torch.compile` on PyTorch."""
+    compiler = "compiled" if tuning.jit_compile else "not compiled"
     count = tuning.steps_per_execution
     return f"{compiler}, {count} step{'s' * (count != 1)} per call"
 

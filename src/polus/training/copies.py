@@ -89,6 +89,8 @@ def _copy_with_variables(part: Any, memo: dict[int, Any]) -> None:
     elif isinstance(part, OutputMetric):
         _copy_with_variables(part.metric, memo)
         new = OutputMetric(memo[id(part.metric)], part.output, part.name)
+    elif isinstance(part, keras.metrics.Metric):
+        new = _copy_metric(part, memo)
     else:
         new = copy.deepcopy(part, memo)
     memo[id(part)] = new
@@ -97,6 +99,17 @@ def _copy_with_variables(part: Any, memo: dict[int, Any]) -> None:
     if isinstance(part, keras.layers.Layer):
         for old, own in zip(layers_of(part), layers_of(new), strict=True):
             memo.setdefault(id(old), own)
+
+
+def _copy_metric(metric: keras.metrics.Metric, memo: dict[int, Any]) -> keras.metrics.Metric:
+    """Copies a metric by its attributes: Keras' own copy needs a configuration, which few have."""
+    for variable in metric.variables:
+        memo[id(variable)] = copy_variable(variable)
+    new = object.__new__(type(metric))
+    memo[id(metric)] = new
+    for name, value in vars(metric).items():
+        object.__setattr__(new, name, copy.deepcopy(value, memo))
+    return new
 
 
 def _copy_optimizer(optimizer: Any, candidates: Iterable[list[Any]], memo: dict[int, Any]) -> Any:
