@@ -89,7 +89,7 @@ def test_jit_compile_is_a_setting():
         for mode in (True, False, "auto"):
             polus.core.set_jit_compile(mode)
             assert polus.core.get_jit_compile() == mode
-        with pytest.raises(ValueError, match="True, False or 'auto', and got 'yes'"):
+        with pytest.raises(ValueError, match="mode must be True, False or 'auto', got 'yes'"):
             polus.core.set_jit_compile("yes")
     finally:
         polus.core.set_jit_compile("auto")

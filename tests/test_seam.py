@@ -350,7 +350,7 @@ def gathered(payload):
     """Batches of three columns and a label each, out of rows of the payload."""
     examples, rows = payload
     batches = ops.take(examples, rows, axis=0)
-    return {"x": batches[..., :3]}, batches[..., 3]
+    return {"x": batches[..., :3]}, batches[..., 3], None
 
 
 @pytest.mark.parametrize("jit_compile", [None, False])
@@ -358,13 +358,14 @@ def gathered(payload):
 def test_a_program_runs_a_step_once_or_many_times(unpack, jit_compile):
     total, runs = variable(0.0, trainable=False), []
 
-    def step(features, y):
+    def step(features, y, missing):
+        assert missing is None
         runs.append(len(runs))
         total.assign_add(ops.sum(features["x"]) + ops.sum(y))
         return {"sums": (total, ops.sum(y))}  # the variable's value at this step, not the last one
 
     rows = np.int32([[0, 1], [2, 3], [4, 5], [6, 7]])
-    stacked = ({"x": ops.convert_to_tensor(X[rows, :3])}, ops.convert_to_tensor(X[rows, 3]))
+    stacked = ({"x": ops.convert_to_tensor(X[rows, :3])}, ops.convert_to_tensor(X[rows, 3]), None)
     examples = ops.convert_to_tensor(X)
     single = backend.program(step, unpack, False, jit_compile)
     many = backend.program(step, unpack, True, jit_compile)
@@ -377,7 +378,7 @@ def test_a_program_runs_a_step_once_or_many_times(unpack, jit_compile):
         np.testing.assert_allclose(now, np.cumsum(expected)[:3], rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(y, sums[:3], rtol=1e-4, atol=1e-5)
 
-        first = ({"x": stacked[0]["x"][3]}, stacked[1][3])
+        first = ({"x": stacked[0]["x"][3]}, stacked[1][3], None)
         arguments = first if unpack is None else ((examples, rows[3:]),)
         now, y = single(*arguments)["sums"]
         assert number(now) == pytest.approx(expected.sum(), abs=1e-4)

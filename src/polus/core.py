@@ -1,4 +1,4 @@
-"""What everything else stands on: logging, the jit setting, and the seam to the backends."""
+"""The compiler setting, and the two functions that reach the backend."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -19,20 +19,20 @@ def set_jit_compile(mode: JitMode) -> None:
     """Sets whether steps are compiled with XLA (`torch.compile` on PyTorch).
 
     Args:
-        mode: True or False, or `"auto"` (the default): `train` measures on the model and batch at
-            hand and keeps what is faster. Outside `train`, `"auto"` is the backend's own habit: XLA
-            on JAX, a plain graph on TensorFlow, eager on PyTorch.
+        mode: True, False, or `"auto"` (the default): `train` times both on the first batch and
+            keeps the faster one. Outside of `train`, `"auto"` is the backend's default: XLA
+            on JAX, a plain graph on TensorFlow, eager execution on PyTorch.
 
     Raises:
-        ValueError: for anything else.
+        ValueError: For any other value.
     """
     if mode not in (True, False, "auto"):
-        raise ValueError(f"set_jit_compile takes True, False or 'auto', and got {mode!r}.")
+        raise ValueError(f"mode must be True, False or 'auto', got {mode!r}.")
     _jit["mode"] = mode
 
 
 def get_jit_compile() -> JitMode:
-    """The setting of `set_jit_compile`."""
+    """Returns the setting of `set_jit_compile`."""
     return _jit["mode"]
 
 
@@ -65,8 +65,8 @@ def function(fn: Any = None, *, jit_compile: bool | None = None) -> Any:
     ```
 
     Args:
-        fn: a function or method of tensors (any structure of them), returning tensors.
-        jit_compile: overrides `set_jit_compile` for this function.
+        fn: A function or method that takes and returns any structure of tensors.
+        jit_compile: Overrides `set_jit_compile` for this function.
     """
     if jit_compile not in (True, False, None):
         raise ValueError(f"jit_compile must be True, False or None, got {jit_compile!r}.")
@@ -78,7 +78,7 @@ def function(fn: Any = None, *, jit_compile: bool | None = None) -> Any:
 
 
 class _Compiled:
-    """A compiled function that also works as a method: compiled once per object, not per call."""
+    """A compiled function that also works as a method, compiled once per object."""
 
     def __init__(self, fn: Callable[..., Any], jit_compile: bool | None) -> None:
         functools.update_wrapper(self, fn)
@@ -93,7 +93,7 @@ class _Compiled:
         if instance is None:
             return self
         bound = _Compiled(functools.partial(self.fn, instance), self.jit_compile)
-        # Found there from now on, before this descriptor is asked again.
+        # Python finds it there from now on, before it asks this descriptor again.
         return instance.__dict__.setdefault(self.name, bound)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -107,7 +107,7 @@ class _Compiled:
 def value_and_grad(
     fn: Callable[[], Any], variables: Sequence[keras.Variable], has_aux: bool = False
 ) -> tuple[Any, list[Any]]:
-    """The value of a closure and its gradients, inside or outside a compiled function.
+    """Computes the value of a closure and its gradients, inside or outside a compiled function.
 
     ```python
     loss, gradients = polus.core.value_and_grad(
@@ -115,20 +115,21 @@ def value_and_grad(
     )
     ```
 
-    Calls can be nested, for a gradient of a gradient.
+    Calls can be nested, for a gradient of a gradient. Assignments are not differentiated: a value
+    assigned to a variable inside the closure is treated as a constant.
 
     Args:
-        fn: takes nothing, returns a scalar tensor, or with `has_aux` a pair of a scalar and any
+        fn: Takes nothing and returns a scalar tensor, or with `has_aux` a pair of a scalar and any
             structure of tensors. It may assign variables.
-        variables: Keras variables, trainable ones.
-        has_aux: whether `fn` returns such a pair.
+        variables: The variables to differentiate with respect to.
+        has_aux: Whether `fn` returns such a pair.
 
     Returns:
         What `fn` returned, and a list with one gradient per variable, of the variable's shape; None
-        where the value does not depend on the variable, or the variable is not trainable.
+        if the value does not depend on the variable, or the variable is not trainable.
 
     Raises:
-        ValueError: if the value is not a scalar.
+        ValueError: If the value is not a scalar.
     """
     if not callable(fn):
         raise TypeError(f"value_and_grad takes a function without arguments, got {fn!r}.")

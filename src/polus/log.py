@@ -1,4 +1,4 @@
-"""Logging: a logger per class, shared handlers."""
+"""Logging: one logger per class, shared handlers."""
 
 import logging
 import sys
@@ -14,12 +14,12 @@ LOG_NAME = _Default("polus.log")
 class BaseLogger:
     """Gives its descendants `self.logger`, a standard logger named after their class.
 
-    All of them are children of the logger `"polus"` and share its handlers: the console (from INFO
-    on, silent where the program configures logging itself), and a file where one is asked for.
+    All of these are children of the logger `"polus"` and share its handlers: the console, from INFO
+    on and silent if the program configures logging itself, and a log file on request.
 
     Args:
-        logging_level: from which level on messages reach the handlers, a level of `logging`.
-        log_name: the file for `log_to_file`. A name given here asks for it at once.
+        logging_level: The level from which on messages reach the handlers, as in `logging`.
+        log_name: The file that `log_to_file` appends to. A name given here starts it at once.
     """
 
     def __init__(self, logging_level: int = 10, log_name: str = LOG_NAME) -> None:
@@ -37,14 +37,14 @@ class BaseLogger:
         return logging.getLogger(f"polus.{type(self).__name__}")
 
     def set_logging_level(self, level: int) -> None:
-        """Shows messages from `level` on, of all of Polus."""
+        """Sets the level of all of Polus' messages and handlers."""
         shared = logging.getLogger("polus")
         shared.setLevel(level)
         for handler in shared.handlers:
             handler.setLevel(level)
 
     def log_to_file(self) -> None:
-        """Appends messages to the file `log_name` from now on, of all of Polus."""
+        """Appends all of Polus' messages to the file `log_name` from now on."""
         shared = logging.getLogger("polus")
         handler = logging.FileHandler(self.log_name, delay=True)
         files = [h.baseFilename for h in shared.handlers if isinstance(h, logging.FileHandler)]
@@ -56,7 +56,7 @@ class BaseLogger:
 
 
 class _Console(logging.Handler):
-    """Writes to whatever `sys.stderr` is at the time: a progress bar puts itself there."""
+    """Writes to the current `sys.stderr`, which a progress bar may have replaced."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if not logging.getLogger().handlers:  # else the program's own handlers show it

@@ -1,4 +1,4 @@
-"""What a run is, in memory: variables and random states, to be put back as they were."""
+"""The state of a run in memory: variables and random generators, with a way to restore them."""
 
 import contextlib
 import random
@@ -13,10 +13,10 @@ from polus.backends import backend
 
 
 class Snapshot:
-    """The values of some variables and all random states, at the time it is made.
+    """A copy of the values of some variables and of all random states.
 
     Args:
-        variables: Keras variables.
+        variables: The variables to copy, of Keras or of the backend.
     """
 
     def __init__(self, variables: Iterable[Any]) -> None:
@@ -25,7 +25,7 @@ class Snapshot:
         self.random = random_state()
 
     def restore(self) -> None:
-        """Puts everything back; may be called more than once."""
+        """Restores everything. May be called more than once."""
         for variable, value in zip(self.variables, self.values, strict=True):
             variable.assign(value)
         set_random_state(self.random)
@@ -39,9 +39,9 @@ def layers_of(layer: keras.layers.Layer) -> Iterator[keras.layers.Layer]:
 
 
 def random_state() -> dict[str, Any]:
-    """The states of Python's, NumPy's and the backend's global generators.
+    """Returns the states of the global generators of Python, NumPy and the backend.
 
-    And of PyTorch's, where it is imported: a `DataLoader` draws from it on every backend.
+    If PyTorch is imported, its state is included: a `DataLoader` draws from it on every backend.
     """
     state: dict[str, Any] = {
         "python": random.getstate(),
@@ -54,7 +54,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Puts `random_state()` back, also where its tuples have become lists on the way."""
+    """Restores a state that `random_state` returned; JSON may have turned its tuples into lists."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     np.random.set_state(tuple(state["numpy"]))
@@ -65,7 +65,7 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def random_state_kept() -> Iterator[None]:
-    """Leaves the global generators as they were, whatever is drawn inside."""
+    """Restores the global generators at the end of the block."""
     state = random_state()
     try:
         yield

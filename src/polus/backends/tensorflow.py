@@ -157,7 +157,7 @@ def _first_batch(unpack: Callable[[Any], Any] | None, payload: Any) -> tuple[Any
 
 
 def _row_specs(rows: Tree) -> Tree:
-    return tf.nest.map_structure(lambda rows: tf.TensorSpec(rows.shape[1:], rows.dtype), rows)
+    return _map_arrays(lambda rows: tf.TensorSpec(rows.shape[1:], rows.dtype), rows)
 
 
 def _only(step: Any, unpack: Callable[[Any], Any] | None) -> Callable[..., Tree]:
@@ -166,7 +166,12 @@ def _only(step: Any, unpack: Callable[[Any], Any] | None) -> Callable[..., Tree]
 
 
 def _row(batches: Tree, i: Any) -> Tree:
-    return tf.nest.map_structure(lambda rows: rows[i], batches)
+    return _map_arrays(lambda rows: rows[i], batches)
+
+
+def _map_arrays(fn: Callable[[Any], Any], batch: Tree) -> Tree:
+    """Maps the arrays of a batch. Parts that are None stay None."""
+    return keras.tree.map_structure(fn, batch, none_is_leaf=False)
 
 
 def _loop(step: Any, unpack: Callable[[Any], Any] | None) -> Callable[..., Tree]:

@@ -95,6 +95,8 @@ def _mapped(fn: Callable[[Any], Any], tree: Tree) -> Tree:
     """`keras.tree.map_structure`, whose call takes ten times as long as a small operation."""
     if isinstance(tree, torch.Tensor):
         return fn(tree)
+    if tree is None:  # an optional part of a batch
+        return None
     if type(tree) is tuple or type(tree) is list:
         return type(tree)(_mapped(fn, part) for part in tree)
     if type(tree) is dict:
