@@ -537,6 +537,14 @@ def describe() -> dict[str, Any]:
     return {"devices": [device.device_kind for device in jax.devices()]}
 
 
+def distribution() -> str:
+    """Names the engine for several devices that is active; empty if there is none."""
+    if (count := jax.process_count()) > 1:
+        return f"jax.distributed with {count} processes"
+    active = keras.distribution.distribution()
+    return "" if active is None else f"keras.distribution.{type(active).__name__}"
+
+
 def random_state() -> dict[str, Any]:
     """The state of the backend's own generators: JAX has none, its keys are values."""
     return {}

@@ -404,6 +404,12 @@ def describe() -> dict[str, Any]:
     return {"devices": names, "threads": tf.config.threading.get_intra_op_parallelism_threads()}
 
 
+def distribution() -> str:
+    """Names the engine for several devices that is active; empty if there is none."""
+    strategy = tf.distribute.get_strategy()
+    return f"tf.distribute.{type(strategy).__name__}" if tf.distribute.has_strategy() else ""
+
+
 def random_state() -> dict[str, Any]:
     """The state of the backend's own generators (`tf.random`'s global one, where it was made)."""
     return {}

@@ -319,6 +319,13 @@ def describe() -> dict[str, Any]:
     return {"devices": names, "threads": torch.get_num_threads()}
 
 
+def distribution() -> str:
+    """Names the engine for several processes that is active; empty if there is none."""
+    there = torch.distributed.is_available() and torch.distributed.is_initialized()
+    size = torch.distributed.get_world_size() if there else 1
+    return f"A torch.distributed process group of {size} processes" if size > 1 else ""
+
+
 def random_state() -> dict[str, Any]:
     """The states of PyTorch's global generators, as NumPy arrays."""
     state = {"cpu": torch.get_rng_state().numpy().copy()}

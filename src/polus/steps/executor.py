@@ -18,7 +18,7 @@ from polus.metrics import IMetric, kept_has_samples
 from polus.state import Snapshot
 from polus.steps.autotune import Autotuner, Limits, Timing, Tuning
 from polus.steps.compiled import CompiledStep
-from polus.steps.placement import current_placement
+from polus.steps.placement import require_one_device
 from polus.steps.variables import (
     MetricsOwner,
     StepVariables,
@@ -145,7 +145,7 @@ class StepExecutor:
         self.refresh()
         if self.variables is not None:
             return self.variables
-        current_placement()
+        require_one_device()
         self.step = self.get_step()
         self.owner.prepare_step(*inputs)
         before = _plain_parts(self.owner)
