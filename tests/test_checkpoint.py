@@ -848,14 +848,17 @@ def test_validation_after_the_last_step_keeps_its_compiler(tmp_path, monkeypatch
                 raise Killed
             self.coordinator.trainer.evaluate(data())
 
+    def program(step, unpack=None, many=False, jit_compile=None):
+        return made(step, unpack, many, None)  # compiling takes PyTorch ten seconds
+
     polus.core.set_jit_compile("auto")
-    monkeypatch.setattr(Autotuner, "__call__", lambda *_: Tuning(True, 2))
-    monkeypatch.setattr(backend, "function", lambda fn, jit_compile=None: fn)
+    made = backend.program
+    monkeypatch.setattr(backend, "program", program)
     dies, folder = True, str(tmp_path)
-    with pytest.raises(Killed):
-        new_trainer().train(data(), 2, [Checkpoint(folder, every_steps=7), Validates()])
-    monkeypatch.undo()
-    polus.core.set_jit_compile("auto")
+    with monkeypatch.context() as patch:
+        patch.setattr(Autotuner, "__call__", lambda *_: Tuning(True, 2))
+        with pytest.raises(Killed):
+            new_trainer().train(data(), 2, [Checkpoint(folder, every_steps=7), Validates()])
     dies, validates = False, Validates()
     new_trainer().train(data(), 2, [Checkpoint(folder, every_steps=7), validates], resume=folder)
     tunings = validates.coordinator.run.executor.get_state()
