@@ -20,6 +20,7 @@ MAX_ANY_SHARE = 0.08
 # Private names of other libraries that nothing public stands for. A test of each says what is
 # relied on.
 UNAVOIDABLE = {
+    "layer._layers",  # the layers that a custom layer holds; only models have a public name for it
     "from torch import _dynamo",  # the switch that PyTorch's own message names
     "dataset._inputs",  # whether a tf.data pipeline repeats or shuffles: nothing public tells
     "loader._iterator",  # the workers of a DataLoader, which can't be copied

@@ -395,7 +395,7 @@ def test_weights_reach_weighted_metrics_only_as_in_fit():
     for i in range(0, 40, 16):
         batch = slice(i, i + 16)
         samples = WeightedSamples(y[batch], model(x[batch]), weights[batch])
-        update_metrics(ours, ours_weighted, samples)
+        update_metrics([*ours, *ours_weighted], ours_weighted, samples)
     results = {m.name: m.evaluate() for m in (*ours, *ours_weighted)}
     assert (results.pop("acc"), results.pop("wacc")) == pytest.approx(
         (expected["a"], expected["wa"]), abs=1e-6
@@ -418,7 +418,7 @@ def test_keras_weights_our_metrics():
 
 def test_no_weights_are_as_in_metrics():
     metric = Accuracy(C)
-    update_metrics([], [metric], WeightedSamples(np.array([1, 2]), np.array([1, 1]), None))
+    update_metrics([metric], [metric], WeightedSamples(np.array([1, 2]), np.array([1, 1]), None))
     assert metric.evaluate() == 0.5
 
 
