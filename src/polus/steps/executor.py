@@ -12,13 +12,8 @@ import numpy as np
 
 from polus.backends import backend
 from polus.core import function, get_jit_compile
-<<<<<<< HEAD
-from polus.data.batches import arrays_of, map_arrays
-from polus.data.reader import EpochReader
-=======
 from polus.data import EpochReader
 from polus.data.batches import arrays_of, map_arrays
->>>>>>> 19200d8 (wip: data B)
 from polus.metrics import IMetric, kept_has_samples
 from polus.state import Snapshot
 from polus.steps.autotune import Autotuner, Limits, Timing, Tuning
@@ -311,12 +306,7 @@ def _same_objects(parts: Sequence[Any], others: Sequence[Any]) -> bool:
 
 def _kinds(example: Any) -> str:
     """Describes a batch without its sizes: bucketed batches begin each epoch with another one."""
-<<<<<<< HEAD
     return str(map_arrays(lambda a: (str(a.dtype), len(a.shape)), example))
-=======
-    kinds = map_arrays(lambda a: (str(a.dtype), len(a.shape)), example)
-    return str(kinds)
->>>>>>> 19200d8 (wip: data B)
 
 
 def _num_bytes(batch: Any) -> int:
