@@ -81,7 +81,10 @@ REFUSED = {
         r"these columns of the data frame hold something else: 'city' .*, 'since' .*"
         r"frame.drop\(columns=\['city', 'since'\]\)",
     ),
-    "frame in a batch": (lambda: [(FRAME[:4], Y[:4])], r"Part \[0\] of a batch is an array of obj"),
+    "frame in a batch": (
+        lambda: [(FRAME[:4], Y[:4])],
+        r"columns that are not numbers \('city' is .*drop\(columns",
+    ),
     "Hugging Face's Dataset": (
         hugging_face,
         r"single examples, not batches\. Pass a function .*with_format\('numpy'\).iter\(batch_size",

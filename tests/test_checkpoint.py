@@ -630,6 +630,11 @@ HOSTILE_STATES = {
         "data", "previous_epoch", "epoch_start", "random", "python", value=[]
     ),
     "data: iterator": put("data", "iterator", value=[-1, {}]),
+    "data: generators of the iterator": put(
+        "data",
+        "iterator",
+        value={"num_read": 1, "state": 1, "generators": {}, "next_checksum": 1},
+    ),
     "history: steps": put("history", "steps", value=[]),
     "history: epochs": put("history", "epochs", value=[[1]]),
     "history: validations": put("history", "validations", value=[[1]]),

@@ -12,7 +12,7 @@ import pytest
 
 from polus.data import DataReader, as_adapter, from_arrays
 from polus.data import blocks as blocks_module
-from polus.data import reader as reader_module
+from polus.data import epoch as epoch_module
 
 X = np.arange(44, dtype="float32").reshape(22, 2)
 Y = np.arange(22, dtype="int32")
@@ -336,7 +336,7 @@ def test_the_wait_for_the_first_batch_is_counted(monkeypatch):
         now[0] += 7.0
         yield from ragged()
 
-    monkeypatch.setattr(reader_module, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(epoch_module, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
     data = DataReader(as_adapter(slow))
     data.epoch(0).peek()
     assert data.waited_secs == 7.0

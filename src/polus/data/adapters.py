@@ -155,7 +155,14 @@ class FunctionAdapter(DataAdapter):
         self.num_batches = None
 
     def _iterate(self) -> Iterator[Any]:
-        return iter(self.dataset())
+        batches = self.dataset()
+        if not hasattr(batches, "__iter__"):
+            name = getattr(self.dataset, "__name__", type(self.dataset).__name__)
+            raise TypeError(
+                f"A function that is passed as the dataset must return batches, got {batches!r} "
+                f"from {name}. Write a generator function (yield x, y), or return an iterable."
+            )
+        return iter(batches)
 
 
 class IteratorAdapter(DataAdapter):
@@ -230,21 +237,26 @@ def _check_has_batches(dataset: Any) -> None:
             f"A DatasetDict holds several datasets: pass batches of one of {list(dataset)}, for "
             "example lambda: data['train'].with_format('numpy').iter(batch_size=32)."
         )
-    if _library_of(dataset) == "datasets" and name == "Dataset":
+    if isinstance(dataset, type):
         raise TypeError(
-            "A datasets.Dataset yields single examples, not batches. Pass a function that yields "
-            "batches: lambda: data.with_format('numpy').iter(batch_size=32). A batch is then a "
-            "dict of arrays by column."
+            f"A dataset must yield batches, got the class {dataset.__name__}. Pass an instance: "
+            f"{dataset.__name__}(...)."
+        )
+    if hasattr(dataset, "column_names") and hasattr(dataset, "iter") and not _is_streamed(dataset):
+        raise TypeError(
+            f"A {_library_of(dataset)}.{name} yields single examples, not batches. Pass a function "
+            "that yields batches: lambda: data.with_format('numpy').iter(batch_size=32). A batch "
+            "is then a dict of arrays by column."
         )
     parts = dataset if isinstance(dataset, tuple) else (dataset,)
-    is_array = any(hasattr(part, "__array__") for part in parts)
+    is_array = any(hasattr(part, "__array__") or hasattr(part, "toarray") for part in parts)
     iterable = callable(dataset) or hasattr(dataset, "__iter__") or hasattr(dataset, "__getitem__")
     if is_array or isinstance(dataset, str | bytes | dict) or not iterable:
         raise TypeError(
             f"A dataset must yield batches, got a {name}. For arrays in memory write "
-            "polus.data.from_arrays((x, y), batch_size=32). A tf.data.Dataset, a "
-            "keras.utils.PyDataset, a DataLoader, a list of batches and a generator function work "
-            "too."
+            "polus.data.from_arrays((x, y), batch_size=32), with x.toarray() if x is sparse. A "
+            "tf.data.Dataset, a keras.utils.PyDataset, a DataLoader, a list of batches and a "
+            "generator function work too."
         )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from polus.data.batches import arrays_of, map_arrays
+from polus.data.batches import arrays_of, columns_without_numbers, is_frame, map_arrays
 
 
 def from_arrays(
@@ -126,7 +126,7 @@ def _array(values: Any) -> np.ndarray[Any, Any]:
             f"{values.shape}. Convert it: x.toarray(). If that does not fit into memory, pass a "
             "generator function that yields batches such as (x[i : i + 32].toarray(), ...)."
         )
-    if hasattr(values, "columns") and hasattr(values, "dtypes"):
+    if is_frame(values):
         _check_columns(values)
     array = np.asarray(values)
     if array.ndim == 0:
@@ -139,16 +139,11 @@ def _array(values: Any) -> np.ndarray[Any, Any]:
 
 def _check_columns(frame: Any) -> None:
     """Raises a TypeError that names the columns of a data frame that don't hold numbers."""
-    others = {
-        str(name): str(dtype)
-        for name, dtype in zip(frame.columns, frame.dtypes, strict=True)
-        if getattr(dtype, "kind", "f") not in "biufc"
-    }
-    if others:
-        kinds = ", ".join(f"{name!r} ({dtype})" for name, dtype in others.items())
+    if columns := columns_without_numbers(frame):
+        kinds = ", ".join(f"{name!r} ({dtype})" for name, dtype in columns.items())
         raise TypeError(
             f"from_arrays takes numbers, and these columns of the data frame hold something else: "
             f"{kinds}. Encode them, for example with "
-            f"frame[{next(iter(others))!r}].astype('category').cat.codes, or leave them out: "
-            f"frame.drop(columns={list(others)})."
+            f"frame[{next(iter(columns))!r}].astype('category').cat.codes, or leave them out: "
+            f"frame.drop(columns={list(columns)})."
         )

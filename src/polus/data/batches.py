@@ -91,6 +91,20 @@ class _NotNumbersError(Exception):
         self.conversion = conversion
 
 
+def columns_without_numbers(frame: Any) -> dict[str, str]:
+    """Returns the columns of a data frame that don't hold numbers, and their dtypes."""
+    return {
+        str(name): str(dtype)
+        for name, dtype in zip(frame.columns, frame.dtypes, strict=True)
+        if getattr(dtype, "kind", "f") not in "biufc"
+    }
+
+
+def is_frame(value: Any) -> bool:
+    """Returns whether a value is a data frame, of pandas for example."""
+    return hasattr(value, "columns") and hasattr(value, "dtypes")
+
+
 def _plain(leaf: Any) -> Any:
     if type(leaf).__name__ in COMPOSITES:
         raise _NotNumbersError(*COMPOSITES[type(leaf).__name__])
@@ -98,6 +112,10 @@ def _plain(leaf: Any) -> Any:
         return leaf
     if type(leaf).__module__.startswith("scipy.sparse"):
         raise _NotNumbersError(f"a scipy.sparse {type(leaf).__name__}", "{}.toarray()")
+    if is_frame(leaf) and (columns := columns_without_numbers(leaf)):
+        kinds = ", ".join(f"{name!r} is {dtype}" for name, dtype in columns.items())
+        kind = f"a data frame with columns that are not numbers ({kinds})"
+        raise _NotNumbersError(kind, f"{{}}.drop(columns={list(columns)})")
     array = np.asarray(leaf)
     if array.dtype.kind in TEXT + DATES + OBJECTS:
         _check_kind(array)

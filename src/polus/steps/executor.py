@@ -12,8 +12,8 @@ import numpy as np
 
 from polus.backends import backend
 from polus.core import function, get_jit_compile
+from polus.data import EpochReader
 from polus.data.batches import arrays_of, map_arrays
-from polus.data.reader import EpochReader
 from polus.metrics import IMetric, kept_has_samples
 from polus.state import Snapshot
 from polus.steps.autotune import Autotuner, Limits, Timing, Tuning

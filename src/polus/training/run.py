@@ -15,8 +15,7 @@ import numpy as np
 
 from polus.callbacks.base import TrainerView
 from polus.callbacks.coordinator import CallbackCoordinator
-from polus.data import DataReader, StepBlock
-from polus.data.reader import EpochReader
+from polus.data import DataReader, EpochReader, StepBlock
 from polus.history import History
 from polus.host import DeviceValues
 from polus.log import BaseLogger

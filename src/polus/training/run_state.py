@@ -24,6 +24,12 @@ def _anything(value: Any) -> bool:
 
 # See `polus.state_tree.check_layout`; the rest is for its owners to check.
 EPOCH_START_LAYOUT = {"random": dict, "adapter": dict}
+ITERATOR_LAYOUT = {
+    "num_read": is_count,
+    "state": _anything,
+    "generators": EPOCH_START_LAYOUT,
+    "next_checksum": is_count,
+}
 STATE_LAYOUT = {
     "progress": {
         "epoch": is_count,
@@ -164,7 +170,8 @@ def check_state(facts: dict[str, Any], state: Any) -> None:
     """
     check_layout(state, STATE_LAYOUT)
     data = state["data"]
-    check_layout(data.get("iterator") or [0, None], (is_count, _anything), "the state/data")
+    if data.get("iterator") is not None:
+        check_layout(data["iterator"], ITERATOR_LAYOUT, "the state/data/iterator")
     if "previous_epoch" in data:
         layout = {"epoch_start": EPOCH_START_LAYOUT, "checksum": _anything}
         check_layout(data["previous_epoch"], layout, "the state/data/previous_epoch")
@@ -181,8 +188,12 @@ def check_state(facts: dict[str, Any], state: Any) -> None:
 def random_states(state: dict[str, Any]) -> list[dict[str, Any]]:
     """Returns the states of the global generators in a run's state: now, and as epochs began."""
     data = state["data"]
-    starts = [data, *([data["previous_epoch"]] if "previous_epoch" in data else [])]
-    return [state["random"], *(start["epoch_start"]["random"] for start in starts)]
+    generators = [data["epoch_start"]]
+    if "previous_epoch" in data:
+        generators.append(data["previous_epoch"]["epoch_start"])
+    if data.get("iterator") is not None:
+        generators.append(data["iterator"]["generators"])
+    return [state["random"], *(each["random"] for each in generators)]
 
 
 def use_own_generators(state: dict[str, Any]) -> None:
