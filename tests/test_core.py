@@ -100,3 +100,16 @@ def test_a_backend_that_polus_does_not_have():
 
     with pytest.raises(ValueError, match="KERAS_BACKEND is 'openvino'"):
         load("openvino")
+
+
+def test_importing_leaves_the_dtype_policy_open():
+    code = """
+import keras, polus
+for name in polus.__all__:
+    getattr(polus, name)
+import polus.ir.training, polus.lr_finder, polus.checkpoint
+keras.config.set_floatx("float64")
+assert keras.config.dtype_policy().name == "float64"
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

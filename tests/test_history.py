@@ -113,8 +113,9 @@ def test_losses_of_a_run_keep_the_precision_of_the_model(floatx):
 
         if not jax.config.jax_enable_x64:
             pytest.skip("JAX computes in float32 unless jax_enable_x64 is set")
-    before = keras.config.floatx()
+    before, policy = keras.config.floatx(), keras.config.dtype_policy()
     keras.config.set_floatx(floatx)
+    keras.config.set_dtype_policy(floatx)  # another test has made a layer, which fixes it
     try:
         x, y = np.linspace(0, 1, 12).reshape(6, 2), np.full((6, 1), 1 / 3)
         model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1, dtype=floatx)])
@@ -126,6 +127,7 @@ def test_losses_of_a_run_keep_the_precision_of_the_model(floatx):
         history = trainer.train(from_arrays((x, y), 2, shuffle=False), epochs=1)
     finally:
         keras.config.set_floatx(before)
+        keras.config.set_dtype_policy(policy)
     errors = (x @ weights + bias - y).reshape(3, 2) ** 2
     assert history.steps["loss"].dtype == floatx
     tolerance = 1e-14 if floatx == "float64" else 1e-5

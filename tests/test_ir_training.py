@@ -623,7 +623,7 @@ class OfDicts(keras.Model):
             lambda: trainer_of(DualEncoder(encoder())).train(
                 [(FEATURES, FEATURES, {"positive_ids": np.array(["a"] * 30)})], epochs=1
             ),
-            "positive_ids must be .* got the dtype str32.* Use row numbers",
+            r"positive_ids'\] of a batch is text",
         ),
         (
             lambda: one_step(FEATURES, FEATURES, {"positive_ids": list(range(30))}),

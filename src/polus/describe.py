@@ -50,12 +50,18 @@ KINDS: dict[str, Any] = {
     "regularizer": keras.regularizers.Regularizer,
     "constraint": keras.constraints.Constraint,
 }
-KERAS_NAMES = {
-    *vars(keras.Model(name="any")),
-    *vars(keras.layers.Layer(name="any")),
-    *("stop_training", "stop_evaluating", "stop_predicting", "optimizer", "history", "metrics"),
-    "has_samples",  # of metrics: no setting
-}
+
+
+@functools.cache
+def keras_names() -> frozenset[str]:
+    """Returns the attributes that Keras gives each model and layer, and metrics' `has_samples`.
+
+    Not made on import: a layer fixes Keras' dtype policy, and `set_floatx` would come too late.
+    """
+    loops = ("stop_training", "stop_evaluating", "stop_predicting", "optimizer", "history")
+    of_keras = (*vars(keras.Model(name="any")), *vars(keras.layers.Layer(name="any")))
+    return frozenset((*of_keras, *loops, "metrics", "has_samples"))
+
 
 _folders = sysconfig.get_paths()
 LIBRARIES = (
@@ -170,7 +176,7 @@ class _Describer:
                 is_function = isinstance(live, types.FunctionType)
                 described[key] = self.value(live) if is_function else self.config(entry)
         if config is None or not _is_keras(type(value)):
-            ignored = {*(config or {}), *KERAS_NAMES}
+            ignored = {*(config or {}), *keras_names()}
             for name, each in self.attributes(value, ignored):
                 if name not in described and not WITHOUT_EFFECT.fullmatch(name):
                     described[name] = each
