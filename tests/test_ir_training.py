@@ -620,12 +620,6 @@ class OfDicts(keras.Model):
             r"positive_ids must be .* got values from 4294967296 .* Use row numbers",
         ),
         (
-            lambda: trainer_of(DualEncoder(encoder())).train(
-                [(FEATURES, FEATURES, {"positive_ids": np.array(["a"] * 30)})], epochs=1
-            ),
-            r"positive_ids'\] of a batch is text",
-        ),
-        (
             lambda: one_step(FEATURES, FEATURES, {"positive_ids": list(range(30))}),
             r"got a list. Use np.array\(positive_ids\)",
         ),
