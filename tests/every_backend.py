@@ -49,8 +49,7 @@ def main(backends: list[str]) -> int:
     print(f"Running the suite on {', '.join(backends)}.", flush=True)
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(AT_A_TIME) as pool:
         runs = [
-            pool.submit(run, backend, Path(folder), backend == backends[-1])
-            for backend in backends
+            pool.submit(run, backend, Path(folder), backend == backends[-1]) for backend in backends
         ]
         results = dict(zip(backends, [run.result() for run in runs], strict=True))
     print()
