@@ -4,6 +4,7 @@ import contextlib
 import logging
 import math
 import signal
+from types import SimpleNamespace
 
 import keras
 import numpy as np
@@ -13,13 +14,16 @@ from recorder import Recorder
 
 import polus.data.blocks
 import polus.steps.compiled
+import polus.steps.pace
 from polus import core
 from polus.backends import backend
 from polus.data import DataReader, as_adapter, from_arrays
+from polus.host import to_host
 from polus.signals import Signals
 from polus.state import random_state
-from polus.steps.autotune import Autotuner, Limits, Timing, Tuning
+from polus.steps.autotune import Autotuner, Limits, Timing, Tuning, Way
 from polus.steps.compiled import CompiledStep
+from polus.steps.pace import Pace
 from polus.training import ClassifierTrainer
 
 X = np.random.default_rng(0).normal(size=(80, 6)).astype("float32")
@@ -157,16 +161,18 @@ def test_an_interruption_before_the_first_step_is_raised():
 
 
 class Clock:
-    """Two compilers: the seconds that a call takes in each configuration, and what was asked."""
+    """Two compilers: the seconds that a step takes in each configuration, and what was asked."""
 
     def __init__(self, secs, **limits):
         self.secs = {Tuning(*key): value for key, value in secs.items()}
         self.asked = []
         self.tuner = Autotuner()
-        self.limits = {"modes": (False, True), "max_steps": 64, "max_batches": 10_000, **limits}
+        ways = [Way(False, True), Way(True, True)]
+        self.limits = {"ways": ways, "max_steps": 64, "max_batches": 10_000, **limits}
 
-    def tune(self, **limits):
-        return self.tuner(Limits(**{**self.limits, **limits}), self.time, contextlib.nullcontext)
+    def tune(self, total_steps=math.inf, **limits):
+        limits = Limits(**{**self.limits, "total_steps": total_steps, **limits})
+        return self.tuner(limits, self.time, contextlib.nullcontext)
 
     def time(self, tuning):
         self.asked.append(tuning)
@@ -188,7 +194,7 @@ def test_timing_leaves_no_trace():
     variables = executor.state_variables()
     before = [np.array(variable) for variable in variables]
     generators = random_state()
-    executor.tuned(data, max_steps=64, steps_per_execution=None)
+    executor.tuned(data, max_steps=64, steps_per_execution=None, total_steps=10**9)
     for variable, value in zip(variables, before, strict=True):
         np.testing.assert_array_equal(np.array(variable), value, err_msg=variable.path)
     assert str(random_state()) == str(generators)
@@ -196,104 +202,136 @@ def test_timing_leaves_no_trace():
         assert sum(block.count for block in blocks) == len(BATCHES)
 
 
-def test_short_runs_time_less_and_longer_runs_the_rest():
-    clock = Clock({(False, 1): 5e-3, (True, 1): 4e-3, (False, 20): 20e-3, (True, 25): 10e-3})
-    # Half a second of steps, while compiling takes a second.
-    assert clock.tune(total_steps=100) == clock.tune(total_steps=100) == (False, 1)
-    assert clock.asked == [(False, 1)]
-    assert clock.tune() == clock.tune() == (True, 25)
-    assert sorted(clock.asked) == sorted(clock.secs)
+PLAIN, COMPILED = Tuning(False, 64), Tuning(True, 64)
 
 
-def test_runs_that_allow_longer_calls_are_timed_again():
-    singles, pairs = {(False, 1): 5e-3, (True, 1): 4e-3}, {(False, 2): 8e-3, (True, 2): 6e-3}
-    clock = Clock(singles | pairs | {(False, 20): 20e-3, (True, 25): 10e-3})
-    for max_steps in (2, 3):
-        assert clock.tune(max_steps=max_steps) == (True, 2)
-        assert clock.asked == [*singles, *pairs]
+def test_a_run_is_measured_only_if_it_is_long_enough_to_win_that_back():
+    clock = Clock({PLAIN: 5e-3, COMPILED: 4e-3})
+    # Unknown, or too short to time a few steps of; then five seconds, while compiling takes one.
+    for total_steps, asked in ((math.inf, []), (100, []), (1_000, [PLAIN]), (1_500, [PLAIN])):
+        assert clock.tune(total_steps) == PLAIN
+        assert clock.asked == asked
+        assert not clock.tuner.tuned
     for _ in range(2):
-        assert clock.tune() == (True, 25)
-        assert clock.asked == list(clock.secs)
-    # Batches of which 25 do not fit into one call: the timings of fewer tell enough.
-    assert clock.tune(max_batches=2) == (True, 2)
-    assert clock.asked == list(clock.secs)
+        assert clock.tune(10_000) == COMPILED
+        assert clock.asked == [PLAIN, COMPILED]
+        assert clock.tuner.tuned
 
 
-def test_batches_of_many_lengths_are_timed_once(monkeypatch):
-    secs = {(False, 1): 5e-3, (True, 1): 6e-3, (False, 20): 20e-3, (True, 16): 20e-3}
-    asked = []
+def test_a_single_way_is_never_timed():
+    clock = Clock({}, ways=[Way(True, True)])
+    assert clock.tune(10**6) == COMPILED
+    assert clock.tune(10**6, max_steps=1) == COMPILED  # its loop runs one step as well
+    assert clock.asked == []
 
-    def time(step, block):
-        asked.append((step.jit_compile, block.count))
-        return Timing(secs[asked[-1]], 1.0)
 
-    monkeypatch.setattr(CompiledStep, "time", time)
-    monkeypatch.setattr(backend, "candidates", lambda: (False, True))
-    monkeypatch.setattr(backend, "LONG_RUN_SECS", {})
-    epochs = iter([[8, 4, 2], [4, 8, 2], [2, 4, 8]])
-    trainer = make_trainer()
-    trainer.train(lambda: ((X[:n], Y[:n]) for n in next(epochs)), 3)
-    assert sorted(asked) == sorted(secs)
+@pytest.mark.parametrize(("fits", "steps"), [(3, 3), (10_000, 64)])
+def test_a_call_has_room_for_as_many_steps_as_fit(fits, steps):
+    assert Clock({}, max_batches=fits).tune() == (False, steps)
+
+
+def test_the_users_own_number_of_steps_is_used():
+    clock = Clock({(False, 7): 5e-3, (True, 7): 4e-3}, steps_per_execution=7)
+    assert clock.tune(100) == (False, 7)
+    assert clock.tune(10_000) == (True, 7)
+
+
+def test_runs_that_allow_longer_calls_are_tuned_again():
+    clock = Clock({PLAIN: 5e-3, COMPILED: 4e-3, (False, 2): 5e-3, (True, 2): 4e-3})
+    for max_steps in (2, 3):
+        assert clock.tune(10_000, max_steps=max_steps) == (True, 2)
+        assert clock.asked == [(False, 2), (True, 2)]
+    for _ in range(2):
+        assert clock.tune(10_000) == COMPILED
+        assert clock.asked == [(False, 2), (True, 2), PLAIN, COMPILED]
+    assert clock.tune(10_000, max_batches=2) == (True, 2)  # 64 do not fit
 
 
 @pytest.mark.parametrize(
-    ("secs", "asked", "chosen"),
+    ("secs", "total_steps", "tried"),
     [
-        # Both step by step, then both in a loop, and the fastest of the four wins.
-        (
-            {(False, 1): 5e-3, (True, 1): 4e-3, (False, 20): 40e-3, (True, 25): 25e-3},
-            [(False, 1), (True, 1), (False, 20), (True, 25)],
-            (True, 25),
-        ),
-        # A loop that is slower than single steps loses.
-        (
-            {(False, 1): 5e-3, (True, 1): 6e-3, (False, 20): 400e-3, (True, 16): 400e-3},
-            [(False, 1), (True, 1), (False, 20), (True, 16)],
-            (False, 1),
-        ),
-        # A compiler that is three times slower step by step gets no loop.
-        (
-            {(False, 1): 5e-3, (True, 1): 16e-3, (False, 20): 80e-3},
-            [(False, 1), (True, 1), (False, 20)],
-            (False, 20),
-        ),
-        # A few long steps per call are tried; very long ones are not.
-        (
-            {(False, 1): 50e-3, (True, 1): 60e-3, (False, 4): 160e-3, (True, 4): 170e-3},
-            [(False, 1), (True, 1), (False, 4), (True, 4)],
-            (False, 4),
-        ),
-        (
-            {(False, 1): 70e-3, (True, 1): 200e-3, (False, 3): 180e-3},
-            [(False, 1), (True, 1), (False, 3)],
-            (False, 3),
-        ),
-        ({(False, 1): 0.3, (True, 1): 0.2}, [(False, 1), (True, 1)], (True, 1)),
-        # What one compiler can't do, the other does.
-        (
-            {(False, 1): 5e-3, (True, 1): TypeError("no"), (False, 20): 20e-3},
-            [(False, 1), (True, 1), (False, 20)],
-            (False, 20),
-        ),
+        (0.1, 90, False),  # nine seconds, and compiling takes one
+        (0.1, 200, True),
+        (0.01, 10_000, False),  # a loop costs steps of 10 ms nothing
     ],
 )
-def test_the_fastest_configuration_wins_and_hopeless_ones_are_skipped(secs, asked, chosen):
-    clock = Clock(secs)
-    assert clock.tune() == chosen
-    assert clock.asked == asked
-    assert clock.tuner.tuned
+def test_long_steps_are_tried_without_a_loop(secs, total_steps, tried):
+    ways = [Way(True, True), Way(True, False)]
+    clock = Clock({COMPILED: secs, (True, 1): secs / 2}, ways=ways)
+    assert clock.tune(total_steps) == ((True, 1) if tried else COMPILED)
+
+
+def test_what_one_compiler_cannot_do_the_other_does():
+    clock = Clock({PLAIN: 5e-3, COMPILED: TypeError("no")})
+    for _ in range(2):
+        assert clock.tune(10_000) == PLAIN
+        assert clock.asked == [PLAIN, COMPILED]
 
 
 def test_a_slow_compiler_is_tried_in_long_runs_only():
-    secs = {(False, 1): 5e-3, (True, 1): 4e-3, (False, 20): 20e-3, (True, 25): 10e-3}
-    clock = Clock(secs, long_run_secs={True: 300.0})
-    for total_steps in (10_000, math.inf):  # 50 seconds; unknown
-        clock.tune(total_steps=total_steps)
-        assert clock.asked == [(False, 1), (False, 20)]
-        assert not clock.tuner.tuned
-    clock.tune(total_steps=1_000_000)
-    assert clock.asked == [(False, 1), (False, 20), (True, 1), (True, 25)]
-    assert clock.tuner.tuned
+    for secs, total_steps in ((5e-3, 60_000), (0.5e-3, 60_000)):  # 300 and 30 seconds
+        clock = Clock({PLAIN: secs, COMPILED: secs / 2}, long_run_secs={True: 300.0})
+        assert clock.tune(total_steps - 1_000) == PLAIN
+        assert clock.asked == [PLAIN]
+        assert clock.tune(total_steps + 1_000) == COMPILED
+
+
+def test_batches_of_many_lengths_are_timed_once(monkeypatch):
+    asked = []
+
+    def time(step, block):
+        asked.append((step.jit_compile, block.capacity))
+        return Timing(6e-3 if step.jit_compile else 5e-3, 0.0)
+
+    monkeypatch.setattr(CompiledStep, "time", time)
+    monkeypatch.setattr(backend, "ways", lambda convolutions: ((False, True), (True, True)))
+    monkeypatch.setattr(backend, "LONG_RUN_SECS", {})
+    epochs = iter([[8, 4, 2] * 50, [4, 8, 2] * 50, [2, 4, 8] * 50])
+    make_trainer().train(lambda: ((X[:n], Y[:n]) for n in next(epochs)), 3)
+    assert len(asked) == len(set(asked)) == 2
+
+
+# ---------------------------------------------------------------------- the pace
+
+
+@pytest.mark.parametrize("secs", [1e-5, 1e-3, 0.5])
+def test_calls_take_some_milliseconds_once_a_few_were_timed(secs, monkeypatch):
+    monkeypatch.setattr(backend, "wait", lambda outputs: None)
+    pace, now = Pace(), [0.0]
+    monkeypatch.setattr(polus.steps.pace.time, "perf_counter", lambda: now[0])
+    calls = []
+    for _ in range(8):
+        calls.append(pace.steps)
+        began, now[0] = now[0], now[0] + secs * calls[-1] + 10 * (not calls)  # the first compiles
+        pace.observe(calls[-1], None, began)
+    assert calls[0] == calls[1] == 2
+    assert calls[-1] == pytest.approx(max(1, 0.04 / secs), rel=0.01)
+
+
+@pytest.mark.parametrize("kind", ["batches", "arrays", "arrays with a smaller last batch"])
+def test_the_pace_changes_no_bit(kind):
+    def losses(steps):
+        trainer = make_trainer()
+        executor_of(trainer).prepare(BATCHES[0])
+        step = CompiledStep(executor_of(trainer).step)
+        pace = SimpleNamespace(steps=steps)
+        data = BATCHES if kind == "batches" else from_arrays((X[:size], Y[:size]), 8, shuffle=False)
+        with contextlib.closing(
+            DataReader(as_adapter(data)).epoch(0).blocks(4, pace=pace)
+        ) as blocks:
+            found, counts = [], []
+            for block in blocks:
+                counts.append(block.count)
+                found += (
+                    np.asarray(to_host(step(block)["loss"])).reshape(-1)[: block.count].tolist()
+                )
+        return found, counts
+
+    size = 76 if "smaller" in kind else 80
+    (all_at_once, counts), (one_by_one, slow) = losses(None), losses(1)
+    np.testing.assert_array_equal(one_by_one, all_at_once)
+    last = [1, 1] if "smaller" in kind else [2]
+    assert (counts, slow) == ([4, 4, *last], [2, 1, 1, 2, 1, 1, *last])
 
 
 @pytest.mark.skipif(
@@ -329,14 +367,14 @@ def test_an_error_in_the_step_is_not_blamed_on_a_compiler(caplog):
 
 
 def test_timings_are_logged(caplog):
-    clock = Clock({(False, 1): 2.5, (True, 1): 4e-3, (False, 20): 20e-3, (True, 25): 10e-3})
+    clock = Clock({PLAIN: 2.5, COMPILED: 4e-3})
     with caplog.at_level(logging.INFO, "polus"):
-        clock.tune()
+        clock.tune(10_000)
     (said,) = [r.getMessage() for r in caplog.records if "Timed" in r.getMessage()]
-    assert said.startswith("Timed 3 ways to run a step in 5.5 s; fastest: ")
+    assert said.startswith("Timed 2 ways to run a step in 4.5 s; fastest: ")
     assert said.endswith(
-        "compiled, 25 steps per call (2,500 steps/s); then compiled, 1 step per call "
-        "(250 steps/s); then not compiled, 1 step per call (2.5 s/step)."
+        "compiled, many steps per call (250 steps/s); then not compiled, many steps per call "
+        "(2.5 s/step)."
     )
 
 
@@ -356,6 +394,6 @@ def test_a_step_that_xla_refuses_runs_without_xla(caplog):
     executor = executor_of(trainer)
     executor.prepare(data.example)
     with caplog.at_level(logging.WARNING, "polus"):
-        step = executor.tuned(data, max_steps=64, steps_per_execution=None)
+        step = executor.tuned(data, 64, steps_per_execution=None, total_steps=10**9)
     assert step.jit_compile is False
     assert "can't compile this step" in caplog.text

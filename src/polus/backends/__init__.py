@@ -10,8 +10,9 @@ Every backend gives
 - ``apply_gradients(optimizer, gradients, variables)``: one update;
 - ``stack(batches, capacity)``, ``take``, ``to_device``, ``copy``, ``wait``: batches and arrays on
   the device; ``view``: a variable for the host to copy;
-- ``COMPILES``, ``candidates()``, ``LONG_RUN_SECS``: whether a new shape costs a compilation, which
-  settings of ``jit_compile`` are worth measuring, and from how long a run on;
+- ``COMPILES``, ``candidates()``, ``ways(convolutions)``, ``LONG_RUN_SECS``: whether a new shape
+  costs a compilation, which settings of ``jit_compile`` there are, in which ways a step may run,
+  and from how long a run on another one is worth a try;
 - ``TAKES_TEXT``: whether tensors may hold text;
 - ``describe()``: devices and threads;
 - ``random_state()``, ``set_random_state(state)``: the backend's own generators.

@@ -13,7 +13,7 @@ from polus.backends.scopes import BackendVariable, DryRun, current_scope
 Tree = Any
 COMPILES = True  # a new shape costs a compilation
 TAKES_TEXT = True  # whether tensors may hold text
-LONG_RUN_SECS: dict[bool, float] = {}  # each setting of `jit_compile` is worth a try in any run
+LONG_RUN_SECS = {True: 30.0}  # from how long a run on XLA's compilation is worth a try
 
 
 def function(fn: Callable[..., Tree], jit_compile: bool | None = None) -> Callable[..., Tree]:
@@ -395,6 +395,16 @@ def _read(iterator: Any, first: list[Any], want: Any, secs: Any) -> Any:
 def candidates() -> tuple[bool, ...]:
     """The settings of `jit_compile` that are worth measuring here."""
     return (False, True)
+
+
+def ways(convolutions: bool) -> tuple[tuple[bool, bool], ...]:
+    """Pairs of `jit_compile` and whether to loop that are worth considering, the usual first.
+
+    On the CPU, XLA's convolutions take several times as long.
+    """
+    if convolutions and not tf.config.list_physical_devices("GPU"):
+        return ((False, True),)
+    return (False, True), (True, True)
 
 
 def describe() -> dict[str, Any]:

@@ -313,6 +313,11 @@ def candidates() -> tuple[bool, ...]:
     return (False, True) if there else (False,)
 
 
+def ways(convolutions: bool) -> tuple[tuple[bool, bool], ...]:
+    """Pairs of `jit_compile` and whether to loop that are worth considering, the usual first."""
+    return tuple((jit_compile, True) for jit_compile in candidates())
+
+
 def describe() -> dict[str, Any]:
     """What the bits of a result depend on: devices, and threads of one operation."""
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

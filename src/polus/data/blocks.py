@@ -23,6 +23,23 @@ from polus.data.batches import (
 
 StepLimit = Callable[[int], int]
 
+
+class StepPace(Protocol):
+    """How many steps the next call is to run, which changes no result; None for all that fit."""
+
+    steps: int | None
+
+
+def paced(left: int, is_rest: bool, pace: StepPace | None) -> int:
+    """Returns how many of the `left` batches of a group the next block takes.
+
+    At least two where a group begins, so that it is known to be one: see `Grouping`.
+    """
+    if pace is None or pace.steps is None:
+        return left
+    return min(left, max(pace.steps, 1 if is_rest else 2))
+
+
 # A slow dataset comes in shorter blocks, so that progress still moves and Ctrl-C still works.
 GROUP_SECS = 0.1
 
@@ -96,18 +113,27 @@ class DeviceExamples:
         self.arrays = map_arrays(backend.to_device, dataset.arrays)
 
     def blocks(
-        self, epoch: int, start: int, limit: StepLimit, capacity: int
+        self,
+        epoch: int,
+        start: int,
+        limit: StepLimit,
+        capacity: int,
+        pace: StepPace | None = None,
     ) -> Generator[StepBlock]:
         """Yields the batches of an epoch from batch `start` on."""
         step, size, end = start, self.dataset.batch_size, len(self.dataset)
         order = self.dataset.order(epoch)
         whole = self.dataset.num_examples // size
-        while step < end and (count := limit(step)) > 0:
+        left = 0
+        while step < end and (allowed := limit(step)) > 0:
             # The last batch, if it is smaller, is a block of its own.
-            count = min(count, whole - step) if step < whole else 1
+            is_rest = left > 0 and step < whole
+            left = min(left if is_rest else allowed, allowed, whole - step) if step < whole else 1
+            count = paced(left, is_rest, pace)
+            left -= count
             rows = order[step * size : (step + count) * size]
             width = min(size, len(rows))
-            if count > 1:
+            if count > 1 or is_rest:
                 table = np.zeros((capacity, width), np.int32)
                 table[:count] = rows.reshape(count, width)
             else:
@@ -118,7 +144,7 @@ class DeviceExamples:
             step += count
 
     def sample(self, count: int) -> StepBlock:
-        """Returns a block of the first example only, to time a compiled step with."""
+        """Returns a block of the first example only, `count` batches of it, to time a step with."""
         width = self.dataset.batch_size
         table = backend.to_device(np.zeros((count, width), np.int32))
         return StepBlock(count, width, gather_batches, (self.arrays, table), count, (width,))
@@ -163,19 +189,27 @@ class Grouping:
 
     A batch runs in the program for one step or in the one for many steps by its place in the data,
     however slow the data is: the two programs may differ in the last bits. So what is left of a
-    group that took too long still belongs to that group, and no group is ended before it is known
-    to have a second batch.
+    group that took too long, or that the pace has divided, still belongs to that group, and no
+    group is ended before it is known to have a second batch.
 
     Args:
         source: The batches.
         limit: Returns how many batches a block may have that begins at a step; 0 ends the epoch.
         capacity: The number of batches per block at most.
+        pace: How many of a group's batches the next block takes.
     """
 
-    def __init__(self, source: BatchSource, limit: StepLimit, capacity: int) -> None:
+    def __init__(
+        self,
+        source: BatchSource,
+        limit: StepLimit,
+        capacity: int,
+        pace: StepPace | None = None,
+    ) -> None:
         self.source = source
         self.limit = limit
         self.capacity = capacity
+        self.pace = pace
 
     def blocks(self, start: int) -> Generator[StepBlock]:
         """Yields the batches in blocks, from step `start` on."""
@@ -190,7 +224,7 @@ class Grouping:
                 left, signature = 0, signature_of(first)
             is_rest = left > 0
             left = min(left, allowed) if is_rest else allowed
-            block = self._block(first, left, is_rest, signature)
+            block = self._block(first, paced(left, is_rest, self.pace), is_rest, signature)
             yield block
             step, left = step + block.count, left - block.count
 

@@ -19,6 +19,7 @@ from polus.data.blocks import (
     Grouping,
     HostSource,
     StepBlock,
+    StepPace,
     repeated_block,
 )
 from polus.data.fingerprint import checksum, leaves_of
@@ -280,6 +281,7 @@ class EpochReader:
         capacity: int = 1,
         due: Due = lambda step: None,
         handle_signals: Callback = do_nothing,
+        pace: StepPace | None = None,
     ) -> Generator[StepBlock]:
         """Yields the batches in blocks. Close the generator when done.
 
@@ -287,12 +289,13 @@ class EpochReader:
             capacity: The number of batches per block at most.
             due: Returns how many steps may run from a step on; None for no limit.
             handle_signals: Called several times a second while waiting for data; may raise.
+            pace: How many batches of those the next block takes; by default all.
         """
         reader = self._reader
         with (
             self._released(),
             contextlib.closing(
-                self._made(self._limit(capacity, due), capacity, handle_signals)
+                self._made(self._limit(capacity, due), capacity, handle_signals, pace)
             ) as blocks,
         ):
             count = self.start
@@ -327,19 +330,23 @@ class EpochReader:
             self._reader.adapter.close()
 
     def _made(
-        self, limit: Callable[[int], int], capacity: int, handle_signals: Callback
+        self,
+        limit: Callable[[int], int],
+        capacity: int,
+        handle_signals: Callback,
+        pace: StepPace | None,
     ) -> Generator[StepBlock]:
         reader, start = self._reader, self.start
         if reader.device_examples is not None:
             number = reader.first_epoch + self.number
-            return reader.device_examples.blocks(number, start, limit, capacity)
+            return reader.device_examples.blocks(number, start, limit, capacity, pace)
         graph = backend.graph_blocks(self._raw_batches) if reader.transform is None else None
         if graph is not None:
             batches = GraphSource(graph, self._read, self._first, handle_signals)
-            return Grouping(batches, limit, capacity).blocks(start)
+            return Grouping(batches, limit, capacity, pace).blocks(start)
         stopped = threading.Event()
         source = HostSource(self._read, self._first, self._take_snapshot, stopped)
-        blocks = Grouping(source, limit, capacity).blocks(start)
+        blocks = Grouping(source, limit, capacity, pace).blocks(start)
         return prefetch(blocks, handle_signals, stopped)
 
     # ------------------------------------------------------------------ resuming

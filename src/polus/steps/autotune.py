@@ -1,32 +1,44 @@
-"""Chooses how to run a step: with which compiler, and how many steps per call, by timing it."""
+"""Chooses how to run a step: with which compiler, and in a loop of how many steps.
+
+A run starts in the way that is usually best, without any measurement. Timing another way costs its
+compilation, so that is done only where the run is long enough to win it back.
+"""
 
 import logging
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-# Progress still moves, Ctrl-C still works, and the cost of the call itself is negligible.
-EXECUTION_SECS = 0.04
-LONGEST_SECS = 0.25  # limits the few steps per call that are tried where a single step is long
-FEW_STEPS = 4
-MAX_STEPS = 512  # more gain nothing, and the stacked batches take memory
+MAX_STEPS = 256  # per call: more gain nothing, and the stacked batches take memory
+TIMED_STEPS = 200  # the length of a run in which timing a few steps is a small part
+SMALL_STEP_SECS = 1e-3  # such steps are mostly overhead, of which a compiler removes much
+LONG_STEP_SECS = 0.02  # such steps gain little from a loop, and may lose by it
+LOOP_STEPS = 4  # of a loop around long steps
 
 logger = logging.getLogger("polus.steps")
 
 
 class Tuning(NamedTuple):
-    """How to run a step: the compiler setting, and the steps per call of the backend."""
+    """How to run a step: the compiler setting, and the most steps per call of the backend."""
 
     jit_compile: bool | None
     steps_per_execution: int
 
 
 class Timing(NamedTuple):
-    """The cost of one configuration: seconds of a call, and of compiling it first."""
+    """The cost of one configuration: seconds of a step, and of compiling it first."""
 
     secs: float
     compile_secs: float
+
+
+class Way(NamedTuple):
+    """A compiler setting, and whether many steps run in one call."""
+
+    jit_compile: bool
+    many: bool
 
 
 @dataclass(frozen=True)
@@ -34,28 +46,33 @@ class Limits:
     """What may be chosen for a run.
 
     Attributes:
-        modes: The settings of `jit_compile` to try.
+        ways: The ways to run the step, the one that is usually best first.
         max_steps: The steps per call that callbacks and the epoch's length allow.
         max_batches: The batches that fit into the memory set aside for a call.
         steps_per_execution: The steps per call if the user fixed them.
         total_steps: The steps of the whole run; infinite if unknown.
-        long_run_secs: The settings that pay off in long runs only, with the length of such a run.
+        long_run_secs: From how many seconds of a run on a compiler is worth a try.
     """
 
-    modes: tuple[bool, ...]
+    ways: Sequence[Way]
     max_steps: int
     max_batches: int
     steps_per_execution: int | None = None
-    total_steps: float = float("inf")
-    long_run_secs: dict[bool, float] = field(default_factory=dict)
+    total_steps: float = math.inf
+    long_run_secs: Mapping[bool, float] = field(default_factory=dict)
+
+    def tunings(self) -> list[Tuning]:
+        """Returns the configurations of all ways."""
+        fixed = self.steps_per_execution
+        capacity = max(1, min(self.max_steps, self.max_batches, MAX_STEPS))
+        steps = [fixed or (capacity if way.many else 1) for way in self.ways]
+        found = [Tuning(way.jit_compile, n) for way, n in zip(self.ways, steps, strict=True)]
+        return list(dict.fromkeys(found))
 
 
 @dataclass
 class Autotuner:
-    """Times the configurations of one step and keeps the timings for later runs.
-
-    Each compiler is timed step by step, then each with many steps per call. What can't win is
-    skipped, and so is what takes longer to compile than all steps of the run take.
+    """Chooses the configuration of one step, and keeps what it measured for later runs.
 
     Attributes:
         secs: Seconds per step of each configuration timed so far.
@@ -70,6 +87,7 @@ class Autotuner:
     tuned: bool = False
     max_steps: int = MAX_STEPS
     tuning: Tuning | None = None
+    failed: set[Tuning] = field(default_factory=set)
 
     def __call__(
         self,
@@ -77,15 +95,23 @@ class Autotuner:
         time_step: Callable[[Tuning], Timing],
         undone: Callable[[], AbstractContextManager[object]],
     ) -> Tuning:
-        """Returns the fastest configuration that `limits` allow, and times what is missing.
+        """Returns the configuration to use, and times others where that pays off.
 
         Args:
             limits: What may be chosen.
             time_step: Times one configuration on the first batch.
             undone: Returns a context that undoes what the timed steps change.
         """
-        self.tuning = self._tune(limits, time_step, undone)
+        if self.tuning is None or not self._still_holds(self.tuning, limits):
+            self.tuning = self._tune(limits, time_step, undone)
         return self.tuning
+
+    def _still_holds(self, tuning: Tuning, limits: Limits) -> bool:
+        if limits.steps_per_execution is not None:
+            return self.tuned and tuning.steps_per_execution == limits.steps_per_execution
+        fits = tuning.steps_per_execution <= limits.max_batches
+        # A run that allows calls twice as long is tuned again.
+        return self.tuned and fits and min(limits.max_steps, MAX_STEPS) < 2 * self.max_steps
 
     def _tune(
         self,
@@ -93,89 +119,56 @@ class Autotuner:
         time_step: Callable[[Tuning], Timing],
         undone: Callable[[], AbstractContextManager[object]],
     ) -> Tuning:
-        fixed = limits.steps_per_execution
-        allowed = min(limits.max_steps, MAX_STEPS)
-        max_steps = min(allowed, limits.max_batches)
-        if len(limits.modes) == 1 and (max_steps == 1 or fixed is not None):
-            self.tuned = True
-            return Tuning(limits.modes[0], fixed or 1)
-        if self.tuned and self.tuning is not None:
-            fits = self.tuning.steps_per_execution <= limits.max_batches
-            # A run that allows calls twice as long is tuned again.
-            if fixed is not None or (fits and allowed < 2 * self.max_steps):
-                return self.tuning
-        self.max_steps = allowed
-        missing = list(self._missing(limits, max_steps))
-        if all(self._too_short(limits, tuning) for tuning in missing):
-            self.tuned = not missing
-            return self._fastest(limits, max_steps)[0]
-        with undone():
-            self._time_missing(limits, max_steps, time_step)
-        return self._fastest(limits, max_steps)[0]
+        self.max_steps = min(limits.max_steps, MAX_STEPS)
+        tunings = [tuning for tuning in limits.tunings() if tuning not in self.failed]
+        self.tuned = len(tunings) == 1
+        timed = TIMED_STEPS <= limits.total_steps < math.inf
+        if len(tunings) > 1 and timed and self._worth_timing(tunings, limits):
+            with undone():
+                self._time(tunings, limits, time_step)
+        known = [tuning for tuning in tunings if tuning in self.secs]
+        return min(known, key=self.secs.__getitem__) if known else tunings[0]
 
-    def _missing(
-        self, limits: Limits, max_steps: int, failed: frozenset[bool] | set[bool] = frozenset()
-    ) -> Iterator[Tuning]:
-        """Yields what is worth timing and was not yet: single steps first."""
-        fixed = limits.steps_per_execution
-        for many in (False, True):
-            for mode in limits.modes:
-                count = self._worthwhile_steps(mode, max_steps, fixed) if many else fixed or 1
-                tuning = Tuning(mode, count)
-                if mode not in failed and count and tuning not in self.secs:
-                    yield tuning
+    def _worth_timing(self, tunings: Sequence[Tuning], limits: Limits) -> bool:
+        return tunings[0] not in self.secs or any(
+            self._pays_off(tuning, tunings[0], limits) for tuning in tunings[1:]
+        )
 
-    def _worthwhile_steps(self, mode: bool, max_steps: int, fixed: int | None) -> int:
-        """Returns how many steps per call are worth timing under this setting; 0 for none."""
-        single = self.secs.get(Tuning(mode, 1))
-        if fixed is not None or single is None:
-            return 0
-        # If one compiler is 3x slower per single step, looping will not make it win: skip it.
-        if single > 3 * min(s for tuning, s in self.secs.items() if tuning[1] == 1):
-            return 0
-        few = min(FEW_STEPS, int(LONGEST_SECS / single))
-        if max_steps == 1 or few < 2:
-            return 0
-        # More than single steps suggest: a loop is faster than they are. Also for long steps: XLA
-        # runs a transformer a third faster inside a loop.
-        return min(max_steps, max(few, int(2.5 * EXECUTION_SECS / single)))
-
-    def _too_short(self, limits: Limits, tuning: Tuning) -> bool:
-        """Returns whether the run is too short for timing this to pay off."""
-        if not self.secs:
+    def _pays_off(self, tuning: Tuning, usual: Tuning, limits: Limits) -> bool:
+        """Returns whether the run is long enough to try this instead of the usual way."""
+        if tuning in self.secs or tuning in self.failed:
             return False
-        long_run = limits.long_run_secs.get(bool(tuning.jit_compile), 0.0)
-        if long_run and limits.total_steps == float("inf"):
-            return True  # after the first epoch the length is known, if it ever is
-        return max(self.compile_secs, long_run) > limits.total_steps * min(self.secs.values())
+        secs = self.secs[usual]
+        if tuning.jit_compile == usual.jit_compile:
+            worth = secs > LONG_STEP_SECS
+            return worth and limits.total_steps * secs > 10 * self.compile_secs
+        least = limits.long_run_secs.get(bool(tuning.jit_compile), 0.0)
+        if secs < SMALL_STEP_SECS:
+            least /= 10
+        return limits.total_steps * secs > max(least, 10 * self.compile_secs)
 
-    def _time_missing(
-        self, limits: Limits, max_steps: int, time_step: Callable[[Tuning], Timing]
+    def _time(
+        self, tunings: Sequence[Tuning], limits: Limits, time_step: Callable[[Tuning], Timing]
     ) -> None:
-        failed: set[bool] = set()
+        usual, total = tunings[0], 0.0
+        if usual not in self.secs:
+            total += self._time_one(usual, time_step)
         self.tuned = True
-        total = 0.0
-        for tuning in self._missing(limits, max_steps, failed):
-            if self._too_short(limits, tuning):
-                self.tuned = False
+        for tuning in tunings[1:]:
+            if not self._pays_off(tuning, usual, limits):
+                self.tuned &= tuning in self.secs or tuning in self.failed
                 continue
             try:
-                timing = time_step(tuning)
+                total += self._time_one(tuning, time_step)
             except Exception as error:
-                if not self.secs:
-                    raise  # the step itself is at fault, not a compiler
-                failed.add(bool(tuning.jit_compile))
+                self.failed.add(tuning)
                 logger.warning(
                     "jit_compile=%s can't compile this step%s: %s",
                     tuning.jit_compile,
                     " in a loop" * (tuning.steps_per_execution > 1),
                     (str(error).strip() or repr(error)).splitlines()[0],
                 )
-                continue
-            self.secs[tuning] = timing.secs / tuning.steps_per_execution
-            self.compile_secs = max(self.compile_secs, timing.compile_secs)
-            total += timing.compile_secs + timing.secs
-        fastest = self._fastest(limits, max_steps)
+        fastest = sorted((t for t in tunings if t in self.secs), key=self.secs.__getitem__)
         if len(fastest) < 2:
             return  # there was no choice
         logger.info(
@@ -185,18 +178,19 @@ class Autotuner:
             "; then ".join(f"{describe(t)} ({_speed(self.secs[t])})" for t in fastest),
         )
 
-    def _fastest(self, limits: Limits, max_steps: int) -> list[Tuning]:
-        """Returns what was timed and is allowed, fastest first."""
-        longest = max(max_steps, limits.steps_per_execution or 1)
-        known = (t for t in self.secs if t.steps_per_execution <= longest)
-        return sorted(known, key=self.secs.__getitem__)
+    def _time_one(self, tuning: Tuning, time_step: Callable[[Tuning], Timing]) -> float:
+        """Times a configuration, and returns how long that took."""
+        timing = time_step(tuning)
+        self.secs[tuning] = timing.secs
+        self.compile_secs = max(self.compile_secs, timing.compile_secs)
+        return timing.compile_secs + timing.secs
 
 
 def describe(tuning: Tuning) -> str:
     """Returns a configuration in words: XLA on TensorFlow and JAX, `torch.compile` on PyTorch."""
     compiler = "compiled" if tuning.jit_compile else "not compiled"
     count = tuning.steps_per_execution
-    return f"{compiler}, {count} step{'s' * (count != 1)} per call"
+    return f"{compiler}, " + ("one step per call" if count == 1 else "many steps per call")
 
 
 def _speed(secs_per_step: float) -> str:

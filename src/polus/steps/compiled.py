@@ -1,8 +1,10 @@
 """A step as compiled programs: for one batch, or for many in one call of the backend."""
 
 import logging
+import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,9 +12,12 @@ import numpy as np
 from polus.backends import backend
 from polus.data import as_arguments
 from polus.data.blocks import StepBlock
-from polus.steps.autotune import EXECUTION_SECS, Timing
+from polus.steps.autotune import Timing
+from polus.steps.pace import Pace
 
 MANY_SHAPES = 8
+TIMED_SECS = 0.02
+TIMED_CALLS = 4
 
 logger = logging.getLogger("polus.steps")
 
@@ -30,12 +35,14 @@ class CompiledStep:
         step: The step.
         jit_compile: The compiler setting.
         steps_per_execution: The most steps that a call runs.
+        pace: How many of them the next call runs.
     """
 
     def __init__(self, step: Step, jit_compile: bool | None = None) -> None:
         self.step = step
         self.jit_compile = jit_compile
         self.steps_per_execution = 1
+        self.pace = Pace()
         self._programs: dict[Any, Callable[..., Any]] = {}
         self._shapes: list[Any] = []
 
@@ -61,23 +68,29 @@ class CompiledStep:
         return as_terms(program(*arguments))
 
     def time(self, block: StepBlock) -> Timing:
-        """Times a call: the shortest of several, after two that compile.
+        """Times a step: first a call that compiles, then a few of some milliseconds.
 
-        The second call compiles as well: it is the first to see the values that the first one made.
+        Args:
+            block: A block of one batch, again and again. The calls run as many of its steps as
+                fill the time.
         """
         began = time.perf_counter()
-        program, arguments = self.program(block)
-        for _ in range(2):
-            backend.wait(program(*arguments))
+        backend.wait(self._call(block, 1))
         compile_secs = time.perf_counter() - began
-        secs: list[float] = []
-        while len(secs) < 3 or (sum(secs) < EXECUTION_SECS and len(secs) < 20):
+        count, best = 1, math.inf
+        for _ in range(TIMED_CALLS):
             began = time.perf_counter()
-            backend.wait(program(*arguments))
-            secs.append(time.perf_counter() - began)
-            if sum(secs) > 1:
+            backend.wait(self._call(block, count))
+            secs = time.perf_counter() - began
+            best = min(best, secs / count)
+            count = max(1, min(block.count, int(TIMED_SECS / best)))
+            if secs > TIMED_SECS:
                 break
-        return Timing(min(secs), compile_secs)
+        return Timing(best, compile_secs)
+
+    def _call(self, block: StepBlock, count: int) -> Any:
+        program, arguments = self.program(replace(block, count=count))
+        return program(*arguments)
 
     def _count_shapes(self, signature: Any) -> None:
         """Warns once if batches come in so many shapes that compiling dominates."""

@@ -16,8 +16,9 @@ from polus.data import EpochReader
 from polus.data.batches import arrays_of, map_arrays
 from polus.metrics import IMetric, kept_has_samples
 from polus.state import Snapshot
-from polus.steps.autotune import Autotuner, Limits, Timing, Tuning
+from polus.steps.autotune import Autotuner, Limits, Timing, Tuning, Way
 from polus.steps.compiled import CompiledStep
+from polus.steps.pace import Pace
 from polus.steps.placement import require_one_device
 from polus.steps.variables import (
     MetricsOwner,
@@ -30,8 +31,14 @@ from polus.steps.variables import (
     unique,
 )
 
-MAX_BYTES = 2**26  # of stacked batches per call
+MAX_BYTES = 2**24  # of stacked batches per call
 MANY_RECOMPILATIONS = 3
+CONVOLUTIONS = (
+    *(keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D),
+    *(keras.layers.Conv1DTranspose, keras.layers.Conv2DTranspose, keras.layers.Conv3DTranspose),
+    *(keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D),
+    *(keras.layers.SeparableConv1D, keras.layers.SeparableConv2D),
+)
 
 logger = logging.getLogger("polus.steps")
 
@@ -228,12 +235,12 @@ class StepExecutor:
                 tuned.tuner.tuning = Tuning(*self._saved_tunings[str(key)])
                 tuned.tuner.tuned = True
         limits = Limits(
-            modes=tuple(backend.candidates()) if mode == "auto" else (mode,),
+            ways=self._ways(mode),
             max_steps=max_steps,
             max_batches=max(1, MAX_BYTES // max(1, _num_bytes(data.example))),
             steps_per_execution=steps_per_execution,
             total_steps=total_steps,
-            long_run_secs=backend.LONG_RUN_SECS if mode == "auto" else {},
+            long_run_secs=backend.LONG_RUN_SECS,
         )
 
         def time_step(tuning: Tuning) -> Timing:
@@ -242,7 +249,19 @@ class StepExecutor:
 
         self.tuning = tuned.tuner(limits, time_step, self._undone)
         tuned.step.jit_compile, tuned.step.steps_per_execution = self.tuning
+        if steps_per_execution is not None:
+            tuned.step.pace = Pace(fixed=True)
+        elif (secs := tuned.tuner.secs.get(self.tuning)) is not None:
+            tuned.step.pace = Pace(secs)
         return tuned.step
+
+    def _ways(self, mode: bool | str) -> list[Way]:
+        """Returns the ways to run the step that are worth considering, the usual one first."""
+        convolutions = any(isinstance(layer, CONVOLUTIONS) for layer in held_layers(self.owner))
+        ways = [Way(*way) for way in backend.ways(convolutions)]
+        if isinstance(mode, bool):
+            ways = [way for way in ways if way.jit_compile == mode] or [Way(mode, True)]
+        return ways
 
     @contextlib.contextmanager
     def _undone(self) -> Iterator[None]:

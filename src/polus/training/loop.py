@@ -1,6 +1,7 @@
 """The training loop."""
 
 import contextlib
+import time
 
 from polus.history import History
 from polus.training.run import Run
@@ -22,7 +23,10 @@ def train_loop(run: Run) -> History:
         run.executor.prepare(data.example)
         step = run.tuned_step(data)
         blocks = data.blocks(
-            step.steps_per_execution, run.callbacks.steps_until_callback, run.handle_signals
+            step.steps_per_execution,
+            run.callbacks.steps_until_callback,
+            run.handle_signals,
+            step.pace,
         )
         with contextlib.closing(blocks):
             for block in blocks:
@@ -30,7 +34,9 @@ def train_loop(run: Run) -> History:
                     run.callbacks.on_train_batch_begin()
                 program, arguments = step.program(block)
                 # Nothing interrupts between here and the record: signals wait to be handled.
+                began = time.perf_counter()
                 outputs = program(*arguments)
+                step.pace.observe(block.count, outputs, began)
                 run.record(block, outputs)
                 run.handle_signals()
                 if run.stopping:

@@ -1,0 +1,205 @@
+"""Times whole runs, compiling and choosing how to run included, beside `fit` and fixed settings.
+
+    python benchmarks/whole_runs.py                              # every backend; writes the table
+    python benchmarks/whole_runs.py --backend torch --workload mlp --data list
+
+Each run has a fresh model, and Polus starts without any memory of earlier choices. The clock runs
+from before `compile` or the trainer is made until the loss of the last step is read. The methods
+take turns; the table shows the median over the rounds. *fit* is the faster one of
+`steps_per_execution` 1 and 10. *Regret* is the time of Polus divided by that of the best fixed
+setting: the compiler on or off, with 1, 10 or 100 steps per execution.
+"""
+
+import argparse
+import itertools
+import json
+import logging
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+from speed import BACKENDS, ROOT, WORKLOADS, Workload, parts
+
+TABLE = ROOT / "docs" / "benchmarks" / "whole_runs.md"
+LENGTHS = {"mlp": (10, 100, 1_000, 10_000), "dual encoder": (10, 100, 1_000), "cnn": (10, 100)}
+DATA = ("arrays", "list", "generator")
+STEPS_PER_EXECUTION = (1, 10, 100)
+
+
+def batches(work: Workload, steps: int) -> Iterator[Any]:
+    """Yields `steps` batches of NumPy arrays, from the start again where they end."""
+    import keras
+
+    starts = itertools.cycle(range(0, len(work.y) - work.batch_size + 1, work.batch_size))
+    for start in itertools.islice(starts, steps):
+        rows = slice(start, start + work.batch_size)
+        yield keras.tree.map_structure(lambda a, rows=rows: a[rows], (work.x, work.y))
+
+
+def fit(work: Workload, kind: str, steps: int, steps_per_execution: int) -> float:
+    model, optimizer, loss = parts(work)
+    x: Any = batches(work, steps)
+    arguments: dict[str, Any] = {}
+    if kind == "arrays":
+        count = steps * work.batch_size
+        rows = slice(count) if count <= len(work.y) else slice(None)
+        import keras
+
+        x = keras.tree.map_structure(lambda a: a[rows], work.x)
+        arguments = {"y": work.y[rows], "batch_size": work.batch_size, "shuffle": False}
+        arguments["epochs"] = max(1, count // len(work.y))
+    elif kind == "list":
+        data = list(x)
+
+        class Batches(keras_dataset()):
+            def __len__(self) -> int:
+                return len(data)
+
+            def __getitem__(self, i: int) -> Any:
+                return data[i]
+
+        x = Batches()
+    began = time.perf_counter()
+    model.compile(optimizer, loss, steps_per_execution=steps_per_execution)
+    model.fit(x, verbose=0, **arguments)
+    return time.perf_counter() - began
+
+
+def keras_dataset() -> Any:
+    import keras
+
+    return keras.utils.PyDataset
+
+
+def polus(
+    work: Workload,
+    kind: str,
+    steps: int,
+    jit: bool | str = "auto",
+    per_execution: int | None = None,
+) -> float:
+    import keras
+
+    from polus.core import set_jit_compile
+    from polus.data import from_arrays
+    from polus.training import ClassifierTrainer
+
+    model, *rest = parts(work)
+    count, epochs = steps * work.batch_size, 1
+    data: Any = lambda: batches(work, steps)  # noqa: E731
+    if kind == "arrays":
+        epochs = max(1, count // len(work.y))
+        rows = slice(count) if count <= len(work.y) else slice(None)
+        arrays = keras.tree.map_structure(lambda a: a[rows], (work.x, work.y))
+        data = from_arrays(arrays, work.batch_size, shuffle=False)
+    elif kind == "list":
+        data = list(data())
+    set_jit_compile(jit)
+    began = time.perf_counter()
+    trainer = ClassifierTrainer(model, *rest)
+    history = trainer.train(data, epochs=epochs, steps_per_execution=per_execution)
+    assert history.epochs[-1]["loss"] is not None
+    return time.perf_counter() - began
+
+
+def methods() -> dict[str, Callable[[Workload, str, int], float]]:
+    """Returns the contenders by name."""
+    import keras
+
+    found: dict[str, Any] = {"Polus": polus}
+    for count in (1,) if keras.backend.backend() == "torch" else (1, 10):
+        found[f"fit, {count}"] = lambda *a, count=count: fit(*a, count)
+    modes = {"tensorflow": (False, True), "jax": (True,), "torch": (False,)}
+    for jit in modes[keras.backend.backend()]:
+        for count in STEPS_PER_EXECUTION:
+            name = f"fixed, {'compiled' if jit else 'plain'}, {count}"
+            found[name] = lambda *a, jit=jit, count=count: polus(*a, jit, count)
+    return found
+
+
+def measure(workload: str, kind: str, steps: int, rounds: int) -> dict[str, float]:
+    """Returns the median seconds of each method. The first round, which loads code, is dropped."""
+    work, contenders = WORKLOADS[workload](), methods()
+    secs: dict[str, list[float]] = {name: [] for name in contenders}
+    for i in range(rounds):
+        order = list(contenders) if i % 2 else list(reversed(contenders))
+        for name in order:
+            secs[name].append(contenders[name](work, kind, steps))
+    return {name: statistics.median(values) for name, values in secs.items()}
+
+
+def row(backend: str, workload: str, kind: str, steps: int, secs: dict[str, float]) -> str:
+    own = secs["Polus"]
+    best_fit = min(value for name, value in secs.items() if name.startswith("fit"))
+    fixed = {name: value for name, value in secs.items() if name.startswith("fixed")}
+    best = min(fixed, key=fixed.__getitem__)
+    return (
+        f"| {BACKENDS[backend]} | {workload} | {kind} | {steps:,} | {own:.2f} | {best_fit:.2f} "
+        f"| {best_fit / own:.2f} | {own / fixed[best]:.2f} | {best.removeprefix('fixed, ')} |"
+    )
+
+
+HEADER = """\
+| backend | workload | data | steps | Polus, s | fit, s | fit / Polus | regret | best fixed |
+|---|---|---|---|---|---|---|---|---|"""
+
+
+def child(arguments: argparse.Namespace) -> None:
+    """Measures on the backend of this process, and prints a row as each is known."""
+    import keras
+
+    logging.disable(logging.WARNING)
+    backend = keras.backend.backend()
+    for workload in arguments.workload or LENGTHS:
+        for kind in arguments.data or DATA:
+            measure(workload, kind, 10, 1)  # loads code
+            for steps in arguments.steps or LENGTHS.get(workload, (10, 100)):
+                secs = measure(workload, kind, steps, arguments.rounds)
+                print(json.dumps(row(backend, workload, kind, steps, secs)), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--backend", choices=BACKENDS, action="append")
+    parser.add_argument("--workload", choices=WORKLOADS, action="append")
+    parser.add_argument("--data", choices=DATA, action="append")
+    parser.add_argument("--steps", type=int, action="append")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        return child(arguments)
+    rows: list[str] = []
+    print(HEADER)
+    for backend in arguments.backend or BACKENDS:
+        command = [sys.executable, __file__, *sys.argv[1:], "--child"]
+        environment = os.environ | {"KERAS_BACKEND": backend}
+        with (
+            tempfile.TemporaryFile("w+") as errors,
+            subprocess.Popen(
+                command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True
+            ) as process,
+        ):
+            for line in process.stdout or ():
+                if line.startswith('"|'):
+                    rows.append(json.loads(line))
+                    print(rows[-1], flush=True)
+            if process.wait():
+                errors.seek(0)
+                sys.exit(errors.read())
+    if not (arguments.workload or arguments.data or arguments.steps or arguments.backend):
+        text = "\n".join(["# Whole runs", "", __doc__, "", HEADER, *rows])
+        Path(TABLE).write_text(text + "\n")
+    return None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""How many steps one call of a compiled loop runs."""
+
+import time
+from typing import Any
+
+from polus.backends import backend
+
+# Progress still moves, Ctrl-C still works, and the cost of the call itself is negligible.
+EXECUTION_SECS = 0.04
+FIRST_STEPS = 2  # before anything is known: a step may take seconds
+MAX_GROWTH = 16
+MAX_TIMED_CALLS = 4
+
+
+class Pace:
+    """Adapts the number of steps per call to the time that they take, in the first calls of a run.
+
+    A compiled loop runs as many steps as it is told, up to the capacity that it was compiled for.
+    So the number changes no bit of a result, and it may depend on the clock.
+
+    Args:
+        secs: Seconds per step, if they are known.
+        fixed: Whether each call is to run as many steps as fit.
+
+    Attributes:
+        steps: The most steps of the next call; None for no limit.
+    """
+
+    def __init__(self, secs: float | None = None, fixed: bool = False) -> None:
+        self.steps: int | None = FIRST_STEPS
+        self._calls = 0
+        if fixed:
+            self.steps = None
+        elif secs is not None:
+            self.steps = _steps_of(secs)
+        self._known = fixed or secs is not None
+
+    def observe(self, count: int, outputs: Any, began: float) -> None:
+        """Learns from a call of `count` steps that began at `began` (`time.perf_counter`).
+
+        The call is waited for, until enough is known. The first one compiles, and tells nothing.
+        """
+        if self._known or self.steps is None:
+            return
+        self._calls += 1
+        if self._calls == 1:
+            return
+        backend.wait(outputs)
+        fitting = _steps_of((time.perf_counter() - began) / count)
+        self._known = self._calls > MAX_TIMED_CALLS or fitting <= MAX_GROWTH * count
+        self.steps = min(fitting, MAX_GROWTH * count)
+
+
+def _steps_of(secs: float) -> int:
+    return max(1, int(EXECUTION_SECS / max(secs, 1e-9)))
