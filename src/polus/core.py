@@ -150,4 +150,4 @@ def value_and_grad(
             )
         return value
 
-    return backend.value_and_grad(fn, variables, scalar)  # type: ignore[no-any-return]
+    return backend.value_and_grad(fn, variables, scalar)

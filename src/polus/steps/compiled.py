@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from polus.backends import backend
-from polus.data import as_arguments
+from polus.backends.base import as_arguments
 from polus.data.blocks import StepBlock
 from polus.steps.autotune import Timing
 from polus.steps.pace import Pace
