@@ -25,6 +25,7 @@ class DataReader(BatchReader):
         steps: The number of batches per epoch at most, or None.
         first_epoch: The number that the dataset knows epoch 0 by: how many epochs of it were
             trained before. `set_state` restores it.
+        check: Called with batches in host memory; see `BatchReader`.
 
     Attributes:
         current: The epoch that was begun last.

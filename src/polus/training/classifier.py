@@ -8,6 +8,7 @@ from keras import ops
 
 from polus.metrics import MetricLike, WeightedSamples
 from polus.training.checks import add_penalties, check_model
+from polus.training.labels import check_labels, num_classes
 from polus.training.trainer import BaseTrainer
 
 
@@ -106,6 +107,15 @@ class ClassifierTrainer(BaseTrainer):
         """Returns labels, prediction and weights of a batch, in inference mode."""
         y, prediction = super().evaluation_step(*inputs)
         return WeightedSamples(y, prediction, inputs[2] if len(inputs) > 2 else None)
+
+    def check_batch(self, inputs: tuple[Any, ...], where: str) -> None:
+        """Raises a ValueError if a label is no class of the model: not every backend notices it."""
+        methods = ("train_step", "forward_without_grads", "forward_with_grads", "evaluation_step")
+        as_written = all(
+            getattr(type(self), name) is getattr(ClassifierTrainer, name) for name in methods
+        )
+        if as_written and len(inputs) > 1 and (classes := num_classes(self)) is not None:
+            check_labels(inputs[1], classes, self.loss.ignore_class, where)
 
     def evaluation_loss(self, *samples: Any, **named: Any) -> Any:
         """Returns the loss over validation data, weighted as the training loss is."""

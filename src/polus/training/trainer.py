@@ -299,6 +299,9 @@ class BaseTrainer(BaseLogger):
         """Checks what a dry run of the step has seen, logs what is trained, and warns."""
         check_step(self, variables)
 
+    def check_batch(self, inputs: tuple[Any, ...], where: str) -> None:
+        """Raises if no step can take a batch in host memory; `where` says which one it is."""
+
     # ------------------------------------------------------------------ what can be done with it
 
     def train(
@@ -359,7 +362,7 @@ class BaseTrainer(BaseLogger):
             learning_rate_set(self.optimizer, config.learning_rate),
             engine.running(run),
             run.running(),
-            checks.explain_argument_errors(lambda: engine.executor.example),
+            checks.explain_argument_errors(run.seen_batches),
         ):
             if config.resume is not None:
                 resume_run(run, config.resume)
