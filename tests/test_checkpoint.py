@@ -947,3 +947,20 @@ def test_command_line(one_epoch, capsys, tmp_path):
     (tmp_path / "checkpoint-00000001").mkdir()
     assert main(["verify", str(tmp_path)]) == 1
     assert "DAMAGED" in capsys.readouterr().out
+
+
+def test_a_call_after_a_resumed_run_goes_on_with_the_next_epoch_of_the_data(one_epoch):
+    seen = []
+
+    class Told(list):
+        def set_epoch(self, epoch):
+            seen.append(epoch)
+
+    class ByEpoch(Callback):
+        def on_epoch_begin(self, epoch):
+            seen.append(f"call {epoch}")
+
+    trainer = new_trainer()
+    trainer.train(data(), 2, [Remembers()], resume=one_epoch)
+    trainer.train(Told([(x[:8], y[:8])]), 1, [ByEpoch()])
+    assert sorted(map(str, seen[-2:])) == ["2", "call 0"]

@@ -23,7 +23,7 @@ class Engine:
         arguments: The arguments of `train` that `changing_train_config` keeps.
         run: The run in progress, else None.
         steps: The number of steps that earlier calls of `train` asked for.
-        epochs: The number of epochs that earlier calls of `train` trained.
+        epochs: The number of the data's epochs that earlier calls of `train` trained.
     """
 
     def __init__(self, trainer: StepOwner) -> None:
@@ -56,11 +56,13 @@ class Engine:
     def running(self, run: Run) -> Iterator[None]:
         """Makes `run` the run in progress, and counts what it trained."""
         before, self.run = self.run, run
+        first = run.reader.first_epoch
         try:
             yield
         finally:
             self.run = before
-            self.epochs += run.epoch
+            # A run that was resumed has also trained the data's epochs before its checkpoint.
+            self.epochs += run.reader.first_epoch - first + run.epoch
         self.steps += run.epochs * (run.steps or 0)
 
 

@@ -167,10 +167,20 @@ class Run(BaseLogger):
                 raise
             else:
                 self._move(RunStatus.STOPPED if self.stopping else RunStatus.COMPLETED)
+                self._log_stop()
             finally:
                 if (error := self.callbacks.on_train_end()) is not None:
                     self.status = RunStatus.FAILED
                     raise error
+
+    def _log_stop(self) -> None:
+        if self.stopping:
+            self.logger.info(
+                "Training was stopped after %d of %d epochs: %s.",
+                self.epoch,
+                self.epochs,
+                self.stop_reason or "early_stop was set",
+            )
 
     @property
     def finished(self) -> bool:
