@@ -16,6 +16,7 @@ from resuming import assert_resumes_exactly, batch_of, checkpointed, interrupted
 
 from polus.data import DataReader, as_adapter, from_arrays, with_iterator_state
 from polus.data.fingerprint import checksum
+from polus.errors import RefusedStateError
 
 torch = pytest.importorskip("torch")
 
@@ -160,6 +161,35 @@ class StatefulIterator:
 
     def set_state(self, state):
         self.position = int(state)
+
+
+class RefusesItsState(StatefulIterator):
+    """Has been changed since: its state lacks what it looks for."""
+
+    def set_state(self, state):
+        raise KeyError("position")
+
+
+class RefusingData:
+    def __iter__(self):
+        return RefusesItsState()
+
+
+def test_an_epoch_is_read_again_if_the_iterator_refuses_its_state(tmp_path, caplog):
+    caplog.set_level("INFO", "polus.data")
+    assert_resumes_exactly(tmp_path, RefusingData, places=[(0, 3), (1, 2)])
+    assert "KeyError('position'). The epoch is read again" in caplog.text
+
+
+def test_a_state_that_is_refused_where_nothing_else_brings_the_batch_back_raises(tmp_path):
+    class Drawn(RefusingData):  # from a generator that nobody restores
+        generator = np.random.default_rng(0)
+
+        def __iter__(self):
+            return RefusesItsState(self.generator.permutation(x))
+
+    with pytest.raises(RefusedStateError, match="does not take the state of its iterator"):
+        interrupted_log(tmp_path, (0, 3), Drawn)
 
 
 def noisy(batch):

@@ -28,6 +28,7 @@ from polus.data.resume import (
     IteratorSnapshot,
     IteratorSnapshots,
 )
+from polus.errors import AnotherRunError
 from polus.state import random_state, set_random_state
 
 logger = logging.getLogger("polus.data")
@@ -260,7 +261,7 @@ class EpochReader:
         """Drops batches up to `step`, and calls `handle_signals` before each.
 
         Raises:
-            ValueError: If the epoch ends before.
+            AnotherRunError: If the epoch ends before.
         """
         count, logged = step - self.start, time.monotonic()
         for i in range(count):
@@ -269,7 +270,7 @@ class EpochReader:
                 logged = time.monotonic()
                 logger.info("Skipping the batches that the run has seen: %d of %d.", i, count)
             if self.skip() is None:
-                raise ValueError(
+                raise AnotherRunError(
                     f"The dataset is another one: it ended after {self.start} batches of epoch "
                     f"{self.number + 1}, and the run had done {step} steps in it."
                 )
