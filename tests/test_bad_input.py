@@ -827,7 +827,7 @@ TEXT_ON_TENSORFLOW = {
     "batch(TYPES[0], Y[:16])": (ValueError, "Invalid input shape.*shape=.16,., dtype=string"),
     "batch(X[:16], TYPES[0])": (Exception, "Cast string to float is not supported"),
     "batch('text', Y)": (ValueError, "Invalid input shape.*dtype=string"),
-    "batch(['a', 'b'], [0, 1])": (ValueError, "Invalid input shape.*dtype=string"),
+    "batch(['a', 'b'], [0, 1])": (Exception, "The structure of `inputs` doesn't match"),
 }
 
 
