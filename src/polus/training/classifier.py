@@ -117,7 +117,7 @@ class ClassifierTrainer(BaseTrainer):
             getattr(type(self), name) is getattr(ClassifierTrainer, name) for name in methods
         )
         if as_written and len(inputs) > 1 and (classes := num_classes(self)) is not None:
-            check_labels(inputs[1], classes, self.loss.ignore_class, where)
+            check_labels(inputs[1], classes, getattr(self.loss, "ignore_class", None), where)
 
     def evaluation_loss(self, *samples: Any, **named: Any) -> Any:
         """Returns the loss over validation data, weighted as the training loss is."""
