@@ -244,6 +244,7 @@ SOURCES = {
 def test_a_resumed_run_reads_the_same_batches_as_an_uninterrupted_one(tmp_path, name, caplog):
     assert_resumes_exactly(tmp_path, *SOURCES[name])
     assert "does not repeat" not in caplog.text
+    assert "not what they were" not in caplog.text
 
 
 def test_a_loader_with_a_state_does_not_read_the_epoch_again(tmp_path):
@@ -410,6 +411,28 @@ def test_an_order_that_does_not_repeat_warns(tmp_path, make, place, message, cap
     reader = DataReader(as_adapter(make()), steps=steps)
     reader.set_state(tree["data"], epoch, step, tree["random"])
     assert message in caplog.text
+
+
+@pytest.mark.parametrize("transform", [None, lambda batch: (batch[0] + 1, batch[1])])
+@pytest.mark.parametrize(("changed", "warns"), [(9, True), (20, False)])
+def test_labels_that_changed_behind_the_first_batch_warn(
+    tmp_path, transform, changed, warns, caplog
+):
+    labels = np.arange(EXAMPLES) % 2
+
+    def pairs():
+        return ((x[i : i + 4], labels[i : i + 4].copy()) for i in range(0, EXAMPLES, 4))
+
+    reader = DataReader(as_adapter(pairs), transform)
+    epoch, step = read(reader, until=(1, 3), log=[])
+    assert (epoch, step) == (1, 4)
+    tree = checkpointed(tmp_path, epoch, step, reader)
+    labels[changed] = 7  # in the batch with number 2, or in one that the run has not read yet
+    reader = DataReader(as_adapter(pairs), transform)
+    reader.tracked = True
+    reader.set_state(tree["data"], epoch, step, tree["random"])
+    message = "the first batch of epoch 2 is the same, and others of its first 4 batches are not"
+    assert (message in caplog.text) is warns
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from polus.data.blocks import (
     check_not_empty,
     repeated_block,
 )
-from polus.data.fingerprint import checksum, leaves_of
+from polus.data.fingerprint import RunningChecksum, checksum, leaves_of
 from polus.data.prefetch import prefetch
 from polus.data.resume import (
     IteratorSnapshot,
@@ -196,6 +196,8 @@ class EpochReader:
         self.epoch_start = reader.generators() if reader.tracked else None
         self.checksum: int | None = None
         self.leaves: list[list[Any]] | None = None
+        # Of an epoch that is read from its first batch on.
+        self._seen = RunningChecksum() if reader.tracked and not start else None
         self._reader = reader
         self._snapshots = IteratorSnapshots(snapshot)
         self._example: Any = None
@@ -213,7 +215,13 @@ class EpochReader:
             self._snapshots.see(batch)
             arguments = self._reader.arguments(batch)
             self._check(arguments, step)
+            if self._seen is not None:
+                self._seen.add(arguments)
             yield arguments
+
+    def seen(self, count: int) -> int | None:
+        """Returns a checksum of the first `count` batches of the epoch; None if it is not known."""
+        return None if self._seen is None else self._seen.after(count)
 
     def _check(self, batch: tuple[Any, ...], step: int) -> None:
         self._reader.check(batch, f"Batch {step + 1} of epoch {self.number + 1}")
@@ -392,5 +400,6 @@ class EpochReader:
         return {
             "epoch_start": self.epoch_start,
             "checksum": self.checksum,
+            "seen": self.seen(step),
             "iterator": None if snapshot is None else snapshot.to_tree(),
         }

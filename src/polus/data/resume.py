@@ -102,6 +102,8 @@ class Epoch(Protocol):
 
     def set_example(self, batch: Any) -> None: ...
 
+    def seen(self, count: int) -> int | None: ...
+
     def skip_to(self, step: int, handle_signals: Callback) -> None: ...
 
     def follows(self, snapshot: IteratorSnapshot) -> bool: ...
@@ -165,7 +167,10 @@ class Replay:
             data.set_example(example)
         warn_if_another(epoch, saved.get("checksum"), data.checksum)
         # What the first batch moved, the order of the epoch may have been drawn from.
-        return _skip_to(data, step, random_state(), handle_signals)
+        drawn = _skip_to(data, step, random_state(), handle_signals)
+        if saved.get("checksum") == data.checksum:  # else it was said already
+            _warn_if_changed(epoch, step, saved.get("seen"), data.seen(step))
+        return drawn
 
 
 class RestoreIterator:
@@ -247,6 +252,19 @@ def _skip_to(data: Epoch, step: int, before: State, handle_signals: Callback) ->
     data.skip_to(step, handle_signals)
     data.peek()
     return {k: v for k, v in random_state().items() if not same(v, before[k])}
+
+
+def _warn_if_changed(epoch: int, step: int, saved: Any, now: int | None) -> None:
+    """Warns if batches behind the first one of an epoch are not what they were."""
+    if now is not None and saved not in (None, now):
+        logger.warning(
+            "The data are not what they were before the interruption: the first batch of epoch %d "
+            "is the same, and others of its first %d batches are not. Training continues with "
+            "what the dataset yields now. Has a file or a label changed, or do batches depend on "
+            "a generator that is not restored?",
+            epoch + 1,
+            step,
+        )
 
 
 def check_same_dataset(saved: State, now: State) -> None:
