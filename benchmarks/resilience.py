@@ -39,7 +39,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 ROOT = Path(__file__).parent.parent
 TABLE = ROOT / "docs" / "benchmarks" / "resilience.md"
 BACKENDS = {"tensorflow": "TensorFlow", "jax": "JAX", "torch": "PyTorch"}
-SOURCES = ["arrays", "tf.data", "DataLoader", "generator", "retrieval"]
+OF_LIBRARIES = ["StatefulDataLoader", "grain", "Hugging Face"]
+SOURCES = ["arrays", "tf.data", "DataLoader", *OF_LIBRARIES, "generator", "retrieval"]
 METHODS = ["Polus", "Orbax", "Keras fit, BackupAndRestore"]
 EPOCHS, EXAMPLES, BATCH = 8, 150, 8
 MAX_BLOCKS = 12  # a process is killed within so many blocks of three steps; a run has 56 of them
@@ -66,6 +67,8 @@ def dataset(source: str, x: Any, y: Any) -> Any:
 
         torch.manual_seed(1)
         return torch.utils.data.DataLoader([*zip(x, y, strict=True)], BATCH, shuffle=True)
+    if source in OF_LIBRARIES:
+        return dataset_of_library(source, [{"x": a, "y": b} for a, b in zip(x, y, strict=True)])
 
     def generator() -> Any:  # takes its order and noise from NumPy's global random generator
         order = np.random.permutation(len(x))
@@ -75,6 +78,29 @@ def dataset(source: str, x: Any, y: Any) -> Any:
             yield x[rows] + noise.astype("float32"), y[rows]
 
     return generator
+
+
+def dataset_of_library(source: str, examples: list[dict[str, Any]]) -> Any:
+    """Returns a shuffled dataset of a library whose iterators have a state."""
+    if source == "StatefulDataLoader":
+        import torch
+        from torchdata.stateful_dataloader import StatefulDataLoader
+
+        order = torch.Generator().manual_seed(1)
+        return StatefulDataLoader(examples, BATCH, shuffle=True, generator=order)
+    if source == "grain":
+        import grain
+
+        return grain.MapDataset.source(examples).seed(1).shuffle().batch(BATCH)
+    import datasets
+
+    streamed = datasets.Dataset.from_list(examples).to_iterable_dataset(num_shards=3)
+    return streamed.shuffle(seed=1, buffer_size=40).batch(BATCH).with_format("numpy")
+
+
+def pair(batch: dict[str, Any]) -> tuple[Any, Any]:
+    """Returns the batch of a library, a dict, as the step takes it."""
+    return batch["x"], batch["y"]
 
 
 def child(source: str, folder: Path, result: Path, log: Path) -> None:
@@ -147,7 +173,12 @@ def child(source: str, folder: Path, result: Path, log: Path) -> None:
         callbacks = [ValidationDataCallback(held_out), EarlyStop("loss", patience=EPOCHS)]
     logged = Logged()
     history = trainer.train(
-        data, EPOCHS, [*callbacks, checkpoint, logged], resume=folder, steps_per_execution=3
+        data,
+        EPOCHS,
+        [*callbacks, checkpoint, logged],
+        pair if source in OF_LIBRARIES else None,
+        resume=folder,
+        steps_per_execution=3,
     )
     variables = logged.coordinator.run.variables()
     weights = [keras.ops.convert_to_numpy(variable).tobytes() for variable in variables]

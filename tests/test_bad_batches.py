@@ -277,3 +277,20 @@ def test_a_step_receives_none_in_its_place():
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     Own(model, keras.optimizers.SGD(0.01), loss).train(from_arrays((X, Y, None), 4), 1)
     assert set(map(tuple, seen)) == {(False, False, True)}
+
+
+# ---------------------------------------------------------------------- labels
+
+
+def test_labels_that_the_loss_leaves_out_or_that_cannot_be_counted_are_accepted():
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)])
+    ignoring = keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=-1)
+    wrong = np.where(np.arange(12) < 2, -1, Y)
+    ClassifierTrainer(model, keras.optimizers.SGD(0.1), ignoring).train(batches(X, wrong), 1)
+
+    class Wrapped(ClassifierTrainer):
+        def forward_without_grads(self, x, y):
+            return x, y % 2
+
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    Wrapped(model, keras.optimizers.SGD(0.1), loss).train(batches(X, Y + 6), 1)

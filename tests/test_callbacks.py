@@ -351,7 +351,10 @@ def test_early_stop_respects_patience(caplog):
     callbacks = [EarlyStop("val_f1", patience=2), ValidationDataCallback(BATCHES)]
     history = trainer.train(BATCHES, epochs=5, callbacks=callbacks)
     assert len(history.epochs) == 4
-    assert "Training stops after epoch 4: val_f1 did not improve on 0.3 for 2 epochs" in caplog.text
+    assert (
+        "Training was stopped after 4 of 5 epochs: val_f1 did not improve on 0.3 for 2 epochs"
+        in caplog.text
+    )
 
 
 def test_early_stop_ends_training_at_a_non_finite_loss():

@@ -27,6 +27,7 @@ from polus.checkpoint.__main__ import main
 from polus.checkpoint.store import Store, read
 from polus.data import from_arrays
 from polus.metrics import Accuracy
+from polus.state import random_state
 from polus.state_tree import flatten_state, unflatten_state
 from polus.steps.autotune import Autotuner, Tuning
 from polus.steps.compiled import CompiledStep
@@ -635,6 +636,17 @@ HOSTILE_STATES = {
         "iterator",
         value={"num_read": 1, "state": 1, "generators": {}, "next_checksum": 1},
     ),
+    "data: state of the iterator": put(
+        "data",
+        "iterator",
+        value={
+            "num_read": 1,
+            "state": {"dict": [[{"list": []}, 1]]},  # a list is no key
+            "generators": {"random": random_state(), "adapter": {}},
+            "next_checksum": 1,
+        },
+    ),
+    "data: state at the end of an epoch": put("data", "iterator_at_epoch_end", value={"no": 1}),
     "history: steps": put("history", "steps", value=[]),
     "history: epochs": put("history", "epochs", value=[[1]]),
     "history: validations": put("history", "validations", value=[[1]]),
@@ -662,6 +674,16 @@ def test_callback_that_does_not_take_its_state_raises(one_epoch):
 
     with pytest.raises(CheckpointError, match=r"callback Remembers does not take its saved state"):
         new_trainer().train(data(), 2, [Remembers()], resume=one_epoch)
+
+
+def test_an_error_of_the_users_own_is_not_reported_as_another_run(one_epoch):
+    def broken(batch):
+        raise ValueError("the user's own")
+
+    with pytest.raises(ValueError, match=r"^the user's own$"):
+        new_trainer().train(
+            data(), 2, [Remembers()], broken, resume=one_epoch, resume_changes="accept"
+        )
 
 
 def with_other_variables():
@@ -947,3 +969,20 @@ def test_command_line(one_epoch, capsys, tmp_path):
     (tmp_path / "checkpoint-00000001").mkdir()
     assert main(["verify", str(tmp_path)]) == 1
     assert "DAMAGED" in capsys.readouterr().out
+
+
+def test_a_call_after_a_resumed_run_goes_on_with_the_next_epoch_of_the_data(one_epoch):
+    seen = []
+
+    class Told(list):
+        def set_epoch(self, epoch):
+            seen.append(epoch)
+
+    class ByEpoch(Callback):
+        def on_epoch_begin(self, epoch):
+            seen.append(f"call {epoch}")
+
+    trainer = new_trainer()
+    trainer.train(data(), 2, [Remembers()], resume=one_epoch)
+    trainer.train(Told([(x[:8], y[:8])]), 1, [ByEpoch()])
+    assert sorted(map(str, seen[-2:])) == ["2", "call 0"]

@@ -16,6 +16,7 @@ from resuming import assert_resumes_exactly, batch_of, checkpointed, interrupted
 
 from polus.data import DataReader, as_adapter, from_arrays, with_iterator_state
 from polus.data.fingerprint import checksum
+from polus.errors import RefusedStateError
 
 torch = pytest.importorskip("torch")
 
@@ -162,6 +163,35 @@ class StatefulIterator:
         self.position = int(state)
 
 
+class RefusesItsState(StatefulIterator):
+    """Has been changed since: its state lacks what it looks for."""
+
+    def set_state(self, state):
+        raise KeyError("position")
+
+
+class RefusingData:
+    def __iter__(self):
+        return RefusesItsState()
+
+
+def test_an_epoch_is_read_again_if_the_iterator_refuses_its_state(tmp_path, caplog):
+    caplog.set_level("INFO", "polus.data")
+    assert_resumes_exactly(tmp_path, RefusingData, places=[(0, 3), (1, 2)])
+    assert "KeyError('position'). The epoch is read again" in caplog.text
+
+
+def test_a_state_that_is_refused_where_nothing_else_brings_the_batch_back_raises(tmp_path):
+    class Drawn(RefusingData):  # from a generator that nobody restores
+        generator = np.random.default_rng(0)
+
+        def __iter__(self):
+            return RefusesItsState(self.generator.permutation(x))
+
+    with pytest.raises(RefusedStateError, match="does not take the state of its iterator"):
+        interrupted_log(tmp_path, (0, 3), Drawn)
+
+
 def noisy(batch):
     (batch,) = batch if isinstance(batch, tuple) else (batch,)
     return np.asarray(batch) + np.float32(np.random.normal())
@@ -214,6 +244,7 @@ SOURCES = {
 def test_a_resumed_run_reads_the_same_batches_as_an_uninterrupted_one(tmp_path, name, caplog):
     assert_resumes_exactly(tmp_path, *SOURCES[name])
     assert "does not repeat" not in caplog.text
+    assert "not what they were" not in caplog.text
 
 
 def test_a_loader_with_a_state_does_not_read_the_epoch_again(tmp_path):
@@ -380,6 +411,28 @@ def test_an_order_that_does_not_repeat_warns(tmp_path, make, place, message, cap
     reader = DataReader(as_adapter(make()), steps=steps)
     reader.set_state(tree["data"], epoch, step, tree["random"])
     assert message in caplog.text
+
+
+@pytest.mark.parametrize("transform", [None, lambda batch: (batch[0] + 1, batch[1])])
+@pytest.mark.parametrize(("changed", "warns"), [(9, True), (20, False)])
+def test_labels_that_changed_behind_the_first_batch_warn(
+    tmp_path, transform, changed, warns, caplog
+):
+    labels = np.arange(EXAMPLES) % 2
+
+    def pairs():
+        return ((x[i : i + 4], labels[i : i + 4].copy()) for i in range(0, EXAMPLES, 4))
+
+    reader = DataReader(as_adapter(pairs), transform)
+    epoch, step = read(reader, until=(1, 3), log=[])
+    assert (epoch, step) == (1, 4)
+    tree = checkpointed(tmp_path, epoch, step, reader)
+    labels[changed] = 7  # in the batch with number 2, or in one that the run has not read yet
+    reader = DataReader(as_adapter(pairs), transform)
+    reader.tracked = True
+    reader.set_state(tree["data"], epoch, step, tree["random"])
+    message = "the first batch of epoch 2 is the same, and others of its first 4 batches are not"
+    assert (message in caplog.text) is warns
 
 
 @pytest.mark.parametrize(

@@ -552,6 +552,29 @@ def test_trainer_counts_masks_in_our_metrics():
     assert trainer.evaluate([(x, y)])["accuracy"] == pytest.approx(expected, abs=1e-6)
 
 
+def test_masks_and_a_weight_for_each_token_train_as_in_fit():
+    """On PyTorch, Keras multiplies the weights by the mask in place."""
+    x, y = padded()
+    weights = WEIGHTS[:120].reshape(20, 6).astype("float32")
+    before, loss = weights.copy(), keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model = masked_model()
+    model.compile(keras.optimizers.SGD(0.5), loss)
+    options = {"batch_size": 10, "epochs": 2, "shuffle": False, "verbose": 0}
+    expected = model.fit(x, y, sample_weight=weights.copy(), **options).history["loss"]
+    metric = [METRICS["accuracy"]()]
+    trainer = ClassifierTrainer(
+        masked_model(), keras.optimizers.SGD(0.5), loss, weighted_metrics=metric
+    )
+    batches = [(x[i : i + 10], y[i : i + 10], weights[i : i + 10]) for i in (0, 10)]
+    history = trainer.train(batches, epochs=2)
+    np.testing.assert_allclose(history.to_dict()["loss"], expected, rtol=1e-5)
+    validation = trainer.evaluate(batches)
+    np.testing.assert_array_equal(weights, before)
+    right = ops.convert_to_numpy(trainer.model(x)).argmax(-1) == y
+    counted = before * (x != 0)
+    assert validation["m"] == pytest.approx((right * counted).sum() / counted.sum(), rel=1e-5)
+
+
 # Several metrics
 
 

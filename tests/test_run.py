@@ -69,12 +69,14 @@ def test_a_run_that_trains_all_epochs_is_completed():
     assert (run.status, run.stop_reason) == (RunStatus.COMPLETED, "")
 
 
-def test_stopping_ends_the_run_after_the_step_and_keeps_the_reason():
+def test_stopping_ends_the_run_after_the_step_and_keeps_the_reason(caplog):
+    caplog.set_level("INFO", "polus")
     run = train(watch := Watch(batch_end=lambda run: run.stop("kl")), epochs=3)
     assert [event for event, _ in watch.seen] == [
         *["train_begin", "epoch_begin", "batch_end", "epoch_end", "train_end"]
     ]
     assert (run.status, run.stop_reason) == (RunStatus.STOPPED, "kl")
+    assert "Training was stopped after 1 of 3 epochs: kl." in caplog.text
     assert len(run.history.steps["loss"]) == 1
 
 

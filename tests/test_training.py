@@ -455,6 +455,13 @@ def test_exhausted_generator_raises_in_epoch_2():
         make_trainer().train((batch for batch in BATCHES), epochs=2)
 
 
+def test_an_iterator_counts_the_epochs_of_its_own_call():
+    trainer = make_trainer()
+    trainer.train(BATCHES, epochs=3)
+    with pytest.raises(ValueError, match=r"exhausted before epoch 2\."):
+        trainer.train(iter(BATCHES), epochs=2)
+
+
 def test_epoch_loss_is_weighted_by_examples():
     batches = [(X[:10], Y[:10]), (X[10:12], Y[10:12])]
     trainer = ClassifierTrainer(make_model(), keras.optimizers.SGD(0.0), CROSS_ENTROPY)

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from polus.describe import Description, describe
+from polus.errors import AnotherRunError
 from polus.state_tree import printable
 
 logger = logging.getLogger("polus.checkpoint")
@@ -91,11 +92,11 @@ def check_changes(found: Sequence[Difference], accept: bool) -> None:
     """Raises for settings that have changed, or warns of those that were accepted.
 
     Raises:
-        ValueError: If they make another run.
+        AnotherRunError: If they make another run.
         ChangedError: If the run may continue with them, and `accept` is False.
     """
     if other := [str(each) for each in found if each.kind == "run"]:
-        raise ValueError(f"{'; '.join(other)}.")
+        raise AnotherRunError(f"{'; '.join(other)}.")
     changed = "; ".join(map(str, found))
     if found and not accept:
         raise ChangedError(

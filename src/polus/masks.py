@@ -43,6 +43,15 @@ def stop_gradient(tensor: Any) -> Any:
     return stopped
 
 
+def own_weights(weights: Any) -> Any:
+    """Returns a copy of sample weights, for one loss or metric; None stays None.
+
+    On PyTorch, Keras multiplies them by the mask in place: it would change the user's arrays, which
+    share their memory with the batch, and weights that a gradient is still computed from.
+    """
+    return None if weights is None else keras.ops.copy(weights)
+
+
 def _carry(source: Any, target: Any) -> None:
     if (mask := get_keras_mask(source)) is not None:
         set_keras_mask(target, mask)

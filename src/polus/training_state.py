@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from polus.backends import backend
+from polus.errors import AnotherRunError, RefusedStateError
 from polus.state import random_state, set_random_state
 from polus.state_tree import Array, flatten_state, printable
 
@@ -70,7 +71,7 @@ def check_variables(saved: Sequence[Tree], variables: Variables, same_backend: b
             and int64 on another.
 
     Raises:
-        ValueError: If a variable has another path, shape or dtype, or there are more or fewer.
+        AnotherRunError: If a variable has another path, shape or dtype, or there are more or fewer.
     """
     now = [(v.path, tuple(v.shape), v.dtype) for v in variables]
     then = [(s["path"], s["value"].shape, s["value"].dtype.name) for s in saved]
@@ -78,11 +79,11 @@ def check_variables(saved: Sequence[Tree], variables: Variables, same_backend: b
     paths = [canonical_paths([path for path, *_ in each]) for each in (then, now)]
     for i, (path_then, path_now) in enumerate(zip(*paths, strict=False)):
         if path_then != path_now or then[i][compared] != now[i][compared]:
-            raise ValueError(f"variable {i} was {_shown(then[i])}, and is {_shown(now[i])}.")
+            raise AnotherRunError(f"variable {i} was {_shown(then[i])}, and is {_shown(now[i])}.")
     if len(then) != len(now):
         longer, whose = (then, "saved") if len(then) > len(now) else (now, "present")
         extra = ", ".join(map(_shown, longer[min(len(then), len(now)) :][:3]))
-        raise ValueError(
+        raise AnotherRunError(
             f"it has {len(then)} variables, and the present run has {len(now)}. Only among the "
             f"{whose} ones: {extra}."
         )
@@ -193,8 +194,9 @@ def _restore_callback(callback: Stateful, state: Tree) -> None:
     try:
         callback.set_state(state)
     except Exception as error:  # what the author of a callback did not expect
-        raise ValueError(
-            f"the callback {type(callback).__name__} does not take its saved state ({error!r})."
+        raise RefusedStateError(
+            f"The callback {type(callback).__name__} does not take its saved state ({error!r}). "
+            "Leave it out of callbacks to continue without its state."
         ) from error
 
 

@@ -195,8 +195,13 @@ def _repeated(stateful: Stateful, read: Values, i: Any, values: Values) -> tuple
 def trace(fn: Callable[..., object], args: Sequence[object]) -> DryRun:
     """Runs `fn(*args)` abstractly under a `DryRun`, which it returns. No variable changes."""
     with DryRun() as dry_run:
+
+        def call(*inputs: Any) -> object:
+            return dry_run.returned(fn(*inputs))
+
         # A new function each time: JAX would remember the old one's trace, and run nothing.
-        dry_run.result = jax.eval_shape(functools.partial(fn), *args)
+        result = jax.eval_shape(call, *args)
+    dry_run.result = result if dry_run.result is None else dry_run.result
     return dry_run
 
 

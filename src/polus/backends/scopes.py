@@ -137,6 +137,17 @@ class DryRun(VariableRecorder):
         self.differentiated: list[keras.Variable] = []
         self.result: Any = None
 
+    def returned(self, result: Any) -> Any:
+        """Returns the result of a function that is traced, for the tracer.
+
+        A result with Python values in it is kept as it is, for whoever checks it, and not traced: a
+        tracer turns a number into a tensor, or refuses a string in words of its own.
+        """
+        if all(hasattr(leaf, "shape") for leaf in keras.tree.flatten(result)):
+            return result
+        self.result = result
+        return None
+
     @contextlib.contextmanager
     def differentiating(self) -> Iterator[None]:
         """Notes the variables that are first read in the block as read where gradients flow."""

@@ -223,17 +223,20 @@ def trace(fn: Callable[..., object], args: Sequence[object]) -> DryRun:
     Variables of TensorFlow itself are found as well: a `tf.Variable`, the state of a
     `tf.random.Generator`.
     """
+
+    def call(*inputs: Any) -> Tree:
+        return dry_run.returned(fn(*inputs))
+
     with DryRun() as dry_run:
-        graph = tf.function(fn, autograph=False).get_concrete_function(
+        graph = tf.function(call, autograph=False).get_concrete_function(
             *tf.nest.map_structure(_tensor, args)
         )
-    dry_run.result = graph.structured_outputs
     of_keras = {id(variable.value) for variable in dry_run.variables}
     others = {id(v.handle): v for v in graph.variables if id(v) not in of_keras}
     # The captured inputs are in first-use order; the graph's own list of variables has none.
     captured = [others[id(t)] for t in graph.captured_inputs if id(t) in others]
     dry_run.backend_variables.extend(map(_backend_variable, captured))
-    dry_run.result = graph.structured_outputs
+    dry_run.result = graph.structured_outputs if dry_run.result is None else dry_run.result
     return dry_run
 
 

@@ -68,7 +68,7 @@ class CallbackCoordinator(BaseLogger):
         for callback in self.callbacks:
             if (n := callback.every_steps) is None:
                 continue
-            if not isinstance(n, int) or n < 1:
+            if isinstance(n, bool) or not isinstance(n, int) or n < 1:
                 raise ValueError(
                     f"{type(callback).__name__}.every_steps must be a positive integer, or None "
                     f"for a callback that runs only between epochs, got {n!r}."

@@ -59,8 +59,6 @@ class EarlyStop(Callback):
                 )
 
     def _stop(self, reason: str) -> None:
-        epoch = self.coordinator.run.epoch + 1
-        self.logger.info("Training stops after epoch %d: %s.", epoch, reason)
         self.coordinator.run.stop(reason)
 
     def get_state(self) -> dict[str, Any]:

@@ -92,6 +92,8 @@ def _absolute(path: Any) -> str:
     if not isinstance(path, str | os.PathLike):
         raise TypeError(f'path must be a path, got {path!r}. Use, for example, "model.keras".')
     given = os.fspath(path)
+    if "\0" in given:
+        raise ValueError(f"path must not contain the character NUL, got {given!r}.")
     if not given.endswith(ENDINGS):
         raise ValueError(f"path must end in .keras or .weights.h5, got {given!r}.")
     try:

@@ -10,6 +10,7 @@ from polus.callbacks.base import RunView
 from polus.checkpoint.environment import describe_environment, warn_of_changes
 from polus.checkpoint.store import CheckpointError, Store
 from polus.configuration import ChangedError
+from polus.errors import AnotherRunError, RefusedStateError
 
 logger = logging.getLogger("polus.checkpoint")
 
@@ -27,7 +28,8 @@ def resume_run(run: ResumableRun, directory: str | os.PathLike[str]) -> None:
     """Puts a run where the newest valid checkpoint of a folder has it, if there is one.
 
     Raises:
-        CheckpointError: If the checkpoint is of another run, or all are damaged.
+        CheckpointError: If the checkpoint is of another run, a part of the run refuses its state,
+            or all checkpoints are damaged.
     """
     run.reader.tracked = True
     saved = Store(directory).read_newest(run.check_state)
@@ -38,9 +40,9 @@ def resume_run(run: ResumableRun, directory: str | os.PathLike[str]) -> None:
     warn_of_changes(saved.path.name, saved.facts.get("environment"), environment)
     try:
         run.set_state(saved.tree, saved.facts.get("backend") == keras.config.backend())
-    except ChangedError as error:
+    except (ChangedError, RefusedStateError) as error:
         raise CheckpointError(f"{saved.path}: nothing is trained. {error}") from error
-    except ValueError as error:
+    except AnotherRunError as error:
         raise CheckpointError(
             f"{saved.path} is of another run, and nothing is trained: {error} Give the folder of "
             "this run's own checkpoints, or another one to start from the beginning."

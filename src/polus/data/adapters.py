@@ -169,8 +169,13 @@ class IteratorAdapter(DataAdapter):
     """A bare iterator: what was read is gone, and an epoch continues where the last one stopped."""
 
     state_depends_on_reads = True
+    _rewound = 0
+    _first_epoch: int | None = None
 
     def batches(self, epoch: int, skip: int = 0) -> Iterator[Any]:
+        if self._first_epoch is None:
+            self._first_epoch = epoch - self._rewound
+        epoch -= self._first_epoch  # earlier calls of `train` had iterators of their own
         first = next(self.dataset, _END)
         if first is _END and epoch:
             raise ValueError(
@@ -186,6 +191,7 @@ class IteratorAdapter(DataAdapter):
                 yield batch
 
     def rewind(self, epoch: int, steps: int | None) -> None:
+        self._rewound = epoch
         if steps is not None:
             next(itertools.islice(self.dataset, epoch * steps, epoch * steps), None)
 

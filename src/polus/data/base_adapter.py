@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from polus.data.resume import IteratorSnapshot, Replay, RestoreIterator, ResumeStrategy, Seek
+from polus.errors import AnotherRunError, RefusedStateError
 
 _END = object()
 
@@ -119,10 +120,22 @@ class DataAdapter:
         return {name: g.get_state().numpy().copy() for name, g in self._generators().items()}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Restores `get_state()`."""
+        """Restores `get_state()`.
+
+        Raises:
+            AnotherRunError: If the dataset had other generators.
+            RefusedStateError: If a generator does not take its state.
+        """
         for name, generator in self._generators().items():
-            # PyTorch's generators take a tensor, and this package does not import PyTorch.
-            generator.set_state(generator.get_state().new_tensor(state[name]))
+            if name not in state:
+                raise AnotherRunError(f"The dataset is another one: its {name} had no generator.")
+            try:
+                # PyTorch's generators take a tensor, and this package does not import PyTorch.
+                generator.set_state(generator.get_state().new_tensor(state[name]))
+            except Exception as error:  # whatever PyTorch raises
+                raise RefusedStateError(
+                    f"The generator of the dataset's {name} does not take its saved state: {error}"
+                ) from error
 
     def _generators(self) -> dict[str, Any]:
         """Returns the generators of a PyTorch loader."""

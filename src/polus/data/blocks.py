@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from polus.backends import backend
-from polus.backends.base import GraphBlocks
+from polus.backends.base import GraphBlocks, as_arguments
 from polus.data.arrays import ArrayDataset
 from polus.data.batches import (
     batch_size_of,
@@ -66,6 +66,12 @@ class StepBlock:
     payload: Any
     capacity: int
     signature: Any
+
+    def first_batch(self) -> tuple[Any, ...]:
+        """Returns the step's arguments from the first batch, to describe it."""
+        if self.unpack is None:
+            return as_arguments(self.payload)
+        return as_arguments(map_arrays(lambda rows: rows[0], self.unpack(self.payload)))
 
 
 def stacked(payload: Any) -> Any:
@@ -151,7 +157,8 @@ class DeviceExamples:
         return StepBlock(count, width, gather_batches, (self.arrays, table), count, (width,))
 
 
-def _check_not_empty(batch: Any, step: int) -> None:
+def check_not_empty(batch: Any, step: int) -> None:
+    """Raises a ValueError if a batch has no examples."""
     if batch_size_of(batch) == 0:
         raise ValueError(
             f"Batch {step + 1} of the epoch has no examples: the first axis of its first array has "
@@ -220,7 +227,7 @@ class Grouping:
             if not batch:
                 return
             first = batch.pop()
-            _check_not_empty(first, step)
+            check_not_empty(first, step)
             if signature_of(first) != signature:
                 left, signature = 0, signature_of(first)
             is_rest = left > 0

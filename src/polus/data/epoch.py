@@ -20,14 +20,16 @@ from polus.data.blocks import (
     HostSource,
     StepBlock,
     StepPace,
+    check_not_empty,
     repeated_block,
 )
-from polus.data.fingerprint import checksum, leaves_of
+from polus.data.fingerprint import RunningChecksum, checksum, leaves_of
 from polus.data.prefetch import prefetch
 from polus.data.resume import (
     IteratorSnapshot,
     IteratorSnapshots,
 )
+from polus.errors import AnotherRunError
 from polus.state import random_state, set_random_state
 
 logger = logging.getLogger("polus.data")
@@ -35,6 +37,7 @@ logger = logging.getLogger("polus.data")
 Due = Callable[[int], int | None]
 Callback = Callable[[], None]
 Transform = Callable[[Any], Any]
+Check = Callable[[tuple[Any, ...], str], None]
 State = dict[str, Any]
 
 SECS_BETWEEN_LOGS = 5
@@ -42,6 +45,10 @@ SECS_BETWEEN_LOGS = 5
 
 def do_nothing() -> None:
     """Handles no signal."""
+
+
+def accept_all(batch: tuple[Any, ...], where: str) -> None:
+    """Checks nothing."""
 
 
 class BatchReader:
@@ -53,6 +60,8 @@ class BatchReader:
         steps: The number of batches per epoch at most, or None.
         first_epoch: The number that the dataset knows epoch 0 by: how many epochs of it were
             trained before. `set_state` restores it.
+        check: Called with the step's arguments from a batch in host memory, and with the words for
+            where it is; may raise. Batches that only the device sees are not checked.
 
     Attributes:
         adapter: The dataset.
@@ -71,8 +80,10 @@ class BatchReader:
         transform: Transform | None = None,
         steps: int | None = None,
         first_epoch: int = 0,
+        check: Check = accept_all,
     ) -> None:
         self.adapter = adapter
+        self.check = check
         self.transform = transform
         self.steps = steps
         self.first_epoch = first_epoch
@@ -86,6 +97,7 @@ class BatchReader:
         dataset = adapter.dataset
         if isinstance(dataset, ArrayDataset) and dataset.on_device and transform is None:
             self.device_examples = DeviceExamples(dataset)
+        self._arrays_checked = False
         self._lock = threading.RLock()  # reentrant: the user's dataset may call evaluate
         self._length_warned = False
 
@@ -123,6 +135,12 @@ class BatchReader:
                 count,
                 type(self.adapter.dataset).__name__,
             )
+
+    def check_arrays(self) -> None:
+        """Checks all examples of `from_arrays` at once: the device gathers batches of them."""
+        if not self._arrays_checked and self.device_examples is not None:
+            self.check(as_arguments(self.device_examples.dataset.arrays), "The dataset")
+            self._arrays_checked = True
 
     def arguments(self, batch: Any) -> tuple[Any, ...]:
         """Returns the step's arguments from a batch of the dataset.
@@ -179,6 +197,8 @@ class EpochReader:
         self.epoch_start = reader.generators() if reader.tracked else None
         self.checksum: int | None = None
         self.leaves: list[list[Any]] | None = None
+        # Of an epoch that is read from its first batch on.
+        self._seen = RunningChecksum() if reader.tracked and not start else None
         self._reader = reader
         self._snapshots = IteratorSnapshots(snapshot)
         self._example: Any = None
@@ -192,9 +212,20 @@ class EpochReader:
 
     def _transformed(self) -> Iterator[tuple[Any, ...]]:
         # In a generator, a StopIteration that the transform raises is an error, not the data's end.
-        for batch in self._raw_batches:
+        for step, batch in enumerate(self._raw_batches, self.start):
             self._snapshots.see(batch)
-            yield self._reader.arguments(batch)
+            arguments = self._reader.arguments(batch)
+            self._check(arguments, step)
+            if self._seen is not None:
+                self._seen.add(arguments)
+            yield arguments
+
+    def seen(self, count: int) -> int | None:
+        """Returns a checksum of the first `count` batches of the epoch; None if it is not known."""
+        return None if self._seen is None else self._seen.after(count)
+
+    def _check(self, batch: tuple[Any, ...], step: int) -> None:
+        self._reader.check(batch, f"Batch {step + 1} of epoch {self.number + 1}")
 
     def _read(self) -> list[Any]:
         """Returns the next batch in a list, an empty list at the end."""
@@ -221,6 +252,8 @@ class EpochReader:
                 "iterator that was exhausted before. Check what it yields, and pass a re-iterable "
                 "instead of an iterator."
             )
+        if self._first:
+            check_not_empty(self._first[0], self.start)
         if reader.tracked and self.checksum is None and self.start == 0:
             self._record(self._first[0])
         return self._first[0] if self._first else None
@@ -237,7 +270,7 @@ class EpochReader:
         """Drops batches up to `step`, and calls `handle_signals` before each.
 
         Raises:
-            ValueError: If the epoch ends before.
+            AnotherRunError: If the epoch ends before.
         """
         count, logged = step - self.start, time.monotonic()
         for i in range(count):
@@ -246,7 +279,7 @@ class EpochReader:
                 logged = time.monotonic()
                 logger.info("Skipping the batches that the run has seen: %d of %d.", i, count)
             if self.skip() is None:
-                raise ValueError(
+                raise AnotherRunError(
                     f"The dataset is another one: it ended after {self.start} batches of epoch "
                     f"{self.number + 1}, and the run had done {step} steps in it."
                 )
@@ -337,7 +370,10 @@ class EpochReader:
         pace: StepPace | None,
     ) -> Generator[StepBlock]:
         reader, start = self._reader, self.start
+        if self._first:  # it was read before the model was built
+            self._check(self._first[0], start)
         if reader.device_examples is not None:
+            reader.check_arrays()
             number = reader.first_epoch + self.number
             return reader.device_examples.blocks(number, start, limit, capacity, pace)
         graph = backend.graph_blocks(self._raw_batches) if reader.transform is None else None
@@ -371,5 +407,6 @@ class EpochReader:
         return {
             "epoch_start": self.epoch_start,
             "checksum": self.checksum,
+            "seen": self.seen(step),
             "iterator": None if snapshot is None else snapshot.to_tree(),
         }

@@ -1,6 +1,7 @@
 """The states of other libraries' iterators, in types that a checkpoint can hold."""
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,16 +20,30 @@ def encode(state: Any) -> Any:
     return state
 
 
-def decode(state: Any) -> Any:
-    """Returns the state that `encode` was given."""
+def check(state: Any) -> None:
+    """Checks a state from a file.
+
+    Raises:
+        ValueError: If `encode` has not made it.
+    """
+    try:
+        decode(state, as_tensor=np.copy)
+    except Exception as error:  # a key that can't be one, a pair of three, ...
+        raise ValueError(f"the state of its iterator cannot be read: {error!r}") from error
+
+
+def decode(state: Any, as_tensor: Callable[[Any], Any] | None = None) -> Any:
+    """Returns the state that `encode` was given; `as_tensor` makes a PyTorch tensor of an array."""
     if not isinstance(state, dict):
         return state
     ((kind, value),) = state.items()
     if kind == "dict":
-        return {decode(key): decode(item) for key, item in value}
+        return {decode(key, as_tensor): decode(item, as_tensor) for key, item in value}
+    if kind in ("list", "tuple"):
+        items = [decode(item, as_tensor) for item in value]
+        return items if kind == "list" else tuple(items)
+    if not isinstance(value, np.ndarray) or kind not in ("bytes", "tensor"):
+        raise ValueError(f"{kind!r} is no kind of value")
     if kind == "bytes":
         return value.tobytes()
-    if kind == "tensor":
-        return sys.modules["torch"].from_numpy(value.copy())
-    items = [decode(item) for item in value]
-    return items if kind == "list" else tuple(items)
+    return (as_tensor or sys.modules["torch"].from_numpy)(value.copy())

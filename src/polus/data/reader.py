@@ -11,6 +11,7 @@ from polus.data.resume import (
     check_same_leaves,
     warn_if_another,
 )
+from polus.errors import RefusedStateError
 from polus.state import random_state
 
 logger = logging.getLogger("polus.data")
@@ -25,6 +26,7 @@ class DataReader(BatchReader):
         steps: The number of batches per epoch at most, or None.
         first_epoch: The number that the dataset knows epoch 0 by: how many epochs of it were
             trained before. `set_state` restores it.
+        check: Called with batches in host memory; see `BatchReader`.
 
     Attributes:
         current: The epoch that was begun last.
@@ -113,9 +115,16 @@ class DataReader(BatchReader):
             logger.warning("The order of the data may not repeat: %s", self.adapter.unrepeatable)
         self.restore_generators(state["epoch_start"])
         if at_end is not None:
-            number = self.first_epoch + epoch
-            self.adapter.restore_epoch_end(number, iterator_state.decode(at_end))
+            self._restore_epoch_end(epoch, at_end)
             self.restore_generators(state["epoch_start"])
+
+    def _restore_epoch_end(self, epoch: int, state: State) -> None:
+        try:
+            self.adapter.restore_epoch_end(self.first_epoch + epoch, iterator_state.decode(state))
+        except Exception as error:  # whatever the dataset's library raises for a state it refuses
+            raise RefusedStateError(
+                f"The dataset does not take its saved state between two epochs ({error!r})."
+            ) from error
 
     def _repeat_epoch(self, epoch: int, saved: State) -> None:
         """Begins an earlier epoch again, checks its first batch and leaves behind what it left."""

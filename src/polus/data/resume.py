@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 from polus.data import iterator_state
 from polus.data.fingerprint import checksum, same
+from polus.errors import AnotherRunError, RefusedStateError
 from polus.state import random_state
 
 logger = logging.getLogger("polus.data")
@@ -101,6 +102,8 @@ class Epoch(Protocol):
 
     def set_example(self, batch: Any) -> None: ...
 
+    def seen(self, count: int) -> int | None: ...
+
     def skip_to(self, step: int, handle_signals: Callback) -> None: ...
 
     def follows(self, snapshot: IteratorSnapshot) -> bool: ...
@@ -164,7 +167,10 @@ class Replay:
             data.set_example(example)
         warn_if_another(epoch, saved.get("checksum"), data.checksum)
         # What the first batch moved, the order of the epoch may have been drawn from.
-        return _skip_to(data, step, random_state(), handle_signals)
+        drawn = _skip_to(data, step, random_state(), handle_signals)
+        if saved.get("checksum") == data.checksum:  # else it was said already
+            _warn_if_changed(epoch, step, saved.get("seen"), data.seen(step))
+        return drawn
 
 
 class RestoreIterator:
@@ -175,24 +181,33 @@ class RestoreIterator:
 
     Args:
         snapshot: The state.
+
+    Attributes:
+        error: What the dataset raised when it was given the state, if it did.
     """
 
     def __init__(self, snapshot: IteratorSnapshot) -> None:
         self.snapshot = snapshot
+        self.error: Exception | None = None
 
     def resume(
         self, reader: Reader, epoch: int, step: int, saved: State, handle_signals: Callback
     ) -> State:
         example = reader.first_batch(epoch)
-        data = self._open(reader, epoch, example, saved)
-        if not data.follows(self.snapshot):
+        data = self._open_exactly(reader, epoch, example, saved)
+        if data is None:
             if self._can_replay(reader, epoch, saved):
                 logger.info(
                     "The state of the dataset's iterator does not bring back the batch that "
-                    "followed it. The epoch is read again from its start instead."
+                    "followed it%s. The epoch is read again from its start instead.",
+                    f": {self.error!r}" if self.error is not None else "",
                 )
                 reader.restore_generators(saved["epoch_start"])
                 return Replay().resume(reader, epoch, step, saved, handle_signals)
+            if self.error is not None:
+                raise RefusedStateError(
+                    f"The dataset does not take the state of its iterator ({self.error!r})."
+                ) from self.error
             logger.warning(
                 "The order of the data does not repeat: the state of the dataset's iterator does "
                 "not bring back the batch that followed it, in epoch %d after %d batches. Training "
@@ -203,6 +218,15 @@ class RestoreIterator:
             )
             data = self._open(reader, epoch, example, saved)
         return _skip_to(data, step, self.snapshot.generators["random"], handle_signals)
+
+    def _open_exactly(self, reader: Reader, epoch: int, example: Any, saved: State) -> Epoch | None:
+        """Opens the epoch at the snapshot; None if its next batch is not the one that followed."""
+        try:
+            data = self._open(reader, epoch, example, saved)
+            return data if data.follows(self.snapshot) else None
+        except Exception as error:  # whatever the dataset's library raises for a state it refuses
+            self.error = error
+            return None
 
     def _open(self, reader: Reader, epoch: int, example: Any, saved: State) -> Epoch:
         # A sampler without a state draws the order of the epoch again.
@@ -230,21 +254,34 @@ def _skip_to(data: Epoch, step: int, before: State, handle_signals: Callback) ->
     return {k: v for k, v in random_state().items() if not same(v, before[k])}
 
 
+def _warn_if_changed(epoch: int, step: int, saved: Any, now: int | None) -> None:
+    """Warns if batches behind the first one of an epoch are not what they were."""
+    if now is not None and saved not in (None, now):
+        logger.warning(
+            "The data are not what they were before the interruption: the first batch of epoch %d "
+            "is the same, and others of its first %d batches are not. Training continues with "
+            "what the dataset yields now. Has a file or a label changed, or do batches depend on "
+            "a generator that is not restored?",
+            epoch + 1,
+            step,
+        )
+
+
 def check_same_dataset(saved: State, now: State) -> None:
-    """Raises a ValueError that names what differs, if the dataset is another one."""
+    """Raises an AnotherRunError that names what differs, if the dataset is another one."""
     differing = [
         f"{name}: it was {value!r}, and is {now[name]!r}"
         for name, value in saved.items()
         if name in now and now[name] != value
     ]
     if differing:
-        raise ValueError("The dataset is another one. " + "; ".join(differing) + ".")
+        raise AnotherRunError("The dataset is another one. " + "; ".join(differing) + ".")
 
 
 def check_same_leaves(saved: Any, now: Any) -> None:
-    """Raises a ValueError if the arrays of a batch have other dtypes or numbers of axes."""
+    """Raises an AnotherRunError if the arrays of a batch have other dtypes or numbers of axes."""
     if now is not None and saved not in (None, now):
-        raise ValueError(
+        raise AnotherRunError(
             "The dataset is another one. The arrays of a batch (dtype, number of axes) were "
             f"{saved}, and are {now}."
         )

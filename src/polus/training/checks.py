@@ -15,6 +15,8 @@ from polus.steps.variables import unique
 
 logger = logging.getLogger("polus.training")
 
+SeenBatches = Callable[[], Iterable[tuple[str, tuple[Any, ...]]]]
+
 RESERVED_NAMES = ("loss", "epoch", "step")
 
 
@@ -235,11 +237,12 @@ def check_terms(result: Any, metrics: Sequence[IMetric]) -> None:
 
 
 @contextlib.contextmanager
-def explain_argument_errors(example: Any) -> Iterator[None]:
-    """Adds the batch's structure to a TypeError raised by an argument mismatch.
+def explain_argument_errors(seen_batches: SeenBatches) -> Iterator[None]:
+    """Adds the structure of batches to a TypeError raised by an argument mismatch.
 
     Args:
-        example: A function that returns the arguments of the first batch, or None.
+        seen_batches: Returns the words for the batches that the step has been given, and their
+            parts: the first, and the last if there were more.
     """
     try:
         yield
@@ -247,24 +250,32 @@ def explain_argument_errors(example: Any) -> Iterator[None]:
         *_, (frame, _) = traceback.walk_tb(error.__traceback__)
         # The call itself failed, in our code: no frame of the user's is below.
         ours = str(frame.f_globals.get("__name__")).startswith("polus.")
-        if ours and "argument" in str(error) and (batch := example()) is not None:
-            error.add_note(_explanation(batch))
+        if ours and "argument" in str(error) and (batches := dict(seen_batches())):
+            error.add_note(_explanation(batches))
         raise
 
 
-def _explanation(batch: Sequence[Any]) -> str:
-    parts = ", ".join(map(_described, batch))
+def _explanation(batches: dict[str, tuple[Any, ...]]) -> str:
+    described = "".join(
+        f"{where} has {_counted(batch)}: {', '.join(map(_described, batch))}. "
+        for where, batch in batches.items()
+    )
     return (
-        f"The first batch has {len(batch)} part{'s' * (len(batch) != 1)}: {parts}. A tuple or list "
-        "batch is unpacked into the arguments of the step; anything else (a dict, one tensor) is "
-        "one argument. What forward_without_grads returns is unpacked into forward_with_grads, "
-        "and what that returns into the loss. To change the form of batches: "
-        "train(..., custom_data_transform_f=lambda batch: (batch['x'], batch['y'])). Arrays in "
-        "memory are not batches: use polus.data.from_arrays((x, y), batch_size=32)."
+        f"{described}A tuple or list batch is unpacked into the arguments of the step; anything "
+        "else (a dict, one tensor) is one argument. What forward_without_grads returns is unpacked "
+        "into forward_with_grads, and what that returns into the loss. To change the form of "
+        "batches: train(..., custom_data_transform_f=lambda batch: (batch['x'], batch['y'])). "
+        "Arrays in memory are not batches: use polus.data.from_arrays((x, y), batch_size=32)."
     )
 
 
+def _counted(batch: tuple[Any, ...]) -> str:
+    return f"{len(batch)} part{'s' * (len(batch) != 1)}"
+
+
 def _described(part: Any) -> str:
+    if part is None:
+        return "None"
     if isinstance(part, dict):
         return f"a dict of {', '.join(map(repr, part))}"
     if hasattr(part, "shape") and hasattr(part, "dtype"):

@@ -6,8 +6,10 @@ from typing import Any, TypedDict, Unpack, overload
 import keras
 from keras import ops
 
+from polus.masks import own_weights
 from polus.metrics import MetricLike, WeightedSamples
 from polus.training.checks import add_penalties, check_model
+from polus.training.labels import check_labels, num_classes
 from polus.training.trainer import BaseTrainer
 
 
@@ -100,12 +102,22 @@ class ClassifierTrainer(BaseTrainer):
     def metric_samples(self, *outputs: Any, **named: Any) -> tuple[Any, ...]:
         """Returns labels, prediction and weights, which count for `weighted_metrics` only."""
         y, prediction, *sample_weight = outputs
-        return WeightedSamples(y, prediction, sample_weight[0] if sample_weight else None)
+        weights = sample_weight[0] if sample_weight else None
+        return WeightedSamples(y, prediction, own_weights(weights))
 
     def evaluation_step(self, *inputs: Any, **named: Any) -> Any:
         """Returns labels, prediction and weights of a batch, in inference mode."""
         y, prediction = super().evaluation_step(*inputs)
-        return WeightedSamples(y, prediction, inputs[2] if len(inputs) > 2 else None)
+        return WeightedSamples(y, prediction, own_weights(inputs[2] if len(inputs) > 2 else None))
+
+    def check_batch(self, inputs: tuple[Any, ...], where: str) -> None:
+        """Raises a ValueError if a label is no class of the model: not every backend notices it."""
+        methods = ("train_step", "forward_without_grads", "forward_with_grads", "evaluation_step")
+        as_written = all(
+            getattr(type(self), name) is getattr(ClassifierTrainer, name) for name in methods
+        )
+        if as_written and len(inputs) > 1 and (classes := num_classes(self)) is not None:
+            check_labels(inputs[1], classes, getattr(self.loss, "ignore_class", None), where)
 
     def evaluation_loss(self, *samples: Any, **named: Any) -> Any:
         """Returns the loss over validation data, weighted as the training loss is."""
@@ -119,7 +131,7 @@ def _classified(
     if trainer.class_weight is not None:
         by_class = _weights_of(y, prediction, trainer.class_weight)
         sample_weight = by_class if sample_weight is None else sample_weight * by_class
-    return (y, prediction) if sample_weight is None else (y, prediction, sample_weight)
+    return (y, prediction) if sample_weight is None else (y, prediction, own_weights(sample_weight))
 
 
 def _weights_of(y: Any, prediction: Any, class_weight: Mapping[int, float]) -> Any:

@@ -25,7 +25,7 @@ class Engine:
         arguments: The arguments of `train` that `changing_train_config` keeps.
         run: The run in progress, else None.
         steps: The number of steps that earlier calls of `train` asked for.
-        epochs: The number of epochs that earlier calls of `train` trained.
+        epochs: The number of the data's epochs that earlier calls of `train` trained.
     """
 
     def __init__(self, trainer: StepOwner) -> None:
@@ -66,7 +66,7 @@ class Engine:
                 from polus.checkpoint import has_checkpoint, resume_run
 
                 run.resuming = has_checkpoint(config.resume)
-            explained = explain_argument_errors(lambda: self.executor.example)
+            explained = explain_argument_errors(run.seen_batches)
             with self._in_progress(run), run.running(), explained:
                 if config.resume is not None:
                     resume_run(run, config.resume)
@@ -75,11 +75,13 @@ class Engine:
     @contextlib.contextmanager
     def _in_progress(self, run: Run) -> Iterator[None]:
         before, self.run = self.run, run
+        first = run.reader.first_epoch
         try:
             yield
         finally:
             self.run = before
-            self.epochs += run.epoch
+            # A run that was resumed has also trained the data's epochs before its checkpoint.
+            self.epochs += run.reader.first_epoch - first + run.epoch
         self.steps += run.epochs * (run.steps or 0)
 
 

@@ -35,7 +35,8 @@ def evaluate(
     """Evaluates the trainer's metrics and loss; see `BaseTrainer.evaluate`."""
     check_count("steps", steps)
     check_function(transform, "custom_data_transform_f")
-    reader = DataReader(as_adapter(dataset), transform, steps)
+    check = executor.owner.check_batch
+    reader = DataReader(as_adapter(dataset), transform, steps, check=check)
     reader.check_ends("evaluate")
     data = reader.epoch(0)
     step, assigned = executor.evaluation(data.example)

@@ -30,6 +30,7 @@ def train_loop(run: Run) -> History:
         )
         with contextlib.closing(blocks):
             for block in blocks:
+                run.block = block
                 if block.count == 1:
                     run.callbacks.on_train_batch_begin()
                 program, arguments = step.program(block)

@@ -44,6 +44,7 @@ class TrainerParts(TrainerView, Protocol):
 
     @property
     def trainable_weights(self) -> list[keras.Variable]: ...
+    def check_batch(self, inputs: tuple[Any, ...], where: str) -> None: ...
 
 
 class RunStatus(enum.Enum):
@@ -99,6 +100,7 @@ class Run(BaseLogger):
         steps: The steps of an epoch; None until it is known.
         epoch: The current epoch, from 0.
         step: The next step of the epoch, from 0.
+        block: The batches that were passed to the step last.
         batch_sizes: The number of examples of each step of this epoch so far.
         step_logs: The loss and terms of the newest steps, by name.
         logs: The logs of the newest epoch: means of loss and terms, metrics, validations as
@@ -123,7 +125,9 @@ class Run(BaseLogger):
         self.trainer = trainer
         self.executor = executor
         self.config = config
-        self.reader = DataReader(config.dataset, config.transform, config.steps, first_epoch)
+        self.reader = DataReader(
+            config.dataset, config.transform, config.steps, first_epoch, trainer.check_batch
+        )
         self.reader.check_ends("train")
         self.history = History()
         self.signals = Signals()
@@ -132,6 +136,7 @@ class Run(BaseLogger):
         self.steps_before = total_steps
         self.epoch = 0
         self.step = 0
+        self.block: StepBlock | None = None
         self.batch_sizes = array("i")  # a list would take ten times as much for each step
         self.step_logs: dict[str, DeviceValues] = {}
         self.logs: dict[str, Any] = {}
@@ -162,10 +167,20 @@ class Run(BaseLogger):
                 raise
             else:
                 self._move(RunStatus.STOPPED if self.stopping else RunStatus.COMPLETED)
+                self._log_stop()
             finally:
                 if (error := self.callbacks.on_train_end()) is not None:
                     self.status = RunStatus.FAILED
                     raise error
+
+    def _log_stop(self) -> None:
+        if self.stopping:
+            self.logger.info(
+                "Training was stopped after %d of %d epochs: %s.",
+                self.epoch,
+                self.epochs,
+                self.stop_reason or "early_stop was set",
+            )
 
     @property
     def finished(self) -> bool:
@@ -239,6 +254,14 @@ class Run(BaseLogger):
         values = self.callbacks.shared_dict["validation"].setdefault(name, {})
         for metric, value in results.items():
             values.setdefault(metric, []).append(value)
+
+    def seen_batches(self) -> Iterator[tuple[str, tuple[Any, ...]]]:
+        """Yields batches that may explain an error, with the words for where they are."""
+        if self.executor.example is None:
+            return
+        yield "The first batch", self.executor.example
+        if self.block is not None and self.step:
+            yield f"Batch {self.step + 1} of epoch {self.epoch + 1}", self.block.first_batch()
 
     def handle_signals(self) -> None:
         """Handles a pending signal. Called between steps and while waiting for data."""

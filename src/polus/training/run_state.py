@@ -6,6 +6,7 @@ import keras
 import numpy as np
 
 from polus.configuration import Difference, changes_since, check_changes, describe_parts
+from polus.data import iterator_state
 from polus.describe import describe_object
 from polus.history import History
 from polus.state import random_state
@@ -172,6 +173,8 @@ def check_state(facts: dict[str, Any], state: Any) -> None:
     data = state["data"]
     if data.get("iterator") is not None:
         check_layout(data["iterator"], ITERATOR_LAYOUT, "the state/data/iterator")
+        iterator_state.check(data["iterator"]["state"])
+    iterator_state.check(data.get("iterator_at_epoch_end"))
     if "previous_epoch" in data:
         layout = {"epoch_start": EPOCH_START_LAYOUT, "checksum": _anything}
         check_layout(data["previous_epoch"], layout, "the state/data/previous_epoch")

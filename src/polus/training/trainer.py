@@ -294,6 +294,9 @@ class BaseTrainer(BaseLogger):
         """Checks what a dry run of the step has seen, logs what is trained, and warns."""
         check_step(self, variables)
 
+    def check_batch(self, inputs: tuple[Any, ...], where: str) -> None:
+        """Raises if no step can take a batch in host memory; `where` says which one it is."""
+
     # ------------------------------------------------------------------ what can be done with it
 
     def train(

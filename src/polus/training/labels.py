@@ -1,0 +1,54 @@
+"""Labels that are no class of the model: not every backend notices them."""
+
+from typing import Any
+
+import keras
+import numpy as np
+
+
+def num_classes(trainer: Any) -> int | None:
+    """Returns the number of classes that integer labels count; None if it is not known.
+
+    It is known of a built Functional or Sequential model with one output that is trained by
+    `SparseCategoricalCrossentropy` as it comes.
+    """
+    if type(trainer.loss) is not keras.losses.SparseCategoricalCrossentropy:
+        return None
+    shape = getattr(trainer.model, "output_shape", None) if trainer.model.built else None
+    if trainer.post_process_logits is not None or not isinstance(shape, tuple):
+        return None
+    return shape[-1] if isinstance(shape[-1], int) else None
+
+
+def check_labels(labels: Any, classes: int, ignored: int | None, where: str) -> None:
+    """Raises a ValueError if a label in host memory is not one of 0 to `classes - 1`.
+
+    JAX computes a loss of zero for such a label, and TensorFlow with XLA computes NaN. Tensors of
+    the backend are not read back from the device.
+
+    Args:
+        labels: Integers of any shape.
+        classes: The number of classes.
+        ignored: A label that the loss leaves out, or None.
+        where: The words for where the labels are, such as "Batch 3 of epoch 1".
+    """
+    if labels is None or (type(labels) is not np.ndarray and keras.ops.is_tensor(labels)):
+        return
+    labels = np.asarray(labels)
+    if not labels.size or labels.dtype.kind not in "iuf" or _in_range(labels, classes):
+        return
+    wrong = labels[(labels < 0) | (labels >= classes)]
+    wrong = wrong if ignored is None else wrong[wrong != ignored]
+    if wrong.size:
+        raise ValueError(
+            f"{where} has the label {wrong[0]}, and the model has {classes} outputs: labels must "
+            f"be 0 to {classes - 1}. Correct the labels, or give the model more outputs. To leave "
+            "a label out of the loss, use keras.losses.SparseCategoricalCrossentropy("
+            f"ignore_class={wrong[0]}, ...)."
+        )
+
+
+def _in_range(labels: np.ndarray[Any, Any], classes: int) -> bool:
+    if labels.dtype.kind == "i":  # a negative number is a large one without its sign: one pass
+        return bool(labels.view(labels.dtype.str.replace("i", "u")).max() < classes)
+    return bool(labels.min() >= 0 and labels.max() < classes)
