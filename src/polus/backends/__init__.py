@@ -3,8 +3,11 @@
 Every backend gives
 
 - ``function(fn, jit_compile)``: compiles a stateful function of Keras variables;
-- ``value_and_grad(fn, variables, has_aux, sparse)``: the value of a closure and its gradients;
+- ``value_and_grad(fn, variables, has_aux, sparse, inputs)``: a function's value and gradients;
+- ``values_and_grads(fn, groups, losses)``: those of several losses, each by its own variables, from
+  one run of the function;
 - ``value_and_input_grad(fn, inputs)``: the same by tensors instead of variables;
+- ``eager_program(step, unpack)``: a step as it is written, to debug it;
 - ``repeat(step, row)``: many steps as one function to compile, over stacked batches;
 - ``trace(fn, args)``: runs ``fn`` abstractly under a `VariableRecorder`, to see what it would do;
 - ``apply_gradients(optimizer, gradients, variables)``: one update;

@@ -243,7 +243,8 @@ class _Steps(_Step):
     """Many steps as one compiled program: its arguments are count, capacity and a payload.
 
     The number of steps is an argument of a `while` loop, so that one compiled program serves every
-    count up to the capacity. Outputs are stacked to (capacity, ...); rows past `count` are zero.
+    count up to the capacity. Scalars are stacked to (capacity,); rows past `count` are zero. Of any
+    other output, such as samples to draw, the last step's is returned.
     """
 
     def traced(self, arguments: _Arguments) -> tuple[Callable[..., Tree], Sequence[Any]]:
@@ -258,7 +259,7 @@ class _Steps(_Step):
             def body(i: Any, values: Values) -> tuple[Tree, Values]:
                 return pure(values, read, *_row(batches, i))  # type: ignore[no-any-return]
 
-            return _loop(body, count, assigned, _zeros(outputs, capacity))
+            return _loop(body, count, assigned, _zeros(outputs, capacity, scalars_only=True))
 
         return loop
 
@@ -269,20 +270,32 @@ def _row(batches: Tree, i: Any) -> Tree:
     )
 
 
-def _zeros(outputs: Tree, capacity: int) -> Tree:
-    """Returns room for the outputs of `capacity` steps."""
-    return jax.tree_util.tree_map(lambda o: jnp.zeros((capacity, *o.shape), o.dtype), outputs)
+def _zeros(outputs: Tree, capacity: int, scalars_only: bool = False) -> Tree:
+    """Returns room for the outputs of `capacity` steps; of arrays perhaps only for the last."""
+
+    def room(output: Any) -> Any:
+        rows = () if scalars_only and output.ndim else (capacity,)
+        return jnp.zeros((*rows, *output.shape), output.dtype)
+
+    return jax.tree_util.tree_map(room, outputs)
 
 
 def _loop(
     body: Callable[[Any, Values], tuple[Tree, Values]], count: Any, values: Values, stacks: Tree
 ) -> tuple[Tree, Values]:
-    """Runs `body(i, values) -> (outputs, new values)` and writes the outputs into row i."""
+    """Runs `body(i, values) -> (outputs, new values)` and writes the outputs into row i.
+
+    Where `stacks` has room for one output only, the last one is kept.
+    """
 
     def turn(carry: tuple[Any, Values, Tree]) -> tuple[Any, Values, Tree]:
         i, values, stacks = carry
         outputs, values = body(i, values)
-        stacks = jax.tree_util.tree_map(lambda rows, new: rows.at[i].set(new), stacks, outputs)
+
+        def write(rows: Any, new: Any) -> Any:
+            return new if rows.ndim == new.ndim else rows.at[i].set(new)
+
+        stacks = jax.tree_util.tree_map(write, stacks, outputs)
         return i + 1, values, stacks
 
     start = (jnp.int32(0), values, stacks)
@@ -330,42 +343,77 @@ class _Detaching(VariableRecorder):
 
 
 def value_and_grad(
-    fn: Callable[[], Tree],
+    fn: Callable[..., Tree],
     variables: Sequence[Any],
     loss: Callable[[Tree], Any] | None = None,
     sparse: bool = False,
+    inputs: Sequence[Any] = (),
 ) -> tuple[Tree, list[Any]]:
-    """Returns `fn()` and the gradients of its loss; see `Backend`.
+    """Returns `fn(*inputs)` and the gradients of its loss; see `Backend`.
 
     `sparse` changes nothing: only TensorFlow has sparse gradients.
     """
     outer = current_scope()
     if (dry_run := active_dry_run()) is not None:  # stand-ins of the right shape
-        result = fn()
+        result = fn(*inputs)
         if loss is not None:
             loss(result)
         found = [v.trainable and id(v) in dry_run.read for v in variables]
-        return result, [v.value if f else None for v, f in zip(variables, found, strict=True)]
+        by_variables = [v.value if f else None for v, f in zip(variables, found, strict=True)]
+        return result, [*by_variables, *inputs]
     trainable = [variable for variable in variables if variable.trainable]
-    connected = [False] * len(trainable)
+    connected = [False] * (len(trainable) + len(inputs))
     assigned: list[Any] = []
 
     def differentiated(values: Values) -> tuple[Any, tuple[Tree, Values]]:
         values = _watched(values, connected)
-        with _Detaching(trainable, values, outer) as scope:
-            result = _read_out(fn())
+        with _Detaching(trainable, values[: len(trainable)], outer) as scope:
+            result = _read_out(fn(*values[len(trainable) :]))
             value = result if loss is None else loss(result)
         # What was assigned inside leaves as an output, else tracers would leak.
         assigned[:] = scope.assigned.values()
         return value, (result, [scope.state_mapping[id(variable)] for variable in assigned])
 
     (_, (result, new)), gradients = jax.value_and_grad(differentiated, has_aux=True)(
-        [variable.value for variable in trainable]
+        [*(variable.value for variable in trainable), *inputs]
     )
     for variable, value in zip(assigned, new, strict=True):
         variable.assign(value)
-    by_id = {id(v): g for v, g, c in zip(trainable, gradients, connected, strict=True) if c}
-    return result, [by_id.get(id(variable)) for variable in variables]
+    known = [g if c else None for g, c in zip(gradients, connected, strict=True)]
+    by_id = {id(v): g for v, g in zip(trainable, known, strict=False)}
+    return result, [*(by_id.get(id(v)) for v in variables), *known[len(trainable) :]]
+
+
+def values_and_grads(
+    fn: Callable[[], Tree],
+    groups: Sequence[Sequence[Any]],
+    losses: Callable[[Tree], Sequence[Any]],
+) -> tuple[Tree, list[list[Any]]]:
+    """Returns `fn()` and the gradients of several losses, each by its group of variables."""
+    outer = current_scope()
+    trainable = [v for variables in groups for v in variables if v.trainable]
+    connected = [False] * len(trainable)
+    assigned: list[Any] = []
+
+    def differentiated(values: Values) -> tuple[Values, tuple[Tree, Values]]:
+        values = _watched(values, connected)
+        with _Detaching(trainable, values, outer) as scope:
+            result = _read_out(fn())
+            found = list(losses(result))
+        assigned[:] = scope.assigned.values()
+        return found, (result, [scope.state_mapping[id(variable)] for variable in assigned])
+
+    values, backward, (result, new) = jax.vjp(
+        differentiated, [variable.value for variable in trainable], has_aux=True
+    )
+    for variable, value in zip(assigned, new, strict=True):
+        variable.assign(value)
+    gradients = []
+    for i, variables in enumerate(groups):
+        (found,) = backward([jnp.full_like(v, float(i == j)) for j, v in enumerate(values)])
+        by_id = {id(v): g for v, g, c in zip(trainable, found, connected, strict=True) if c}
+        gradients.append([by_id.get(id(variable)) for variable in variables])
+    return result, gradients
 
 
 def value_and_input_grad(fn: Callable[..., Any], inputs: Sequence[Any]) -> tuple[Any, list[Any]]:
@@ -427,9 +475,18 @@ def program(
         outputs = []
         for i in range(int(count)):
             outputs.append(_read_out(step(*_row(batches, i))))
-        return jax.tree_util.tree_map(lambda *rows: jnp.stack(rows), *outputs)
+        return jax.tree_util.tree_map(
+            lambda *rows: rows[-1] if rows[0].ndim else jnp.stack(rows), *outputs
+        )
 
     return loop if many else single
+
+
+def eager_program(
+    step: Callable[..., Tree], unpack: Callable[[Any], Any] | None = None
+) -> Callable[..., Tree]:
+    """Runs a step of one batch as it is written, operation by operation, to debug it."""
+    return program(step, unpack, jit_compile=False)
 
 
 def repeat(fn: Callable[..., Tree], count: int, rows: Tree) -> Tree:
@@ -456,8 +513,15 @@ def _repeated(stateful: _Stateful, read: Values, i: Any, values: Values) -> tupl
     return stateful.pure(values, read, i)
 
 
-def trace(fn: Callable[..., Tree], args: Sequence[Any]) -> DryRun:
-    """Runs `fn(*args)` abstractly under a `DryRun`, which it returns. No variable changes."""
+def trace(fn: Callable[..., Tree], args: Sequence[Any], eager: bool = False) -> DryRun:
+    """Runs `fn(*args)` abstractly under a `DryRun`, which it returns. No variable changes.
+
+    With `eager`, the values are real ones.
+    """
+    if eager:
+        with DryRun() as dry_run:
+            dry_run.result = fn(*jax.tree_util.tree_map(jnp.asarray, tuple(args)))
+        return dry_run
     with DryRun() as dry_run:
         # A new function each time: JAX would remember the old one's trace, and run nothing.
         dry_run.result = jax.eval_shape(functools.partial(fn), *args)

@@ -71,12 +71,13 @@ def _read_out(tree: Tree) -> Tree:
 
 
 def value_and_grad(
-    fn: Callable[[], Tree],
+    fn: Callable[..., Tree],
     variables: Sequence[Any],
     loss: Callable[[Tree], Any] | None = None,
     sparse: bool = False,
+    inputs: Sequence[Any] = (),
 ) -> tuple[Tree, list[Any]]:
-    """Returns `fn()` and the gradients of its loss; see `Backend`.
+    """Returns `fn(*inputs)` and the gradients of its loss; see `Backend`.
 
     With `sparse`, the gradient of an embedding is a `tf.IndexedSlices` of the rows that were looked
     up, a repeated one several times. Keras' optimizers get it so in `fit`; arithmetic can't use it.
@@ -85,10 +86,13 @@ def value_and_grad(
     # value and the update took its own away (its graph optimizer drops the one for the other, then
     # folds ours).
     with tf.GradientTape() as tape:
-        result = fn()
+        tape.watch(inputs)
+        result = fn(*inputs)
         value = result if loss is None else loss(result)
-    gradients = tape.gradient(value, [variable.value for variable in variables])
-    gradients = [g if v.trainable else None for g, v in zip(gradients, variables, strict=True)]
+    gradients = tape.gradient(value, [*(variable.value for variable in variables), *inputs])
+    by_inputs = gradients[len(variables) :]
+    gradients = [g if v.trainable else None for g, v in zip(gradients, variables, strict=False)]
+    gradients += by_inputs
     if not sparse:
         gradients = [g if g is None else tf.convert_to_tensor(g) for g in gradients]
         # All of them before any is used: for an optimizer that is called by hand, the tie that
@@ -96,6 +100,28 @@ def value_and_grad(
         with tf.control_dependencies([g for g in gradients if g is not None]):
             gradients = [g if g is None else tf.identity(g) for g in gradients]
     return result, gradients
+
+
+def values_and_grads(
+    fn: Callable[[], Tree],
+    groups: Sequence[Sequence[Any]],
+    losses: Callable[[Tree], Sequence[Any]],
+) -> tuple[Tree, list[list[Any]]]:
+    """Returns `fn()` and the gradients of several losses, each by its group of variables."""
+    with tf.GradientTape(persistent=True) as tape:
+        result = fn()
+        values = losses(result)
+    gradients = []
+    for value, variables in zip(values, groups, strict=True):
+        found = tape.gradient(value, [variable.value for variable in variables])
+        found = [None if g is None else tf.convert_to_tensor(g) for g in found]
+        gradients.append(
+            [g if v.trainable else None for g, v in zip(found, variables, strict=True)]
+        )
+    # All of them before any update: see `value_and_grad`.
+    with tf.control_dependencies([g for group in gradients for g in group if g is not None]):
+        same = [[None if g is None else tf.identity(g) for g in group] for group in gradients]
+    return result, same
 
 
 def value_and_input_grad(fn: Callable[..., Any], inputs: Sequence[Any]) -> tuple[Any, list[Any]]:
@@ -133,7 +159,7 @@ def program(
             if many or unpack is not None:
                 batch = _first_batch(unpack, arguments[-1])
                 graph = tf.function(one_step, autograph=False).get_concrete_function(*batch)
-                whole = (_loop if many else _only)(graph, unpack)
+                whole = _loop(graph, unpack, True) if many else _only(graph, unpack)
             else:
                 whole = one_step
             program = tf.function(
@@ -141,6 +167,20 @@ def program(
             ).get_concrete_function(*arguments)
             programs[key] = program
         return program(*arguments)
+
+    return run
+
+
+def eager_program(
+    step: Callable[..., Tree], unpack: Callable[[Any], Any] | None = None
+) -> Callable[..., Tree]:
+    """Runs a step of one batch as it is written, operation by operation, to debug it."""
+
+    def run(*arguments: Any) -> Tree:
+        arguments = keras.tree.map_structure(_tensor, arguments)
+        if unpack is not None:
+            arguments = as_arguments(_row(unpack(*arguments), 0))
+        return _read_out(step(*arguments))
 
     return run
 
@@ -174,21 +214,33 @@ def _map_arrays(fn: Callable[[Any], Any], batch: Tree) -> Tree:
     return keras.tree.map_structure(fn, batch, none_is_leaf=False)
 
 
-def _loop(step: Any, unpack: Callable[[Any], Any] | None) -> Callable[..., Tree]:
+def _loop(
+    step: Any, unpack: Callable[[Any], Any] | None, scalars_only: bool = False
+) -> Callable[..., Tree]:
     """Returns a function that runs `step`, a concrete function, on each batch of a payload.
 
     The number of steps is an argument of a `while` loop, so that one compiled program serves every
     count up to the capacity. Outputs are stacked to (capacity, ...); rows past `count` are zero.
+    With `scalars_only`, the last one is returned of any other output, such as samples to draw.
     """
 
     def loop(count: Any, capacity: int, payload: Any) -> Tree:
         batches = _batches(unpack, payload)
         outputs = tf.nest.flatten(step.structured_outputs)
-        stacks = [tf.TensorArray(o.dtype, capacity, element_shape=o.shape) for o in outputs]
+        last = [bool(scalars_only and output.shape.rank) for output in outputs]
+        stacks = [
+            tf.TensorArray(
+                o.dtype, 1 if only else capacity, element_shape=o.shape, clear_after_read=False
+            )
+            for o, only in zip(outputs, last, strict=True)
+        ]
 
         def body(i: Any, stacks: list[Any]) -> tuple[Any, list[Any]]:
             values = tf.nest.flatten(step(*_row(batches, i)))
-            written = [stack.write(i, v) for stack, v in zip(stacks, values, strict=True)]
+            written = [
+                stack.write(0 if only else i, value)
+                for stack, value, only in zip(stacks, values, last, strict=True)
+            ]
             return i + 1, written
 
         _, stacks = tf.while_loop(
@@ -197,7 +249,10 @@ def _loop(step: Any, unpack: Callable[[Any], Any] | None) -> Callable[..., Tree]
             (tf.constant(0), stacks),
             parallel_iterations=1,  # a step reads what the last one assigned
         )
-        stacked = [stack.stack() for stack in stacks]
+        stacked = [
+            stack.read(0) if only else stack.stack()
+            for stack, only in zip(stacks, last, strict=True)
+        ]
         return tf.nest.pack_sequence_as(step.structured_outputs, stacked)
 
     return loop
@@ -213,12 +268,16 @@ def repeat(fn: Callable[..., Tree], count: int, rows: Tree) -> Tree:
     return _loop(graph, None)(tf.constant(count), count, (rows,))
 
 
-def trace(fn: Callable[..., Tree], args: Sequence[Any]) -> DryRun:
+def trace(fn: Callable[..., Tree], args: Sequence[Any], eager: bool = False) -> DryRun:
     """Runs `fn(*args)` abstractly under a `DryRun`, which it returns. No variable changes.
 
     Variables of TensorFlow itself are found as well: a `tf.Variable`, the state of a
-    `tf.random.Generator`.
+    `tf.random.Generator`. With `eager`, the values are real ones, and only Keras' are found.
     """
+    if eager:
+        with DryRun() as dry_run:
+            dry_run.result = fn(*tf.nest.map_structure(_tensor, tuple(args)))
+        return dry_run
     with DryRun() as dry_run:
         graph = tf.function(fn, autograph=False).get_concrete_function(
             *tf.nest.map_structure(_tensor, args)

@@ -22,7 +22,7 @@ from polus.data.blocks import (
     repeated_block,
 )
 from polus.data.fingerprint import checksum, leaves_of
-from polus.data.prefetch import prefetch
+from polus.data.prefetch import PREFETCH, prefetch
 from polus.data.resume import (
     IteratorSnapshot,
     IteratorSnapshots,
@@ -52,6 +52,7 @@ class BatchReader:
         steps: The number of batches per epoch at most, or None.
         first_epoch: The number that the dataset knows epoch 0 by: how many epochs of it were
             trained before. `set_state` restores it.
+        prefetch: How many blocks of batches a thread reads ahead; 0 for no thread.
 
     Attributes:
         adapter: The dataset.
@@ -70,7 +71,9 @@ class BatchReader:
         transform: Transform | None = None,
         steps: int | None = None,
         first_epoch: int = 0,
+        prefetch: int = PREFETCH,
     ) -> None:
+        self.prefetch = prefetch
         self.adapter = adapter
         self.transform = transform
         self.steps = steps
@@ -340,7 +343,9 @@ class EpochReader:
         stopped = threading.Event()
         source = HostSource(self._read, self._first, self._take_snapshot, stopped)
         blocks = Grouping(source, limit, capacity).blocks(start)
-        return prefetch(blocks, handle_signals, stopped)
+        if not reader.prefetch:
+            return blocks
+        return prefetch(blocks, handle_signals, stopped, reader.prefetch)
 
     # ------------------------------------------------------------------ resuming
 

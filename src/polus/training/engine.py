@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from polus.steps.executor import StepExecutor, StepOwner
+from polus.training.checks import explain_argument_errors
+from polus.training.config import TrainConfig, learning_rate_set
 from polus.training.evaluation import evaluation_step
 from polus.training.run import Run
 
@@ -56,12 +58,42 @@ class Engine:
     def running(self, run: Run) -> Iterator[None]:
         """Makes `run` the run in progress, and counts what it trained."""
         before, self.run = self.run, run
+        eager = self.executor.set_run_eagerly(run.config.run_eagerly)
         try:
             yield
         finally:
             self.run = before
+            self.executor.set_run_eagerly(eager)
             self.epochs += run.epoch
-        self.steps += run.epochs * (run.steps or 0)
+        if not run.open_ended:
+            self.steps += run.epochs * (run.steps or 0)
+
+
+@contextlib.contextmanager
+def begun_run(trainer: Any, engine: Engine, arguments: dict[str, Any]) -> Iterator[Run]:
+    """Begins a run, or continues one, and ends it in order.
+
+    Args:
+        trainer: The trainer.
+        engine: Its engine.
+        arguments: The arguments of `train`.
+    """
+    config = TrainConfig.checked(arguments)
+    trainer.early_stop = False
+    run = Run(trainer, engine.executor, config, engine.steps, engine.epochs)
+    if config.resume is not None:
+        from polus.checkpoint import has_checkpoint, resume_run
+
+        run.resuming = has_checkpoint(config.resume)
+    with (
+        learning_rate_set(trainer.optimizer, config.learning_rate),
+        engine.running(run),
+        run.running(),
+        explain_argument_errors(lambda: engine.executor.example),
+    ):
+        if config.resume is not None:
+            resume_run(run, config.resume)
+        yield run
 
 
 class CompiledMethod:

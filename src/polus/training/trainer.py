@@ -1,11 +1,14 @@
 """The trainer: one step, described by its user."""
 
+import contextlib
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal, Never, Self, TypeVar, Unpack
 
 import keras
 
+from polus.average import Average, averages_of, weights_for
 from polus.backends import backend
 from polus.backends.scopes import active_dry_run
 from polus.callbacks.base import ICallback, KerasCallbackLike
@@ -13,24 +16,22 @@ from polus.data import as_arguments
 from polus.history import History
 from polus.log import BaseLogger
 from polus.masks import stop_gradient
-from polus.metrics import MetricLike, as_metrics, update_metrics
+from polus.metrics import MetricLike, as_metrics, metrics_by_phase, update_metrics
+from polus.optimizers import optimizer_named
+from polus.steps.progress import ProgressVariable
 from polus.steps.update import apply_gradients
 from polus.steps.variables import StepVariables, unique
 from polus.training import checks
-from polus.training.config import (
-    TrainArguments,
-    TrainConfig,
-    check_names,
-    learning_rate_set,
-    one_transform,
-)
+from polus.training.config import TrainArguments, check_names, one_transform
 from polus.training.copies import deep_copy, shallow_copy
-from polus.training.engine import CompiledMethod, Engine
+from polus.training.engine import CompiledMethod, Engine, begun_run
 from polus.training.evaluation import evaluate
 from polus.training.loop import train_loop
+from polus.training.prediction import predict
 from polus.training.reports import check_step, describe_trainer
-from polus.training.run import Run
+from polus.training.session import Session, open_session
 from polus.training.spellings import unite_spellings
+from polus.training.together import minimize_together
 
 if TYPE_CHECKING:
     from polus.lr_finder import LRFinderResult, SuggestionName
@@ -64,12 +65,16 @@ class BaseTrainer(BaseLogger):
     is left out keeps an attribute of that name that was set before `super().__init__()`.
 
     Args:
-        model: A `keras.Model`. It may be unbuilt: the first batch builds it.
+        model: A `keras.Model`. It may be unbuilt: the first batch builds it. Or a dict of models,
+            which are trained together: `trainer.model["generator"]` or `trainer.model.generator`.
         optimizer: A `keras.optimizers.Optimizer`.
         loss: A callable that takes what `forward_with_grads` returns. It returns a scalar tensor,
-            or a dict of scalars of which the one named "loss" is minimized and all are recorded.
+            or a dict of scalars of which the one named "loss" is minimized and all are recorded. A
+            method named `loss` serves too. A trainer with a `train_step` of its own needs none.
         metrics: `polus.metrics.IMetric` or `keras.metrics.Metric` objects. For a model whose
-            outputs are a dict, a dict of the name of an output to its metrics.
+            outputs are a dict, a dict of the name of an output to its metrics. By phase:
+            `{"train": [...], "validation": [...]}`; else a validation takes the same ones, except
+            those of a single value, such as `keras.metrics.Mean`, which only the step feeds.
         post_process_prediction: Applied to the model's output before the loss. It is kept as
             `post_process_logits`.
         post_process_grads: Takes and returns the list of gradients (None where there is none)
@@ -77,9 +82,15 @@ class BaseTrainer(BaseLogger):
         trainable_weights: The variables to train. By default all trainable ones of the model.
         weighted_metrics: Metrics that sample weights count for; those of `metrics` ignore them.
         post_process_logits: Another name of `post_process_prediction`.
+        primary: The name of the term of `train_step` that is recorded and monitored as "loss" too.
+            Without it, and without a term named "loss", a run has none. It may be an attribute of
+            the class as well.
 
     Attributes:
         step_counter: An int32 variable that counts updates. `forward_*` may use it.
+        epoch: An int32 variable that the loop sets to the current epoch, from 0.
+        total_steps: An int32 variable that the loop sets to the steps of the whole run; 0 until
+            they are known, which is from the beginning with `steps`.
         early_stop: Set it to True (in a callback) to end training after the current step.
 
     Raises:
@@ -87,6 +98,10 @@ class BaseTrainer(BaseLogger):
     """
 
     step_counter: keras.Variable
+    primary: str | None = None
+    epoch = ProgressVariable("epoch", lambda trainer: trainer._engine.executor.progress)
+    total_steps = ProgressVariable("total_steps", lambda trainer: trainer._engine.executor.progress)
+    loss: Callable[..., Any]  # None where a train_step of one's own needs none
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -97,9 +112,9 @@ class BaseTrainer(BaseLogger):
 
     def __init__(
         self,
-        model: keras.Model,
+        model: keras.Model | Mapping[str, keras.Model],
         optimizer: keras.optimizers.Optimizer,
-        loss: Callable[..., Any],
+        loss: Callable[..., Any] | None = None,
         metrics: Sequence[MetricLike] | Mapping[str, Any] | None = None,
         post_process_prediction: Callable[[Any], Any] | None = None,
         post_process_grads: Callable[[list[Any]], list[Any]] | None = None,
@@ -107,6 +122,7 @@ class BaseTrainer(BaseLogger):
         trainable_weights: Sequence[keras.Variable] | None = None,
         weighted_metrics: Sequence[MetricLike] | Mapping[str, Any] | None = None,
         post_process_logits: Callable[[Any], Any] | None = None,
+        primary: str | None = None,
     ) -> None:
         if type(self) is BaseTrainer:
             raise TypeError(
@@ -114,15 +130,25 @@ class BaseTrainer(BaseLogger):
                 "forward_with_grads, or use ClassifierTrainer for (x, y) batches."
             )
         super().__init__()
-        checks.check_kinds(model, optimizer, loss)
+        model = checks.checked_model(model)
+        checks.check_optimizer(optimizer)
         checks.check_processing(post_process_prediction, post_process_logits, post_process_grads)
         self.model = model
         self.optimizer = checks.loss_scaled(optimizer, model)
-        self.loss = loss
+        if loss is not None or not hasattr(self, "loss"):
+            self.loss = loss  # type: ignore[assignment]
+        checks.check_loss(self.loss, vars(self), type(self).train_step is BaseTrainer.train_step)
+        if primary is not None:
+            self.primary = primary
         given = metrics if metrics is not None else getattr(self, "metrics", ())
         self.weighted_metrics = as_metrics(weighted_metrics, weighted=True)
-        self.metrics = [*as_metrics(given), *self.weighted_metrics]
+        train, validation = metrics_by_phase(given)
+        self.metrics = [*train, *self.weighted_metrics]
         checks.check_metric_names(self.metrics)
+        self.validation_metrics = validation
+        if validation is not None:
+            self.validation_metrics = [*validation, *self.weighted_metrics]
+            checks.check_metric_names(self.validation_metrics)
         self.post_process_logits = (
             post_process_prediction
             or post_process_logits
@@ -165,7 +191,9 @@ class BaseTrainer(BaseLogger):
     def evaluation_step(self, *inputs: Any, **kwargs: Any) -> Any:
         """Returns what validation metrics take, in inference mode.
 
-        By default it returns (y, prediction) of an (x, y) batch.
+        By default it returns (y, prediction) of an (x, y) batch. It may return a dict of names to
+        the samples of that metric, `{"accuracy": (y, logits), "kid": (x, fake)}`. Metrics that it
+        leaves out are not validated; scalars of other names, such as "loss", are averaged.
         """
         if len(inputs) < 2:
             raise NotImplementedError(
@@ -179,6 +207,13 @@ class BaseTrainer(BaseLogger):
     def evaluation_loss(self, *samples: Any, **kwargs: Any) -> Any:
         """Returns the loss of what `evaluation_step` returned; None (the default) for no loss."""
         return None
+
+    def prediction_step(self, *inputs: Any, **kwargs: Any) -> Any:
+        """Returns what `predict` collects: tensors, or dicts of them, with a row per example.
+
+        By default it returns the prediction for the first part of a batch.
+        """
+        return self.predicted(self.model(inputs[0], training=False))
 
     def predicted(self, outputs: Any) -> Any:
         """Applies `post_process_logits`, if there is one, to the model's outputs."""
@@ -281,11 +316,49 @@ class BaseTrainer(BaseLogger):
         apply_gradients(optimizer, gradients, variables, self.post_process_grads, scaled=True)
         return result
 
+    def minimize_together(
+        self,
+        losses_fn: Callable[[], Mapping[str, Any]],
+        groups: Mapping[str, tuple[Sequence[keras.Variable], keras.optimizers.Optimizer]],
+    ) -> Any:
+        """Updates groups of variables, each down the gradient of its own loss, at once.
+
+        The losses come from one forward pass, and all gradients are taken before any update.
+
+        ```python
+        losses = self.minimize_together(
+            lambda: {"g_loss": ..., "d_loss": ...},
+            {"g_loss": (g.trainable_weights, g_optimizer), "d_loss": (d.trainable_weights, d_opt)},
+        )
+        ```
+
+        Args:
+            losses_fn: Takes nothing and returns a dict with a scalar for each group. It may have
+                other terms, which are returned as well.
+            groups: The name of a loss to the variables that minimize it, and their optimizer.
+
+        Returns:
+            What `losses_fn` returned.
+
+        Raises:
+            ValueError: If a loss is missing, is no scalar or depends on none of its variables, or
+                if two groups share a variable.
+        """
+        return minimize_together(losses_fn, groups, self.post_process_grads)
+
     def step_parts(self) -> list[Any]:
         """Returns the objects that a compiled step is made of. Replacing one compiles anew."""
         processing = (self.post_process_logits, self.post_process_grads)
-        parts = [self.model, self.optimizer, self.loss, *processing, *self.metrics]
-        return [*parts, *self.trainable_weights]
+        metrics = [*self.metrics, *(self.validation_metrics or ())]
+        return [
+            self.model,
+            self.optimizer,
+            self.loss,
+            *processing,
+            *metrics,
+            *averages_of(self),
+            *self.trainable_weights,
+        ]
 
     def prepare_step(self, *inputs: Any, **kwargs: Any) -> None:
         """Prepares what a step needs, given a batch, before the step first runs.
@@ -312,6 +385,9 @@ class BaseTrainer(BaseLogger):
         *,
         train_map_f: Callable[[Any], Any] | None = None,
         steps_per_execution: int | None = None,
+        prefetch: int | None = None,
+        run_eagerly: bool | None = None,
+        max_secs: float | None = None,
         resume: str | PathLike[str] | None = None,
         resume_changes: Literal["refuse", "accept"] | None = None,
         **unknown: Never,
@@ -322,7 +398,8 @@ class BaseTrainer(BaseLogger):
 
         Args:
             tf_dataset: The data; see `polus.data.as_adapter` for what it may be. A tuple or list
-                batch is unpacked into the step's arguments; anything else is one argument.
+                batch is unpacked into the step's arguments; anything else is one argument. None
+                with `steps` trains without data: the step takes no arguments.
             epochs: The number of passes over the data.
             callbacks: `polus.callbacks` and `keras.callbacks` objects.
             custom_data_transform_f: A Python function applied to each batch before the step.
@@ -333,6 +410,12 @@ class BaseTrainer(BaseLogger):
             train_map_f: Another name of `custom_data_transform_f`.
             steps_per_execution: The number of steps per call of the backend. By default Polus
                 times several and uses the fastest. Slow data gets fewer.
+            prefetch: How many blocks of batches a thread reads ahead, 2 by default. 0 reads each
+                batch in the main thread right before its step.
+            run_eagerly: Whether steps run as they are written, operation by operation, one per
+                call: prints, breakpoints and values work in them. Slow.
+            max_secs: The seconds after which training ends in order. A run that continues from a
+                checkpoint has all of them again.
             resume: A folder of checkpoints to continue from and, with a
                 `polus.checkpoint.Checkpoint` among the callbacks, to save to.
             resume_changes: "accept" continues a run although settings that may change on the way
@@ -347,23 +430,38 @@ class BaseTrainer(BaseLogger):
         """
         given = {n: value for n, value in locals().items() if n not in ("self", "unknown")}
         check_names(unknown)
-        engine = self._engine
-        config = TrainConfig.checked(engine.arguments | one_transform(given))
-        self.early_stop = False
-        run = Run(self, engine.executor, config, engine.steps, engine.epochs)
-        if config.resume is not None:
-            from polus.checkpoint import has_checkpoint, resume_run
-
-            run.resuming = has_checkpoint(config.resume)
-        with (
-            learning_rate_set(self.optimizer, config.learning_rate),
-            engine.running(run),
-            run.running(),
-            checks.explain_argument_errors(lambda: engine.executor.example),
-        ):
-            if config.resume is not None:
-                resume_run(run, config.resume)
+        arguments = self._engine.arguments | one_transform(given)
+        with begun_run(self, self._engine, arguments) as run:
             return train_loop(run)
+
+    def session(
+        self,
+        callbacks: Sequence[ICallback | KerasCallbackLike] | None = None,
+        *,
+        resume: str | PathLike[str] | None = None,
+        learning_rate: float | None = None,
+    ) -> contextlib.AbstractContextManager[Session]:
+        """Begins a run whose loop is your own, with callbacks, history and checkpoints as `train`.
+
+        ```python
+        with trainer.session(callbacks=[...], resume="runs/ppo") as run:
+            while run.epoch < 100:
+                for batch in rollout(trainer.model):
+                    run.step(*batch)
+                run.end_epoch(reward=...)
+        ```
+
+        The block ends at the next step after a callback, or `run.stop("kl")`, has stopped it.
+
+        Args:
+            callbacks: As for `train`.
+            resume: A folder of checkpoints to continue from and to save to, as for `train`. The
+                block then begins at `run.epoch`, after `run.num_steps` steps of it.
+            learning_rate: As for `train`.
+        """
+        given = one_transform({"resume": resume, "learning_rate": learning_rate})
+        start = functools.partial(begun_run, self, self._engine)
+        return open_session(start, callbacks, given)
 
     def lr_finder(
         self,
@@ -375,7 +473,7 @@ class BaseTrainer(BaseLogger):
         num_steps: int = 100,
         stop_factor: float = 4.0,
         suggestion: "SuggestionName" = "steep",
-        optimizer: keras.optimizers.Optimizer | None = None,
+        optimizer: keras.optimizers.Optimizer | str | None = None,
     ) -> "LRFinderResult":
         """Finds a learning rate by the range test, and leaves no trace on the training.
 
@@ -396,8 +494,8 @@ class BaseTrainer(BaseLogger):
             stop_factor: The sweep stops when the smoothed loss exceeds this many times its best, or
                 the loss is not finite.
             suggestion: "steep", "valley", "slide" or "minimum": see `polus.lr_finder`.
-            optimizer: The optimizer to sweep if the step uses several. By default the trainer's
-                own.
+            optimizer: The optimizer to sweep if the step uses several, or its name, such as
+                "d_optimizer". By default the trainer's own.
 
         Returns:
             The curve and the suggestions: see `polus.lr_finder.LRFinderResult`.
@@ -410,7 +508,8 @@ class BaseTrainer(BaseLogger):
 
         engine = self._engine
         settings = SweepSettings(start_lr, end_lr, num_steps, stop_factor, suggestion)
-        swept = self.optimizer if optimizer is None else optimizer
+        named = optimizer_named(self, optimizer) if isinstance(optimizer, str) else optimizer
+        swept = self.optimizer if named is None else named
         with engine.paused():
             return find(
                 engine.executor, engine.arguments, tf_dataset, use_lr_found, settings, swept
@@ -432,6 +531,8 @@ class BaseTrainer(BaseLogger):
         dataset: Any,
         custom_data_transform_f: Callable[[Any], Any] | None = None,
         steps: int | None = None,
+        *,
+        model: "keras.Model | Average | None" = None,
     ) -> dict[str, Any]:
         """Evaluates the trainer's metrics over a dataset, and its loss if it has one.
 
@@ -442,13 +543,40 @@ class BaseTrainer(BaseLogger):
             dataset: As for `train`.
             custom_data_transform_f: A Python function applied to each batch.
             steps: The number of batches at most.
+            model: An `Average`, or a model of the same architecture, whose weights are evaluated in
+                place of the model's own.
 
         Returns:
             Metric names and values, and "loss" and its terms (where `evaluation_loss` returns
             one), weighted by the number of examples.
         """
+        weights = () if model is None else weights_for(self.model, model)
         with self._engine.paused():
-            return evaluate(self._engine.executor, dataset, custom_data_transform_f, steps)
+            executor = self._engine.executor
+            return evaluate(executor, dataset, custom_data_transform_f, steps, weights)
+
+    def predict(
+        self,
+        dataset: Any,
+        custom_data_transform_f: Callable[[Any], Any] | None = None,
+        steps: int | None = None,
+    ) -> Any:
+        """Predicts all examples of a dataset, in their order: what `prediction_step` returns.
+
+        Runs compiled and in inference mode, and leaves the training undisturbed. The device holds
+        the outputs of two batches at most.
+
+        Args:
+            dataset: As for `train`. What `from_arrays` returns is read unshuffled.
+            custom_data_transform_f: A Python function applied to each batch.
+            steps: The number of batches at most.
+
+        Returns:
+            A NumPy array, or a structure of arrays, with the examples along the first axis.
+        """
+        with self._engine.paused():
+            executor = self._engine.executor
+            return predict(executor, self.prediction_step, dataset, custom_data_transform_f, steps)
 
     def __copy__(self) -> Self:
         """Returns a trainer of the same parts, with an engine and a step counter of its own."""

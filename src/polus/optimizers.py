@@ -1,0 +1,108 @@
+"""Several optimizers of one trainer: their names and their learning rates."""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import keras
+
+from polus.host import did_you_mean, to_host
+from polus.schedules import Schedule
+
+
+def optimizers_of(owner: object) -> dict[str, keras.optimizers.Optimizer]:
+    """Returns the optimizers that an object's attributes hold, by name.
+
+    The name is the attribute's, with the key behind a dot for those in a dict or list, and the
+    inner optimizer's name for those of a `MultiOptimizer`: "d_optimizer", "optimizers.actor",
+    "optimizer.adam". An optimizer that is held twice has its first name.
+    """
+    found: dict[str, keras.optimizers.Optimizer] = {}
+    known: set[int] = set()
+    for name, optimizer in _held(owner):
+        if id(optimizer) not in known:
+            known.add(id(optimizer))
+            found[name] = optimizer
+    return found
+
+
+def _held(owner: object) -> Iterator[tuple[str, keras.optimizers.Optimizer]]:
+    for name, value in vars(owner).items():
+        if isinstance(value, Mapping):
+            parts = {f"{name}.{key}": part for key, part in value.items()}
+        elif isinstance(value, list | tuple):
+            parts = {f"{name}.{i}": part for i, part in enumerate(value)}
+        else:
+            parts = {name: value}
+        for part_name, part in parts.items():
+            if isinstance(part, keras.optimizers.MultiOptimizer):
+                yield from inner_optimizers(part_name, part)
+            elif isinstance(part, keras.optimizers.Optimizer):
+                yield part_name, part
+
+
+def inner_optimizers(
+    name: str, optimizer: keras.optimizers.MultiOptimizer
+) -> Iterator[tuple[str, keras.optimizers.Optimizer]]:
+    """Yields the optimizers of a `MultiOptimizer` by name; a repeated one has a number."""
+    seen: dict[str, int] = {}
+    for inner in optimizer.optimizers:
+        kind = re.sub(r"_\d+$", "", inner.name)  # Keras counts the optimizers of a process
+        seen[kind] = seen.get(kind, 0) + 1
+        number = f"_{seen[kind] - 1}" if seen[kind] > 1 else ""
+        yield f"{name}.{kind}{number}", inner
+
+
+def optimizer_named(owner: object, name: str) -> keras.optimizers.Optimizer:
+    """Returns the optimizer that an object holds under a name.
+
+    Raises:
+        ValueError: If it holds none of this name.
+    """
+    found = optimizers_of(owner)
+    if name not in found:
+        hint = did_you_mean(name, found)
+        raise ValueError(
+            f"There is no optimizer named {name!r}. {hint + ' ' * bool(hint)}The trainer's are "
+            f"{', '.join(map(repr, found)) or 'none'}."
+        )
+    return found[name]
+
+
+def begin_schedules(owner: object, total_steps: int, resumed: bool) -> None:
+    """Tells the schedules of an object's optimizers the length of the run that begins.
+
+    Args:
+        owner: The trainer.
+        total_steps: The steps of the run; 0 if they are not known.
+        resumed: Whether it continues a run, whose first step the schedules know.
+
+    Raises:
+        ValueError: If a schedule needs the number of steps, and it is not known.
+    """
+    for optimizer in optimizers_of(owner).values():
+        inner = getattr(optimizer, "inner_optimizer", optimizer)  # under loss scaling
+        if isinstance(schedule := schedule_of(inner), Schedule):
+            first = schedule.first if resumed else optimizer.iterations
+            schedule.begin(int(to_host(first)), total_steps)
+
+
+def schedule_of(owner: keras.optimizers.Optimizer) -> Any:
+    """Returns an optimizer's schedule, or the variable of its rate."""
+    return owner._learning_rate
+
+
+def rate_of(optimizer: keras.optimizers.Optimizer) -> float:
+    """Returns the present learning rate, of a schedule too. Waits for the device."""
+    return float(to_host(optimizer.learning_rate))
+
+
+def rates_of(owner: object) -> dict[str, float]:
+    """Returns the learning rates of an object's optimizers as logs name them.
+
+    "learning_rate" is that of the attribute `optimizer`; others are "d_optimizer_learning_rate".
+    """
+    return {
+        "learning_rate" if name == "optimizer" else f"{name}_learning_rate": rate_of(optimizer)
+        for name, optimizer in optimizers_of(owner).items()
+    }
