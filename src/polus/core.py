@@ -165,9 +165,7 @@ def value_and_grad(
         return value
 
     tensors = [_differentiable(value) for value in inputs]
-    return backend.value_and_grad(  # type: ignore[no-any-return]
-        fn, variables, scalar, inputs=tensors
-    )
+    return backend.value_and_grad(fn, variables, scalar, inputs=tensors)
 
 
 def _differentiable(value: Any) -> Any:

@@ -2,7 +2,7 @@
 
 import contextlib
 import enum
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import keras
@@ -49,7 +49,14 @@ class TrainerView(Protocol):
     def metrics(self) -> Sequence[IMetric]: ...
     @property
     def validation_metrics(self) -> Sequence[IMetric] | None: ...
-    def evaluate(self, dataset: Any, /, *arguments: Any, model: Any) -> dict[str, Any]: ...
+    def evaluate(
+        self,
+        dataset: Any,
+        custom_data_transform_f: Callable[[Any], Any] | None = None,
+        steps: int | None = None,
+        *,
+        model: keras.Model | None = None,
+    ) -> dict[str, Any]: ...
 
 
 class RunView(Protocol):

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from polus.backends import backend
+from polus.backends.base import GraphBlocks
 from polus.data.arrays import ArrayDataset
 from polus.data.batches import (
     batch_size_of,
@@ -216,7 +217,7 @@ class GraphSource:
 
     def __init__(
         self,
-        graph: Any,
+        graph: GraphBlocks,
         read: Callable[[], list[Any]],
         first: list[Any],
         handle_signals: Callable[[], None],
@@ -237,7 +238,7 @@ class GraphSource:
         return count, rows
 
     def stack(self, group: Any, capacity: int) -> Any:
-        return map_arrays(lambda rows: backend.pad(rows, capacity), group)
+        return self._graph.pad(group, capacity)
 
 
 class HostSource:

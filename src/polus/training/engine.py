@@ -11,7 +11,7 @@ from polus.steps.executor import StepExecutor, StepOwner
 from polus.training.checks import explain_argument_errors
 from polus.training.config import TrainConfig, learning_rate_set
 from polus.training.evaluation import evaluation_step
-from polus.training.run import Run
+from polus.training.run import Run, TrainerParts
 
 
 class Engine:
@@ -55,8 +55,26 @@ class Engine:
             yield
 
     @contextlib.contextmanager
-    def running(self, run: Run) -> Iterator[None]:
-        """Makes `run` the run in progress, and counts what it trained."""
+    def running(self, trainer: TrainerParts, config: TrainConfig) -> Iterator[Run]:
+        """Begins a run, from its newest checkpoint if there is one, and ends it.
+
+        Meanwhile it is the run in progress. Afterwards what it trained is counted.
+        """
+        trainer.early_stop = False
+        with learning_rate_set(trainer.optimizer, config.learning_rate):
+            run = Run(trainer, self.executor, config, self.steps, self.epochs)
+            if config.resume is not None:
+                from polus.checkpoint import has_checkpoint, resume_run
+
+                run.resuming = has_checkpoint(config.resume)
+            explained = explain_argument_errors(lambda: self.executor.example)
+            with self._in_progress(run), run.running(), explained:
+                if config.resume is not None:
+                    resume_run(run, config.resume)
+                yield run
+
+    @contextlib.contextmanager
+    def _in_progress(self, run: Run) -> Iterator[None]:
         before, self.run = self.run, run
         eager = self.executor.set_run_eagerly(run.config.run_eagerly)
         try:
@@ -67,33 +85,6 @@ class Engine:
             self.epochs += run.epoch
         if not run.open_ended:
             self.steps += run.epochs * (run.steps or 0)
-
-
-@contextlib.contextmanager
-def begun_run(trainer: Any, engine: Engine, arguments: dict[str, Any]) -> Iterator[Run]:
-    """Begins a run, or continues one, and ends it in order.
-
-    Args:
-        trainer: The trainer.
-        engine: Its engine.
-        arguments: The arguments of `train`.
-    """
-    config = TrainConfig.checked(arguments)
-    trainer.early_stop = False
-    run = Run(trainer, engine.executor, config, engine.steps, engine.epochs)
-    if config.resume is not None:
-        from polus.checkpoint import has_checkpoint, resume_run
-
-        run.resuming = has_checkpoint(config.resume)
-    with (
-        learning_rate_set(trainer.optimizer, config.learning_rate),
-        engine.running(run),
-        run.running(),
-        explain_argument_errors(lambda: engine.executor.example),
-    ):
-        if config.resume is not None:
-            resume_run(run, config.resume)
-        yield run
 
 
 class CompiledMethod:

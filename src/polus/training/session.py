@@ -9,6 +9,7 @@ from polus.data import PushedAdapter, StepBlock
 from polus.history import History
 from polus.host import to_host
 from polus.steps.compiled import CompiledStep
+from polus.training.config import TrainConfig
 from polus.training.run import Run
 
 # More epochs than any loop has, since a session does not know how many it will have.
@@ -113,20 +114,20 @@ class Session:
 
 @contextlib.contextmanager
 def open_session(
-    start: Callable[..., contextlib.AbstractContextManager[Run]],
+    start: Callable[[TrainConfig], contextlib.AbstractContextManager[Run]],
     callbacks: Sequence[ICallback | KerasCallbackLike] | None,
     arguments: dict[str, Any],
 ) -> Iterator[Session]:
     """Begins a session, and ends it in order; see `BaseTrainer.session`.
 
     Args:
-        start: Begins a run with the arguments of `train`.
+        start: Begins a run.
         callbacks: The callbacks of the run.
         arguments: Other arguments of `train`.
     """
     data = PushedAdapter()
     given = {"tf_dataset": data, "epochs": OPEN_END, "callbacks": callbacks or [], **arguments}
-    with start(given) as run:
+    with start(TrainConfig.checked(given)) as run:
         run.open_ended = True
         session = Session(run, data)
         with contextlib.suppress(_StoppedError):

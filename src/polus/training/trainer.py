@@ -10,9 +10,9 @@ import keras
 
 from polus.average import Average, averages_of, weights_for
 from polus.backends import backend
+from polus.backends.base import as_arguments
 from polus.backends.scopes import active_dry_run
 from polus.callbacks.base import ICallback, KerasCallbackLike
-from polus.data import as_arguments
 from polus.history import History
 from polus.log import BaseLogger
 from polus.masks import stop_gradient
@@ -22,9 +22,9 @@ from polus.steps.progress import ProgressVariable
 from polus.steps.update import apply_gradients
 from polus.steps.variables import StepVariables, unique
 from polus.training import checks
-from polus.training.config import TrainArguments, check_names, one_transform
+from polus.training.config import TrainArguments, TrainConfig, check_names, one_transform
 from polus.training.copies import deep_copy, shallow_copy
-from polus.training.engine import CompiledMethod, Engine, begun_run
+from polus.training.engine import CompiledMethod, Engine
 from polus.training.evaluation import evaluate
 from polus.training.loop import train_loop
 from polus.training.prediction import predict
@@ -132,7 +132,8 @@ class BaseTrainer(BaseLogger):
         super().__init__()
         model = checks.checked_model(model)
         checks.check_optimizer(optimizer)
-        checks.check_processing(post_process_prediction, post_process_logits, post_process_grads)
+        checks.check_function(post_process_grads, "post_process_grads")
+        process = checks.one_processing(post_process_prediction, post_process_logits)
         self.model = model
         self.optimizer = checks.loss_scaled(optimizer, model)
         if loss is not None or not hasattr(self, "loss"):
@@ -149,11 +150,7 @@ class BaseTrainer(BaseLogger):
         if validation is not None:
             self.validation_metrics = [*validation, *self.weighted_metrics]
             checks.check_metric_names(self.validation_metrics)
-        self.post_process_logits = (
-            post_process_prediction
-            or post_process_logits
-            or getattr(self, "post_process_logits", None)
-        )
+        self.post_process_logits = process or getattr(self, "post_process_logits", None)
         self.post_process_grads = post_process_grads or getattr(self, "post_process_grads", None)
         if trainable_weights is not None:
             self.trainable_weights = trainable_weights
@@ -431,7 +428,7 @@ class BaseTrainer(BaseLogger):
         given = {n: value for n, value in locals().items() if n not in ("self", "unknown")}
         check_names(unknown)
         arguments = self._engine.arguments | one_transform(given)
-        with begun_run(self, self._engine, arguments) as run:
+        with self._engine.running(self, TrainConfig.checked(arguments)) as run:
             return train_loop(run)
 
     def session(
@@ -460,7 +457,7 @@ class BaseTrainer(BaseLogger):
             learning_rate: As for `train`.
         """
         given = one_transform({"resume": resume, "learning_rate": learning_rate})
-        start = functools.partial(begun_run, self, self._engine)
+        start = functools.partial(self._engine.running, self)
         return open_session(start, callbacks, given)
 
     def lr_finder(
