@@ -16,10 +16,9 @@ import numpy as np
 from polus.callbacks.base import TrainerView
 from polus.callbacks.coordinator import CallbackCoordinator
 from polus.callbacks.time_limit import TIME_IS_UP
-from polus.data import DataReader, EpochReader, StepBlock, iterator_state
-from polus.data.batches import map_arrays
+from polus.data import DataReader, EpochReader, StepBlock
 from polus.history import History
-from polus.host import DeviceValues, to_host
+from polus.host import DeviceValues
 from polus.log import BaseLogger
 from polus.metrics import IMetric
 from polus.optimizers import begin_schedules, rates_of
@@ -28,7 +27,7 @@ from polus.state import random_state, set_random_state
 from polus.steps.compiled import CompiledStep, as_terms
 from polus.steps.executor import StepExecutor
 from polus.training.config import TrainConfig
-from polus.training.run_state import Settings, check_state, use_own_generators
+from polus.training.run_state import Settings, check_state, data_state, use_own_generators
 from polus.training_state import (
     callbacks_state,
     check_variables,
@@ -343,20 +342,12 @@ class Run(BaseLogger):
             "settings": self.settings.get_state(),
             "variables": variables_state(self.variables()),
             "random": random_state(),
-            "data": self._data_state(),
+            "data": data_state(self.reader, self.epoch, self.step, self.executor.example),
             "history": self.history.get_state(),
             "shared": storable(self.callbacks.shared_dict),
             "callbacks": callbacks_state(self.callbacks.callbacks),
             "tuning": self.executor.get_state(),
         }
-
-    def _data_state(self) -> dict[str, Any]:
-        state = self.reader.get_state(self.epoch, self.step)
-        adapter = self.config.dataset
-        if adapter.live:  # a resumed run can't read a batch before its models are there
-            example = iterator_state.encode(map_arrays(to_host, self.executor.example))
-            state |= {"example": example, "live": adapter.live_state()}
-        return state
 
     @staticmethod
     def check_state(facts: dict[str, Any], state: Any) -> None:

@@ -6,8 +6,11 @@ import keras
 import numpy as np
 
 from polus.configuration import Difference, changes_since, check_changes, describe_parts
+from polus.data import DataReader, iterator_state
+from polus.data.batches import map_arrays
 from polus.describe import describe_object
 from polus.history import History
+from polus.host import to_host
 from polus.models import Models
 from polus.state import random_state
 from polus.state_tree import check_layout, is_count
@@ -169,6 +172,22 @@ class Settings:
             elif isinstance(value, keras.layers.Layer):
                 found[name] = value
         return found
+
+
+def data_state(reader: DataReader, epoch: int, step: int, example: Any) -> dict[str, Any]:
+    """Returns what a resumed run needs to read on before a step.
+
+    Args:
+        reader: The reader of the data.
+        epoch: The current epoch.
+        step: The next step of it.
+        example: The arguments of a batch.
+    """
+    state = reader.get_state(epoch, step)
+    if reader.adapter.live:  # a resumed run can't make a batch before its models are there
+        arrays = iterator_state.encode(map_arrays(to_host, example))
+        state |= {"example": arrays, "live": reader.adapter.live_state()}
+    return state
 
 
 def check_state(facts: dict[str, Any], state: Any) -> None:
