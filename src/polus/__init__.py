@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from polus import ir as ir
     from polus import lr_finder as lr_finder
     from polus import metrics as metrics
+    from polus import optimizers as optimizers
     from polus import schedules as schedules
     from polus import training as training
     from polus.average import Average as Average
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from polus.callbacks import SaveModelCallback as SaveModelCallback
     from polus.callbacks import TimeLimit as TimeLimit
     from polus.callbacks import TimerCallback as TimerCallback
+    from polus.callbacks import Unfreeze as Unfreeze
     from polus.callbacks import ValidationDataCallback as ValidationDataCallback
     from polus.checkpoint import Checkpoint as Checkpoint
     from polus.checkpoint import CheckpointError as CheckpointError
@@ -68,6 +70,7 @@ _NAMES = {
         "SaveModelCallback",
         "TimeLimit",
         "TimerCallback",
+        "Unfreeze",
         "ValidationDataCallback",
     ),
     "checkpoint": ("Checkpoint", "CheckpointError"),
@@ -76,6 +79,7 @@ _NAMES = {
     "history": ("History",),
     "ir": (),
     "lr_finder": (),
+    "optimizers": (),
     "schedules": (),
     "metrics": ("Accuracy", "IConfusionMatrix", "IMetric", "MacroF1Score"),
     "training": ("BaseTrainer", "ClassifierTrainer"),

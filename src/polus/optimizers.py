@@ -1,7 +1,8 @@
-"""Several optimizers of one trainer: their names and their learning rates."""
+"""Several optimizers of one trainer: their names, rates, and groups of weights."""
 
+import fnmatch
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -51,6 +52,102 @@ def inner_optimizers(
         seen[kind] = seen.get(kind, 0) + 1
         number = f"_{seen[kind] - 1}" if seen[kind] > 1 else ""
         yield f"{name}.{kind}{number}", inner
+
+
+def rebuilt(
+    optimizer: keras.optimizers.Optimizer, variables: Sequence[keras.Variable]
+) -> keras.optimizers.Optimizer:
+    """Returns the same optimizer for other variables, with what it knows of those it had.
+
+    Args:
+        optimizer: The optimizer. If it is not built, the new one is not either.
+        variables: The variables to train.
+
+    Raises:
+        ValueError: If it is a `MultiOptimizer`, whose parts were made for their variables.
+    """
+    if isinstance(optimizer, keras.optimizers.MultiOptimizer):
+        raise ValueError(
+            "A MultiOptimizer can't be made again for other variables. Thaw the layers before "
+            "training, with learning rates of 0 for those that wait, or use a single optimizer."
+        )
+    new = type(optimizer).from_config(optimizer.get_config())
+    rate = schedule_of(getattr(optimizer, "inner_optimizer", optimizer))
+    if isinstance(rate, keras.optimizers.schedules.LearningRateSchedule):
+        new.learning_rate = rate  # the schedule itself: it may know where its run began
+    if not optimizer.built:
+        return new
+    new.build(list(variables))
+    known = {(slot.path, tuple(slot.shape)): slot for slot in optimizer.variables}
+    for slot in new.variables:
+        if (old := known.get((slot.path, tuple(slot.shape)))) is not None:
+            slot.assign(to_host(old))
+    return new
+
+
+def layerwise(
+    model: keras.Model,
+    learning_rate: float,
+    decay: float = 0.9,
+    make: Callable[[float], keras.optimizers.Optimizer] = keras.optimizers.AdamW,
+) -> keras.optimizers.MultiOptimizer:
+    """Returns an optimizer whose rate falls from layer to layer, from the last to the first.
+
+    Args:
+        model: The model, which is built. Its layers are those of `model.layers` with weights, and
+            of the models among these, in their order.
+        learning_rate: The rate of the last layer.
+        decay: The factor from each layer to the one before it.
+        make: Makes the optimizer of a layer from its rate.
+    """
+    layers = list(_layers_with_weights(model))
+    if not layers:
+        raise ValueError(f"The model {model.name!r} has no weights yet. Build it before.")
+    by_variable: dict[int, keras.optimizers.Optimizer] = {}
+    for depth, layer in enumerate(reversed(layers)):
+        optimizer = make(learning_rate * decay**depth)
+        for variable in layer.variables:
+            by_variable.setdefault(id(variable), optimizer)
+    last = by_variable[id(layers[-1].variables[0])]
+    return keras.optimizers.MultiOptimizer(lambda variable: by_variable.get(id(variable), last))
+
+
+def _layers_with_weights(model: keras.Model) -> Iterator[keras.layers.Layer]:
+    for layer in model.layers:
+        if isinstance(layer, keras.Model):
+            yield from _layers_with_weights(layer)
+        elif layer.weights:
+            yield layer
+
+
+def by_name(
+    optimizers: Mapping[str, keras.optimizers.Optimizer],
+) -> keras.optimizers.MultiOptimizer:
+    """Returns an optimizer that trains groups of weights by their names.
+
+    ```python
+    by_name({
+        "*/bias": keras.optimizers.AdamW(1e-3, weight_decay=0.0),
+        "*": keras.optimizers.AdamW(1e-3, weight_decay=0.01),
+    })
+    ```
+
+    Args:
+        optimizers: Patterns of paths, as in `variable.path`, to optimizers. The first that matches
+            counts. (Without weight decay alone, Keras' `optimizer.exclude_from_weight_decay(
+            var_names=["bias", "gamma", "beta"])` does it too.)
+    """
+
+    def choose(variable: keras.Variable) -> keras.optimizers.Optimizer:
+        for pattern, optimizer in optimizers.items():
+            if fnmatch.fnmatchcase(variable.path, pattern):
+                return optimizer
+        raise ValueError(
+            f"No pattern matches the variable {variable.path!r}, only {', '.join(optimizers)} are "
+            'there. Add one for the rest: "*".'
+        )
+
+    return keras.optimizers.MultiOptimizer(choose)
 
 
 def optimizer_named(owner: object, name: str) -> keras.optimizers.Optimizer:

@@ -10,6 +10,7 @@ from polus.callbacks.save_model import SaveModelCallback
 from polus.callbacks.smooth import LossSmoothCallback
 from polus.callbacks.time_limit import TimeLimit
 from polus.callbacks.timer import TimerCallback
+from polus.callbacks.unfreeze import Unfreeze
 from polus.callbacks.validation import ValidationDataCallback
 
 __all__ = [
@@ -25,5 +26,6 @@ __all__ = [
     "SaveModelCallback",
     "TimeLimit",
     "TimerCallback",
+    "Unfreeze",
     "ValidationDataCallback",
 ]

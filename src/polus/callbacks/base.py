@@ -43,8 +43,14 @@ class TrainerView(Protocol):
 
     @property
     def model(self) -> keras.Model: ...
+
+    optimizer: keras.optimizers.Optimizer
+
     @property
-    def optimizer(self) -> keras.optimizers.Optimizer: ...
+    def trainable_weights(self) -> list[keras.Variable]: ...
+    @property
+    def explicit_trainable_weights(self) -> list[keras.Variable] | None: ...
+    def set_trainable_weights(self, weights: Sequence[keras.Variable] | None) -> None: ...
     @property
     def metrics(self) -> Sequence[IMetric]: ...
     @property
@@ -180,6 +186,13 @@ class ICallback:
 
     def on_train_begin(self) -> None:
         """Called before the first step."""
+
+    def on_resume(self, epoch: int, step: int) -> None:
+        """Called before a checkpoint's state is restored, with the place where the run continues.
+
+        A callback that changes which layers are trained, or by which optimizer, does here what it
+        had done until then: the state is that of the changed parts.
+        """
 
     def on_epoch_begin(self, epoch: int) -> None:
         """Called before the first step of an epoch, and when a run resumes within an epoch."""

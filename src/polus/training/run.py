@@ -366,6 +366,8 @@ class Run(BaseLogger):
             ValueError: If it is the state of another run; the message says what differs.
         """
         accept = self.config.resume_changes == "accept"
+        for callback in self.callbacks.callbacks:
+            callback.on_resume(state["progress"]["epoch"], state["progress"]["step"])
         self.settings.check(state["settings"], accept)
         progress = state["progress"]
         self.epoch, self.step = progress["epoch"], progress["step"]
