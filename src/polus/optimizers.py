@@ -195,11 +195,12 @@ def rate_of(optimizer: keras.optimizers.Optimizer) -> float:
 
 
 def rates_of(owner: object) -> dict[str, float]:
-    """Returns the learning rates of an object's optimizers as logs name them.
+    """Returns the learning rates of an object's optimizers as logs name them, if it has several.
 
     "learning_rate" is that of the attribute `optimizer`; others are "d_optimizer_learning_rate".
     """
+    found = optimizers_of(owner)
     return {
         "learning_rate" if name == "optimizer" else f"{name}_learning_rate": rate_of(optimizer)
-        for name, optimizer in optimizers_of(owner).items()
+        for name, optimizer in (found.items() if len(found) > 1 else ())
     }

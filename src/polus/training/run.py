@@ -243,7 +243,6 @@ class Run(BaseLogger):
             self.steps = self.steps or self.step
         metrics = {metric.name: metric.evaluate() for metric in self.metrics}
         rates = rates_of(self.trainer)
-        rates = rates if len(rates) > 1 else {}  # one rate is known to whoever set it
         self.logs.update(self._weighted_means() | metrics | rates | self._validation_logs())
         self._move(RunStatus.EPOCH_END)
         self.callbacks.on_epoch_end()
