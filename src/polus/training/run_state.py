@@ -110,7 +110,9 @@ class Settings:
         """Returns what the run began with, and what callbacks have made of it since."""
         if "trainable_weights" not in self.first:
             self.first |= self._describe_models() | self._describe_trained()
-        return {"first": self.first, "newest": self.first | self._describe()}
+        # What is trained changes where a callback thaws layers.
+        newest = self.first | self._describe() | self._describe_trained()
+        return {"first": self.first, "newest": newest}
 
     def check(self, saved: dict[str, Any], accept: bool) -> None:
         """Compares the settings before the models are built: a changed one may not even run.
