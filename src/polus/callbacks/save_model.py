@@ -167,7 +167,7 @@ def _absolute(path: Any) -> str:
         given.format(epoch=1, model="model")
     except (KeyError, IndexError, ValueError) as error:
         raise ValueError(
-            "path may contain {epoch} and formats of it, such as {epoch:03d}, and {model}, got "
+            "path may contain {model}, {epoch} and formats of it, such as {epoch:03d}, got "
             f"{given!r}."
         ) from error
     folder = os.getcwd().replace("{", "{{").replace("}", "}}")

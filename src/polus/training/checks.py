@@ -10,7 +10,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from polus.metrics import IMetric
+from polus.metrics import IMetric, metrics_by_phase
 from polus.models import Models
 from polus.steps.variables import unique
 
@@ -234,6 +234,36 @@ def check_connected(gradients: Sequence[Any], variables: Sequence[keras.Variable
             "forward_with_grads, is its output passed to the loss, and is everything between "
             "made of keras.ops?"
         )
+
+
+def check_extended(extended: bool) -> None:
+    """Raises TypeError if `BaseTrainer` itself is instantiated."""
+    if not extended:
+        raise TypeError(
+            "BaseTrainer must be extended, not instantiated. Write a class with "
+            "forward_with_grads, or use ClassifierTrainer for (x, y) batches."
+        )
+
+
+def checked_metrics(
+    given: Any, weighted_metrics: Sequence[IMetric]
+) -> tuple[list[IMetric], list[IMetric] | None]:
+    """Returns the metrics of training, and those of validation if these are others.
+
+    Args:
+        given: The argument `metrics` of a trainer.
+        weighted_metrics: Metrics of both.
+
+    Raises:
+        ValueError: If two metrics of a phase share a name, or one has a reserved name.
+    """
+    train, validation = metrics_by_phase(given)
+    train = [*train, *weighted_metrics]
+    check_metric_names(train)
+    if validation is not None:
+        validation = [*validation, *weighted_metrics]
+        check_metric_names(validation)
+    return train, validation
 
 
 def check_metric_names(metrics: Sequence[IMetric]) -> None:

@@ -10,7 +10,7 @@ import keras
 
 from polus.callbacks.base import ICallback, KerasCallbackLike
 from polus.log import BaseLogger
-from polus.optimizers import optimizer_named
+from polus.optimizers import optimizers_of
 from polus.training.config import one_transform
 from polus.training.engine import Engine
 from polus.training.prediction import predict
@@ -168,8 +168,8 @@ class TrainerMethods(BaseLogger):
 
         engine = self._engine
         settings = SweepSettings(start_lr, end_lr, num_steps, stop_factor, suggestion)
-        named = optimizer_named(self, optimizer) if isinstance(optimizer, str) else optimizer
-        swept = self.optimizer if named is None else named
+        named = optimizers_of(self) if isinstance(optimizer, str) else {}
+        swept: Any = self.optimizer if optimizer is None else named.get(optimizer, optimizer)
         with engine.paused():
             return find(
                 engine.executor, engine.arguments, tf_dataset, use_lr_found, settings, swept

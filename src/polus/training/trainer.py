@@ -13,7 +13,7 @@ from polus.backends.scopes import active_dry_run
 from polus.callbacks.base import ICallback, KerasCallbackLike
 from polus.history import History
 from polus.masks import stop_gradient
-from polus.metrics import MetricLike, as_metrics, metrics_by_phase, update_metrics
+from polus.metrics import MetricLike, as_metrics, update_metrics
 from polus.steps.progress import ProgressVariable
 from polus.steps.update import apply_gradients
 from polus.steps.variables import StepVariables, unique
@@ -118,11 +118,7 @@ class BaseTrainer(TrainerMethods):
         post_process_logits: Callable[[Any], Any] | None = None,
         primary: str | None = None,
     ) -> None:
-        if type(self) is BaseTrainer:
-            raise TypeError(
-                "BaseTrainer must be extended, not instantiated. Write a class with "
-                "forward_with_grads, or use ClassifierTrainer for (x, y) batches."
-            )
+        checks.check_extended(type(self) is not BaseTrainer)
         super().__init__()
         model = checks.checked_model(model)
         checks.check_optimizer(optimizer)
@@ -137,13 +133,7 @@ class BaseTrainer(TrainerMethods):
             self.primary = primary
         given = metrics if metrics is not None else getattr(self, "metrics", ())
         self.weighted_metrics = as_metrics(weighted_metrics, weighted=True)
-        train, validation = metrics_by_phase(given)
-        self.metrics = [*train, *self.weighted_metrics]
-        checks.check_metric_names(self.metrics)
-        self.validation_metrics = validation
-        if validation is not None:
-            self.validation_metrics = [*validation, *self.weighted_metrics]
-            checks.check_metric_names(self.validation_metrics)
+        self.metrics, self.validation_metrics = checks.checked_metrics(given, self.weighted_metrics)
         self.post_process_logits = process or getattr(self, "post_process_logits", None)
         self.post_process_grads = post_process_grads or getattr(self, "post_process_grads", None)
         if trainable_weights is not None:
