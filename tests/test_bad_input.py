@@ -626,7 +626,10 @@ CALLBACKS = [
     ("EarlyStop('loss', min_delta=inf)", ValueError, "min_delta must be .*got inf"),
     ("EarlyStop('loss', mode='lowest')", ValueError, "mode must be .*got 'lowest'"),
     ("EarlyStop('loss', mode=None)", WRONG, "mode must be .*got None"),
-    ("EarlyStop(restore_best_weights=True)", TypeError, "restore_best_weights"),
+    ("EarlyStop(best_weights=True)", TypeError, "best_weights"),
+    ("EarlyStop(restore_best_weights=3)", TypeError, "must be True or False, got 3"),
+    ("SaveModelCallback(path='{epoch}.keras', keep=0)", ValueError, "keep must be .*got 0"),
+    ("SaveModelCallback(models='a')", TypeError, "models must be a list of names, got 'a'"),
     (
         "heard(EarlyStop('val_loss'))",
         ValueError,

@@ -40,6 +40,10 @@ class EarlyStop(Callback):
                 f"EarlyStop(patience={monitor})?"
             )
         check_count("patience", patience, "It is a number of epochs.")
+        if not isinstance(restore_best_weights, bool):
+            raise TypeError(
+                f"restore_best_weights must be True or False, got {restore_best_weights!r}."
+            )
         self.monitor = Monitor(monitor, mode, min_delta)
         self.patience = patience
         self.waited = 0
