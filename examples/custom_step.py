@@ -39,29 +39,25 @@ class GradientPenalty(BaseTrainer):
     Args:
         model: A model from inputs of shape (n, features) to logits.
         penalty: The weight of the mean squared slope.
-        input_shape: The shape of a batch of inputs.
         kwargs: The other arguments of `BaseTrainer`.
     """
 
-    def __init__(self, model, penalty, input_shape, **kwargs):
+    def __init__(self, model, penalty, **kwargs):
         super().__init__(
             model, metrics=[Accuracy(10), LargestSlope(name="largest_slope")], **kwargs
         )
         self.penalty = penalty
-        # value_and_grad differentiates with respect to variables only. The gradient with respect to
-        # the input is the gradient with respect to a zero that is added to it.
-        self.shift = keras.Variable(np.zeros(input_shape, "float32"))
 
     def train_step(self, x, y):
         def forward():
-            def example_losses():
-                logits = self.model(x + self.shift, training=True)
+            def example_losses(x):
+                logits = self.model(x, training=True)
                 losses = self.loss(y, logits)
                 # With a sum, each row of the gradient belongs to one example's loss.
                 return ops.sum(losses), (losses, logits)
 
             (_, (losses, logits)), (slopes,) = value_and_grad(
-                example_losses, [self.shift], has_aux=True
+                example_losses, [], has_aux=True, inputs=[x]
             )
             squares = ops.sum(slopes**2, axis=-1)
             accuracy, largest = self.metrics
@@ -92,7 +88,6 @@ def main(epochs: int = 30, penalty: float = 0.5, noise: float = 0.3) -> dict[flo
                 [keras.Input((64,)), layers.Dense(64, activation="tanh"), layers.Dense(10)]
             ),
             weight,
-            (64, 64),
             optimizer=keras.optimizers.Adam(2e-3),
             loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction=None),
         )

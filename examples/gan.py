@@ -24,38 +24,37 @@ class GAN(BaseTrainer):
     """Trains two models with two optimizers in one step (Goodfellow et al., arXiv:1406.2661).
 
     Args:
-        generator: A model from noise of shape (n, LATENT) to images.
-        discriminator: A model from images to logits of shape (n, 1), positive for real images.
+        models: A "generator" from noise of shape (n, LATENT) to images, and a "discriminator" from
+            images to logits of shape (n, 1), positive for real images.
         d_optimizer: The discriminator's optimizer; `optimizer` is the generator's.
         kwargs: The other arguments of `BaseTrainer`.
     """
 
-    def __init__(self, generator, discriminator, d_optimizer, **kwargs):
-        super().__init__(generator, **kwargs)
-        self.discriminator = discriminator
+    def __init__(self, models, d_optimizer, **kwargs):
+        super().__init__(models, **kwargs)
         self.d_optimizer = d_optimizer
         self.seed = keras.random.SeedGenerator(0)
 
     def train_step(self, real):
+        generator, discriminator = self.model.generator, self.model.discriminator
         noise = keras.random.normal((ops.shape(real)[0], LATENT), seed=self.seed)
-        fake = self.model(noise, training=True)
+        fake = generator(noise, training=True)
 
         def discriminator_loss():
-            on_real = self.discriminator(real, training=True)
-            on_fake = self.discriminator(fake, training=True)
+            on_real = discriminator(real, training=True)
+            on_fake = discriminator(fake, training=True)
             # Label smoothing: an overconfident discriminator gives the generator no gradient.
             real_loss = self.loss(0.9 * ops.ones_like(on_real), on_real)
             return real_loss + self.loss(ops.zeros_like(on_fake), on_fake)
 
         def generator_loss():
-            on_fake = self.discriminator(self.model(noise, training=True), training=True)
+            on_fake = discriminator(generator(noise, training=True), training=True)
             return self.loss(ops.ones_like(on_fake), on_fake)
 
-        d_weights = self.discriminator.trainable_weights
+        d_weights = discriminator.trainable_weights
         d_loss = self.minimize(discriminator_loss, d_weights, self.d_optimizer)
-        g_loss = self.minimize(generator_loss, self.model.trainable_weights, self.optimizer)
-        self.step_counter.assign_add(1)
-        return {"loss": g_loss, "discriminator": d_loss}
+        g_loss = self.minimize(generator_loss, generator.trainable_weights, self.optimizer)
+        return {"g_loss": g_loss, "d_loss": d_loss}
 
 
 def build() -> tuple[keras.Model, keras.Model]:
@@ -97,8 +96,7 @@ def main(epochs: int = 150, runs: Path = Path("runs")) -> float:
 
     generator, discriminator = build()
     trainer = GAN(
-        generator,
-        discriminator,
+        {"generator": generator, "discriminator": discriminator},
         d_optimizer=keras.optimizers.Adam(2e-4, beta_1=0.5),
         optimizer=keras.optimizers.Adam(1e-3, beta_1=0.5),
         loss=keras.losses.BinaryCrossentropy(from_logits=True),

@@ -99,6 +99,10 @@ def counted(cls: type[BaseTrainer]) -> type[BaseTrainer]:
             self.traces += 1
             return super().minimize(*args)
 
+        def minimize_together(self, *args: Any) -> Any:
+            self.traces += 1
+            return super().minimize_together(*args)
+
     Counted.__name__ = cls.__name__
     return Counted
 
@@ -313,6 +317,46 @@ def gradient_penalty() -> Case:
 
 
 @row
+def gradients_by_inputs() -> Case:
+    class Penalised(BaseTrainer):
+        value_and_grad = staticmethod(core.value_and_grad)
+
+        def train_step(self, x: Any, y: Any) -> Any:
+            def forward() -> Any:
+                _, (slope,) = self.value_and_grad(lambda x: ops.sum(self.model(x)), [], inputs=[x])
+                norm = ops.sqrt(ops.sum(slope**2, axis=-1) + 1e-6)
+                return mean_squared(y, self.model(x)) + ops.mean((norm - 1.0) ** 2)
+
+            return self.minimize(forward, self.model.trainable_variables, self.optimizer)
+
+    trainer = counted(Penalised)(dense(8, 2), keras.optimizers.SGD(0.02), mean_squared)
+    return Case(trainer, (X, TARGETS), ())
+
+
+@row
+def joint_gradients() -> Case:
+    class Joint(BaseTrainer):
+        def train_step(self, x: Any, noise: Any) -> Any:
+            def losses() -> Any:
+                made = self.model(noise, training=True)
+                good, bad = self.other(x, training=True), self.other(made, training=True)
+                judged = binary(ops.ones_like(good), good) + binary(ops.zeros_like(bad), bad)
+                return {"loss": binary(ops.ones_like(bad), bad), "judged": judged}
+
+            groups = {
+                "loss": (self.model.trainable_variables, self.optimizer),
+                "judged": (self.other.trainable_variables, self.other_optimizer),
+            }
+            return self.minimize_together(losses, groups)
+
+    generator = sequential(layers.Dense(8, "tanh"), layers.Dense(6), shape=(3,))
+    trainer = counted(Joint)(generator, keras.optimizers.SGD(0.1))
+    trainer.other = dense(8, 1)
+    trainer.other_optimizer = keras.optimizers.Adam(0.01)
+    return Case(trainer, (X, NOISE), (trainer.other, trainer.other_optimizer))
+
+
+@row
 def inputs_in_a_dict() -> Case:
     inputs = {
         "features": keras.Input((6,), name="features"),
@@ -510,10 +554,23 @@ def tensorflow_loop(case: Case) -> list[float]:
     import tensorflow as tf
 
     class Loop:
-        def value_and_grad(self, fn: Any, variables: Any) -> Any:
+        def value_and_grad(self, fn: Any, variables: Any, inputs: Any = ()) -> Any:
             with tf.GradientTape() as tape:
-                value = fn()
-            return value, tape.gradient(value, [variable.value for variable in variables])
+                tape.watch(inputs)
+                value = fn(*inputs)
+            by = [*(variable.value for variable in variables), *inputs]
+            return value, tape.gradient(value, by)
+
+        def minimize_together(self, fn: Any, groups: Any) -> Any:
+            with tf.GradientTape(persistent=True) as tape:
+                losses = fn()
+            found = {
+                name: tape.gradient(losses[name], [v.value for v in variables])
+                for name, (variables, _) in groups.items()
+            }
+            for name, (variables, optimizer) in groups.items():
+                optimizer.apply(found[name], variables)
+            return losses
 
         def minimize(self, fn: Any, variables: Any, optimizer: Any) -> Any:
             value, gradients = self.value_and_grad(lambda: optimizer.scale_loss(fn()), variables)
@@ -527,10 +584,24 @@ def torch_loop(case: Case) -> list[float]:
     import torch
 
     class Loop:
-        def value_and_grad(self, fn: Any, variables: Any) -> Any:
-            value = fn()
-            tensors = [variable.value for variable in variables]
+        def value_and_grad(self, fn: Any, variables: Any, inputs: Any = ()) -> Any:
+            leaves = [x.detach().requires_grad_() for x in inputs]
+            value = fn(*leaves)
+            tensors = [*(variable.value for variable in variables), *leaves]
             return value, torch.autograd.grad(value, tensors, create_graph=True)
+
+        def minimize_together(self, fn: Any, groups: Any) -> Any:
+            losses = fn()
+            found = {
+                name: torch.autograd.grad(
+                    losses[name], [v.value for v in variables], retain_graph=True
+                )
+                for name, (variables, _) in groups.items()
+            }
+            with torch.no_grad():
+                for name, (variables, optimizer) in groups.items():
+                    optimizer.apply(found[name], variables)
+            return losses
 
         def minimize(self, fn: Any, variables: Any, optimizer: Any) -> Any:
             value = fn()
@@ -543,17 +614,17 @@ def torch_loop(case: Case) -> list[float]:
     return _all_steps(case, Loop(), torch.as_tensor)
 
 
-def jax_loop(case: Case) -> list[float]:
+def jax_gradients(variables: list[keras.Variable]) -> Any:
+    """What a plain loop on JAX answers to, given all variables of the step."""
     import jax
-
-    variables = case.variables
-    if not all(getattr(holder, "built", True) for holder in case.holders):
-        raise RuntimeError("JAX has to have all variables before the first step.")
 
     class Loop:
         """Inside a scope that holds the value of each variable."""
 
-        def value_and_grad(self, fn: Any, by: Any) -> Any:
+        def value_and_grad(self, fn: Any, by: Any, inputs: Any = ()) -> Any:
+            if inputs:
+                value, gradients = jax.value_and_grad(lambda inputs: fn(*inputs))(list(inputs))
+                return value, gradients
             (_, (value, _)), gradients = self._grad(fn, by)
             return value, gradients
 
@@ -561,6 +632,20 @@ def jax_loop(case: Case) -> list[float]:
             (_, (value, new)), gradients = self._grad(fn, by, optimizer.scale_loss)
             for variable, changed in zip(variables, new, strict=True):
                 variable.assign(changed)
+            self._apply(by, gradients, optimizer)
+            return value
+
+        def minimize_together(self, fn: Any, groups: Any) -> Any:
+            found = {
+                name: self._grad(lambda name=name: fn()[name], by)[1]
+                for name, (by, _) in groups.items()
+            }
+            losses = fn()
+            for name, (by, optimizer) in groups.items():
+                self._apply(by, found[name], optimizer)
+            return losses
+
+        def _apply(self, by: Any, gradients: Any, optimizer: Any) -> None:
             weights, state = optimizer.stateless_apply(
                 [v.value for v in optimizer.variables], gradients, [v.value for v in by]
             )
@@ -568,7 +653,6 @@ def jax_loop(case: Case) -> list[float]:
                 [*by, *optimizer.variables], [*weights, *state], strict=True
             ):
                 variable.assign(changed)
-            return value
 
         def _grad(self, fn: Any, by: Any, scale: Any = lambda value: value) -> Any:
             def pure(values: Any) -> Any:
@@ -582,7 +666,17 @@ def jax_loop(case: Case) -> list[float]:
 
             return jax.value_and_grad(pure, has_aux=True)([v.value for v in by])
 
-    loop = Loop()
+    return Loop()
+
+
+def jax_loop(case: Case) -> list[float]:
+    import jax
+
+    variables = case.variables
+    if not all(getattr(holder, "built", True) for holder in case.holders):
+        raise RuntimeError("JAX has to have all variables before the first step.")
+
+    loop = jax_gradients(variables)
 
     @jax.jit
     def step(values: Any, batch: Any) -> Any:
@@ -628,6 +722,7 @@ def build(name: str) -> Case:
     trained = {
         "two_optimizers": [("d_optimizer", "discriminator")],
         "shared_parameter": [("other_optimizer", "other")],
+        "joint_gradients": [("other_optimizer", "other")],
     }
     pairs = [("optimizer", "model"), *trained.get(name, [])]
     for optimizer, model in pairs:

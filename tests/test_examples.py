@@ -56,3 +56,15 @@ def test_custom_step(capsys):
     assert len(results) == 2
     assert all(clean > 0.3 for clean, _ in results.values()), "one in ten is chance"
     assert "largest slope" in capsys.readouterr().out
+
+
+def test_ddpm(tmp_path, capsys):
+    load("ddpm").main(epochs=2, num_times=4, runs=tmp_path)
+    names = {path.name for path in (tmp_path / "ddpm").iterdir()}
+    assert names == {"average.keras", "epoch-001.png", "epoch-002.png"}
+    assert "recognizes" in capsys.readouterr().out
+
+
+def test_ppo(capsys):
+    assert load("ppo").main(epochs=12) > -0.2, "a paddle that does not learn has -0.6"
+    assert "Mean reward" in capsys.readouterr().out

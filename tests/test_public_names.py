@@ -15,6 +15,7 @@ import pytest
 import polus
 
 MODULES = {
+    "average",
     "callbacks",
     "checkpoint",
     "core",
@@ -23,6 +24,8 @@ MODULES = {
     "ir",
     "lr_finder",
     "metrics",
+    "optimizers",
+    "schedules",
     "training",
 }
 

@@ -8,6 +8,7 @@ from importlib import import_module
 
 TYPE_CHECKING = False  # as type checkers read it; importing `typing` would take 10 ms
 if TYPE_CHECKING:
+    from polus import average as average
     from polus import callbacks as callbacks
     from polus import checkpoint as checkpoint
     from polus import core as core
@@ -16,16 +17,23 @@ if TYPE_CHECKING:
     from polus import ir as ir
     from polus import lr_finder as lr_finder
     from polus import metrics as metrics
+    from polus import optimizers as optimizers
+    from polus import schedules as schedules
     from polus import training as training
+    from polus.average import Average as Average
     from polus.callbacks import Callback as Callback
     from polus.callbacks import CallbackCoordinator as CallbackCoordinator
     from polus.callbacks import ConsoleLogCallback as ConsoleLogCallback
     from polus.callbacks import EarlyStop as EarlyStop
     from polus.callbacks import ICallback as ICallback
+    from polus.callbacks import KerasCallback as KerasCallback
+    from polus.callbacks import LearningRateScheduler as LearningRateScheduler
     from polus.callbacks import LossSmoothCallback as LossSmoothCallback
     from polus.callbacks import Phase as Phase
     from polus.callbacks import SaveModelCallback as SaveModelCallback
+    from polus.callbacks import TimeLimit as TimeLimit
     from polus.callbacks import TimerCallback as TimerCallback
+    from polus.callbacks import Unfreeze as Unfreeze
     from polus.callbacks import ValidationDataCallback as ValidationDataCallback
     from polus.checkpoint import Checkpoint as Checkpoint
     from polus.checkpoint import CheckpointError as CheckpointError
@@ -48,16 +56,21 @@ __version__ = "0.2.0.dev0"
 
 # Each module's public names, as the type checker sees them above.
 _NAMES = {
+    "average": ("Average",),
     "callbacks": (
         "Callback",
         "CallbackCoordinator",
         "ConsoleLogCallback",
         "EarlyStop",
         "ICallback",
+        "KerasCallback",
+        "LearningRateScheduler",
         "LossSmoothCallback",
         "Phase",
         "SaveModelCallback",
+        "TimeLimit",
         "TimerCallback",
+        "Unfreeze",
         "ValidationDataCallback",
     ),
     "checkpoint": ("Checkpoint", "CheckpointError"),
@@ -66,6 +79,8 @@ _NAMES = {
     "history": ("History",),
     "ir": (),
     "lr_finder": (),
+    "optimizers": (),
+    "schedules": (),
     "metrics": ("Accuracy", "IConfusionMatrix", "IMetric", "MacroF1Score"),
     "training": ("BaseTrainer", "ClassifierTrainer"),
 }

@@ -105,7 +105,11 @@ class _Compiled:
 
 
 def value_and_grad(
-    fn: Callable[[], Any], variables: Sequence[keras.Variable], has_aux: bool = False
+    fn: Callable[..., Any],
+    variables: Sequence[keras.Variable],
+    has_aux: bool = False,
+    *,
+    inputs: Sequence[Any] = (),
 ) -> tuple[Any, list[Any]]:
     """Computes the value of a closure and its gradients, inside or outside a compiled function.
 
@@ -115,24 +119,34 @@ def value_and_grad(
     )
     ```
 
+    With `inputs`, the function takes them as its arguments, and their gradients follow those of the
+    variables:
+
+    ```python
+    score, (slope,) = polus.core.value_and_grad(
+        lambda image: keras.ops.sum(critic(image)), [], inputs=[image]
+    )
+    ```
+
     Calls can be nested, for a gradient of a gradient. Assignments are not differentiated: a value
     assigned to a variable inside the closure is treated as a constant.
 
     Args:
-        fn: Takes nothing and returns a scalar tensor, or with `has_aux` a pair of a scalar and any
-            structure of tensors. It may assign variables.
+        fn: Takes nothing, or the `inputs`, and returns a scalar tensor, or with `has_aux` a pair of
+            a scalar and any structure of tensors. It may assign variables.
         variables: The variables to differentiate with respect to.
         has_aux: Whether `fn` returns such a pair.
+        inputs: Tensors or arrays of floating point numbers.
 
     Returns:
-        What `fn` returned, and a list with one gradient per variable, of the variable's shape; None
-        if the value does not depend on the variable, or the variable is not trainable.
+        What `fn` returned, and a list with one gradient per variable, then one per input, of the
+        same shape; None if the value does not depend on it, or a variable is not trainable.
 
     Raises:
         ValueError: If the value is not a scalar.
     """
     if not callable(fn):
-        raise TypeError(f"value_and_grad takes a function without arguments, got {fn!r}.")
+        raise TypeError(f"value_and_grad takes a function to differentiate, got {fn!r}.")
     for variable in variables if isinstance(variables, Sequence) else [variables]:
         if not isinstance(variable, keras.Variable):
             raise TypeError(f"variables must be a list of keras.Variable, got {variable!r}.")
@@ -150,4 +164,15 @@ def value_and_grad(
             )
         return value
 
-    return backend.value_and_grad(fn, variables, scalar)
+    tensors = [_differentiable(value) for value in inputs]
+    return backend.value_and_grad(fn, variables, scalar, inputs=tensors)
+
+
+def _differentiable(value: Any) -> Any:
+    tensor = keras.ops.convert_to_tensor(value)
+    if not keras.backend.is_float_dtype(keras.backend.standardize_dtype(tensor.dtype)):
+        raise TypeError(
+            f"A gradient is taken by inputs of floating point numbers, got {tensor.dtype}. Cast "
+            'it: keras.ops.cast(x, "float32").'
+        )
+    return tensor

@@ -68,21 +68,41 @@ class Backend(Protocol):
 
     def value_and_grad(
         self,
-        fn: Callable[[], R],
+        fn: Callable[..., R],
         variables: Sequence[keras.Variable],
         loss: Callable[[R], Tensor] | None = None,
         sparse: bool = False,
+        inputs: Sequence[Tensor] = (),
     ) -> tuple[R, list[Tensor | None]]:
-        """Returns `fn()` and the gradients of its loss with respect to variables.
+        """Returns `fn(*inputs)` and the gradients of its loss.
 
         Args:
-            fn: Takes nothing. It may assign variables.
+            fn: Takes the inputs. It may assign variables.
             variables: The variables.
             loss: Takes the scalar to differentiate out of the result. By default the result itself.
             sparse: Whether gradients may be sparse, where the backend has such.
+            inputs: Tensors, whose gradients follow those of the variables.
 
         Returns:
-            The result, and per variable its gradient; None if there is none.
+            The result, and per variable and input its gradient; None if there is none.
+        """
+        ...
+
+    def values_and_grads(
+        self,
+        fn: Callable[[], R],
+        groups: Sequence[Sequence[keras.Variable]],
+        losses: Callable[[R], Sequence[Tensor]],
+    ) -> tuple[R, list[list[Tensor | None]]]:
+        """Returns `fn()`, which runs once, and the gradients of several losses.
+
+        Args:
+            fn: Takes nothing. It may assign variables.
+            groups: For each loss the variables.
+            losses: Takes the scalars to differentiate out of the result.
+
+        Returns:
+            The result, and for each group the gradients of its loss.
         """
         ...
 
@@ -109,18 +129,29 @@ class Backend(Protocol):
             unpack: Takes the batches out of a payload, stacked along a new first axis. None if the
                 payload is a batch, or with `many` stacked batches.
             many: Whether the program runs many steps. It takes their number, the capacity of the
-                payload and the payload, and returns the outputs stacked to (capacity, ...) or
-                (count, ...).
+                payload and the payload, and returns scalars stacked to (capacity,) or (count,),
+                and of other outputs the last step's.
             jit_compile: The compiler setting; None for the backend's own.
         """
+        ...
+
+    def eager_program(
+        self, step: Callable[..., object], unpack: Unpack | None = None
+    ) -> Callable[..., Any]:
+        """Returns a program that runs a step of one batch as it is written, to debug it."""
         ...
 
     def repeat(self, fn: Callable[[Any], R], count: int, rows: object) -> R:
         """Applies `fn` to each of `count` rows, and stacks what it returns, inside a step."""
         ...
 
-    def trace(self, fn: Callable[..., object], args: Sequence[object]) -> DryRun:
-        """Runs `fn(*args)` under a `DryRun`, which it returns. No variable changes."""
+    def trace(
+        self, fn: Callable[..., object], args: Sequence[object], eager: bool = False
+    ) -> DryRun:
+        """Runs `fn(*args)` under a `DryRun`, which it returns. No variable changes.
+
+        With `eager` its values are real ones on each backend, for a step that looks at them.
+        """
         ...
 
     def apply_gradients(

@@ -65,42 +65,77 @@ class _Detaching(VariableRecorder):
 
 
 def value_and_grad(
-    fn: Callable[[], R],
+    fn: Callable[..., R],
     variables: Sequence[keras.Variable],
     loss: Callable[[R], Tensor] | None = None,
     sparse: bool = False,
+    inputs: Sequence[Tensor] = (),
 ) -> tuple[R, list[Tensor | None]]:
-    """Returns `fn()` and the gradients of its loss; see `Backend`.
+    """Returns `fn(*inputs)` and the gradients of its loss; see `Backend`.
 
     `sparse` changes nothing: only TensorFlow has sparse gradients.
     """
     outer = current_scope()
     if (dry_run := active_dry_run()) is not None:  # stand-ins of the right shape
-        result = fn()
+        result = fn(*inputs)
         if loss is not None:
             loss(result)
         found = [v.trainable and id(v) in dry_run.read for v in variables]
-        return result, [v.value if f else None for v, f in zip(variables, found, strict=True)]
+        by_variables = [v.value if f else None for v, f in zip(variables, found, strict=True)]
+        return result, [*by_variables, *inputs]
     trainable = [variable for variable in variables if variable.trainable]
-    connected = [False] * len(trainable)
+    connected = [False] * (len(trainable) + len(inputs))
     assigned: list[Any] = []
 
     def differentiated(values: Values) -> tuple[Any, tuple[R, Values]]:
         values = _watched(values, connected)
-        with _Detaching(trainable, values, outer) as scope:
-            result = read_out(fn())
+        with _Detaching(trainable, values[: len(trainable)], outer) as scope:
+            result = read_out(fn(*values[len(trainable) :]))
             value = result if loss is None else loss(result)
         # What was assigned inside leaves as an output, else tracers would leak.
         assigned[:] = scope.assigned.values()
         return value, (result, [scope.state_mapping[id(variable)] for variable in assigned])
 
     (_, (result, new)), gradients = jax.value_and_grad(differentiated, has_aux=True)(
-        [variable.value for variable in trainable]
+        [*(variable.value for variable in trainable), *inputs]
     )
     for variable, value in zip(assigned, new, strict=True):
         variable.assign(value)
-    by_id = {id(v): g for v, g, c in zip(trainable, gradients, connected, strict=True) if c}
-    return result, [by_id.get(id(variable)) for variable in variables]
+    known = [g if c else None for g, c in zip(gradients, connected, strict=True)]
+    by_id = {id(v): g for v, g in zip(trainable, known, strict=False)}
+    return result, [*(by_id.get(id(v)) for v in variables), *known[len(trainable) :]]
+
+
+def values_and_grads(
+    fn: Callable[[], R],
+    groups: Sequence[Sequence[keras.Variable]],
+    losses: Callable[[R], Sequence[Tensor]],
+) -> tuple[R, list[list[Tensor | None]]]:
+    """Returns `fn()` and the gradients of several losses, each by its group; see `Backend`."""
+    outer = current_scope()
+    trainable = [v for variables in groups for v in variables if v.trainable]
+    connected = [False] * len(trainable)
+    assigned: list[Any] = []
+
+    def differentiated(values: Values) -> tuple[Values, tuple[R, Values]]:
+        values = _watched(values, connected)
+        with _Detaching(trainable, values, outer) as scope:
+            result = read_out(fn())
+            found = list(losses(result))
+        assigned[:] = scope.assigned.values()
+        return found, (result, [scope.state_mapping[id(variable)] for variable in assigned])
+
+    values, backward, (result, new) = jax.vjp(
+        differentiated, [variable.value for variable in trainable], has_aux=True
+    )
+    for variable, value in zip(assigned, new, strict=True):
+        variable.assign(value)
+    gradients: list[list[Tensor | None]] = []
+    for i, variables in enumerate(groups):
+        (found,) = backward([jnp.full_like(v, float(i == j)) for j, v in enumerate(values)])
+        by_id = {id(v): g for v, g, c in zip(trainable, found, connected, strict=True) if c}
+        gradients.append([by_id.get(id(variable)) for variable in variables])
+    return result, gradients
 
 
 def value_and_input_grad(
@@ -161,9 +196,16 @@ def program(
         outputs = []
         for i in range(int(count)):
             outputs.append(read_out(step(*row_at(batches, i))))
-        return jax.tree_util.tree_map(lambda *rows: jnp.stack(rows), *outputs)
+        return jax.tree_util.tree_map(
+            lambda *rows: rows[-1] if rows[0].ndim else jnp.stack(rows), *outputs
+        )
 
     return loop if many else single
+
+
+def eager_program(step: Callable[..., object], unpack: Unpack | None = None) -> Callable[..., Any]:
+    """Runs a step of one batch as it is written, operation by operation; see `Backend`."""
+    return program(step, unpack, jit_compile=False)
 
 
 def repeat(fn: Callable[[Any], R], count: int, rows: object) -> R:
@@ -192,8 +234,15 @@ def _repeated(stateful: Stateful, read: Values, i: Any, values: Values) -> tuple
     return stateful.pure(values, read, i)
 
 
-def trace(fn: Callable[..., object], args: Sequence[object]) -> DryRun:
-    """Runs `fn(*args)` abstractly under a `DryRun`, which it returns. No variable changes."""
+def trace(fn: Callable[..., object], args: Sequence[object], eager: bool = False) -> DryRun:
+    """Runs `fn(*args)` abstractly under a `DryRun`, which it returns. No variable changes.
+
+    With `eager`, the values are real ones.
+    """
+    if eager:
+        with DryRun() as dry_run:
+            dry_run.result = fn(*jax.tree_util.tree_map(jnp.asarray, tuple(args)))
+        return dry_run
     with DryRun() as dry_run:
 
         def call(*inputs: Any) -> object:

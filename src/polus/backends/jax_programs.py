@@ -235,7 +235,8 @@ class Steps(Step):
     """Many steps as one compiled program: its arguments are count, capacity and a payload.
 
     The number of steps is an argument of a `while` loop, so that one compiled program serves every
-    count up to the capacity. Outputs are stacked to (capacity, ...); rows past `count` are zero.
+    count up to the capacity. Scalars are stacked to (capacity,); rows past `count` are zero. Of any
+    other output, such as samples to draw, the last step's is returned.
     """
 
     def traced(self, arguments: Arguments) -> tuple[Callable[..., Tree], Sequence[Any]]:
@@ -250,7 +251,7 @@ class Steps(Step):
             def body(i: Any, values: Values) -> tuple[Tree, Values]:
                 return pure(values, read, *row_at(batches, i))  # type: ignore[no-any-return]
 
-            return run_loop(body, count, assigned, output_buffers(outputs, capacity))
+            return run_loop(body, count, assigned, output_buffers(outputs, capacity, True))
 
         return loop
 
@@ -262,20 +263,31 @@ def row_at(batches: Tree, i: Any) -> Tree:
     )
 
 
-def output_buffers(outputs: Tree, capacity: int) -> Tree:
-    """Returns room for the outputs of `capacity` steps."""
-    return jax.tree_util.tree_map(lambda o: jnp.zeros((capacity, *o.shape), o.dtype), outputs)
+def output_buffers(outputs: Tree, capacity: int, scalars_only: bool = False) -> Tree:
+    """Returns room for the outputs of `capacity` steps; of arrays perhaps only for the last."""
+
+    def room(output: Any) -> Any:
+        rows = () if scalars_only and output.ndim else (capacity,)
+        return jnp.zeros((*rows, *output.shape), output.dtype)
+
+    return jax.tree_util.tree_map(room, outputs)
 
 
 def run_loop(
     body: Callable[[Any, Values], tuple[Tree, Values]], count: Any, values: Values, stacks: Tree
 ) -> tuple[Tree, Values]:
-    """Runs `body(i, values) -> (outputs, new values)` and writes the outputs into row i."""
+    """Runs `body(i, values) -> (outputs, new values)` and writes the outputs into row i.
+
+    Where `stacks` has room for one output only, the last one is kept.
+    """
+
+    def write(rows: Any, new: Any, i: Any) -> Any:
+        return new if rows.ndim == new.ndim else rows.at[i].set(new)
 
     def turn(carry: tuple[Any, Values, Tree]) -> tuple[Any, Values, Tree]:
         i, values, stacks = carry
         outputs, values = body(i, values)
-        stacks = jax.tree_util.tree_map(lambda rows, new: rows.at[i].set(new), stacks, outputs)
+        stacks = jax.tree_util.tree_map(functools.partial(write, i=i), stacks, outputs)
         return i + 1, values, stacks
 
     start = (jnp.int32(0), values, stacks)

@@ -170,6 +170,9 @@ class DryRun(VariableRecorder):
         self.record_assigned(variables)
         if optimizer.built:
             self.record_assigned(optimizer.variables)
+        owner = getattr(optimizer, "inner_optimizer", optimizer)
+        for variable in getattr(owner._learning_rate, "variables", ()):  # of a schedule
+            self.get_current_value(variable)
 
     def record_scratch(self, variables: Iterable[keras.Variable]) -> None:
         """Marks variables that a step overwrites before it reads them.

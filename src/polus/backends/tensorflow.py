@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from polus.backends.base import TensorFlowDataset, Unpack, as_arguments
 from polus.backends.scopes import BackendVariable, DryRun, current_scope
+from polus.backends.tensorflow_blocks import GraphBlocks, padded
 from polus.types import Tensor
 
 Tree = Any
@@ -75,12 +76,13 @@ def _read_out(tree: Tree) -> Tree:
 
 
 def value_and_grad(
-    fn: Callable[[], R],
+    fn: Callable[..., R],
     variables: Sequence[keras.Variable],
     loss: Callable[[R], Tensor] | None = None,
     sparse: bool = False,
+    inputs: Sequence[Tensor] = (),
 ) -> tuple[R, list[Tensor | None]]:
-    """Returns `fn()` and the gradients of its loss; see `Backend`.
+    """Returns `fn(*inputs)` and the gradients of its loss; see `Backend`.
 
     With `sparse`, the gradient of an embedding is a `tf.IndexedSlices` of the rows that were looked
     up, a repeated one several times. Keras' optimizers get it so in `fit`; arithmetic can't use it.
@@ -89,10 +91,13 @@ def value_and_grad(
     # value and the update took its own away (its graph optimizer drops the one for the other, then
     # folds ours).
     with tf.GradientTape() as tape:
-        result = fn()
+        tape.watch(inputs)
+        result = fn(*inputs)
         value = result if loss is None else loss(result)
-    gradients = tape.gradient(value, [variable.value for variable in variables])
-    gradients = [g if v.trainable else None for g, v in zip(gradients, variables, strict=True)]
+    gradients = tape.gradient(value, [*(variable.value for variable in variables), *inputs])
+    by_inputs = gradients[len(variables) :]
+    gradients = [g if v.trainable else None for g, v in zip(gradients, variables, strict=False)]
+    gradients += by_inputs
     if not sparse:
         gradients = [g if g is None else tf.convert_to_tensor(g) for g in gradients]
         # All of them before any is used: for an optimizer that is called by hand, the tie that
@@ -100,6 +105,28 @@ def value_and_grad(
         with tf.control_dependencies([g for g in gradients if g is not None]):
             gradients = [g if g is None else tf.identity(g) for g in gradients]
     return result, gradients
+
+
+def values_and_grads(
+    fn: Callable[[], R],
+    groups: Sequence[Sequence[keras.Variable]],
+    losses: Callable[[R], Sequence[Tensor]],
+) -> tuple[R, list[list[Tensor | None]]]:
+    """Returns `fn()` and the gradients of several losses, each by its group; see `Backend`."""
+    with tf.GradientTape(persistent=True) as tape:
+        result = fn()
+        values = losses(result)
+    gradients: list[list[Tensor | None]] = []
+    for value, variables in zip(values, groups, strict=True):
+        found = tape.gradient(value, [variable.value for variable in variables])
+        found = [None if g is None else tf.convert_to_tensor(g) for g in found]
+        gradients.append(
+            [g if v.trainable else None for g, v in zip(found, variables, strict=True)]
+        )
+    # All of them before any update: see `value_and_grad`.
+    with tf.control_dependencies([g for group in gradients for g in group if g is not None]):
+        same = [[None if g is None else tf.identity(g) for g in group] for group in gradients]
+    return result, same
 
 
 def value_and_input_grad(
@@ -136,7 +163,7 @@ def program(
             if many or unpack is not None:
                 batch = _first_batch(unpack, arguments[-1])
                 graph = tf.function(one_step, autograph=False).get_concrete_function(*batch)
-                whole = (_loop if many else _only)(graph, unpack)
+                whole = _loop(graph, unpack, True) if many else _only(graph, unpack)
             else:
                 whole = one_step
             program = tf.function(
@@ -144,6 +171,18 @@ def program(
             ).get_concrete_function(*arguments)
             programs[key] = program
         return program(*arguments)
+
+    return run
+
+
+def eager_program(step: Callable[..., object], unpack: Unpack | None = None) -> Callable[..., Any]:
+    """Runs a step of one batch as it is written, operation by operation; see `Backend`."""
+
+    def run(*arguments: Any) -> Tree:
+        arguments = keras.tree.map_structure(_tensor, arguments)
+        if unpack is not None:
+            arguments = as_arguments(_row(unpack(*arguments), 0))
+        return _read_out(step(*arguments))
 
     return run
 
@@ -177,21 +216,33 @@ def _map_arrays(fn: Callable[[Any], Any], batch: Tree) -> Tree:
     return keras.tree.map_structure(fn, batch, none_is_leaf=False)
 
 
-def _loop(step: Any, unpack: Callable[[Any], Any] | None) -> Callable[..., Tree]:
+def _loop(
+    step: Any, unpack: Callable[[Any], Any] | None, scalars_only: bool = False
+) -> Callable[..., Tree]:
     """Returns a function that runs `step`, a concrete function, on each batch of a payload.
 
     The number of steps is an argument of a `while` loop, so that one compiled program serves every
     count up to the capacity. Outputs are stacked to (capacity, ...); rows past `count` are zero.
+    With `scalars_only`, the last one is returned of any other output, such as samples to draw.
     """
 
     def loop(count: Any, capacity: int, payload: Any) -> Tree:
         batches = _batches(unpack, payload)
         outputs = tf.nest.flatten(step.structured_outputs)
-        stacks = [tf.TensorArray(o.dtype, capacity, element_shape=o.shape) for o in outputs]
+        last = [bool(scalars_only and output.shape.rank) for output in outputs]
+        stacks = [
+            tf.TensorArray(
+                o.dtype, 1 if only else capacity, element_shape=o.shape, clear_after_read=False
+            )
+            for o, only in zip(outputs, last, strict=True)
+        ]
 
         def body(i: Any, stacks: list[Any]) -> tuple[Any, list[Any]]:
             values = tf.nest.flatten(step(*_row(batches, i)))
-            written = [stack.write(i, v) for stack, v in zip(stacks, values, strict=True)]
+            written = [
+                stack.write(0 if only else i, value)
+                for stack, value, only in zip(stacks, values, last, strict=True)
+            ]
             return i + 1, written
 
         _, stacks = tf.while_loop(
@@ -200,7 +251,10 @@ def _loop(step: Any, unpack: Callable[[Any], Any] | None) -> Callable[..., Tree]
             (tf.constant(0), stacks),
             parallel_iterations=1,  # a step reads what the last one assigned
         )
-        stacked = [stack.stack() for stack in stacks]
+        stacked = [
+            stack.read(0) if only else stack.stack()
+            for stack, only in zip(stacks, last, strict=True)
+        ]
         return tf.nest.pack_sequence_as(step.structured_outputs, stacked)
 
     return loop
@@ -217,12 +271,16 @@ def repeat(fn: Callable[[Any], R], count: int, rows: object) -> R:
     return stacked
 
 
-def trace(fn: Callable[..., object], args: Sequence[object]) -> DryRun:
+def trace(fn: Callable[..., object], args: Sequence[object], eager: bool = False) -> DryRun:
     """Runs `fn(*args)` abstractly under a `DryRun`, which it returns. No variable changes.
 
     Variables of TensorFlow itself are found as well: a `tf.Variable`, the state of a
-    `tf.random.Generator`.
+    `tf.random.Generator`. With `eager`, the values are real ones, and only Keras' are found.
     """
+    if eager:
+        with DryRun() as dry_run:
+            dry_run.result = fn(*tf.nest.map_structure(_tensor, tuple(args)))
+        return dry_run
 
     def call(*inputs: Any) -> Tree:
         return dry_run.returned(fn(*inputs))
@@ -268,7 +326,7 @@ def stack(batches: Sequence[T], capacity: int) -> T:
 
     def join(*rows: Any) -> Any:
         if tf.is_tensor(rows[0]):
-            return _padded(tf.stack(rows), capacity)
+            return padded(tf.stack(rows), capacity)
         # In host memory first: tf.stack would make a tensor of each row.
         joined = np.zeros((capacity, *rows[0].shape), rows[0].dtype)
         for i, row in enumerate(rows):
@@ -277,12 +335,6 @@ def stack(batches: Sequence[T], capacity: int) -> T:
 
     stacked: T = keras.tree.map_structure(join, *batches)
     return stacked
-
-
-def _padded(rows: Any, capacity: int) -> Any:
-    """Fills the first axis of a tensor up to `capacity` with zeros."""
-    missing = capacity - rows.shape[0]
-    return tf.pad(rows, [[0, missing]] + [[0, 0]] * (rows.shape.rank - 1)) if missing else rows
 
 
 def to_device(array: object) -> Tensor:
@@ -319,88 +371,12 @@ def iterate(dataset: TensorFlowDataset) -> Iterator[Any]:
     return iter(dataset)
 
 
-def graph_blocks(iterator: object) -> "_GraphBlocks | None":
+def graph_blocks(iterator: object) -> "GraphBlocks | None":
     """Returns a reader for the iterator of a dataset of plain tensors, else None."""
     if not isinstance(iterator, tf.data.Iterator):
         return None
     plain = all(isinstance(spec, tf.TensorSpec) for spec in tf.nest.flatten(iterator.element_spec))
-    return _GraphBlocks(iterator) if plain else None
-
-
-class _GraphBlocks:
-    """Takes batches out of a dataset's iterator in graph: no Python between two of them."""
-
-    def __init__(self, iterator: Any) -> None:
-        self.iterator = iterator
-        self.specs = tf.nest.flatten(iterator.element_spec)
-
-    def read(self, first: T, want: int, secs: float) -> tuple[int, T, T | None]:
-        count, stacked, other, left = _read(
-            self.iterator,
-            tf.nest.flatten(first),
-            tf.constant(want),
-            tf.constant(secs, tf.float64),
-        )
-        pack = tf.nest.pack_sequence_as
-        return int(count), pack(first, stacked), pack(first, left) if bool(other) else None
-
-    def pad(self, batches: T, capacity: int) -> T:
-        padded: T = tf.nest.map_structure(lambda rows: _padded(rows, capacity), batches)
-        return padded
-
-
-@tf.function(autograph=False, reduce_retracing=True)
-def _read(iterator: Any, first: list[Any], want: Any, secs: Any) -> Any:
-    began = tf.timestamp()  # in here: the first call takes longer, to trace this
-    specs = tf.nest.flatten(iterator.element_spec)
-    rows = [
-        tf.TensorArray(spec.dtype, want, infer_shape=False, element_shape=spec.shape)
-        for spec in specs
-    ]
-    rows = _written(rows, 0, first)
-
-    def body(i: Any, more: Any, other: Any, rows: list[Any], left: list[Any]) -> Any:
-        item = iterator.get_next_as_optional()
-
-        def take() -> Any:
-            values = tf.nest.flatten(item.get_value())
-            same = _same_shapes(values, first)
-            written = tf.cond(same, lambda: _written(rows, i, values), lambda: rows)
-            with tf.control_dependencies(values):
-                early = tf.timestamp() - began < secs
-            return tf.cast(same, tf.int32), same & early, ~same, written, values
-
-        def end() -> Any:
-            no = tf.constant(False)
-            return tf.constant(0), no, no, rows, left
-
-        added, more, other, rows, left = tf.cond(item.has_value(), take, end)
-        return i + added, more, other, rows, left
-
-    count, _, other, rows, left = tf.while_loop(
-        lambda i, more, *_: more & (i < want),
-        body,
-        (tf.constant(1), tf.constant(True), tf.constant(False), rows, first),
-        shape_invariants=(
-            *[tf.TensorShape(())] * 3,
-            [tf.TensorShape(None)] * len(rows),
-            [spec.shape for spec in specs],
-        ),
-        parallel_iterations=1,
-    )
-    return count, [row.gather(tf.range(count)) for row in rows], other, left
-
-
-def _written(rows: list[Any], i: Any, values: list[Any]) -> list[Any]:
-    """Writes each value into row `i` of its `tf.TensorArray`."""
-    return [row.write(i, value) for row, value in zip(rows, values, strict=True)]
-
-
-def _same_shapes(values: list[Any], references: list[Any]) -> Any:
-    same = tf.constant(True)
-    for value, reference in zip(values, references, strict=True):
-        same &= tf.reduce_all(tf.shape(value) == tf.shape(reference))
-    return same
+    return GraphBlocks(iterator) if plain else None
 
 
 def candidates() -> tuple[bool, ...]:

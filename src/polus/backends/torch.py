@@ -116,12 +116,13 @@ def _tensor(leaf: Any) -> Any:
 
 
 def value_and_grad(
-    fn: Callable[[], R],
+    fn: Callable[..., R],
     variables: Sequence[keras.Variable],
     loss: Callable[[R], Tensor] | None = None,
     sparse: bool = False,
+    inputs: Sequence[Tensor] = (),
 ) -> tuple[R, list[Tensor | None]]:
-    """Returns `fn()` and the gradients of its loss; see `Backend`.
+    """Returns `fn(*inputs)` and the gradients of its loss; see `Backend`.
 
     `sparse` changes nothing: only TensorFlow has sparse gradients.
     """
@@ -129,21 +130,59 @@ def value_and_grad(
     _depth.value = depth + 1
     try:
         with torch.enable_grad():
-            result = fn()
+            watched = [_watched(x) for x in inputs]
+            result = fn(*watched)
             value: Any = result if loss is None else loss(result)
-            gradients: list[Tensor | None] = [None] * len(variables)
-            tensors = [variable.value for variable in variables]
-            trainable = [i for i, tensor in enumerate(tensors) if tensor.requires_grad]
-            if value.requires_grad and trainable:
-                found = torch.autograd.grad(
-                    value,
-                    [tensors[i] for i in trainable],
-                    allow_unused=True,
-                    # A gradient inside another one's function is itself differentiated.
-                    create_graph=depth > 0,
-                )
-                for i, gradient in zip(trainable, found, strict=True):
-                    gradients[i] = gradient
+            tensors = [*(variable.value for variable in variables), *watched]
+            # A gradient inside another one's function is itself differentiated.
+            gradients = _gradients(value, tensors, create_graph=depth > 0)
+    finally:
+        _depth.value = depth
+    if depth == 0:
+        result = _mapped(_detached, result)
+    return result, gradients
+
+
+def _watched(tensor: Any) -> Any:
+    """Returns a tensor to differentiate by; one that an outer gradient flows through, as it is."""
+    return tensor if tensor.requires_grad else tensor.detach().requires_grad_()
+
+
+def _gradients(
+    value: Any, tensors: Sequence[Any], create_graph: bool, retain_graph: bool | None = None
+) -> list[Tensor | None]:
+    gradients: list[Tensor | None] = [None] * len(tensors)
+    wanted = [i for i, tensor in enumerate(tensors) if tensor.requires_grad]
+    if value.requires_grad and wanted:
+        found = torch.autograd.grad(
+            value,
+            [tensors[i] for i in wanted],
+            allow_unused=True,
+            create_graph=create_graph,
+            retain_graph=retain_graph,
+        )
+        for i, gradient in zip(wanted, found, strict=True):
+            gradients[i] = gradient
+    return gradients
+
+
+def values_and_grads(
+    fn: Callable[[], R],
+    groups: Sequence[Sequence[keras.Variable]],
+    losses: Callable[[R], Sequence[Tensor]],
+) -> tuple[R, list[list[Tensor | None]]]:
+    """Returns `fn()` and the gradients of several losses, each by its group; see `Backend`."""
+    depth = _depth.value
+    _depth.value = depth + 1
+    try:
+        with torch.enable_grad():
+            result = fn()
+            values = losses(result)
+            gradients: list[list[Tensor | None]] = []
+            for i, (value, variables) in enumerate(zip(values, groups, strict=True)):
+                tensors = [variable.value for variable in variables]
+                needed = depth > 0 or i + 1 < len(groups)  # by the losses that follow
+                gradients.append(_gradients(value, tensors, depth > 0, needed))
     finally:
         _depth.value = depth
     if depth == 0:
@@ -178,7 +217,10 @@ def program(
     many: bool = False,
     jit_compile: bool | None = None,
 ) -> Callable[..., Any]:
-    """Compiles a step where that is asked for; see `Backend`. Many steps are a Python loop."""
+    """Compiles a step where that is asked for; see `Backend`. Many steps are a Python loop.
+
+    Of an output that is no scalar, such as samples to draw, many steps return the last one's.
+    """
     run = _compiled(step) if jit_compile else step
 
     def single(*arguments: Any) -> Tree:
@@ -193,9 +235,16 @@ def program(
         with torch.no_grad():
             for i in range(int(count)):
                 outputs.append(_read_out(run(*_mapped(operator.itemgetter(i), batches))))
-        return _stacked(outputs)
+        return keras.tree.map_structure(
+            lambda *rows: rows[-1] if rows[0].ndim else torch.stack(rows), *outputs
+        )
 
     return loop if many else single
+
+
+def eager_program(step: Callable[..., object], unpack: Unpack | None = None) -> Callable[..., Any]:
+    """Runs a step of one batch as it is written, operation by operation; see `Backend`."""
+    return program(step, unpack)
 
 
 def repeat(fn: Callable[[Any], R], count: int, rows: object) -> R:
@@ -208,10 +257,11 @@ def _stacked(outputs: Sequence[Tree]) -> Tree:
     return keras.tree.map_structure(lambda *rows: torch.stack(rows), *outputs)
 
 
-def trace(fn: Callable[..., object], args: Sequence[object]) -> DryRun:
+def trace(fn: Callable[..., object], args: Sequence[object], eager: bool = True) -> DryRun:
     """Runs `fn(*args)` on copies under a `DryRun`, which it returns. No variable changes.
 
-    Buffers of PyTorch modules are found as well: the running averages of a `BatchNorm1d`.
+    Buffers of PyTorch modules are found as well: the running averages of a `BatchNorm1d`. It runs
+    eagerly in any case.
     """
 
     def stand_in(value: Any) -> Any:

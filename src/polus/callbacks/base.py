@@ -2,7 +2,7 @@
 
 import contextlib
 import enum
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import keras
@@ -39,14 +39,30 @@ class TrainerView(Protocol):
     """What callbacks use of a trainer."""
 
     early_stop: bool
+    primary: str | None
 
     @property
     def model(self) -> keras.Model: ...
+
+    optimizer: keras.optimizers.Optimizer
+
     @property
-    def optimizer(self) -> keras.optimizers.Optimizer: ...
+    def trainable_weights(self) -> list[keras.Variable]: ...
+    @property
+    def explicit_trainable_weights(self) -> list[keras.Variable] | None: ...
+    def set_trainable_weights(self, weights: Sequence[keras.Variable] | None) -> None: ...
     @property
     def metrics(self) -> Sequence[IMetric]: ...
-    def evaluate(self, dataset: Any, /, *arguments: Any) -> dict[str, Any]: ...
+    @property
+    def validation_metrics(self) -> Sequence[IMetric] | None: ...
+    def evaluate(
+        self,
+        dataset: Any,
+        custom_data_transform_f: Callable[[Any], Any] | None = None,
+        steps: int | None = None,
+        *,
+        model: keras.Model | None = None,
+    ) -> dict[str, Any]: ...
 
 
 class RunView(Protocol):
@@ -64,8 +80,11 @@ class RunView(Protocol):
         steps: The steps of an epoch; None until it is known.
         batch_sizes: The number of examples of each step of this epoch so far.
         step_logs: The loss and terms of the newest steps, by name.
+        step_arrays: What the newest step returned besides scalars, such as samples to draw, by
+            name; tensors on the device.
         logs: The logs of the current epoch; see `Run`.
         resuming: Whether the run continues from a checkpoint.
+        open_ended: Whether the number of epochs and of their steps is not known.
         exception: What ended the run early, else None.
     """
 
@@ -98,9 +117,13 @@ class RunView(Protocol):
     @property
     def step_logs(self) -> dict[str, DeviceValues]: ...
     @property
+    def step_arrays(self) -> dict[str, Any]: ...
+    @property
     def logs(self) -> dict[str, Any]: ...
     @property
     def resuming(self) -> bool: ...
+    @property
+    def open_ended(self) -> bool: ...
     @property
     def stopping(self) -> bool: ...
     def stop(self, reason: str) -> None: ...
@@ -164,6 +187,13 @@ class ICallback:
     def on_train_begin(self) -> None:
         """Called before the first step."""
 
+    def on_resume(self, epoch: int, step: int) -> None:
+        """Called before a checkpoint's state is restored, with the place where the run continues.
+
+        A callback that changes which layers are trained, or by which optimizer, does here what it
+        had done until then: the state is that of the changed parts.
+        """
+
     def on_epoch_begin(self, epoch: int) -> None:
         """Called before the first step of an epoch, and when a run resumes within an epoch."""
 
@@ -171,13 +201,18 @@ class ICallback:
         """Called before a step."""
 
     def on_train_batch_end(self, epoch: int, step: int, loss: Any) -> None:
-        """Called after a step with its loss, a scalar. `float(loss)` waits for the device."""
+        """Called after a step with its loss, a scalar. `float(loss)` waits for the device.
+
+        The loss is None if the step returns no term named "loss", and the trainer has no `primary`.
+        All terms are in `run.step_logs`.
+        """
 
     def on_steps_end(self, epoch: int, steps: range, losses: Any) -> None:
         """Called after the steps `steps` with their losses, a lazy array of the same length.
 
-        `np.asarray(losses)` waits for the device. By default this delivers the batch events one by
-        one. Override it where one call for many steps is enough.
+        `np.asarray(losses)` waits for the device. They are None if the run has no loss. By default
+        this delivers the batch events one by one. Override it where one call for many steps is
+        enough.
         """
         begin, end = self.on_train_batch_begin, self.on_train_batch_end
         if getattr(begin, "__func__", None) is ICallback.on_train_batch_begin:
@@ -191,7 +226,7 @@ class ICallback:
             if begin is not None and len(steps) > 1:
                 begin(epoch, step)
             if end is not None:
-                end(epoch, step, losses[i])
+                end(epoch, step, None if losses is None else losses[i])
 
     def on_boundary(self) -> None:
         """Called when all callbacks heard of some steps, or of an epoch's end.

@@ -4,6 +4,11 @@ from typing import Any
 
 import numpy as np
 
+SET_PRIMARY = (
+    'To say which term is the loss, give the trainer its name: primary="g_loss", as an argument or '
+    "an attribute of the class."
+)
+
 
 def check_count(name: str, value: Any, hint: str = "") -> None:
     """Raises unless `value` is a positive integer.

@@ -93,7 +93,7 @@ class ConsoleLogCallback(Callback):
         self._steps += len(steps)
         self._examples += examples
         if self._first is None:  # compilation is part of it, so it is excluded from the rates
-            np.asarray(losses)
+            np.asarray(next(iter(run.step_logs.values())))
             now = self.clock()
             self._first = (now, self._steps, self._examples)
         if now - self._shown < (REFRESH_SECS if self._progress is not None else LINE_SECS):
@@ -150,6 +150,8 @@ class ConsoleLogCallback(Callback):
 
     def _title(self, epoch: int) -> str:
         epochs = self.coordinator.run.epochs
+        if self.coordinator.run.open_ended:
+            return f"epoch {epoch + 1}"
         return f"epoch {epoch + 1:{len(str(epochs))}}/{epochs}"
 
     def _left(self, now: float) -> str:

@@ -30,7 +30,7 @@ class CallbackCoordinator(BaseLogger):
         super().__init__()
         self.run = run
         self.shared_dict: dict[str, Any] = {"validation": {}, "epoch_logs": {}}
-        adapted = [_adapt(callback) for callback in _checked_list(callbacks)]
+        adapted = [_adapt(callback) for callback in checked_list(callbacks)]
         self.callbacks = sorted(adapted, key=lambda callback: callback.phase)
         for callback in self.callbacks:
             callback.add_coordinator(self)
@@ -97,7 +97,7 @@ class CallbackCoordinator(BaseLogger):
         for callback in self.callbacks:
             callback.on_train_batch_begin(self.run.epoch, self.run.step)
 
-    def on_steps_end(self, steps: range, losses: DeviceValues) -> None:
+    def on_steps_end(self, steps: range, losses: DeviceValues | None) -> None:
         for callback in self.callbacks:
             callback.on_steps_end(self.run.epoch, steps, losses)
 
@@ -146,7 +146,13 @@ class CallbackCoordinator(BaseLogger):
         return first
 
 
-def _checked_list(callbacks: Any) -> list[Any]:
+def checked_list(callbacks: Any) -> list[Any]:
+    """Returns callbacks as a list of their own.
+
+    Raises:
+        TypeError: If they are not a list.
+        ValueError: If one is in it twice.
+    """
     if isinstance(callbacks, ICallback | keras.callbacks.Callback):
         raise TypeError(
             f"callbacks must be a list, got a single {type(callbacks).__name__}. Write "

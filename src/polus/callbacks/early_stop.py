@@ -3,9 +3,12 @@
 import math
 from typing import Any
 
+import numpy as np
+
 from polus.callbacks.base import Callback
 from polus.callbacks.checks import check_count
 from polus.callbacks.monitor import Mode, Monitor
+from polus.host import to_host
 
 
 class EarlyStop(Callback):
@@ -18,6 +21,8 @@ class EarlyStop(Callback):
         patience: The number of epochs without improvement after which training ends; at least 1.
         min_delta: The smallest change that counts as an improvement.
         mode: `"min"`, `"max"` or `"auto"`; see `polus.callbacks.monitor.Monitor`.
+        restore_best_weights: Whether the model has, at the end of training, the weights of its best
+            epoch. They are kept in memory, and are part of a checkpoint.
     """
 
     def __init__(
@@ -26,6 +31,7 @@ class EarlyStop(Callback):
         patience: int = 3,
         min_delta: float = 0.0,
         mode: Mode = "auto",
+        restore_best_weights: bool = False,
     ) -> None:
         super().__init__()
         if isinstance(monitor, int):
@@ -34,13 +40,20 @@ class EarlyStop(Callback):
                 f"EarlyStop(patience={monitor})?"
             )
         check_count("patience", patience, "It is a number of epochs.")
+        if not isinstance(restore_best_weights, bool):
+            raise TypeError(
+                f"restore_best_weights must be True or False, got {restore_best_weights!r}."
+            )
         self.monitor = Monitor(monitor, mode, min_delta)
         self.patience = patience
         self.waited = 0
+        self.restore_best_weights = restore_best_weights
+        self.best_weights: list[np.ndarray[Any, Any]] | None = None
 
     def on_train_begin(self) -> None:
         self.waited = 0
         self.monitor.best = None
+        self.best_weights = None
 
     def on_epoch_end(self, epoch: int) -> None:
         value = self.monitor.value(self.coordinator)
@@ -51,6 +64,9 @@ class EarlyStop(Callback):
             self._stop(f"{name} is {value}")
         elif self.monitor.improved(value):
             self.waited = 0
+            if self.restore_best_weights:
+                variables = self.coordinator.trainer.model.variables
+                self.best_weights = [np.array(to_host(variable)) for variable in variables]
         else:
             self.waited += 1
             if self.waited >= self.patience:
@@ -61,8 +77,22 @@ class EarlyStop(Callback):
     def _stop(self, reason: str) -> None:
         self.coordinator.run.stop(reason)
 
+    def on_train_end(self) -> None:
+        if self.best_weights is None or self.coordinator.run.exception is not None:
+            return
+        variables = self.coordinator.trainer.model.variables
+        for variable, value in zip(variables, self.best_weights, strict=True):
+            variable.assign(value)
+        self.logger.info(
+            "The model has the weights of the epoch with the best %s, %.4g.",
+            self.monitor.name,
+            self.monitor.best,
+        )
+
     def get_state(self) -> dict[str, Any]:
-        return {"waited": self.waited, "best": self.monitor.best}
+        state = {"waited": self.waited, "best": self.monitor.best}
+        return state if self.best_weights is None else {**state, "weights": self.best_weights}
 
     def set_state(self, state: dict[str, Any]) -> None:
         self.waited, self.monitor.best = state["waited"], state["best"]
+        self.best_weights = state.get("weights")

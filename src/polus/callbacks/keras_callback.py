@@ -11,6 +11,7 @@ import numpy as np
 from polus.callbacks.base import Callback, RunView
 from polus.callbacks.monitor import improving_direction
 from polus.host import to_host
+from polus.optimizers import optimizer_named
 
 BATCH_EVENTS = (
     "on_batch_begin",
@@ -49,12 +50,15 @@ class KerasCallback(Callback):
 
     Args:
         callback: The Keras callback, kept as `callback`.
+        optimizer: The name of the optimizer that it finds as `model.optimizer`, such as
+            "d_optimizer": see `polus.callbacks.LearningRateScheduler`.
     """
 
     fit: "FitEmulation"  # from the beginning of the run on
 
-    def __init__(self, callback: keras.callbacks.Callback) -> None:
+    def __init__(self, callback: keras.callbacks.Callback, optimizer: str = "optimizer") -> None:
         super().__init__()
+        self.optimizer = optimizer
         self.callback = callback
         self.has_batch_events = any(_overridden(callback, event) for event in BATCH_EVENTS)
         self.only_counts = self.has_batch_events and _only_counts_batches(callback)
@@ -81,14 +85,16 @@ class KerasCallback(Callback):
             )
         if run.resuming and isinstance(self.callback, keras.callbacks.CSVLogger):
             self.callback.append = True  # otherwise it empties the file
-        self.callback.on_train_begin(self.fit.begin_logs(self))
+        with self.fit.lent_optimizer(self.optimizer):
+            self.callback.on_train_begin(self.fit.begin_logs(self))
         # BackupAndRestore leaves the epoch to continue from here. It has no public name.
         run.epoch = vars(self.fit.model)["_initial_epoch"] or run.epoch
 
     def on_epoch_begin(self, epoch: int) -> None:
         if self is self.fit.first:
             self.fit.begin_epoch()
-        self.callback.on_epoch_begin(epoch, self.fit.begin_logs(self))
+        with self.fit.lent_optimizer(self.optimizer):
+            self.callback.on_epoch_begin(epoch, self.fit.begin_logs(self))
         self.fit.check_stop(self)
 
     def on_train_batch_begin(self, epoch: int, step: int) -> None:
@@ -101,17 +107,23 @@ class KerasCallback(Callback):
             self.fit.add_steps(steps)
         if not self.has_batch_events:
             return
-        for i, step in enumerate(steps):
-            if len(steps) > 1:
-                self.callback.on_train_batch_begin(step, {})
-            self.callback.on_train_batch_end(step, self.fit.batch_logs(i))
+        with self.fit.lent_optimizer(self.optimizer):
+            for i, step in enumerate(steps):
+                if len(steps) > 1:
+                    self.callback.on_train_batch_begin(step, {})
+                self.callback.on_train_batch_end(step, self.fit.batch_logs(i))
         self.fit.check_stop(self)
 
     def on_epoch_end(self, epoch: int) -> None:
         logs = self.coordinator.run.logs
         if self is self.fit.first:
             self.fit.train_logs = dict(logs)
-        self.callback.on_epoch_end(epoch, logs)
+        rate = logs.get("learning_rate", MISSING)
+        with self.fit.lent_optimizer(self.optimizer):
+            self.callback.on_epoch_end(epoch, logs)
+        if self.optimizer != "optimizer":  # it has written the rate of the one that it was lent
+            logs.pop("learning_rate", None)
+            logs.update({} if rate is MISSING else {"learning_rate": rate})
         if self is self.fit.last and self.fit.adds_history:
             self.fit.history.on_epoch_end(epoch, logs)
         self.fit.check_stop(self)
@@ -230,6 +242,19 @@ class FitEmulation:
                 vars(model).pop(name, None)
                 if value is not MISSING:
                     object.__setattr__(model, name, value)
+
+    @contextlib.contextmanager
+    def lent_optimizer(self, name: str) -> Iterator[None]:
+        """Sets `model.optimizer` to one of the trainer's other optimizers for one callback."""
+        if name == "optimizer":
+            yield
+            return
+        before = vars(self.model)["optimizer"]
+        object.__setattr__(self.model, "optimizer", optimizer_named(self.run.trainer, name))
+        try:
+            yield
+        finally:
+            object.__setattr__(self.model, "optimizer", before)
 
     def check_stop(self, adapter: KerasCallback) -> None:
         """Ends the run if a callback asked for it."""

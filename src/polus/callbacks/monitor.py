@@ -4,7 +4,7 @@ import math
 from typing import Literal, get_args
 
 from polus.callbacks.base import Coordinator
-from polus.callbacks.checks import check_name, check_number
+from polus.callbacks.checks import SET_PRIMARY, check_name, check_number
 from polus.host import did_you_mean
 
 Direction = Literal["min", "max"]
@@ -38,7 +38,8 @@ def improving_direction(name: str, coordinator: Coordinator) -> Direction | None
     metric_names = {
         name.removeprefix(f"{s}_") for s in ("val", *coordinator.shared_dict["validation"])
     }
-    for metric in coordinator.trainer.metrics:
+    trainer = coordinator.trainer
+    for metric in (*trainer.metrics, *(trainer.validation_metrics or ())):
         # The attribute by which Keras' metrics, and users' own ones, tell Keras' callbacks. It has
         # no public name.
         direction = getattr(getattr(metric, "metric", metric), "_direction", None)
@@ -90,7 +91,7 @@ class Monitor:
         for prefix in (f"{name}_" for name in coordinator.shared_dict["validation"]):
             if self.name.startswith(prefix) and not any(name.startswith(prefix) for name in logs):
                 return None
-        hint = did_you_mean(self.name, logs)
+        hint = SET_PRIMARY if self.name == "loss" else did_you_mean(self.name, logs)
         raise ValueError(
             f"The logs have no value named {self.name!r} to monitor. {hint + ' ' * bool(hint)}"
             f"They have {', '.join(sorted(logs))}. A ValidationDataCallback adds the metrics of "

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from polus.callbacks.base import Callback, Phase
-from polus.callbacks.checks import check_number
+from polus.callbacks.checks import SET_PRIMARY, check_number
 
 MAX_UNREAD = 4096  # blocks of losses kept on the device; beyond that the older half is read
 
@@ -36,6 +36,11 @@ class LossSmoothCallback(Callback):
         self._unread = []
 
     def on_steps_end(self, epoch: int, steps: range, losses: Any) -> None:
+        if losses is None:
+            raise ValueError(
+                "LossSmoothCallback smooths the loss, and the step returns none, only "
+                f"{', '.join(map(repr, self.coordinator.run.step_logs))}. {SET_PRIMARY}"
+            )
         self._unread.append(losses)
         if len(self._unread) > MAX_UNREAD:
             self._read(MAX_UNREAD // 2)

@@ -3,6 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
+import keras
+
+from polus.average import Average, averages_of
 from polus.callbacks.base import Callback, Coordinator, Phase
 from polus.callbacks.checks import check_callable, check_count, check_name
 from polus.data import DataReader, as_adapter
@@ -23,6 +26,8 @@ class ValidationDataCallback(Callback):
             validates after the epoch.
         custom_data_transform_f: A Python function applied to each batch.
         steps: The maximum number of batches.
+        model: An `Average` of the trainer's, or a model of the same architecture, whose weights are
+            validated in place of the model's own. Give the callback another name than "val".
         every_epochs: Validates after every n-th epoch, as `validation_freq` does in `fit`. The logs
             of the other epochs have no results of this set, and a callback that monitors them skips
             these epochs.
@@ -39,11 +44,12 @@ class ValidationDataCallback(Callback):
         steps: int | None = None,
         *,
         every_epochs: int = 1,
+        model: "keras.Model | Average | None" = None,
     ) -> None:
         super().__init__()
         keywords = (
             "The arguments are ValidationDataCallback(dataset, name='val', every_steps=None, "
-            "custom_data_transform_f=None, steps=None, every_epochs=1)."
+            "custom_data_transform_f=None, steps=None, every_epochs=1, model=None)."
         )
         check_name("name", name, keywords)
         for argument, value in {"every_steps": every_steps, "steps": steps}.items():
@@ -63,6 +69,7 @@ class ValidationDataCallback(Callback):
         self.custom_data_transform_f = custom_data_transform_f
         self.steps = steps
         self.every_epochs = every_epochs
+        self.model = model
 
     def add_coordinator(self, coordinator: Coordinator) -> None:
         super().add_coordinator(coordinator)
@@ -72,12 +79,22 @@ class ValidationDataCallback(Callback):
                 f"Two validation sets are named {self.name!r}. Give each one its own name: "
                 "ValidationDataCallback(dataset, name=...)."
             )
-        names[self.name] = {metric.name: [] for metric in coordinator.trainer.metrics}
+        trainer = coordinator.trainer
+        metrics = (
+            trainer.metrics if trainer.validation_metrics is None else trainer.validation_metrics
+        )
+        names[self.name] = {metric.name: [] for metric in metrics}
 
     def on_train_begin(self) -> None:
         # What can't be evaluated raises before training, not after its first epoch.
         reader = DataReader(as_adapter(self.dataset), self.custom_data_transform_f, self.steps)
         reader.check_ends("ValidationDataCallback")
+        trainer = self.coordinator.trainer
+        if isinstance(self.model, Average) and self.model not in averages_of(trainer):
+            raise ValueError(
+                "The average to validate is not part of the trainer, so nothing updates it. Keep "
+                "it in an attribute: trainer.average = average."
+            )
 
     def on_steps_end(self, epoch: int, steps: range, losses: Any) -> None:
         if self.every_steps and steps.stop % self.every_steps == 0:
@@ -94,7 +111,9 @@ class ValidationDataCallback(Callback):
     def _validate(self) -> None:
         run = self.coordinator.run
         self.coordinator.on_validation_begin()
-        results = run.trainer.evaluate(self.dataset, self.custom_data_transform_f, self.steps)
+        results = run.trainer.evaluate(
+            self.dataset, self.custom_data_transform_f, self.steps, model=self.model
+        )
         self.coordinator.on_validation_end(results)
         if not results:
             raise ValueError(

@@ -73,7 +73,7 @@ class Checkpoint(Callback):
         self.clock = clock
         self._lock: filelock.BaseFileLock | None = None
         self._locked: tuple[int, int] | None = None  # the file that is locked
-        self._losses: Any = None  # of the newest steps
+        self._unread: Any = None  # a term of the newest steps
 
     def add_coordinator(self, coordinator: Coordinator) -> None:
         """Lets the data remember where an epoch began."""
@@ -104,7 +104,8 @@ class Checkpoint(Callback):
 
         A signal would have to wait for all of them: seconds, if a step is long.
         """
-        before, self._losses = self._losses, losses
+        newest = next(iter(self.coordinator.run.step_logs.values()))
+        before, self._unread = self._unread, newest
         if before is not None:
             np.asarray(before)
 

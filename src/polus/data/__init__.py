@@ -5,6 +5,7 @@ from polus.data.arrays import ArrayDataset, from_arrays
 from polus.data.base_adapter import DataAdapter, SeekableAdapter
 from polus.data.blocks import StepBlock
 from polus.data.epoch import EpochReader
+from polus.data.live_data import NoDataAdapter, PushedAdapter, live
 from polus.data.reader import DataReader
 from polus.data.tf_iterator import with_iterator_state
 
@@ -13,9 +14,12 @@ __all__ = [
     "DataAdapter",
     "DataReader",
     "EpochReader",
+    "NoDataAdapter",
+    "PushedAdapter",
     "SeekableAdapter",
     "StepBlock",
     "as_adapter",
     "from_arrays",
+    "live",
     "with_iterator_state",
 ]

@@ -12,6 +12,7 @@ from polus.data.arrays import ArrayDataset
 from polus.data.base_adapter import DataAdapter, SeekableAdapter, StatefulAdapter
 from polus.data.batches import COMPOSITES, arrays_of, check_numbers, map_arrays
 from polus.data.fingerprint import checksum, leaves_of, same
+from polus.data.live_data import LiveAdapter, LiveData
 from polus.state import random_state
 
 MAX_CHECKED_BYTES = 2**26
@@ -210,9 +211,9 @@ def as_adapter(dataset: Any) -> DataAdapter:
     """Returns the adapter for a dataset.
 
     Args:
-        dataset: A `tf.data.Dataset`, what `from_arrays` returns, a `keras.utils.PyDataset`, any
-            re-iterable of batches (a list, a PyTorch `DataLoader`), a generator function, or a bare
-            iterator, which lasts for one pass.
+        dataset: A `tf.data.Dataset`, what `from_arrays` or `live` returns, a
+            `keras.utils.PyDataset`, any re-iterable of batches (a list, a PyTorch `DataLoader`), a
+            generator function, or a bare iterator, which lasts for one pass.
 
     Raises:
         TypeError: If it is anything else, bare arrays included: their rows are not batches.
@@ -221,6 +222,8 @@ def as_adapter(dataset: Any) -> DataAdapter:
         return dataset
     if isinstance(dataset, ArrayDataset):
         return ArraysAdapter(dataset)
+    if isinstance(dataset, LiveData):
+        return LiveAdapter(dataset)
     _check_has_batches(dataset)
     if hasattr(dataset, "as_numpy_iterator") and hasattr(dataset, "element_spec"):
         return TensorFlowAdapter(dataset)

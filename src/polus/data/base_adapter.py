@@ -21,6 +21,7 @@ class DataAdapter:
         dataset: The user's dataset.
         num_batches: The number of batches per epoch; None if the dataset is endless or can't tell.
         endless: Whether an epoch has no end.
+        live: Whether batches are made between two steps, so that none can be read ahead.
         state_depends_on_reads: Whether stopping an epoch early changes later epochs.
         unrepeatable: The reason why a new process can't bring the dataset back to where it was;
             empty if it can.
@@ -28,6 +29,7 @@ class DataAdapter:
 
     state_depends_on_reads = False
     unrepeatable = ""
+    live = False
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
@@ -43,11 +45,14 @@ class DataAdapter:
     def check_untransformed(self) -> None:
         """Raises a TypeError if no step can take the batches as they are, without a transform."""
 
+    def bind(self, trainer: Any) -> None:
+        """Tells the dataset which trainer it trains."""
+
     # ------------------------------------------------------------------ reading
 
     def batches(self, epoch: int, skip: int = 0) -> Iterator[Any]:
         """Returns the batches of an epoch from batch `skip` on."""
-        return itertools.islice(self._begin(epoch), skip, None)
+        return itertools.islice(self.begin(epoch), skip, None)
 
     def end_epoch(self) -> None:
         """Called when all batches of an epoch that the run asks for were read."""
@@ -56,7 +61,8 @@ class DataAdapter:
         """Drops the iterator of the epoch."""
         self._iterator = None
 
-    def _begin(self, epoch: int) -> Any:
+    def begin(self, epoch: int) -> Any:
+        """Begins an epoch, and returns the iterator of its batches."""
         self._set_epoch(epoch)
         self._iterator = self._iterate()
         return self._iterator
@@ -89,7 +95,7 @@ class DataAdapter:
 
     def restored_batches(self, epoch: int, iterator_state: Any) -> Iterator[Any]:
         """Returns the batches of an epoch that follow where `iterator_state()` was taken."""
-        iterator = self._begin(epoch)
+        iterator = self.begin(epoch)
         iterator.set_state(iterator_state)
         return iter(iterator)
 
@@ -114,6 +120,13 @@ class DataAdapter:
     def can_reread(self, steps: int | None) -> bool:
         """Returns whether an earlier epoch of `steps` batches (None for all) can be read again."""
         return True
+
+    def live_state(self) -> Any:
+        """Returns the state of what makes the batches between two steps; None if it has none."""
+        return None
+
+    def set_live_state(self, state: Any) -> None:
+        """Restores `live_state()`."""
 
     def get_state(self) -> dict[str, Any]:
         """Returns the states of the dataset's own generators as NumPy arrays."""

@@ -24,7 +24,7 @@ from polus.data.blocks import (
     repeated_block,
 )
 from polus.data.fingerprint import RunningChecksum, checksum, leaves_of
-from polus.data.prefetch import prefetch
+from polus.data.prefetch import PREFETCH, prefetch
 from polus.data.resume import (
     IteratorSnapshot,
     IteratorSnapshots,
@@ -62,6 +62,7 @@ class BatchReader:
             trained before. `set_state` restores it.
         check: Called with the step's arguments from a batch in host memory, and with the words for
             where it is; may raise. Batches that only the device sees are not checked.
+        prefetch: How many blocks of batches a thread reads ahead; 0 for no thread.
 
     Attributes:
         adapter: The dataset.
@@ -81,7 +82,9 @@ class BatchReader:
         steps: int | None = None,
         first_epoch: int = 0,
         check: Check = accept_all,
+        prefetch: int = PREFETCH,
     ) -> None:
+        self.prefetch = prefetch
         self.adapter = adapter
         self.check = check
         self.transform = transform
@@ -383,7 +386,9 @@ class EpochReader:
         stopped = threading.Event()
         source = HostSource(self._read, self._first, self._take_snapshot, stopped)
         blocks = Grouping(source, limit, capacity, pace).blocks(start)
-        return prefetch(blocks, handle_signals, stopped)
+        if not reader.prefetch:
+            return blocks
+        return prefetch(blocks, handle_signals, stopped, reader.prefetch)
 
     # ------------------------------------------------------------------ resuming
 

@@ -9,13 +9,14 @@ from typing import Any
 from polus.data.blocks import StepBlock
 
 THREAD_NAME = "polus-prefetch"
+PREFETCH = 2  # finished blocks that wait for the loop
 
 
 def prefetch(
     blocks: Generator[StepBlock],
     handle_signals: Callable[[], None],
     stopped: threading.Event,
-    depth: int = 2,
+    depth: int = PREFETCH,
 ) -> Generator[StepBlock]:
     """Yields `blocks`, which a thread makes up to `depth` ahead.
 

@@ -1,9 +1,10 @@
-"""Three ways for a new process to continue an epoch in its middle.
+"""Four ways for a new process to continue an epoch in its middle.
 
 - `Seek`: the order is a function of the epoch's number (`from_arrays`), so nothing is read again.
 - `RestoreIterator`: the iterator has a state (`get_state`/`set_state` as in grain, or the dataset
   has one, `state_dict`/`load_state_dict` as in torchdata's `StatefulDataLoader`). The state is
   restored, and what was read after it was taken is read again.
+- `Continue`: the run makes its data itself, so there is nothing to read again.
 - `Replay`: everything else. The epoch begins again with the generators as they were when it first
   began, and the batches that the run has seen are read again and dropped.
 
@@ -109,8 +110,17 @@ class Epoch(Protocol):
     def follows(self, snapshot: IteratorSnapshot) -> bool: ...
 
 
+class LiveState(Protocol):
+    """The part of an adapter that is needed here."""
+
+    def set_live_state(self, state: Any) -> None: ...
+
+
 class Reader(Protocol):
     """The part of a `DataReader` that is needed here."""
+
+    @property
+    def adapter(self) -> LiveState: ...
 
     def first_batch(self, epoch: int) -> Any: ...
 
@@ -153,6 +163,18 @@ class Seek:
         data = reader.open_epoch(epoch, step)
         data.set_example(example)
         warn_if_another(epoch, saved.get("checksum"), data.checksum)
+        return {}
+
+
+class Continue:
+    """Goes on with new batches: of data that the run itself makes, none can be read again."""
+
+    def resume(
+        self, reader: Reader, epoch: int, step: int, saved: State, handle_signals: Callback
+    ) -> State:
+        reader.adapter.set_live_state(saved.get("live"))
+        data = reader.open_epoch(epoch, step)
+        data.set_example(iterator_state.decode(saved["example"]))
         return {}
 
 

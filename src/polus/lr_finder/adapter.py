@@ -16,7 +16,9 @@ from polus.lr_finder.sweep import (
     run_range_test,
 )
 from polus.metrics import kept_has_samples
+from polus.optimizers import optimizers_of
 from polus.state import random_state_kept
+from polus.steps.compiled import as_terms
 from polus.steps.executor import StepExecutor
 
 logger = logging.getLogger("polus.lr_finder")
@@ -54,9 +56,10 @@ def find(
     variables = executor.prepare(inputs).used
     # A schedule is replaced during the sweep, and is part of the compiled program.
     step = executor.single_step(kept=has_rate_variable(optimizer))
+    _say_which(optimizer, executor.owner)
 
     def run_step(block: StepBlock) -> Any:
-        return step(block)["loss"]
+        return _loss_of(as_terms(step(block), executor.owner.primary))
 
     with kept_has_samples(executor.owner.metrics):
         result = run_range_test(run_step, reader, optimizer, variables, settings)
@@ -66,3 +69,21 @@ def find(
         optimizer.learning_rate = result.suggestion
         logger.info("Learning rate set to %.3g, was %.3g.", result.suggestion, old)
     return result
+
+
+def _say_which(optimizer: keras.optimizers.Optimizer, owner: object) -> None:
+    names = {id(each): name for name, each in optimizers_of(owner).items()}
+    swept = names.pop(id(optimizer), optimizer.name)
+    if names:
+        others = ", ".join(names.values())
+        logger.info("The range test sweeps the rate of %s; %s keep theirs.", swept, others)
+
+
+def _loss_of(terms: Mapping[str, Any]) -> Any:
+    if "loss" not in terms:
+        raise ValueError(
+            "The range test follows the loss, and the step returns none, only "
+            f"{', '.join(map(repr, terms))}. Give the trainer the name of the one to follow: "
+            f"primary={next(iter(terms))!r}."
+        )
+    return terms["loss"]

@@ -12,6 +12,7 @@ stay on the device and are not kept::
 from polus.metrics.adapters import KerasMetric, OutputMetric, as_metric, as_metrics
 from polus.metrics.base import IMetric, MetricLike, WeightedSamples
 from polus.metrics.confusion import Accuracy, IConfusionMatrix, MacroF1Score
+from polus.metrics.phases import PhaseMetrics, feed_validation, metrics_by_phase
 from polus.metrics.update import kept_has_samples, update_metrics
 
 __all__ = [
@@ -22,9 +23,12 @@ __all__ = [
     "MacroF1Score",
     "MetricLike",
     "OutputMetric",
+    "PhaseMetrics",
     "WeightedSamples",
     "as_metric",
     "as_metrics",
+    "feed_validation",
     "kept_has_samples",
+    "metrics_by_phase",
     "update_metrics",
 ]

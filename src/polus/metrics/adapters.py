@@ -39,6 +39,9 @@ class KerasMetric(IMetric):
                 error.add_note(f"Metric {self.name!r} got {kinds}. {PER_OUTPUT}")
             raise
 
+    def sample_parameters(self) -> list[inspect.Parameter]:
+        return list(inspect.signature(self.metric.update_state).parameters.values())
+
     def _evaluate(self) -> Any:
         return self.metric.result()
 

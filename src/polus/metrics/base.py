@@ -1,5 +1,6 @@
 """The interface of a metric, and samples with weights."""
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
@@ -107,6 +108,10 @@ class IMetric(keras.metrics.Metric, ABC):
                 f"(y_true, y_pred), got {kind(samples)}. Pass a tuple, or return one from reduce_f."
             )
         self._samples_from_batch(*samples)
+
+    def sample_parameters(self) -> list[inspect.Parameter]:
+        """Returns the parameters that the samples of a batch are passed to."""
+        return list(inspect.signature(self._samples_from_batch).parameters.values())
 
     def evaluate(self) -> Any:
         """Returns the value as a Python float (a NumPy array if it is no scalar) and resets."""

@@ -30,6 +30,7 @@ class CompiledStep:
     Args:
         step: A stateful function of a batch's arguments that returns a scalar or a dict of scalars.
         jit_compile: The compiler setting of programs made from now on; None for the backend's own.
+        eager: Whether the step runs as it is written, operation by operation.
 
     Attributes:
         step: The step.
@@ -38,8 +39,9 @@ class CompiledStep:
         pace: How many of them the next call runs.
     """
 
-    def __init__(self, step: Step, jit_compile: bool | None = None) -> None:
+    def __init__(self, step: Step, jit_compile: bool | None = None, eager: bool = False) -> None:
         self.step = step
+        self.eager = eager
         self.jit_compile = jit_compile
         self.steps_per_execution = 1
         self.pace = Pace()
@@ -56,7 +58,10 @@ class CompiledStep:
         key = (self.jit_compile, block.unpack, many)
         program = self._programs.get(key)
         if program is None:
-            program = backend.program(self.step, block.unpack, many, self.jit_compile)
+            if self.eager:
+                program = backend.eager_program(self.step, block.unpack)
+            else:
+                program = backend.program(self.step, block.unpack, many, self.jit_compile)
             self._programs[key] = program
         if many:
             return program, (np.int32(block.count), block.capacity, block.payload)
@@ -106,6 +111,12 @@ class CompiledStep:
             )
 
 
-def as_terms(outputs: Any) -> dict[str, Any]:
-    """Returns what a step returned as a dict of named values."""
-    return outputs if isinstance(outputs, dict) else {"loss": outputs}
+def as_terms(outputs: Any, primary: str | None = None) -> dict[str, Any]:
+    """Returns what a step returned as a dict of named values.
+
+    Args:
+        outputs: A scalar or a dict of scalars, for each of some steps.
+        primary: The name of a term that is named "loss" as well.
+    """
+    terms = outputs if isinstance(outputs, dict) else {"loss": outputs}
+    return terms if primary is None else {"loss": terms[primary], **terms}

@@ -10,16 +10,19 @@ from typing import Any, Protocol
 import keras
 import numpy as np
 
+from polus.average import averages_of
 from polus.backends import backend
+from polus.backends.scopes import DryRun
 from polus.core import function, get_jit_compile
 from polus.data import EpochReader
 from polus.data.batches import arrays_of, map_arrays
 from polus.metrics import IMetric, kept_has_samples
 from polus.state import Snapshot
 from polus.steps.autotune import Autotuner, Limits, Timing, Tuning, Way
-from polus.steps.compiled import CompiledStep
+from polus.steps.compiled import CompiledStep, as_terms
 from polus.steps.pace import Pace
 from polus.steps.placement import require_one_device
+from polus.steps.progress import Progress
 from polus.steps.variables import (
     MetricsOwner,
     StepVariables,
@@ -47,6 +50,7 @@ class StepOwner(MetricsOwner, Protocol):
     """What a step is made of: the trainer, as the executor sees it."""
 
     step_counter: keras.Variable
+    primary: str | None
 
     def step_parts(self) -> list[Any]: ...
     def prepare_step(self, *inputs: Any) -> None: ...
@@ -78,6 +82,9 @@ class StepExecutor:
         example: The arguments of the newest first batch; None before the first.
         variables: What the step's dry run has seen; None before it.
         fed_metrics: The metrics that the step feeds, whoever holds them.
+        progress: Where the run stands, for steps that read it.
+        array_terms: The names of the step's results that are no scalars.
+        run_eagerly: Whether steps run without being compiled, to debug them.
     """
 
     def __init__(
@@ -94,6 +101,9 @@ class StepExecutor:
         self.variables: StepVariables | None = None
         self.fed_metrics: list[IMetric] = []
         self.tuning = Tuning(_fixed_mode(), 1)
+        self.progress = Progress()
+        self.array_terms: set[str] = set()
+        self.run_eagerly = False
         self._parts: list[Any] = []
         self._plain: dict[str, Any] = {}
         self._own_plain: set[str] = set()
@@ -121,6 +131,16 @@ class StepExecutor:
         for tuned in self._steps.values():  # the same step in other words: its timings still hold
             tuned.step = CompiledStep(self.step, tuned.step.jit_compile)
         self._report(changes)
+
+    def set_run_eagerly(self, run_eagerly: bool) -> bool:
+        """Sets whether steps run as they are written, and returns whether they did.
+
+        The step is traced again: a trace by the compiler has no values to print.
+        """
+        before, self.run_eagerly = self.run_eagerly, run_eagerly
+        if before != run_eagerly:
+            self.variables = None
+        return before
 
     def _changed_attributes(self) -> list[str]:
         """Describes the attributes that changed since the step was traced."""
@@ -160,7 +180,8 @@ class StepExecutor:
         for _ in range(2):  # the second time with the weights that the first one made
             unbuilt = [layer for layer in held_layers(self.owner) if not is_built(layer)]
             with kept_has_samples(self.owner.metrics):
-                seen = backend.trace(self.step, inputs)
+                seen = backend.trace(self.step, inputs, self.run_eagerly)
+            self._finish_step(seen)
             if not any(is_built(layer) for layer in unbuilt) and all(w for _, w in seen.updates):
                 break
         for optimizer, weights in seen.updates:
@@ -168,11 +189,34 @@ class StepExecutor:
                 optimizer.build(unique(weights))
         self.variables = StepVariables.of(seen)
         self.fed_metrics = fed_metrics(self.owner, self.variables)
+        results = as_terms(self.variables.result)
+        self.array_terms = {n for n, value in results.items() if len(getattr(value, "shape", ()))}
         self.owner.check_step(self.variables)
         self._parts, self._plain = self.owner.step_parts(), _plain_parts(self.owner)
         # What the step itself changes, such as a count of its calls, tells nothing.
         self._own_plain |= {n for n, value in self._plain.items() if before.get(n) != value}
         return self.variables
+
+    def _finish_step(self, seen: DryRun) -> None:
+        """Adds what a step doesn't do itself: it counts, and moves the averages of weights."""
+        counter, step = self.owner.step_counter, self.step
+        counts = id(counter) in seen.assigned
+        averages = [a for a in averages_of(self.owner) if id(a.count) not in seen.assigned]
+        if counts and not averages:
+            return
+
+        def finished(*inputs: Any, **named: Any) -> Any:
+            result = step(*inputs, **named)
+            if not counts:
+                counter.assign_add(1)
+            for average in averages:
+                average.update()
+            return result
+
+        self.step = finished
+        seen.record_assigned([] if counts else [counter])
+        for average in averages:
+            seen.record_assigned(average.variables)
 
     def state_variables(self) -> list[keras.Variable]:
         """Returns all variables of a run, in an order that is the same in each process.
@@ -227,6 +271,8 @@ class StepExecutor:
             steps_per_execution: The steps of one call if the user fixed them.
             total_steps: The steps to run, infinite if unknown.
         """
+        if self.run_eagerly:
+            return CompiledStep(self.step, eager=True)
         mode = get_jit_compile()
         key = mode, steps_per_execution, max_steps > 1, _kinds(data.example)
         tuned = self._steps.get(key)
@@ -276,16 +322,29 @@ class StepExecutor:
 
     def evaluation(self, inputs: Sequence[Any]) -> tuple[CompiledStep, list[keras.Variable]]:
         """Returns the compiled evaluation step, and the variables that it assigns."""
+        return self.inference("evaluation", self.evaluation_step, inputs)
+
+    def inference(
+        self, name: str, written: Callable[..., Any], inputs: Sequence[Any]
+    ) -> tuple[CompiledStep, list[keras.Variable]]:
+        """Returns a function of a batch as a compiled step, and the variables that it assigns.
+
+        Args:
+            name: What it is kept under.
+            written: The function.
+            inputs: The arguments of a first batch.
+        """
         self.refresh()
-        key = f"evaluation, {get_jit_compile()}"
+        key = f"{name}, {'eager' if self.run_eagerly else get_jit_compile()}"
         known = self._evaluation.get(key)
         if known is None:
             # A resumed run validates with the compiler that its first validation had.
             saved = self._saved_tunings.get(key)
-            step = CompiledStep(self.evaluation_step, saved[0] if saved else self.tuning[0])
-            seen = backend.trace(self.evaluation_step, inputs)
+            jit_compile = saved[0] if saved else self.tuning[0]
+            step = CompiledStep(written, jit_compile, self.run_eagerly)
+            seen = backend.trace(written, inputs, self.run_eagerly)
             if any(not is_built(layer) for layer in held_layers(self.owner)):
-                seen = backend.trace(self.evaluation_step, inputs)
+                seen = backend.trace(written, inputs, self.run_eagerly)
             known = self._evaluation[key] = step, StepVariables.of(seen).assigned
         return known
 

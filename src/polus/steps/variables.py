@@ -62,6 +62,7 @@ class StepVariables:
     def untrained(self) -> Variables:
         """The trainable variables that gradients reach and no optimizer updates."""
         updated = {id(v) for update in self.updates for v in update.variables}
+        updated |= set(map(id, self.assigned))  # such as the average of weights
         return [v for v in self.differentiated if v.trainable and id(v) not in updated]
 
 
@@ -99,6 +100,8 @@ class MetricsOwner(Protocol):
 
     @property
     def metrics(self) -> Sequence[IMetric]: ...
+    @property
+    def validation_metrics(self) -> Sequence[IMetric] | None: ...
 
 
 def fed_metrics(owner: MetricsOwner, variables: StepVariables) -> list[IMetric]:

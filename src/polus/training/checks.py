@@ -4,13 +4,14 @@ import contextlib
 import logging
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
 from keras import ops
 
-from polus.metrics import IMetric
+from polus.metrics import IMetric, metrics_by_phase
+from polus.models import Models
 from polus.steps.variables import unique
 
 logger = logging.getLogger("polus.training")
@@ -20,22 +21,48 @@ SeenBatches = Callable[[], Iterable[tuple[str, tuple[Any, ...]]]]
 RESERVED_NAMES = ("loss", "epoch", "step")
 
 
-def check_kinds(model: Any, optimizer: Any, loss: Any) -> None:
-    """Raises TypeError if a part of a trainer is of the wrong kind."""
-    check_model(model)
-    check_optimizer(optimizer)
+def checked_model(model: Any) -> keras.Model:
+    """Returns a model as it is, and a dict of models as one model.
+
+    Raises:
+        TypeError: If it is neither.
+    """
+    if not isinstance(model, Mapping):
+        check_model(model)
+        return model
+    if not model or not all(isinstance(name, str) for name in model):
+        raise TypeError(
+            f"A dict of models has their names as keys, got {dict(model)!r}. Use, for example, "
+            '{"generator": generator, "discriminator": discriminator}.'
+        )
+    for name, part in model.items():
+        check_model(part, f"model[{name!r}]")
+    return Models(model)
+
+
+def check_loss(loss: Any, attributes: Mapping[str, Any], default_step: bool) -> None:
+    """Raises TypeError if a loss is no function, or is missing where the step needs one.
+
+    Args:
+        loss: The loss.
+        attributes: The trainer's own attributes.
+        default_step: Whether its class has the `train_step` of `BaseTrainer`.
+    """
+    if loss is None and not (default_step and "train_step" not in attributes):
+        return
     if not callable(loss) or isinstance(loss, type):
+        hint = " A trainer that overrides train_step needs none." if loss is None else ""
         raise TypeError(
             f"loss must be a callable that returns a scalar, got {_kind(loss)}: {loss!r}. Use, "
-            "for example, keras.losses.SparseCategoricalCrossentropy(from_logits=True)."
+            f"for example, keras.losses.SparseCategoricalCrossentropy(from_logits=True).{hint}"
         )
 
 
-def check_model(model: Any) -> None:
+def check_model(model: Any, what: str = "model") -> None:
     """Raises TypeError if it is not a model of this Keras."""
     if not isinstance(model, keras.Model):
         raise TypeError(
-            f"model must be a keras.Model, got {_kind(model)}. It has to come from this Keras "
+            f"{what} must be a keras.Model, got {_kind(model)}. It has to come from this Keras "
             f"(keras {keras.__version__} on {keras.config.backend()}), not from another library."
         )
 
@@ -164,6 +191,11 @@ def scalar_loss(result: Any, what: str = "The loss") -> Any:
             f"{what} must have a term named 'loss', got the terms {sorted(map(str, terms))}. "
             'Return {"loss": total, ...}: that one is minimized, the others are recorded.'
         )
+    _check_scalars(terms, what)
+    return terms["loss"]
+
+
+def _check_scalars(terms: Mapping[str, Any], what: str) -> None:
     for name, value in terms.items():
         term = "" if name == "loss" else f" as its term {name!r}"
         shape = getattr(value, "shape", None)
@@ -179,17 +211,17 @@ def scalar_loss(result: Any, what: str = "The loss") -> Any:
                 "keras.losses.MeanSquaredError(), reduce; the functions of the same name return "
                 "one value per example."
             )
-    return terms["loss"]
 
 
 def terms_of(result: Any) -> dict[str, Any]:
     """Returns what a loss returned as named terms, in at least float32."""
     scalar_loss(result)
     terms = result if isinstance(result, dict) else {"loss": result}
-    return {name: _at_least_float32(value) for name, value in terms.items()}
+    return {name: at_least_float32(value) for name, value in terms.items()}
 
 
-def _at_least_float32(value: Any) -> Any:
+def at_least_float32(value: Any) -> Any:
+    """Returns a tensor as float32 unless it is float64."""
     double = keras.backend.standardize_dtype(value.dtype) == "float64"
     return value if double else ops.cast(value, "float32")
 
@@ -204,6 +236,36 @@ def check_connected(gradients: Sequence[Any], variables: Sequence[keras.Variable
             "forward_with_grads, is its output passed to the loss, and is everything between "
             "made of keras.ops?"
         )
+
+
+def check_extended(extended: bool) -> None:
+    """Raises TypeError if `BaseTrainer` itself is instantiated."""
+    if not extended:
+        raise TypeError(
+            "BaseTrainer must be extended, not instantiated. Write a class with "
+            "forward_with_grads, or use ClassifierTrainer for (x, y) batches."
+        )
+
+
+def checked_metrics(
+    given: Any, weighted_metrics: Sequence[IMetric]
+) -> tuple[list[IMetric], list[IMetric] | None]:
+    """Returns the metrics of training, and those of validation if these are others.
+
+    Args:
+        given: The argument `metrics` of a trainer.
+        weighted_metrics: Metrics of both.
+
+    Raises:
+        ValueError: If two metrics of a phase share a name, or one has a reserved name.
+    """
+    train, validation = metrics_by_phase(given)
+    train = [*train, *weighted_metrics]
+    check_metric_names(train)
+    if validation is not None:
+        validation = [*validation, *weighted_metrics]
+        check_metric_names(validation)
+    return train, validation
 
 
 def check_metric_names(metrics: Sequence[IMetric]) -> None:
@@ -223,11 +285,44 @@ def check_metric_names(metrics: Sequence[IMetric]) -> None:
             )
 
 
-def check_terms(result: Any, metrics: Sequence[IMetric]) -> None:
-    """Raises ValueError if a term of the step is named as another column of the record."""
-    scalar_loss(result, "The result of train_step")
+def check_terms(result: Any, metrics: Sequence[IMetric], primary: str | None) -> None:
+    """Raises ValueError if a step's result can't be recorded.
+
+    Args:
+        result: What `train_step` returned: a scalar, or a dict of any names. What is no scalar in
+            it is not recorded, but kept for callbacks.
+        metrics: The trainer's metrics, whose names are columns of the record.
+        primary: The name of the term that is recorded as "loss" too.
+    """
+    terms = result if isinstance(result, dict) else {"loss": result}
+    if not terms:
+        raise ValueError(
+            "train_step must return a scalar or a dict of named scalars to record, got an empty "
+            'dict. Return at least one: {"norm": ops.norm(x)}.'
+        )
+    for name in terms:
+        if not isinstance(name, str):
+            raise ValueError(f"The terms of train_step have strings as names, got {name!r}.")
+    is_array = {name: len(getattr(value, "shape", ())) > 0 for name, value in terms.items()}
+    recorded = {n: v for n, v in terms.items() if n in ("loss", primary) or not is_array[n]}
+    _check_scalars(recorded, "The result of train_step")
+    if not recorded:
+        raise ValueError(
+            "train_step must return at least one scalar to record, got only the arrays "
+            f"{', '.join(map(repr, terms))}."
+        )
+    if primary is not None and primary not in terms:
+        raise ValueError(
+            f"primary is {primary!r}, and the step returns {', '.join(map(repr, terms))}. Set "
+            "primary to one of these names, or leave it out."
+        )
+    if primary not in (None, "loss") and "loss" in terms:
+        raise ValueError(
+            f"primary is {primary!r}, which would be recorded as 'loss', and the step returns a "
+            "term named 'loss' as well. Rename that term, or leave primary out."
+        )
     names = {metric.name for metric in metrics}
-    for name in result if isinstance(result, dict) else ():
+    for name in terms if isinstance(result, dict) else ():
         if name in ("epoch", "step") or name in names:
             other = "a metric" if name in names else "a column of the history"
             raise ValueError(

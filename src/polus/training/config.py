@@ -11,7 +11,10 @@ import keras
 import numpy as np
 
 from polus.callbacks.base import ICallback, KerasCallbackLike
-from polus.data import DataAdapter, as_adapter
+from polus.callbacks.coordinator import checked_list
+from polus.callbacks.time_limit import TimeLimit
+from polus.data import DataAdapter, NoDataAdapter, as_adapter
+from polus.data.prefetch import PREFETCH
 from polus.files import check_directory
 from polus.host import did_you_mean, to_host
 
@@ -34,6 +37,9 @@ class TrainArguments(TypedDict, total=False):
     steps: int
     learning_rate: float
     steps_per_execution: int
+    prefetch: int
+    run_eagerly: bool
+    max_secs: float
     resume: str | PathLike[str]
     resume_changes: Literal["refuse", "accept"]
 
@@ -49,6 +55,9 @@ class TrainConfig:
     steps: int | None = None
     learning_rate: float | None = None
     steps_per_execution: int | None = None
+    prefetch: int = PREFETCH
+    run_eagerly: bool = False
+    max_secs: float | None = None
     resume: Path | None = None
     resume_changes: Literal["refuse", "accept"] = "refuse"
 
@@ -61,11 +70,15 @@ class TrainConfig:
             TypeError: If one is of the wrong kind.
         """
         given = {NAMES.get(name, name): value for name, value in arguments.items()}
+        if given.get("dataset") is None and given.get("steps") is not None:
+            given["dataset"] = NoDataAdapter()
         for name in ("tf_dataset", "epochs"):
             if given.get(NAMES.get(name, name)) is None:
                 raise ValueError(
                     f"train needs {name}. Pass it, or keep it with "
                     f"changing_train_config({name}=...)."
+                    + " A run without data needs steps."
+                    * (name == "tf_dataset")
                 )
         for name in ("epochs", "steps", "steps_per_execution"):
             check_count(name, given.get(name))
@@ -80,7 +93,28 @@ class TrainConfig:
             raise ValueError(f'resume_changes must be "refuse" or "accept", got {changes!r}.')
         if given.get("resume") is not None:
             given["resume"] = check_directory(given["resume"], "resume")
-        return cls(**{**given, "dataset": as_adapter(given["dataset"])})
+        if given.get("max_secs") is not None:
+            limit = TimeLimit(given["max_secs"])
+            given["callbacks"] = [*checked_list(given.get("callbacks", ())), limit]
+        return cls(**{**given, **_reading(as_adapter(given["dataset"]), given)})
+
+
+def _reading(adapter: DataAdapter, given: dict[str, Any]) -> dict[str, Any]:
+    """Returns how the data are read: what, how far ahead, and how many batches at a time."""
+    prefetch, at_once = given.get("prefetch", PREFETCH), given.get("steps_per_execution")
+    if isinstance(prefetch, bool) or not isinstance(prefetch, int | np.integer) or prefetch < 0:
+        raise ValueError(f"prefetch must be an integer of at least 0, got {prefetch!r}.")
+    if adapter.live and at_once not in (None, 1):
+        raise ValueError(
+            f"Live data are made between two steps, so steps_per_execution can't be {at_once}. "
+            "Leave it out."
+        )
+    if given.get("run_eagerly") not in (None, True, False):
+        raise ValueError(f"run_eagerly must be True or False, got {given['run_eagerly']!r}.")
+    prefetch = 0 if adapter.live or isinstance(adapter, NoDataAdapter) else int(prefetch)
+    if adapter.live or given.get("run_eagerly") or (given.get("prefetch") == 0 and at_once is None):
+        at_once = 1
+    return {"dataset": adapter, "prefetch": prefetch, "steps_per_execution": at_once}
 
 
 def one_transform(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -158,13 +192,15 @@ def learning_rate_set(
     if learning_rate is None:
         yield
         return
-    before = float(to_host(optimizer.learning_rate))
     try:
+        before = float(to_host(optimizer.learning_rate))
         optimizer.learning_rate = learning_rate
     except (TypeError, AttributeError):
+        several = isinstance(optimizer, keras.optimizers.MultiOptimizer)
+        kind = "one of each inner optimizer" if several else "a schedule"
         raise ValueError(
             f"learning_rate={learning_rate} was passed to train, but the learning rate of this "
-            "optimizer is a schedule, which can't be set. Make the optimizer with a number, or "
+            f"optimizer is {kind}, which can't be set. Make the optimizer with a number, or "
             "leave learning_rate out."
         ) from None
     try:

@@ -60,6 +60,7 @@ class Engine:
 
         Meanwhile it is the run in progress. Afterwards what it trained is counted.
         """
+        trainer.early_stop = False
         with learning_rate_set(trainer.optimizer, config.learning_rate):
             run = Run(trainer, self.executor, config, self.steps, self.epochs)
             if config.resume is not None:
@@ -76,13 +77,16 @@ class Engine:
     def _in_progress(self, run: Run) -> Iterator[None]:
         before, self.run = self.run, run
         first = run.reader.first_epoch
+        eager = self.executor.set_run_eagerly(run.config.run_eagerly)
         try:
             yield
         finally:
             self.run = before
+            self.executor.set_run_eagerly(eager)
             # A run that was resumed has also trained the data's epochs before its checkpoint.
             self.epochs += run.reader.first_epoch - first + run.epoch
-        self.steps += run.epochs * (run.steps or 0)
+        if not run.open_ended:
+            self.steps += run.epochs * (run.steps or 0)
 
 
 class CompiledMethod:

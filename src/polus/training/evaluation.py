@@ -1,25 +1,30 @@
 """Metrics and losses over a dataset, in inference mode."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import keras
 import numpy as np
 
 from polus.data import DataReader, as_adapter
-from polus.host import DeviceValues
-from polus.metrics import WeightedSamples, kept_has_samples, update_metrics
+from polus.host import DeviceValues, to_host
+from polus.metrics import PhaseMetrics, WeightedSamples, feed_validation, kept_has_samples
 from polus.state import Snapshot
 from polus.steps.compiled import CompiledStep
 from polus.steps.executor import StepExecutor
-from polus.training.checks import check_function, terms_of
+from polus.steps.variables import unique
+from polus.training.checks import at_least_float32, check_function, terms_of
 from polus.training.config import check_count
 
 
 def evaluation_step(trainer: Any, *inputs: Any) -> dict[str, Any]:
     """Feeds a trainer's metrics with one batch and returns its loss and terms, if it has any."""
     samples = trainer.evaluation_step(*inputs)
-    update_metrics(trainer.metrics, trainer.weighted_metrics, samples)
+    metrics = PhaseMetrics(trainer.metrics, trainer.validation_metrics)
+    terms = feed_validation(metrics, trainer.weighted_metrics, samples)
+    if isinstance(samples, Mapping):
+        return {name: at_least_float32(value) for name, value in terms.items()}
     if isinstance(samples, WeightedSamples) and samples.sample_weight is None:
         samples = samples[:2]
     loss = trainer.evaluation_loss(*samples)
@@ -31,8 +36,17 @@ def evaluate(
     dataset: Any,
     transform: Callable[[Any], Any] | None,
     steps: int | None,
+    weights: Sequence[tuple[keras.Variable, keras.Variable]] = (),
 ) -> dict[str, Any]:
-    """Evaluates the trainer's metrics and loss; see `BaseTrainer.evaluate`."""
+    """Evaluates the trainer's metrics and loss; see `BaseTrainer.evaluate`.
+
+    Args:
+        executor: Compiles the evaluation step.
+        dataset: The data.
+        transform: A function applied to each batch.
+        steps: The number of batches at most.
+        weights: Pairs of a variable and the one whose value it has during the evaluation.
+    """
     check_count("steps", steps)
     check_function(transform, "custom_data_transform_f")
     check = executor.owner.check_batch
@@ -40,13 +54,21 @@ def evaluate(
     reader.check_ends("evaluate")
     data = reader.epoch(0)
     step, assigned = executor.evaluation(data.example)
-    metrics = executor.owner.metrics
+    may_assign = set(map(id, assigned))
+    owner = executor.owner
+    metrics = [
+        metric
+        for metric in unique([*(owner.validation_metrics or ()), *owner.metrics])
+        if not metric.variables or any(id(v) in may_assign for v in metric.variables)
+    ]
     variables = {id(v): v for metric in metrics for v in metric.variables}
     # Random layers and layers with a state of their own assign in inference mode too.
-    variables |= {id(v): v for v in assigned}
+    variables |= {id(v): v for v in (*assigned, *(own for own, _ in weights))}
     snapshot = Snapshot(variables.values())
     with kept_has_samples(metrics):
         try:
+            for own, other in weights:
+                own.assign(to_host(other))
             for metric in metrics:
                 metric.reset()
             losses, sizes = _run(step, data, min(executor.tuning[1], reader.num_batches or 2**31))

@@ -1,12 +1,13 @@
 """What a trainer says of itself, and of what its step trains."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
 
 from polus.host import to_host
+from polus.models import describe_model, models_of
 from polus.steps.variables import StepVariables, Update
 from polus.training.checks import check_terms
 
@@ -17,7 +18,7 @@ def check_step(trainer: Any, variables: StepVariables) -> None:
     Raises:
         ValueError: If a term of the step has the name of another column of the record.
     """
-    check_terms(variables.result, trainer.metrics)
+    check_terms(variables.result, trainer.metrics, trainer.primary)
     updates = [update for update in variables.updates if update.variables]
     if not updates:
         trainer.logger.warning(
@@ -45,12 +46,25 @@ def _trained(trainer: Any, updates: Sequence[Update]) -> str:
     """Describes what the optimizers of a step update."""
     model = {id(variable) for variable in trainer.model.trainable_variables}
     update = updates[0]
+    models = models_of(trainer.model)
+    whole = "the model" if len(models) == 1 else f"the models {', '.join(models)}"
     if len(updates) == 1 and {id(variable) for variable in update.variables} == model:
-        return f"all {_counted(update.variables, 'trainable variable', ' of the model')}"
+        return f"all {_counted(update.variables, 'trainable variable', f' of {whole}')}"
     return "; ".join(
-        _counted(update.variables, "variable", f" with {update.optimizer.name}")
+        _counted(
+            update.variables, "variable", f"{_owner(update, models)} with {update.optimizer.name}"
+        )
         for update in updates
     )
+
+
+def _owner(update: Update, models: Mapping[str, keras.Model]) -> str:
+    """Returns " of <name>" if an update is that of all weights of one of several models."""
+    updated = {id(variable) for variable in update.variables}
+    for name, model in models.items() if len(models) > 1 else ():
+        if updated == {id(variable) for variable in model.trainable_variables}:
+            return f" of {name}"
+    return ""
 
 
 def _counted(variables: Sequence[keras.Variable], noun: str, rest: str = "") -> str:
@@ -70,10 +84,10 @@ def describe_trainer(trainer: Any) -> str:
         if name != "optimizer" and isinstance(value, keras.optimizers.Optimizer)
     }
     parts = {
-        "model": f"{type(trainer.model).__name__} {trainer.model.name!r}",
+        "model": describe_model(trainer.model),
         "optimizer": _optimizer(trainer.optimizer),
         **{name: _optimizer(value) for name, value in others.items()},
-        "loss": getattr(trainer.loss, "__name__", type(trainer.loss).__name__),
+        **_loss(trainer.loss),
         "metrics": f"[{', '.join(metric.name for metric in trainer.metrics)}]",
         "trained": _trained_weights(trainer),
     }
@@ -81,7 +95,13 @@ def describe_trainer(trainer: Any) -> str:
     return f"{type(trainer).__name__}({described})"
 
 
+def _loss(loss: Any) -> dict[str, str]:
+    return {} if loss is None else {"loss": getattr(loss, "__name__", type(loss).__name__)}
+
+
 def _optimizer(optimizer: Any) -> str:
+    if isinstance(optimizer, keras.optimizers.MultiOptimizer):
+        return f"MultiOptimizer({', '.join(map(_optimizer, optimizer.optimizers))})"
     rate = optimizer.learning_rate
     if isinstance(rate, keras.Variable):
         shown = f"{float(to_host(rate)):.4g}"
@@ -91,7 +111,8 @@ def _optimizer(optimizer: Any) -> str:
 
 
 def _trained_weights(trainer: Any) -> str:
-    if trainer.explicit_trainable_weights is None and not trainer.model.built:
+    built = all(model.built for model in models_of(trainer.model).values())
+    if trainer.explicit_trainable_weights is None and not built:
         return "all of the model, which is not built yet"
     weights, total = trainer.trainable_weights, len(trainer.model.trainable_variables)
     parameters = sum(math.prod(variable.shape) for variable in weights)

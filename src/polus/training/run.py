@@ -15,17 +15,19 @@ import numpy as np
 
 from polus.callbacks.base import TrainerView
 from polus.callbacks.coordinator import CallbackCoordinator
+from polus.callbacks.time_limit import TIME_IS_UP
 from polus.data import DataReader, EpochReader, StepBlock
 from polus.history import History
 from polus.host import DeviceValues
 from polus.log import BaseLogger
 from polus.metrics import IMetric
+from polus.optimizers import begin_schedules, rates_of
 from polus.signals import Signals
 from polus.state import random_state, set_random_state
 from polus.steps.compiled import CompiledStep, as_terms
 from polus.steps.executor import StepExecutor
 from polus.training.config import TrainConfig
-from polus.training.run_state import Settings, check_state, use_own_generators
+from polus.training.run_state import Settings, check_state, data_state, use_own_generators
 from polus.training_state import (
     callbacks_state,
     check_variables,
@@ -41,6 +43,7 @@ class TrainerParts(TrainerView, Protocol):
     """What a run uses of its trainer."""
 
     loss: Any
+    primary: str | None
 
     @property
     def trainable_weights(self) -> list[keras.Variable]: ...
@@ -103,12 +106,14 @@ class Run(BaseLogger):
         block: The batches that were passed to the step last.
         batch_sizes: The number of examples of each step of this epoch so far.
         step_logs: The loss and terms of the newest steps, by name.
+        step_arrays: What the newest step returned besides scalars, on the device.
         logs: The logs of the newest epoch: means of loss and terms, metrics, validations as
             `<set>_<metric>`, and what callbacks add. One dict per epoch, shared by all callbacks.
         status: The state of the run.
         stop_reason: Why the run was stopped early; empty if it was not.
         exception: What ended the run early, else None.
         resuming: Whether the run continues from a checkpoint.
+        open_ended: Whether the number of epochs and of their steps is not known.
         closing: What callbacks want closed after the last of them has ended.
     """
 
@@ -125,8 +130,14 @@ class Run(BaseLogger):
         self.trainer = trainer
         self.executor = executor
         self.config = config
+        config.dataset.bind(trainer)
         self.reader = DataReader(
-            config.dataset, config.transform, config.steps, first_epoch, trainer.check_batch
+            config.dataset,
+            config.transform,
+            config.steps,
+            first_epoch,
+            trainer.check_batch,
+            config.prefetch,
         )
         self.reader.check_ends("train")
         self.history = History()
@@ -139,11 +150,13 @@ class Run(BaseLogger):
         self.block: StepBlock | None = None
         self.batch_sizes = array("i")  # a list would take ten times as much for each step
         self.step_logs: dict[str, DeviceValues] = {}
+        self.step_arrays: dict[str, Any] = {}
         self.logs: dict[str, Any] = {}
         self.status = RunStatus.CREATED
         self.stop_reason = ""
         self.exception: BaseException | None = None
         self.resuming = False
+        self.open_ended = False
         self.closing = contextlib.ExitStack()
         self.settings = Settings(trainer, config.transform)
         self.callbacks = CallbackCoordinator(config.callbacks, self)
@@ -200,6 +213,10 @@ class Run(BaseLogger):
     def open_epoch(self) -> EpochReader:
         """Begins an epoch, or continues one, and returns its data."""
         resumed = self.step > 0
+        known = 0 if self.open_ended else self.epochs * (self.steps or 0)
+        self.executor.progress.set(self.epoch, known)
+        if self.status in (RunStatus.CREATED, RunStatus.RESTORED):
+            begin_schedules(self.trainer, known, self.status is RunStatus.RESTORED)
         data = self.reader.epoch(self.epoch, start=self.step)
         if not resumed:
             self.batch_sizes, self.logs = array("i"), {}
@@ -223,22 +240,28 @@ class Run(BaseLogger):
 
     def record(self, block: StepBlock, outputs: Any) -> None:
         """Records the steps of a block, and tells the callbacks."""
-        terms = as_terms(outputs)
+        terms = as_terms(outputs, self.trainer.primary)
         names = sorted(terms, key=lambda name: name != "loss")  # JAX sorts them by name
-        self.step_logs = {name: DeviceValues(terms[name], block.count) for name in names}
+        arrays = self.executor.array_terms
+        self.step_logs = {
+            name: DeviceValues(terms[name], block.count) for name in names if name not in arrays
+        }
+        self.step_arrays = {name: terms[name] for name in arrays}
         steps = range(self.step, self.step + block.count)
         self.history.add_steps(self.epoch, self.step, self.step_logs)
         self.batch_sizes.extend(itertools.repeat(block.batch_size, block.count))
         self.step = steps.stop
-        self.callbacks.on_steps_end(steps, self.step_logs["loss"])
+        self.callbacks.on_steps_end(steps, self.step_logs.get("loss"))
         self.callbacks.on_boundary()
 
     def close_epoch(self) -> None:
         """Ends an epoch: its logs, the callbacks, and the next one begins."""
         self._warn_of_missing_steps()
-        self.steps = self.steps or self.step
+        if not self.open_ended:
+            self.steps = self.steps or self.step
         metrics = {metric.name: metric.evaluate() for metric in self.metrics}
-        self.logs.update(self._weighted_means() | metrics | self._validation_logs())
+        rates = rates_of(self.trainer)
+        self.logs.update(self._weighted_means() | metrics | rates | self._validation_logs())
         self._move(RunStatus.EPOCH_END)
         self.callbacks.on_epoch_end()
         measured = self._validation_logs()
@@ -306,13 +329,17 @@ class Run(BaseLogger):
 
     def _weighted_means(self) -> dict[str, float]:
         """Returns the means of loss and terms over the epoch, weighted by the batches' sizes."""
-        losses = self.history.steps_of(self.epoch)["loss"]
-        bad = np.flatnonzero(~np.isfinite(losses))
-        if len(bad):
+        columns = self.history.steps_of(self.epoch)
+        monitored = {"loss": columns["loss"]} if "loss" in columns else columns
+        for name, losses in monitored.items():
+            bad = np.flatnonzero(~np.isfinite(losses))
+            if not len(bad):
+                continue
             self.logger.warning(
-                "The loss is not finite from step %d of epoch %d on (%s). Try a smaller learning "
+                "The %s is not finite from step %d of epoch %d on (%s). Try a smaller learning "
                 "rate (trainer.lr_finder finds one), or clip gradients: "
                 "keras.optimizers.Adam(clipnorm=1.0).",
+                name,
                 bad[0],
                 self.epoch + 1,
                 losses[bad[0]],
@@ -340,7 +367,7 @@ class Run(BaseLogger):
             "settings": self.settings.get_state(),
             "variables": variables_state(self.variables()),
             "random": random_state(),
-            "data": self.reader.get_state(self.epoch, self.step),
+            "data": data_state(self.reader, self.epoch, self.step, self.executor.example),
             "history": self.history.get_state(),
             "shared": storable(self.callbacks.shared_dict),
             "callbacks": callbacks_state(self.callbacks.callbacks),
@@ -364,6 +391,8 @@ class Run(BaseLogger):
             ValueError: If it is the state of another run; the message says what differs.
         """
         accept = self.config.resume_changes == "accept"
+        for callback in self.callbacks.callbacks:
+            callback.on_resume(state["progress"]["epoch"], state["progress"]["step"])
         self.settings.check(state["settings"], accept)
         progress = state["progress"]
         self.epoch, self.step = progress["epoch"], progress["step"]
@@ -383,6 +412,7 @@ class Run(BaseLogger):
             saved, variables = without_learning_rates(saved, variables)
         check_variables(saved, variables, same_backend)
         restore_variables(saved, variables)
+        self.executor.progress.forget()
         self.batch_sizes = array("i", progress["batch_sizes"].tolist())
         self.history.set_state(state["history"])
         self.callbacks.shared_dict |= state["shared"]
@@ -409,7 +439,9 @@ class Run(BaseLogger):
         self.stop_reason = progress["stop_reason"]
         if not self.stopping:
             return
-        if self.epochs > progress["epochs"]:
+        if self.stop_reason == TIME_IS_UP:
+            self.trainer.early_stop, self.stop_reason = False, ""
+        elif self.epochs > progress["epochs"]:
             self.logger.info(
                 "The saved run was stopped early in epoch %d (%s) and %d epochs are asked for "
                 "instead of %d: training continues.",

@@ -6,9 +6,12 @@ import keras
 import numpy as np
 
 from polus.configuration import Difference, changes_since, check_changes, describe_parts
-from polus.data import iterator_state
+from polus.data import DataReader, iterator_state
+from polus.data.batches import map_arrays
 from polus.describe import describe_object
 from polus.history import History
+from polus.host import to_host
+from polus.models import Models
 from polus.state import random_state
 from polus.state_tree import check_layout, is_count
 from polus.training_state import (
@@ -105,9 +108,11 @@ class Settings:
 
     def get_state(self) -> dict[str, Any]:
         """Returns what the run began with, and what callbacks have made of it since."""
-        if "model" not in self.first:
+        if "trainable_weights" not in self.first:
             self.first |= self._describe_models() | self._describe_trained()
-        return {"first": self.first, "newest": self.first | self._describe()}
+        # What is trained changes where a callback thaws layers.
+        newest = self.first | self._describe() | self._describe_trained()
+        return {"first": self.first, "newest": newest}
 
     def check(self, saved: dict[str, Any], accept: bool) -> None:
         """Compares the settings before the models are built: a changed one may not even run.
@@ -137,17 +142,23 @@ class Settings:
         self.changes += new
 
     def _describe(self) -> dict[str, Any]:
-        names = ("optimizer", "loss", "metrics", "post_process_logits", "post_process_grads")
+        names = (
+            *("optimizer", "loss", "metrics", "validation_metrics"),
+            *("post_process_logits", "post_process_grads"),
+        )
         parts = {name: getattr(self.trainer, name) for name in names}
-        ignored = {*parts, *self._models(), *NOT_SETTINGS}
+        models = {name.partition(".")[0] for name in self._models()}
+        ignored = {*parts, *models, *NOT_SETTINGS}
         return {
             **describe_parts({**parts, "transform": self.transform}),
             "trainer": describe_object(self.trainer, "trainer", ignored),
         }
 
     def _describe_models(self) -> dict[str, Any]:
-        models = {f"trainer.{name}": model for name, model in self._models().items()}
-        models["model"] = models.pop("trainer.model")
+        models = {
+            name if name.partition(".")[0] == "model" else f"trainer.{name}": model
+            for name, model in self._models().items()
+        }
         return describe_parts(models)
 
     def _describe_trained(self) -> dict[str, Any]:
@@ -155,8 +166,30 @@ class Settings:
         return describe_parts({"trainable_weights": trained})
 
     def _models(self) -> dict[str, keras.layers.Layer]:
-        held = vars(self.trainer).items()
-        return {name: value for name, value in held if isinstance(value, keras.layers.Layer)}
+        """Returns what the trainer's attributes hold by name: "model", or "model.generator"."""
+        found: dict[str, keras.layers.Layer] = {}
+        for name, value in vars(self.trainer).items():
+            if isinstance(value, Models):
+                found |= {f"{name}.{part}": model for part, model in value.items()}
+            elif isinstance(value, keras.layers.Layer):
+                found[name] = value
+        return found
+
+
+def data_state(reader: DataReader, epoch: int, step: int, example: Any) -> dict[str, Any]:
+    """Returns what a resumed run needs to read on before a step.
+
+    Args:
+        reader: The reader of the data.
+        epoch: The current epoch.
+        step: The next step of it.
+        example: The arguments of a batch.
+    """
+    state = reader.get_state(epoch, step)
+    if reader.adapter.live:  # a resumed run can't make a batch before its models are there
+        arrays = iterator_state.encode(map_arrays(to_host, example))
+        state |= {"example": arrays, "live": reader.adapter.live_state()}
+    return state
 
 
 def check_state(facts: dict[str, Any], state: Any) -> None:

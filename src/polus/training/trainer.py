@@ -6,32 +6,29 @@ from typing import TYPE_CHECKING, Any, Literal, Never, Self, TypeVar, Unpack
 
 import keras
 
+from polus.average import Average, averages_of, weights_for
 from polus.backends import backend
 from polus.backends.base import as_arguments
 from polus.backends.scopes import active_dry_run
 from polus.callbacks.base import ICallback, KerasCallbackLike
 from polus.history import History
-from polus.log import BaseLogger
 from polus.masks import stop_gradient
 from polus.metrics import MetricLike, as_metrics, update_metrics
+from polus.steps.progress import ProgressVariable
 from polus.steps.update import apply_gradients
 from polus.steps.variables import StepVariables, unique
 from polus.training import checks
-from polus.training.config import (
-    TrainArguments,
-    TrainConfig,
-    check_names,
-    one_transform,
-)
+from polus.training.config import TrainArguments, TrainConfig, check_names, one_transform
 from polus.training.copies import deep_copy, shallow_copy
 from polus.training.engine import CompiledMethod, Engine
 from polus.training.evaluation import evaluate
 from polus.training.loop import train_loop
+from polus.training.methods import TrainerMethods
 from polus.training.reports import check_step, describe_trainer
 from polus.training.spellings import unite_spellings
 
 if TYPE_CHECKING:
-    from polus.lr_finder import LRFinderResult, SuggestionName
+    pass
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -41,7 +38,7 @@ def _compiled(fn: F) -> F:
     return CompiledMethod(fn, lambda trainer: trainer._engine.executor.update)  # type: ignore[return-value]
 
 
-class BaseTrainer(BaseLogger):
+class BaseTrainer(TrainerMethods):
     """Gradient descent over batches. Extend it and write what a step computes.
 
     ```python
@@ -62,12 +59,16 @@ class BaseTrainer(BaseLogger):
     is left out keeps an attribute of that name that was set before `super().__init__()`.
 
     Args:
-        model: A `keras.Model`. It may be unbuilt: the first batch builds it.
+        model: A `keras.Model`. It may be unbuilt: the first batch builds it. Or a dict of models,
+            which are trained together: `trainer.model["generator"]` or `trainer.model.generator`.
         optimizer: A `keras.optimizers.Optimizer`.
         loss: A callable that takes what `forward_with_grads` returns. It returns a scalar tensor,
-            or a dict of scalars of which the one named "loss" is minimized and all are recorded.
+            or a dict of scalars of which the one named "loss" is minimized and all are recorded. A
+            method named `loss` serves too. A trainer with a `train_step` of its own needs none.
         metrics: `polus.metrics.IMetric` or `keras.metrics.Metric` objects. For a model whose
-            outputs are a dict, a dict of the name of an output to its metrics.
+            outputs are a dict, a dict of the name of an output to its metrics. By phase:
+            `{"train": [...], "validation": [...]}`; else a validation takes the same ones, except
+            those of a single value, such as `keras.metrics.Mean`, which only the step feeds.
         post_process_prediction: Applied to the model's output before the loss. It is kept as
             `post_process_logits`.
         post_process_grads: Takes and returns the list of gradients (None where there is none)
@@ -75,9 +76,15 @@ class BaseTrainer(BaseLogger):
         trainable_weights: The variables to train. By default all trainable ones of the model.
         weighted_metrics: Metrics that sample weights count for; those of `metrics` ignore them.
         post_process_logits: Another name of `post_process_prediction`.
+        primary: The name of the term of `train_step` that is recorded and monitored as "loss" too.
+            Without it, and without a term named "loss", a run has none. It may be an attribute of
+            the class as well.
 
     Attributes:
         step_counter: An int32 variable that counts updates. `forward_*` may use it.
+        epoch: An int32 variable that the loop sets to the current epoch, from 0.
+        total_steps: An int32 variable that the loop sets to the steps of the whole run; 0 until
+            they are known, which is from the beginning with `steps`.
         early_stop: Set it to True (in a callback) to end training after the current step.
 
     Raises:
@@ -85,6 +92,10 @@ class BaseTrainer(BaseLogger):
     """
 
     step_counter: keras.Variable
+    primary: str | None = None
+    epoch = ProgressVariable("epoch", lambda trainer: trainer._engine.executor.progress)
+    total_steps = ProgressVariable("total_steps", lambda trainer: trainer._engine.executor.progress)
+    loss: Callable[..., Any]  # None where a train_step of one's own needs none
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -95,9 +106,9 @@ class BaseTrainer(BaseLogger):
 
     def __init__(
         self,
-        model: keras.Model,
+        model: keras.Model | Mapping[str, keras.Model],
         optimizer: keras.optimizers.Optimizer,
-        loss: Callable[..., Any],
+        loss: Callable[..., Any] | None = None,
         metrics: Sequence[MetricLike] | Mapping[str, Any] | None = None,
         post_process_prediction: Callable[[Any], Any] | None = None,
         post_process_grads: Callable[[list[Any]], list[Any]] | None = None,
@@ -105,23 +116,24 @@ class BaseTrainer(BaseLogger):
         trainable_weights: Sequence[keras.Variable] | None = None,
         weighted_metrics: Sequence[MetricLike] | Mapping[str, Any] | None = None,
         post_process_logits: Callable[[Any], Any] | None = None,
+        primary: str | None = None,
     ) -> None:
-        if type(self) is BaseTrainer:
-            raise TypeError(
-                "BaseTrainer must be extended, not instantiated. Write a class with "
-                "forward_with_grads, or use ClassifierTrainer for (x, y) batches."
-            )
+        checks.check_extended(type(self) is not BaseTrainer)
         super().__init__()
-        checks.check_kinds(model, optimizer, loss)
+        model = checks.checked_model(model)
+        checks.check_optimizer(optimizer)
         checks.check_function(post_process_grads, "post_process_grads")
         process = checks.one_processing(post_process_prediction, post_process_logits)
         self.model = model
         self.optimizer = checks.loss_scaled(optimizer, model)
-        self.loss = loss
+        if loss is not None or not hasattr(self, "loss"):
+            self.loss = loss  # type: ignore[assignment]
+        checks.check_loss(self.loss, vars(self), type(self).train_step is BaseTrainer.train_step)
+        if primary is not None:
+            self.primary = primary
         given = metrics if metrics is not None else getattr(self, "metrics", ())
         self.weighted_metrics = as_metrics(weighted_metrics, weighted=True)
-        self.metrics = [*as_metrics(given), *self.weighted_metrics]
-        checks.check_metric_names(self.metrics)
+        self.metrics, self.validation_metrics = checks.checked_metrics(given, self.weighted_metrics)
         self.post_process_logits = process or getattr(self, "post_process_logits", None)
         self.post_process_grads = post_process_grads or getattr(self, "post_process_grads", None)
         if trainable_weights is not None:
@@ -160,7 +172,9 @@ class BaseTrainer(BaseLogger):
     def evaluation_step(self, *inputs: Any, **kwargs: Any) -> Any:
         """Returns what validation metrics take, in inference mode.
 
-        By default it returns (y, prediction) of an (x, y) batch.
+        By default it returns (y, prediction) of an (x, y) batch. It may return a dict of names to
+        the samples of that metric, `{"accuracy": (y, logits), "kid": (x, fake)}`. Metrics that it
+        leaves out are not validated; scalars of other names, such as "loss", are averaged.
         """
         if len(inputs) < 2:
             raise NotImplementedError(
@@ -279,8 +293,16 @@ class BaseTrainer(BaseLogger):
     def step_parts(self) -> list[Any]:
         """Returns the objects that a compiled step is made of. Replacing one compiles anew."""
         processing = (self.post_process_logits, self.post_process_grads)
-        parts = [self.model, self.optimizer, self.loss, *processing, *self.metrics]
-        return [*parts, *self.trainable_weights]
+        metrics = [*self.metrics, *(self.validation_metrics or ())]
+        return [
+            self.model,
+            self.optimizer,
+            self.loss,
+            *processing,
+            *metrics,
+            *averages_of(self),
+            *self.trainable_weights,
+        ]
 
     def prepare_step(self, *inputs: Any, **kwargs: Any) -> None:
         """Prepares what a step needs, given a batch, before the step first runs.
@@ -310,6 +332,9 @@ class BaseTrainer(BaseLogger):
         *,
         train_map_f: Callable[[Any], Any] | None = None,
         steps_per_execution: int | None = None,
+        prefetch: int | None = None,
+        run_eagerly: bool | None = None,
+        max_secs: float | None = None,
         resume: str | PathLike[str] | None = None,
         resume_changes: Literal["refuse", "accept"] | None = None,
         **unknown: Never,
@@ -320,7 +345,8 @@ class BaseTrainer(BaseLogger):
 
         Args:
             tf_dataset: The data; see `polus.data.as_adapter` for what it may be. A tuple or list
-                batch is unpacked into the step's arguments; anything else is one argument.
+                batch is unpacked into the step's arguments; anything else is one argument. None
+                with `steps` trains without data: the step takes no arguments.
             epochs: The number of passes over the data.
             callbacks: `polus.callbacks` and `keras.callbacks` objects.
             custom_data_transform_f: A Python function applied to each batch before the step.
@@ -331,6 +357,12 @@ class BaseTrainer(BaseLogger):
             train_map_f: Another name of `custom_data_transform_f`.
             steps_per_execution: The number of steps per call of the backend. By default Polus
                 times several and uses the fastest. Slow data gets fewer.
+            prefetch: How many blocks of batches a thread reads ahead, 2 by default. 0 reads each
+                batch in the main thread right before its step.
+            run_eagerly: Whether steps run as they are written, operation by operation, one per
+                call: prints, breakpoints and values work in them. Slow.
+            max_secs: The seconds after which training ends in order. A run that continues from a
+                checkpoint has all of them again.
             resume: A folder of checkpoints to continue from and, with a
                 `polus.checkpoint.Checkpoint` among the callbacks, to save to.
             resume_changes: "accept" continues a run although settings that may change on the way
@@ -345,61 +377,9 @@ class BaseTrainer(BaseLogger):
         """
         given = {n: value for n, value in locals().items() if n not in ("self", "unknown")}
         check_names(unknown)
-        config = TrainConfig.checked(self._engine.arguments | one_transform(given))
-        self.early_stop = False
-        with self._engine.running(self, config) as run:
+        arguments = self._engine.arguments | one_transform(given)
+        with self._engine.running(self, TrainConfig.checked(arguments)) as run:
             return train_loop(run)
-
-    def lr_finder(
-        self,
-        tf_dataset: Any = None,
-        use_lr_found: bool = False,
-        *,
-        start_lr: float = 1e-7,
-        end_lr: float = 10.0,
-        num_steps: int = 100,
-        stop_factor: float = 4.0,
-        suggestion: "SuggestionName" = "steep",
-        optimizer: keras.optimizers.Optimizer | None = None,
-    ) -> "LRFinderResult":
-        """Finds a learning rate by the range test, and leaves no trace on the training.
-
-        Runs `num_steps` steps at rates that grow exponentially, and reads the rate to train with
-        from the curve of their losses (Smith 2015, arXiv:1506.01186). The same batches then run
-        once more at a rate of zero, which shows how hard each of them is. Afterwards weights,
-        optimizer, metrics, generators and the dataset's shuffling are as before, also after an
-        error or Ctrl-C. No callback hears of it.
-
-        Args:
-            tf_dataset: As for `train`, but not a bare iterator. It is repeated if it is shorter.
-                By default that of `changing_train_config`, with its `custom_data_transform_f`.
-            use_lr_found: Whether the optimizer keeps the suggestion as its learning rate.
-            start_lr: The first rate; far too small is right.
-            end_lr: The last rate; far too large is right, since the sweep stops when the loss
-                diverges.
-            num_steps: The number of steps, at least 16.
-            stop_factor: The sweep stops when the smoothed loss exceeds this many times its best, or
-                the loss is not finite.
-            suggestion: "steep", "valley", "slide" or "minimum": see `polus.lr_finder`.
-            optimizer: The optimizer to sweep if the step uses several. By default the trainer's
-                own.
-
-        Returns:
-            The curve and the suggestions: see `polus.lr_finder.LRFinderResult`.
-
-        Raises:
-            ValueError: For arguments that make no sweep; with `use_lr_found`, for a curve that
-                suggests nothing, and for an optimizer whose rate is a schedule.
-        """
-        from polus.lr_finder import SweepSettings, find
-
-        engine = self._engine
-        settings = SweepSettings(start_lr, end_lr, num_steps, stop_factor, suggestion)
-        swept = self.optimizer if optimizer is None else optimizer
-        with engine.paused():
-            return find(
-                engine.executor, engine.arguments, tf_dataset, use_lr_found, settings, swept
-            )
 
     def changing_train_config(self, **arguments: Unpack[TrainArguments]) -> None:
         """Keeps arguments of `train` for later calls that leave them out.
@@ -417,6 +397,8 @@ class BaseTrainer(BaseLogger):
         dataset: Any,
         custom_data_transform_f: Callable[[Any], Any] | None = None,
         steps: int | None = None,
+        *,
+        model: "keras.Model | Average | None" = None,
     ) -> dict[str, Any]:
         """Evaluates the trainer's metrics over a dataset, and its loss if it has one.
 
@@ -427,13 +409,17 @@ class BaseTrainer(BaseLogger):
             dataset: As for `train`.
             custom_data_transform_f: A Python function applied to each batch.
             steps: The number of batches at most.
+            model: An `Average`, or a model of the same architecture, whose weights are evaluated in
+                place of the model's own.
 
         Returns:
             Metric names and values, and "loss" and its terms (where `evaluation_loss` returns
             one), weighted by the number of examples.
         """
+        weights = () if model is None else weights_for(self.model, model)
         with self._engine.paused():
-            return evaluate(self._engine.executor, dataset, custom_data_transform_f, steps)
+            executor = self._engine.executor
+            return evaluate(executor, dataset, custom_data_transform_f, steps, weights)
 
     def __copy__(self) -> Self:
         """Returns a trainer of the same parts, with an engine and a step counter of its own."""

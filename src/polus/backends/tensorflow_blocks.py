@@ -1,0 +1,89 @@
+"""Many batches of a `tf.data` pipeline, read and stacked in one call of TensorFlow's graph."""
+
+from typing import Any, TypeVar
+
+import tensorflow as tf
+
+T = TypeVar("T")
+
+
+def padded(rows: Any, capacity: int) -> Any:
+    """Fills the first axis of a tensor up to `capacity` with zeros."""
+    missing = capacity - rows.shape[0]
+    return tf.pad(rows, [[0, missing]] + [[0, 0]] * (rows.shape.rank - 1)) if missing else rows
+
+
+class GraphBlocks:
+    """Takes batches out of a dataset's iterator in graph: no Python between two of them."""
+
+    def __init__(self, iterator: Any) -> None:
+        self.iterator = iterator
+        self.specs = tf.nest.flatten(iterator.element_spec)
+
+    def read(self, first: T, want: int, secs: float) -> tuple[int, T, T | None]:
+        count, stacked, other, left = _read(
+            self.iterator,
+            tf.nest.flatten(first),
+            tf.constant(want),
+            tf.constant(secs, tf.float64),
+        )
+        pack = tf.nest.pack_sequence_as
+        return int(count), pack(first, stacked), pack(first, left) if bool(other) else None
+
+    def pad(self, batches: T, capacity: int) -> T:
+        padded: T = tf.nest.map_structure(lambda rows: padded(rows, capacity), batches)
+        return padded
+
+
+@tf.function(autograph=False, reduce_retracing=True)
+def _read(iterator: Any, first: list[Any], want: Any, secs: Any) -> Any:
+    began = tf.timestamp()  # in here: the first call takes longer, to trace this
+    specs = tf.nest.flatten(iterator.element_spec)
+    rows = [
+        tf.TensorArray(spec.dtype, want, infer_shape=False, element_shape=spec.shape)
+        for spec in specs
+    ]
+    rows = _written(rows, 0, first)
+
+    def body(i: Any, more: Any, other: Any, rows: list[Any], left: list[Any]) -> Any:
+        item = iterator.get_next_as_optional()
+
+        def take() -> Any:
+            values = tf.nest.flatten(item.get_value())
+            same = _same_shapes(values, first)
+            written = tf.cond(same, lambda: _written(rows, i, values), lambda: rows)
+            with tf.control_dependencies(values):
+                early = tf.timestamp() - began < secs
+            return tf.cast(same, tf.int32), same & early, ~same, written, values
+
+        def end() -> Any:
+            no = tf.constant(False)
+            return tf.constant(0), no, no, rows, left
+
+        added, more, other, rows, left = tf.cond(item.has_value(), take, end)
+        return i + added, more, other, rows, left
+
+    count, _, other, rows, left = tf.while_loop(
+        lambda i, more, *_: more & (i < want),
+        body,
+        (tf.constant(1), tf.constant(True), tf.constant(False), rows, first),
+        shape_invariants=(
+            *[tf.TensorShape(())] * 3,
+            [tf.TensorShape(None)] * len(rows),
+            [spec.shape for spec in specs],
+        ),
+        parallel_iterations=1,
+    )
+    return count, [row.gather(tf.range(count)) for row in rows], other, left
+
+
+def _written(rows: list[Any], i: Any, values: list[Any]) -> list[Any]:
+    """Writes each value into row `i` of its `tf.TensorArray`."""
+    return [row.write(i, value) for row, value in zip(rows, values, strict=True)]
+
+
+def _same_shapes(values: list[Any], references: list[Any]) -> Any:
+    same = tf.constant(True)
+    for value, reference in zip(values, references, strict=True):
+        same &= tf.reduce_all(tf.shape(value) == tf.shape(reference))
+    return same

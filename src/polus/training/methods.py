@@ -1,0 +1,176 @@
+"""What a trainer does besides training: loops of one's own, predictions, the range test."""
+
+import contextlib
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+import keras
+
+from polus.callbacks.base import ICallback, KerasCallbackLike
+from polus.log import BaseLogger
+from polus.optimizers import optimizers_of
+from polus.training.config import one_transform
+from polus.training.engine import Engine
+from polus.training.prediction import predict
+from polus.training.session import Session, open_session
+from polus.training.together import minimize_together
+
+if TYPE_CHECKING:
+    from polus.lr_finder import LRFinderResult, SuggestionName
+
+
+class TrainerMethods(BaseLogger):
+    """The base of `BaseTrainer` with what few programs need."""
+
+    model: keras.Model
+    optimizer: keras.optimizers.Optimizer
+    post_process_grads: Callable[[list[Any]], list[Any]] | None
+    _engine: Engine
+
+    def predicted(self, outputs: Any) -> Any:
+        """Returns a prediction from the model's outputs."""
+        return outputs
+
+    def session(
+        self,
+        callbacks: Sequence[ICallback | KerasCallbackLike] | None = None,
+        *,
+        resume: str | PathLike[str] | None = None,
+        learning_rate: float | None = None,
+    ) -> contextlib.AbstractContextManager[Session]:
+        """Begins a run whose loop is your own, with callbacks, history and checkpoints as `train`.
+
+        ```python
+        with trainer.session(callbacks=[...], resume="runs/ppo") as run:
+            while run.epoch < 100:
+                for batch in rollout(trainer.model):
+                    run.step(*batch)
+                run.end_epoch(reward=...)
+        ```
+
+        The block ends at the next step after a callback, or `run.stop("kl")`, has stopped it.
+
+        Args:
+            callbacks: As for `train`.
+            resume: A folder of checkpoints to continue from and to save to, as for `train`. The
+                block then begins at `run.epoch`, after `run.num_steps` steps of it.
+            learning_rate: As for `train`.
+        """
+        given = one_transform({"resume": resume, "learning_rate": learning_rate})
+        trainer: Any = self
+        start = functools.partial(self._engine.running, trainer)
+        return open_session(start, callbacks, given)
+
+    def minimize_together(
+        self,
+        losses_fn: Callable[[], Mapping[str, Any]],
+        groups: Mapping[str, tuple[Sequence[keras.Variable], keras.optimizers.Optimizer]],
+    ) -> Any:
+        """Updates groups of variables, each down the gradient of its own loss, at once.
+
+        The losses come from one forward pass, and all gradients are taken before any update.
+
+        ```python
+        losses = self.minimize_together(
+            lambda: {"g_loss": ..., "d_loss": ...},
+            {"g_loss": (g.trainable_weights, g_optimizer), "d_loss": (d.trainable_weights, d_opt)},
+        )
+        ```
+
+        Args:
+            losses_fn: Takes nothing and returns a dict with a scalar for each group. It may have
+                other terms, which are returned as well.
+            groups: The name of a loss to the variables that minimize it, and their optimizer.
+
+        Returns:
+            What `losses_fn` returned.
+
+        Raises:
+            ValueError: If a loss is missing, is no scalar or depends on none of its variables, or
+                if two groups share a variable.
+        """
+        return minimize_together(losses_fn, groups, self.post_process_grads)
+
+    def prediction_step(self, *inputs: Any, **kwargs: Any) -> Any:
+        """Returns what `predict` collects: tensors, or dicts of them, with a row per example.
+
+        By default it returns the prediction for the first part of a batch.
+        """
+        return self.predicted(self.model(inputs[0], training=False))
+
+    def predict(
+        self,
+        dataset: Any,
+        custom_data_transform_f: Callable[[Any], Any] | None = None,
+        steps: int | None = None,
+    ) -> Any:
+        """Predicts all examples of a dataset, in their order: what `prediction_step` returns.
+
+        Runs compiled and in inference mode, and leaves the training undisturbed. The device holds
+        the outputs of two batches at most.
+
+        Args:
+            dataset: As for `train`. What `from_arrays` returns is read unshuffled.
+            custom_data_transform_f: A Python function applied to each batch.
+            steps: The number of batches at most.
+
+        Returns:
+            A NumPy array, or a structure of arrays, with the examples along the first axis.
+        """
+        with self._engine.paused():
+            executor = self._engine.executor
+            return predict(executor, self.prediction_step, dataset, custom_data_transform_f, steps)
+
+    def lr_finder(
+        self,
+        tf_dataset: Any = None,
+        use_lr_found: bool = False,
+        *,
+        start_lr: float = 1e-7,
+        end_lr: float = 10.0,
+        num_steps: int = 100,
+        stop_factor: float = 4.0,
+        suggestion: "SuggestionName" = "steep",
+        optimizer: keras.optimizers.Optimizer | str | None = None,
+    ) -> "LRFinderResult":
+        """Finds a learning rate by the range test, and leaves no trace on the training.
+
+        Runs `num_steps` steps at rates that grow exponentially, and reads the rate to train with
+        from the curve of their losses (Smith 2015, arXiv:1506.01186). The same batches then run
+        once more at a rate of zero, which shows how hard each of them is. Afterwards weights,
+        optimizer, metrics, generators and the dataset's shuffling are as before, also after an
+        error or Ctrl-C. No callback hears of it.
+
+        Args:
+            tf_dataset: As for `train`, but not a bare iterator. It is repeated if it is shorter.
+                By default that of `changing_train_config`, with its `custom_data_transform_f`.
+            use_lr_found: Whether the optimizer keeps the suggestion as its learning rate.
+            start_lr: The first rate; far too small is right.
+            end_lr: The last rate; far too large is right, since the sweep stops when the loss
+                diverges.
+            num_steps: The number of steps, at least 16.
+            stop_factor: The sweep stops when the smoothed loss exceeds this many times its best, or
+                the loss is not finite.
+            suggestion: "steep", "valley", "slide" or "minimum": see `polus.lr_finder`.
+            optimizer: The optimizer to sweep if the step uses several, or its name, such as
+                "d_optimizer". By default the trainer's own.
+
+        Returns:
+            The curve and the suggestions: see `polus.lr_finder.LRFinderResult`.
+
+        Raises:
+            ValueError: For arguments that make no sweep; with `use_lr_found`, for a curve that
+                suggests nothing, and for an optimizer whose rate is a schedule.
+        """
+        from polus.lr_finder import SweepSettings, find
+
+        engine = self._engine
+        settings = SweepSettings(start_lr, end_lr, num_steps, stop_factor, suggestion)
+        named = optimizers_of(self) if isinstance(optimizer, str) else {}
+        swept: Any = self.optimizer if optimizer is None else named.get(optimizer, optimizer)
+        with engine.paused():
+            return find(
+                engine.executor, engine.arguments, tf_dataset, use_lr_found, settings, swept
+            )

@@ -1,0 +1,136 @@
+"""A run whose loop is the user's own."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from polus.callbacks.base import ICallback, KerasCallbackLike
+from polus.data import PushedAdapter, StepBlock
+from polus.history import History
+from polus.host import to_host
+from polus.steps.compiled import CompiledStep
+from polus.training.config import TrainConfig
+from polus.training.run import Run
+
+# More epochs than any loop has, since a session does not know how many it will have.
+OPEN_END = 2**31 - 1
+
+
+class _StoppedError(Exception):
+    """Ends the block of a session that was stopped."""
+
+
+class Session:
+    """The steps of a run, one by one, with all that `train` has around them.
+
+    Args:
+        run: The run.
+        data: What its batches are pushed to.
+
+    Attributes:
+        run: The run, as callbacks see it.
+    """
+
+    def __init__(self, run: Run, data: PushedAdapter) -> None:
+        self.run = run
+        self._data = data
+        self._blocks: Iterator[StepBlock] | None = None
+        self._program: CompiledStep | None = None
+
+    @property
+    def history(self) -> History:
+        """What was recorded so far."""
+        return self.run.history
+
+    @property
+    def epoch(self) -> int:
+        """The current epoch, from 0; of a resumed session, where to go on."""
+        return self.run.epoch
+
+    @property
+    def num_steps(self) -> int:
+        """The number of steps of the current epoch so far."""
+        return self.run.step
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the session was stopped. Its block then ends at the next step."""
+        return self.run.stopping
+
+    def stop(self, reason: str) -> None:
+        """Ends the session in order: the next step leaves its block."""
+        self.run.stop(reason)
+
+    def step(self, *batch: Any) -> Any:
+        """Runs one compiled step on a batch: the arguments of `train_step`.
+
+        Returns:
+            What the step returned, on the device.
+        """
+        run = self.run
+        if run.stopping:
+            raise _StoppedError
+        self._data.push(batch)
+        if self._blocks is None:
+            data = run.open_epoch()
+            run.executor.prepare(data.example)
+            self._program = run.tuned_step(data)
+            self._blocks = data.blocks(1, handle_signals=run.handle_signals)
+        assert self._program is not None  # made with the blocks
+        block = next(self._blocks)
+        run.callbacks.on_train_batch_begin()
+        program, arguments = self._program.program(block)
+        outputs = program(*arguments)
+        run.record(block, outputs)
+        run.handle_signals()
+        return outputs
+
+    def end_epoch(self, **logs: Any) -> dict[str, Any]:
+        """Ends an epoch: its metrics, means, callbacks.
+
+        Args:
+            logs: Values of the user's own for the epoch's logs, which callbacks may monitor.
+
+        Returns:
+            The logs of the epoch.
+
+        Raises:
+            ValueError: If it has no step.
+        """
+        if self._blocks is None:
+            raise ValueError("The epoch has no step to end. Call run.step(*batch) before.")
+        blocks, self._blocks = self._blocks, None
+        blocks.close()  # type: ignore[attr-defined]
+        self.run.logs.update({name: to_host(value).tolist() for name, value in logs.items()})
+        self.run.close_epoch()
+        self.run.handle_signals()
+        return self.run.logs
+
+    def close(self) -> None:
+        """Ends an epoch that is still open."""
+        if self._blocks is not None:
+            self.end_epoch()
+
+
+@contextlib.contextmanager
+def open_session(
+    start: Callable[[TrainConfig], contextlib.AbstractContextManager[Run]],
+    callbacks: Sequence[ICallback | KerasCallbackLike] | None,
+    arguments: dict[str, Any],
+) -> Iterator[Session]:
+    """Begins a session, and ends it in order; see `BaseTrainer.session`.
+
+    Args:
+        start: Begins a run.
+        callbacks: The callbacks of the run.
+        arguments: Other arguments of `train`.
+    """
+    data = PushedAdapter()
+    given = {"tf_dataset": data, "epochs": OPEN_END, "callbacks": callbacks or [], **arguments}
+    with start(TrainConfig.checked(given)) as run:
+        run.open_ended = True
+        session = Session(run, data)
+        with contextlib.suppress(_StoppedError):
+            yield session
+        session.close()
+        run.executor.finalize()

@@ -1,0 +1,174 @@
+"""Gradients by inputs, and those of several losses from one forward pass."""
+
+import keras
+import numpy as np
+import pytest
+from keras import layers, ops
+
+from polus import core
+from polus.training import BaseTrainer
+
+X = np.random.default_rng(0).normal(size=(16, 4)).astype("float32")
+
+
+def host(value):
+    return ops.convert_to_numpy(value)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gradients_by_inputs_follow_those_of_variables(compiled):
+    w = keras.Variable(np.float32([1, 2, 3, 4]))
+    unused = keras.Variable(np.float32(1))
+    other = np.float32([7])
+
+    def gradients(x):
+        return core.value_and_grad(
+            lambda x, _: (ops.sum(w * x**2), x), [w, unused], has_aux=True, inputs=[x, other]
+        )
+
+    run = core.function(gradients) if compiled else gradients
+    (value, aux), (by_w, by_unused, by_x, by_other) = run(X)
+    np.testing.assert_allclose(host(value), np.sum(host(w) * X**2), rtol=1e-5)
+    np.testing.assert_array_equal(host(aux), X)
+    np.testing.assert_allclose(host(by_w), np.sum(X**2, 0), rtol=1e-5)
+    np.testing.assert_allclose(host(by_x), 2 * host(w) * X, rtol=1e-5)
+    assert by_unused is None
+    assert by_other is None
+
+
+def test_gradients_by_inputs_are_differentiated_by_outer_ones():
+    """d/dw of (d/dx (w x)^2)^2 at an x that is w itself: x = w c, by hand."""
+    w, c = keras.Variable(np.float32(3)), np.float32(2)
+
+    def outer():
+        x = w * c
+        _, (slope,) = core.value_and_grad(lambda x: x**3, [], inputs=[x])  # 3 w^2 c^2
+        return slope
+
+    value, (gradient,) = core.function(lambda: core.value_and_grad(outer, [w]))()
+    assert host(value) == pytest.approx(3 * 9 * 4)
+    assert host(gradient) == pytest.approx(6 * 3 * 4)
+
+
+def test_gradients_by_inputs_that_are_not_real_raise():
+    with pytest.raises(TypeError, match=r"floating point numbers, got .*int32.*ops\.cast"):
+        core.value_and_grad(lambda x: ops.sum(x), [], inputs=[np.int32([1])])
+
+
+class Penalized(BaseTrainer):
+    """A critic whose slope at its inputs is kept at one (Gulrajani et al., arXiv:1704.00028)."""
+
+    def train_step(self, x):
+        def loss():
+            _, (slope,) = core.value_and_grad(
+                lambda x: ops.sum(self.model(x, training=True)), [], inputs=[x]
+            )
+            return ops.mean((ops.sqrt(ops.sum(slope**2, -1)) - 1) ** 2)
+
+        return {"loss": self.minimize(loss, self.trainable_weights)}
+
+
+def test_a_gradient_penalty():
+    """Of a linear critic it is (|w| - 1)^2, whose gradient is 2 (|w| - 1) w / |w|."""
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(1, use_bias=False)])
+    w = host(model.weights[0]).copy()
+    losses = Penalized(model, keras.optimizers.SGD(0.1)).train([X] * 5, 1, steps_per_execution=2)
+    expected = []
+    for _ in range(5):
+        norm = np.linalg.norm(w)
+        expected.append((norm - 1) ** 2)
+        w = w - 0.1 * 2 * (norm - 1) * w / norm
+    np.testing.assert_allclose(losses.steps["loss"], expected, rtol=1e-4)
+
+
+# ---------------------------------------------------------------------- several losses
+
+
+class Pair(BaseTrainer):
+    """Two models that judge each other, with batch norm and random numbers in the forward pass."""
+
+    def __init__(self, **arguments):
+        keras.utils.set_random_seed(6)
+        dense = lambda: keras.Sequential(  # noqa: E731
+            [keras.Input((4,)), layers.Dense(4), layers.BatchNormalization(), layers.Dense(4)]
+        )
+        super().__init__({"a": dense(), "b": dense()}, keras.optimizers.Adam(0.01), **arguments)
+        self.b_optimizer = keras.optimizers.SGD(0.1)
+        self.seed = keras.random.SeedGenerator(1)
+        self.traces = 0
+
+    def losses(self, x):
+        self.traces += 1
+        noise = keras.random.normal(ops.shape(x), seed=self.seed)
+        made = self.model.a(x + noise, training=True)
+        judged = self.model.b(made, training=True)
+        return {
+            "a": ops.mean((judged - 1) ** 2),
+            "b": ops.mean(judged**2 + made**2),
+            "other": judged[0, 0],
+        }
+
+    def groups(self):
+        a, b = self.model.a.trainable_weights, self.model.b.trainable_weights
+        return {"a": (a, self.optimizer), "b": (b, self.b_optimizer)}
+
+
+class Together(Pair):
+    def train_step(self, x):
+        return self.minimize_together(lambda: self.losses(x), self.groups())
+
+
+class ByHand(Pair):
+    """All gradients by all weights of two forward passes; the state is that of the first."""
+
+    def train_step(self, x):
+        groups = self.groups()
+        state = [*self.model.non_trainable_variables, self.seed.state]
+        before = [ops.copy(v.value) for v in state]
+        losses, by_a = core.value_and_grad(
+            lambda: ((terms := self.losses(x))["a"], terms), groups["a"][0], has_aux=True
+        )
+        for variable, value in zip(state, before, strict=True):
+            variable.assign(value)
+        _, by_b = core.value_and_grad(lambda: self.losses(x)["b"], groups["b"][0])
+        for (weights, optimizer), gradients in zip(groups.values(), (by_a, by_b), strict=True):
+            optimizer.apply(gradients, weights)
+        return losses[1]
+
+
+def test_losses_minimized_together():
+    trainer, reference = Together(), ByHand()
+    for weights, optimizer in reference.groups().values():
+        optimizer.build(weights)
+    history = trainer.train([X] * 6, 1, steps_per_execution=3)
+    expected = reference.train([X] * 6, 1, steps_per_execution=3)
+    for name in ("a", "b", "other"):
+        np.testing.assert_allclose(history.steps[name], expected.steps[name], rtol=2e-4, atol=1e-6)
+    for ours, theirs in zip(trainer.model.variables, reference.model.variables, strict=True):
+        np.testing.assert_allclose(host(ours), host(theirs), rtol=2e-3, atol=1e-5)
+    before = trainer.traces
+    trainer.train_step(X)
+    trainer.train_step(X)
+    # One pass a step; where steps are compiled, its passes are those of the compilation.
+    assert keras.backend.backend() != "torch" or trainer.traces == before + 2
+
+
+def test_losses_minimized_together_that_are_wrong_raise():
+    class Wrong(Pair):
+        def train_step(self, x):
+            return self.minimize_together(lambda: self.losses(x), self.change(self.groups()))
+
+    def train(change):
+        trainer = Wrong()
+        trainer.change = change
+        trainer.train([X], 1)
+
+    with pytest.raises(ValueError, match=r"a loss for each group, 'a', 'c', got \['a', 'b'"):
+        train(lambda groups: {"a": groups["a"], "c": groups["b"]})
+    with pytest.raises(ValueError, match="'a' and 'b' of minimize_together share the variable"):
+        train(lambda groups: {"a": groups["a"], "b": (groups["a"][0], groups["b"][1])})
+    with pytest.raises(TypeError, match="Write minimize_together"):
+        train(lambda groups: groups["a"])
+    unrelated = [keras.Variable(np.float32(1), name="unrelated")]
+    with pytest.raises(ValueError, match="depends on none of the"):
+        train(lambda groups: {"a": (unrelated, groups["a"][1])})
