@@ -68,3 +68,9 @@ def test_ddpm(tmp_path, capsys):
 def test_ppo(capsys):
     assert load("ppo").main(epochs=12) > -0.2, "a paddle that does not learn has -0.6"
     assert "Mean reward" in capsys.readouterr().out
+
+
+def test_transfer(capsys):
+    results = load("transfer").main(epochs=2)
+    assert results.keys() == {"from scratch", "transferred"}
+    assert "predictions are right" in capsys.readouterr().out
