@@ -59,7 +59,7 @@ def test_custom_step(capsys):
 
 
 def test_ddpm(tmp_path, capsys):
-    load("ddpm").main(epochs=2, num_times=4, runs=tmp_path)
+    load("ddpm").main(epochs=2, num_times=10, runs=tmp_path)
     names = {path.name for path in (tmp_path / "ddpm").iterdir()}
     assert names == {"average.keras", "epoch-001.png", "epoch-002.png"}
     assert "recognizes" in capsys.readouterr().out
