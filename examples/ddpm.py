@@ -30,7 +30,7 @@ class Diffusion(polus.BaseTrainer):
     def __init__(self, model, num_times: int, **kwargs):
         super().__init__(model, **kwargs)
         self.num_times = num_times
-        betas = np.linspace(1e-4, 0.2 * 100 / num_times, num_times)
+        betas = np.linspace(1e-4, min(20 / num_times, 0.99), num_times)
         self.alphas = (1 - betas).astype("float32")
         self.kept = np.cumprod(1 - betas).astype("float32")  # of an image, after so many steps
         self.seed = keras.random.SeedGenerator(0)

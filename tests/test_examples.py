@@ -59,7 +59,7 @@ def test_custom_step(capsys):
 
 
 def test_ddpm(tmp_path, capsys):
-    load("ddpm").main(epochs=2, num_times=4, runs=tmp_path)
+    load("ddpm").main(epochs=2, num_times=10, runs=tmp_path)
     names = {path.name for path in (tmp_path / "ddpm").iterdir()}
     assert names == {"average.keras", "epoch-001.png", "epoch-002.png"}
     assert "recognizes" in capsys.readouterr().out
@@ -68,3 +68,9 @@ def test_ddpm(tmp_path, capsys):
 def test_ppo(capsys):
     assert load("ppo").main(epochs=12) > -0.2, "a paddle that does not learn has -0.6"
     assert "Mean reward" in capsys.readouterr().out
+
+
+def test_transfer(capsys):
+    results = load("transfer").main(epochs=2)
+    assert results.keys() == {"from scratch", "transferred"}
+    assert "predictions are right" in capsys.readouterr().out

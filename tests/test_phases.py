@@ -7,6 +7,7 @@ from keras import layers, ops
 from recorder import Recorder
 
 from polus.callbacks import Unfreeze
+from polus.callbacks.unfreeze import thaw
 from polus.checkpoint import Checkpoint
 from polus.optimizers import by_name, layerwise, rebuilt
 from polus.training import ClassifierTrainer
@@ -91,7 +92,7 @@ def test_phases_are_those_of_a_loop_by_hand():
 def test_the_optimizer_keeps_what_it_knows():
     trainer = make()
     trainer.train(BATCHES, 1)
-    trainer.model.trainable = True
+    thaw(trainer.model, "*", batch_norm=True)
     old, new = trainer.optimizer, rebuilt(trainer.optimizer, trainer.model.trainable_variables)
     slots = {v.path: ops.convert_to_numpy(v) for v in new.variables}
     assert int(slots.pop(new.iterations.path)) == 3

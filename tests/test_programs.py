@@ -192,6 +192,10 @@ def test_a_dict_of_models_is_trained_named_and_saved(tmp_path, caplog):
     for old, new in zip(trainer.model.decoder.weights, loaded.weights, strict=True):
         np.testing.assert_array_equal(ops.convert_to_numpy(old), ops.convert_to_numpy(new))
     assert list(trainer.model) == ["encoder", "decoder"]
+    trainer.model.save(tmp_path / "both.keras")  # as a Keras callback does
+    both = keras.saving.load_model(tmp_path / "both.keras")
+    for old, new in zip(trainer.model.weights, both.weights, strict=True):
+        np.testing.assert_array_equal(ops.convert_to_numpy(old), ops.convert_to_numpy(new))
 
 
 def test_a_run_of_several_models_resumes_exactly(tmp_path):

@@ -113,7 +113,10 @@ def thaw(model: keras.Model, patterns: Sequence[str], batch_norm: bool = False) 
                 for part in layers_of(layer)
                 if batch_norm or not isinstance(part, keras.layers.BatchNormalization)
             }
-    model.trainable = True  # a frozen model hides the trainable layers in it
+    # A frozen model hides the trainable layers in it. False first, for TensorFlow passes nothing on
+    # to the layers in a model where the model itself does not change.
+    model.trainable = False
+    model.trainable = True
     for leaf in leaves:
         leaf.trainable = id(leaf) in trained
 
