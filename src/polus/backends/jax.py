@@ -16,7 +16,9 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 
+from polus.backends import jax_distribution
 from polus.backends.base import as_arguments
+from polus.backends.placement import Placement
 from polus.backends.scopes import DryRun, VariableRecorder, active_dry_run, current_scope
 
 Tree = Any
@@ -115,7 +117,7 @@ class _Stateful:
         value from elsewhere, which somebody may still hold or share, is copied, once.
         """
         assigned = [
-            value if (value := variable.value) is last else _copied(value)
+            value if (value := variable.value) is last else jax_distribution.copied(value)
             for variable, last in zip(self.assigned, self._last, strict=True)
         ]
         return assigned, [variable.value for variable in self.read]
@@ -178,7 +180,8 @@ class _Program:
                     break
                 except _Missed:
                     stateful.look_closer()
-            whole = jax.jit(self.whole(pure, outputs, arguments), donate_argnums=0)
+            layouts = jax_distribution.output_shardings(values[0])
+            whole = jax.jit(self.whole(pure, outputs, arguments), donate_argnums=0, **layouts)
             program = self.compiled[arguments.key] = stateful, whole
         stateful, compiled = program
         outputs, new = compiled(*stateful.values(), *arguments.arrays)
@@ -296,11 +299,6 @@ def _is_array(leaf: Any) -> bool:
 
 def _signature(leaf: Any) -> Any:
     return (leaf.shape, leaf.dtype) if _is_array(leaf) else (type(leaf), leaf)
-
-
-def _copied(array: Any) -> Any:
-    """A copy on the same devices; unlike `jnp.copy` it compiles no program for each shape."""
-    return jax.device_put(array, may_alias=False)
 
 
 def _read_out(tree: Tree) -> Tree:
@@ -482,11 +480,7 @@ def stack(batches: Sequence[Tree], capacity: int) -> Tree:
     """Batches of equal structure and shape as one tree of arrays (capacity, ...) on the device."""
 
     def join(*rows: Any) -> Any:
-        first = np.asarray(rows[0])
-        joined = np.zeros((capacity, *first.shape), first.dtype)
-        for i, row in enumerate(rows):
-            joined[i] = row
-        return jax.device_put(joined)
+        return jax.device_put(jax_distribution.join_rows(rows, capacity))
 
     return jax.tree_util.tree_map(join, *batches)
 
@@ -504,12 +498,12 @@ def take(array: Any, indices: Any) -> Any:
 
 def copy(variable: Any) -> Any:
     """A copy of a variable's value that later steps leave alone."""
-    return _copied(variable.value)
+    return jax_distribution.copied(variable.value)
 
 
 def view(variable: Any) -> Any:
     """A variable's value as a NumPy array, perhaps a view: copy it before the next step."""
-    return np.asarray(variable.value)
+    return jax_distribution.on_host(variable.value)
 
 
 def wait(tree: Tree) -> None:
@@ -537,12 +531,9 @@ def describe() -> dict[str, Any]:
     return {"devices": [device.device_kind for device in jax.devices()]}
 
 
-def distribution() -> str:
-    """Names the engine for several devices that is active; empty if there is none."""
-    if (count := jax.process_count()) > 1:
-        return f"jax.distributed with {count} processes"
-    active = keras.distribution.distribution()
-    return "" if active is None else f"keras.distribution.{type(active).__name__}"
+def placement() -> Placement:
+    """Where steps run now: see `jax_distribution.active`."""
+    return jax_distribution.active()
 
 
 def random_state() -> dict[str, Any]:

@@ -15,7 +15,9 @@ import keras
 import numpy as np
 import torch
 
+from polus.backends import torch_distribution
 from polus.backends.base import as_arguments
+from polus.backends.placement import Placement
 from polus.backends.scopes import BackendVariable, DryRun
 
 Tree = Any
@@ -144,6 +146,7 @@ def value_and_grad(
         _depth.value = depth
     if depth == 0:
         result = _mapped(_detached, result)
+        gradients = torch_distribution.averaged(gradients)
     return result, gradients
 
 
@@ -319,11 +322,9 @@ def describe() -> dict[str, Any]:
     return {"devices": names, "threads": torch.get_num_threads()}
 
 
-def distribution() -> str:
-    """Names the engine for several processes that is active; empty if there is none."""
-    there = torch.distributed.is_available() and torch.distributed.is_initialized()
-    size = torch.distributed.get_world_size() if there else 1
-    return f"A torch.distributed process group of {size} processes" if size > 1 else ""
+def placement() -> Placement:
+    """Where steps run now: see `torch_distribution.active`."""
+    return torch_distribution.active()
 
 
 def random_state() -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from polus.backends import backend
+from polus.backends.placement import Placement, ReplicaState
 from polus.data import as_arguments
 from polus.data.blocks import StepBlock
 from polus.steps.autotune import EXECUTION_SECS, Timing
@@ -24,18 +25,29 @@ class CompiledStep:
 
     Args:
         step: A stateful function of a batch's arguments that returns a scalar or a dict of scalars.
+        placement: The devices that it runs on.
+        state: The variables that replicas change by their own part of a batch.
         jit_compile: The compiler setting of programs made from now on; None for the backend's own.
 
     Attributes:
         step: The step.
+        placement: The devices that it runs on.
         jit_compile: The compiler setting.
         steps_per_execution: The most steps that a call runs.
     """
 
-    def __init__(self, step: Step, jit_compile: bool | None = None) -> None:
+    def __init__(
+        self,
+        step: Step,
+        placement: Placement,
+        state: ReplicaState,
+        jit_compile: bool | None = None,
+    ) -> None:
         self.step = step
+        self.placement = placement
         self.jit_compile = jit_compile
         self.steps_per_execution = 1
+        self._state = state
         self._programs: dict[Any, Callable[..., Any]] = {}
         self._shapes: list[Any] = []
 
@@ -46,10 +58,11 @@ class CompiledStep:
         """
         self._count_shapes(block.signature)
         many = block.capacity > 1
-        key = (self.jit_compile, block.unpack, many)
+        key = (self.jit_compile, block.unpack, many, self.placement.divides(block.batch_size))
         program = self._programs.get(key)
         if program is None:
             program = backend.program(self.step, block.unpack, many, self.jit_compile)
+            program = self.placement.program(program, block.batch_size, self._state)
             self._programs[key] = program
         if many:
             return program, (np.int32(block.count), block.capacity, block.payload)
@@ -64,7 +77,9 @@ class CompiledStep:
         """Times a call: the shortest of several, after two that compile.
 
         The second call compiles as well: it is the first to see the values that the first one made.
+        Several processes make the same calls, as often as process 0 decides, and get its times.
         """
+        agreed = self.placement.agreed
         began = time.perf_counter()
         program, arguments = self.program(block)
         for _ in range(2):
@@ -74,10 +89,10 @@ class CompiledStep:
         while len(secs) < 3 or (sum(secs) < EXECUTION_SECS and len(secs) < 20):
             began = time.perf_counter()
             backend.wait(program(*arguments))
-            secs.append(time.perf_counter() - began)
+            secs += agreed([time.perf_counter() - began])
             if sum(secs) > 1:
                 break
-        return Timing(min(secs), compile_secs)
+        return Timing(*agreed([min(secs), compile_secs]))
 
     def _count_shapes(self, signature: Any) -> None:
         """Warns once if batches come in so many shapes that compiling dominates."""

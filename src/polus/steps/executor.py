@@ -11,22 +11,24 @@ import keras
 import numpy as np
 
 from polus.backends import backend
+from polus.backends.placement import Placement
 from polus.core import function, get_jit_compile
 from polus.data import EpochReader
 from polus.data.batches import arrays_of, map_arrays
 from polus.metrics import IMetric, kept_has_samples
-from polus.state import Snapshot
+from polus.state import Snapshot, layers_of
 from polus.steps.autotune import Autotuner, Limits, Timing, Tuning
 from polus.steps.compiled import CompiledStep
-from polus.steps.placement import require_one_device
 from polus.steps.variables import (
     MetricsOwner,
     StepVariables,
     fed_metrics,
+    held,
     held_layers,
     held_variables,
     is_built,
     plain_attributes,
+    replica_state,
     unique,
 )
 
@@ -89,6 +91,7 @@ class StepExecutor:
         self._parts: list[Any] = []
         self._plain: dict[str, Any] = {}
         self._own_plain: set[str] = set()
+        self._placement = Placement()
         self._steps: dict[Any, TunedStep] = {}
         self._evaluation: dict[Any, tuple[CompiledStep, list[Any]]] = {}
         self._saved_tunings: dict[str, list[Any]] = {}
@@ -102,17 +105,16 @@ class StepExecutor:
         if self.variables is None:
             return
         same_parts = _same_objects(self.owner.step_parts(), self._parts)
+        same_parts = same_parts and backend.placement() == self._placement
         changes = self._changed_attributes()
         if same_parts and not changes:
             return
         self.variables = self._update = None
         self._evaluation.clear()
-        if not same_parts:
+        if same_parts:  # the same step in other words: its timings still hold
+            self._report(changes)
+        else:
             self._steps.clear()
-            return
-        for tuned in self._steps.values():  # the same step in other words: its timings still hold
-            tuned.step = CompiledStep(self.step, tuned.step.jit_compile)
-        self._report(changes)
 
     def _changed_attributes(self) -> list[str]:
         """Describes the attributes that changed since the step was traced."""
@@ -145,10 +147,23 @@ class StepExecutor:
         self.refresh()
         if self.variables is not None:
             return self.variables
-        require_one_device()
+        self._placement = backend.placement()
         self.step = self.get_step()
         self.owner.prepare_step(*inputs)
         before = _plain_parts(self.owner)
+        self.variables = variables = self._traced(inputs)
+        self.fed_metrics = fed_metrics(self.owner, variables)
+        self.owner.check_step(variables)
+        self._place(variables)
+        for tuned in self._steps.values():
+            tuned.step = self._compiled(self.step, variables, tuned.step.jit_compile)
+        self._parts, self._plain = self.owner.step_parts(), _plain_parts(self.owner)
+        # What the step itself changes, such as a count of its calls, tells nothing.
+        self._own_plain |= {n for n, value in self._plain.items() if before.get(n) != value}
+        return variables
+
+    def _traced(self, inputs: Sequence[Any]) -> StepVariables:
+        """Builds models and optimizers, and returns what a dry run of the step has seen."""
         for _ in range(2):  # the second time with the weights that the first one made
             unbuilt = [layer for layer in held_layers(self.owner) if not is_built(layer)]
             with kept_has_samples(self.owner.metrics):
@@ -158,13 +173,23 @@ class StepExecutor:
         for optimizer, weights in seen.updates:
             if weights and not optimizer.built:
                 optimizer.build(unique(weights))
-        self.variables = StepVariables.of(seen)
-        self.fed_metrics = fed_metrics(self.owner, self.variables)
-        self.owner.check_step(self.variables)
-        self._parts, self._plain = self.owner.step_parts(), _plain_parts(self.owner)
-        # What the step itself changes, such as a count of its calls, tells nothing.
-        self._own_plain |= {n for n, value in self._plain.items() if before.get(n) != value}
-        return self.variables
+        return StepVariables.of(seen)
+
+    def _place(self, variables: StepVariables) -> None:
+        """Checks that the engine can train this, and gives each process the same values."""
+        placement = self._placement
+        layers = [part for layer in held_layers(self.owner) for part in layers_of(layer)]
+        optimizers = [update.optimizer for update in variables.updates]
+        placement.check([*held(self.owner), *layers], optimizers)
+        every = unique([self.owner.step_counter, *held_variables(self.owner), *variables.used])
+        placement.broadcast(every)
+        placement.report_layouts([v for update in variables.updates for v in update.variables])
+
+    def _compiled(
+        self, step: Callable[..., Any], variables: StepVariables, jit_compile: bool | None
+    ) -> CompiledStep:
+        state = replica_state(self.owner, variables)
+        return CompiledStep(step, self._placement, state, jit_compile)
 
     def state_variables(self) -> list[keras.Variable]:
         """Returns all variables of a run, in an order that is the same in each process.
@@ -189,7 +214,9 @@ class StepExecutor:
         """Runs one step outside of `train`."""
         self.prepare(inputs)
         if self._update is None:
-            self._update = function(self.step)
+            # What every process is given it computes whole: a size that is no batch's.
+            state = replica_state(self.owner, self.prepare(inputs))
+            self._update = self._placement.program(function(self.step), 1, state)
         return self._update(*inputs)
 
     def single_step(self, kept: bool) -> CompiledStep:
@@ -198,11 +225,11 @@ class StepExecutor:
         Args:
             kept: Whether its programs are kept for the next call.
         """
+        assert self.variables is not None  # the step was prepared
         jit_compile = self.tuning.jit_compile
         key = f"one batch, {jit_compile}"
-        if not kept:
-            return CompiledStep(self.step, jit_compile)
-        return self._steps.setdefault(key, TunedStep(CompiledStep(self.step, jit_compile))).step
+        step = self._compiled(self.step, self.variables, jit_compile)
+        return self._steps.setdefault(key, TunedStep(step)).step if kept else step
 
     def tuned(
         self,
@@ -223,12 +250,14 @@ class StepExecutor:
         key = mode, steps_per_execution, max_steps > 1, _kinds(data.example)
         tuned = self._steps.get(key)
         if tuned is None:
-            tuned = self._steps[key] = TunedStep(CompiledStep(self.step, _fixed_mode()))
+            assert self.variables is not None  # the step was prepared
+            step = self._compiled(self.step, self.variables, _fixed_mode())
+            tuned = self._steps[key] = TunedStep(step)
             if str(key) in self._saved_tunings:
                 tuned.tuner.tuning = Tuning(*self._saved_tunings[str(key)])
                 tuned.tuner.tuned = True
         limits = Limits(
-            modes=tuple(backend.candidates()) if mode == "auto" else (mode,),
+            modes=self._placement.compilers(mode, backend.candidates()),
             max_steps=max_steps,
             max_batches=max(1, MAX_BYTES // max(1, _num_bytes(data.example))),
             steps_per_execution=steps_per_execution,
@@ -262,11 +291,16 @@ class StepExecutor:
         if known is None:
             # A resumed run validates with the compiler that its first validation had.
             saved = self._saved_tunings.get(key)
-            step = CompiledStep(self.evaluation_step, saved[0] if saved else self.tuning[0])
+            mode = saved[0] if saved else self.tuning[0]
             seen = backend.trace(self.evaluation_step, inputs)
             if any(not is_built(layer) for layer in held_layers(self.owner)):
                 seen = backend.trace(self.evaluation_step, inputs)
-            known = self._evaluation[key] = step, StepVariables.of(seen).assigned
+            variables = StepVariables.of(seen)
+            if self.variables is None:
+                self._placement = backend.placement()
+                self._place(variables)
+            step = self._compiled(self.evaluation_step, variables, mode)
+            known = self._evaluation[key] = step, variables.assigned
         return known
 
     def finalize(self) -> None:
