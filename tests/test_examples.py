@@ -56,3 +56,16 @@ def test_custom_step(capsys):
     assert len(results) == 2
     assert all(clean > 0.3 for clean, _ in results.values()), "one in ten is chance"
     assert "largest slope" in capsys.readouterr().out
+
+
+def test_several_devices(tmp_path, capsys):
+    """On the two fake devices of JAX, and on one elsewhere."""
+    import keras
+
+    try:
+        assert load("several_devices").main(epochs=3, runs=tmp_path) > 0.5, "one in ten is chance"
+    finally:
+        if keras.backend.backend() == "jax":
+            keras.distribution.set_distribution(None)
+    assert (tmp_path / "several_devices" / "model.keras").stat().st_size
+    assert "epoch 3/3" in capsys.readouterr().out

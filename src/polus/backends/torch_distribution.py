@@ -16,7 +16,6 @@ from typing import Any
 import keras
 import torch
 import torch.distributed as dist
-from torch.distributed.nn import functional as differentiable
 
 from polus.backends.placement import BackendStack, Placement, Program, ReplicaState
 from polus.backends.scopes import current_scope
@@ -142,8 +141,7 @@ class ProcessGroup(OneProcess):
         tensor = keras.ops.convert_to_tensor(tensor)
         if tensor.dtype == torch.bool:
             return self.gather(tensor.to(torch.uint8)).to(torch.bool)
-        rows: Sequence[torch.Tensor] = differentiable.all_gather(tensor.contiguous())  # type: ignore[no-untyped-call]
-        return torch.cat(list(rows))
+        return _Gather.apply(tensor.contiguous())  # type: ignore[no-untyped-call]
 
     def own_rows(self, tensor: Any) -> Any:
         return tensor if self.parts == 1 else self._own(tensor, 0, tensor.shape[0])
@@ -167,6 +165,24 @@ class ProcessGroup(OneProcess):
                 # As bytes: not every library moves every dtype.
                 dist.broadcast(value.reshape(-1).view(torch.uint8), 0)
                 variable.assign(value)
+
+
+class _Gather(torch.autograd.Function):
+    """All replicas' rows. Each replica uses them, so each has a part of their gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
+        rows = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+        dist.all_gather(rows, tensor)
+        ctx.count = len(tensor)
+        return torch.cat(rows)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        total = gradients[0].contiguous().clone()
+        dist.all_reduce(total)
+        first = dist.get_rank() * int(ctx.count)
+        return total[first : first + ctx.count]
 
 
 def active() -> Placement:

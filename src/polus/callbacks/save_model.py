@@ -15,6 +15,8 @@ Strategy = Literal["best", "every", "end"]
 class SaveModelCallback(Callback):
     """Saves the model in Keras' format. A file is written completely or not at all.
 
+    Of several processes the first one writes.
+
     Args:
         strategy: `"best"` saves whenever the monitored value improves, `"every"` after each epoch,
             `"end"` when training ends without an error.
@@ -69,6 +71,8 @@ class SaveModelCallback(Callback):
 
     def _save(self, epoch: int) -> Path:
         path = Path(self.path.format(epoch=epoch + 1))
+        if not self.coordinator.run.placement.is_first:
+            return path
         with atomic_write(path) as temporary:
             if self.path.endswith(".keras"):
                 self.coordinator.trainer.model.save(temporary)

@@ -14,6 +14,7 @@ from polus.steps.compiled import CompiledStep
 from polus.steps.executor import StepExecutor
 from polus.training.checks import check_function, terms_of
 from polus.training.config import check_count
+from polus.training.processes import check_same_batch
 
 
 def evaluation_step(trainer: Any, *inputs: Any) -> dict[str, Any]:
@@ -38,6 +39,7 @@ def evaluate(
     reader = DataReader(as_adapter(dataset), transform, steps)
     reader.check_ends("evaluate")
     data = reader.epoch(0)
+    check_same_batch(reader.placement, data.example)
     step, assigned = executor.evaluation(data.example)
     metrics = executor.owner.metrics
     variables = {id(v): v for metric in metrics for v in metric.variables}

@@ -25,6 +25,7 @@ from polus.state import random_state, set_random_state
 from polus.steps.compiled import CompiledStep, as_terms
 from polus.steps.executor import StepExecutor
 from polus.training.config import TrainConfig
+from polus.training.processes import check_same_batch, check_same_programs
 from polus.training.run_state import Settings, check_state, use_own_generators
 from polus.training_state import (
     callbacks_state,
@@ -94,6 +95,7 @@ class Run(BaseLogger):
         callbacks: The coordinator of the callbacks.
         history: What was recorded so far; what `train` returns.
         settings: What the run is made of, to compare with a checkpoint.
+        placement: The devices that it runs on.
         signals: The signals that wait for the end of a step.
         epochs: The number of epochs.
         steps: The steps of an epoch; None until it is known.
@@ -126,7 +128,9 @@ class Run(BaseLogger):
         self.reader = DataReader(config.dataset, config.transform, config.steps, first_epoch)
         self.reader.check_ends("train")
         self.history = History()
+        self.placement = self.reader.placement
         self.signals = Signals()
+        self.signals.shared = self.placement.count > 1
         self.epochs = config.epochs
         self.steps = self.reader.num_batches
         self.steps_before = total_steps
@@ -139,6 +143,7 @@ class Run(BaseLogger):
         self.stop_reason = ""
         self.exception: BaseException | None = None
         self.resuming = False
+        self._agreed_to_stop = False
         self.closing = contextlib.ExitStack()
         self.settings = Settings(trainer, config.transform)
         self.callbacks = CallbackCoordinator(config.callbacks, self)
@@ -151,6 +156,7 @@ class Run(BaseLogger):
         with self.closing:
             try:
                 with self.signals:
+                    check_same_programs(self.placement, self.config)
                     if self.reader.tracked or self.config.resume is not None:
                         self.settings.begin()
                     self.callbacks.on_train_begin()
@@ -174,8 +180,11 @@ class Run(BaseLogger):
 
     @property
     def stopping(self) -> bool:
-        """Whether the run ends after the current step."""
-        return self.trainer.early_stop
+        """Whether the run ends after the current step.
+
+        Several processes stop together: what one of them wants counts from `agree` on.
+        """
+        return self.trainer.early_stop if self.placement.count == 1 else self._agreed_to_stop
 
     def stop(self, reason: str) -> None:
         """Ends the run after the current step, in order."""
@@ -191,6 +200,7 @@ class Run(BaseLogger):
             self.callbacks.shared_dict["epoch_logs"] = self.logs
             self.callbacks.on_epoch_begin()
         self.executor.example = data.example
+        check_same_batch(self.placement, data.example)
         self._move(RunStatus.RUNNING)
         return data
 
@@ -216,6 +226,7 @@ class Run(BaseLogger):
         self.batch_sizes.extend(itertools.repeat(block.batch_size, block.count))
         self.step = steps.stop
         self.callbacks.on_steps_end(steps, self.step_logs["loss"])
+        self._agree()
         self.callbacks.on_boundary()
 
     def close_epoch(self) -> None:
@@ -230,6 +241,7 @@ class Run(BaseLogger):
         own = {k: v for k, v in self.logs.items() if k not in measured or v is not measured[k]}
         self.history.end_epoch(self.epoch, own)
         self.epoch, self.step = self.epoch + 1, 0
+        self._agree()
         self.callbacks.on_boundary()
 
     def validated(self, name: str, results: dict[str, Any]) -> None:
@@ -245,6 +257,15 @@ class Run(BaseLogger):
         if self.signals.pending is not None:
             self.callbacks.on_boundary()  # a checkpoint saves first
             self.signals.check()
+
+    def _agree(self) -> None:
+        """Lets all processes act on a signal, or a wish to stop, that one of them has."""
+        if self.placement.count > 1:
+            arrived, stop = self.placement.largest(
+                [self.signals.arrived or 0, self.trainer.early_stop]
+            )
+            self.signals.pending = int(arrived) or None
+            self._agreed_to_stop = bool(stop)
 
     @property
     def metrics(self) -> list[IMetric]:
@@ -382,7 +403,7 @@ class Run(BaseLogger):
         self.callbacks.on_epoch_begin()
 
     def _restore_early_stop(self, progress: dict[str, Any]) -> None:
-        self.trainer.early_stop = progress["early_stop"]
+        self.trainer.early_stop = self._agreed_to_stop = progress["early_stop"]
         self.stop_reason = progress["stop_reason"]
         if not self.stopping:
             return
@@ -395,7 +416,8 @@ class Run(BaseLogger):
                 self.epochs,
                 progress["epochs"],
             )
-            self.trainer.early_stop, self.stop_reason = False, ""
+            self.trainer.early_stop = self._agreed_to_stop = False
+            self.stop_reason = ""
         else:
             self.logger.warning(
                 "The saved run was stopped early in epoch %d (%s), so nothing is left to train. "
