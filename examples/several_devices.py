@@ -7,8 +7,8 @@ KERAS_BACKEND=jax python examples/several_devices.py
 KERAS_BACKEND=torch torchrun --nproc-per-node 2 examples/several_devices.py
 
 Without GPUs, JAX makes two devices of a processor with
-XLA_FLAGS=--xla_force_host_platform_device_count=2. docs/several_devices.md has the lines for several
-machines.
+XLA_FLAGS=--xla_force_host_platform_device_count=2. For several machines, see
+docs/several_devices.md.
 """
 
 import argparse

@@ -248,7 +248,6 @@ def code_lines(function: Function) -> int:
     return lines
 
 
-@pytest.mark.xfail(strict=False, reason="not there yet")
 def test_files_are_short():
     offenders = [
         f"{module.path.relative_to(SOURCE.parent)}: {module.lines} lines"
@@ -258,7 +257,6 @@ def test_files_are_short():
     assert not offenders, listed(offenders)
 
 
-@pytest.mark.xfail(strict=False, reason="not there yet")
 def test_functions_are_short():
     offenders = [
         f"{module.at(node)}: {node.name} has {code_lines(node)} lines"

@@ -8,6 +8,7 @@ import keras
 
 from polus.backends import backend
 from polus.log import BaseLogger as BaseLogger
+from polus.types import Tensor
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -150,10 +151,10 @@ def value_and_grad(
             )
         return value
 
-    return backend.value_and_grad(fn, variables, scalar)  # type: ignore[no-any-return]
+    return backend.value_and_grad(fn, variables, scalar)
 
 
-def gather(tensor: Any) -> Any:
+def gather(tensor: Tensor) -> Tensor:
     """Returns the rows of a tensor from all replicas that share a batch, in the batch's order.
 
     A step that compares examples with each other, such as a loss with in-batch negatives, needs all

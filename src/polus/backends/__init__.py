@@ -1,44 +1,36 @@
-"""The seam to the backends: one module per backend, the same few functions each, chosen once.
-
-Every backend gives
-
-- ``function(fn, jit_compile)``: compiles a stateful function of Keras variables;
-- ``value_and_grad(fn, variables, has_aux, sparse)``: the value of a closure and its gradients;
-- ``value_and_input_grad(fn, inputs)``: the same by tensors instead of variables;
-- ``repeat(step, row)``: many steps as one function to compile, over stacked batches;
-- ``trace(fn, args)``: runs ``fn`` abstractly under a `VariableRecorder`, to see what it would do;
-- ``apply_gradients(optimizer, gradients, variables)``: one update;
-- ``stack(batches, capacity)``, ``take``, ``to_device``, ``copy``, ``wait``: batches and arrays on
-  the device; ``view``: a variable for the host to copy;
-- ``COMPILES``, ``candidates()``, ``LONG_RUN_SECS``: whether a new shape costs a compilation, which
-  settings of ``jit_compile`` are worth measuring, and from how long a run on;
-- ``TAKES_TEXT``: whether tensors may hold text;
-- ``describe()``: devices and threads;
-- ``random_state()``, ``set_random_state(state)``: the backend's own generators.
+"""The seam to the backends: one module per backend, each with the functions of `Backend`.
 
 The rest of Polus imports `backend` from here and knows no other.
 """
 
-import importlib
-from typing import Any
-
 import keras
 
-NAMES = ("tensorflow", "jax", "torch")
+from polus.backends.base import Backend
 
 
-def load(name: str) -> Any:
+def load(name: str) -> Backend:
     """Imports the module of the backend called `name`.
 
     Raises:
-        ValueError: if Polus has no such backend.
+        ValueError: If Polus has no such backend.
     """
-    if name not in NAMES:
-        raise ValueError(
-            f"Polus runs on the Keras backends {', '.join(NAMES)}, and KERAS_BACKEND is {name!r}. "
-            "Set the environment variable KERAS_BACKEND to one of them before Keras is imported."
-        )
-    return importlib.import_module(f"polus.backends.{name}")
+    if name == "tensorflow":
+        from polus.backends import tensorflow
+
+        return tensorflow
+    if name == "jax":
+        from polus.backends import jax
+
+        return jax
+    if name == "torch":
+        from polus.backends import torch
+
+        return torch
+    raise ValueError(
+        f"Polus runs on the Keras backends tensorflow, jax, torch, and KERAS_BACKEND is {name!r}. "
+        "Set the environment variable KERAS_BACKEND to one of them before Keras is imported."
+    )
 
 
-backend: Any = load(keras.config.backend())
+backend = load(keras.config.backend())
+"""The backend that Keras runs on."""

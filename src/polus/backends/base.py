@@ -1,8 +1,200 @@
 """What the three backends have in common."""
 
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ParamSpec, Protocol, TypeVar
+
+import keras
+import numpy as np
+
+from polus.backends.placement import Placement
+from polus.backends.scopes import BackendVariable, DryRun
+from polus.types import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
+T = TypeVar("T")
+Unpack = Callable[[Any], Any]
 
 
-def as_arguments(batch: Any) -> tuple[Any, ...]:
+class GraphBlocks(Protocol):
+    """Reads many batches in one call."""
+
+    def read(self, first: T, want: int, secs: float) -> tuple[int, T, T | None]:
+        """Reads batches of the shapes of `first`, which is the first of them.
+
+        Args:
+            first: The first batch.
+            want: The number of batches at most.
+            secs: After this time, and at least two batches, no more are read.
+
+        Returns:
+            The number of batches, the batches stacked to (count, ...), and the next batch if it has
+            another shape, else None.
+        """
+        ...
+
+    def pad(self, batches: T, capacity: int) -> T:
+        """Fills the first axis of each tensor up to `capacity` with zeros."""
+        ...
+
+
+class TensorFlowDataset(Protocol):
+    """A `tf.data.Dataset`, which is read on every backend."""
+
+    def __iter__(self) -> Iterator[Any]: ...
+    def as_numpy_iterator(self) -> Iterator[Any]: ...
+
+
+class Backend(Protocol):
+    """The functions of a backend's module; mypy checks each module against it.
+
+    Attributes:
+        COMPILES: Whether a new shape costs a compilation.
+        TAKES_TEXT: Whether tensors may hold text.
+        LONG_RUN_SECS: The expected time of training from which on a setting of `jit_compile` is
+            worth timing; a setting that is not in it is worth that in any run.
+    """
+
+    COMPILES: bool
+    TAKES_TEXT: bool
+    LONG_RUN_SECS: dict[bool, float]
+
+    def function(self, fn: Callable[P, R], jit_compile: bool | None = None) -> Callable[P, R]:
+        """Compiles a stateful function of Keras variables.
+
+        Arrays are arguments of the program, any other Python value is a constant of it. A variable
+        in the result becomes its present value.
+        """
+        ...
+
+    def value_and_grad(
+        self,
+        fn: Callable[[], R],
+        variables: Sequence[keras.Variable],
+        loss: Callable[[R], Tensor] | None = None,
+        sparse: bool = False,
+    ) -> tuple[R, list[Tensor | None]]:
+        """Returns `fn()` and the gradients of its loss with respect to variables.
+
+        Args:
+            fn: Takes nothing. It may assign variables.
+            variables: The variables.
+            loss: Takes the scalar to differentiate out of the result. By default the result itself.
+            sparse: Whether gradients may be sparse, where the backend has such.
+
+        Returns:
+            The result, and per variable its gradient; None if there is none.
+        """
+        ...
+
+    def value_and_input_grad(
+        self, fn: Callable[..., Tensor], inputs: Sequence[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Returns `fn(*inputs)`, a scalar, and its gradients with respect to the inputs.
+
+        `fn` may read variables; it assigns none.
+        """
+        ...
+
+    def program(
+        self,
+        step: Callable[..., object],
+        unpack: Unpack | None = None,
+        many: bool = False,
+        jit_compile: bool | None = None,
+    ) -> Callable[..., Any]:
+        """Compiles a step, or a loop over many steps.
+
+        Args:
+            step: A stateful function of a batch's arguments.
+            unpack: Takes the batches out of a payload, stacked along a new first axis. None if the
+                payload is a batch, or with `many` stacked batches.
+            many: Whether the program runs many steps. It takes their number, the capacity of the
+                payload and the payload, and returns the outputs stacked to (capacity, ...) or
+                (count, ...).
+            jit_compile: The compiler setting; None for the backend's own.
+        """
+        ...
+
+    def repeat(self, fn: Callable[[Any], R], count: int, rows: object) -> R:
+        """Applies `fn` to each of `count` rows, and stacks what it returns, inside a step."""
+        ...
+
+    def trace(self, fn: Callable[..., object], args: Sequence[object]) -> DryRun:
+        """Runs `fn(*args)` under a `DryRun`, which it returns. No variable changes."""
+        ...
+
+    def apply_gradients(
+        self,
+        optimizer: keras.optimizers.Optimizer,
+        gradients: Sequence[Tensor | None],
+        variables: Sequence[keras.Variable],
+    ) -> None:
+        """Updates `variables` once by `optimizer`, which is built."""
+        ...
+
+    def stack(self, batches: Sequence[T], capacity: int) -> T:
+        """Stacks batches of equal structure and shape on the device.
+
+        The new first axis has the length `capacity` where a program is compiled for it, else the
+        number of batches.
+        """
+        ...
+
+    def to_device(self, array: object) -> Tensor:
+        """Returns an array-like as a tensor on the device."""
+        ...
+
+    def take(self, array: Tensor, indices: Tensor) -> Tensor:
+        """Returns the rows `indices` of `array`, which are within its bounds."""
+        ...
+
+    def copy(self, variable: keras.Variable | BackendVariable) -> Tensor:
+        """Returns a copy of a variable's value that later steps leave alone."""
+        ...
+
+    def view(self, variable: keras.Variable | BackendVariable) -> np.ndarray[Any, Any]:
+        """Returns a variable's value, perhaps a view: copy it before the next step."""
+        ...
+
+    def wait(self, tree: object) -> None:
+        """Returns when every tensor of a structure has been computed."""
+        ...
+
+    def iterate(self, dataset: TensorFlowDataset) -> Iterator[Any]:
+        """Yields the batches of a `tf.data.Dataset`: tensors on TensorFlow, else NumPy arrays."""
+        ...
+
+    def graph_blocks(self, iterator: object) -> GraphBlocks | None:
+        """Returns a reader of many batches in one call; None if `iterator` has none."""
+        ...
+
+    def candidates(self) -> tuple[bool, ...]:
+        """Returns the settings of `jit_compile` that are worth timing here."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """Returns what the bits of a result depend on: devices, threads of one operation."""
+        ...
+
+    def placement(self) -> Placement:
+        """Returns where steps run now.
+
+        Raises:
+            NotImplementedError: Under an engine for several devices that Polus does not serve.
+            RuntimeError: If several programs were started that don't know of each other.
+        """
+        ...
+
+    def random_state(self) -> dict[str, Any]:
+        """Returns the states of the backend's own global generators, as NumPy arrays."""
+        ...
+
+    def set_random_state(self, state: dict[str, Any]) -> None:
+        """Restores what `random_state` returned."""
+        ...
+
+
+def as_arguments(batch: object) -> tuple[Any, ...]:
     """Returns the step's arguments: a tuple or list is unpacked, anything else is one argument."""
     return tuple(batch) if isinstance(batch, tuple | list) else (batch,)

@@ -16,7 +16,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-from polus.backends.placement import BackendStack, Placement
+from polus.backends.placement import BackendStack, Placement, Stateful
+from polus.types import Tensor
 
 logger = logging.getLogger("polus.steps")
 
@@ -44,20 +45,22 @@ class GlobalView(Placement):
 
     # ------------------------------------------------------------------ batches
 
-    def place(self, array: Any, size: int) -> Any:
+    def place(self, array: Tensor, size: int) -> Tensor:
         return self._spread(array, 0)
 
-    def stack(self, rows: Sequence[Any], capacity: int, size: int, stack: BackendStack) -> Any:
+    def stack(
+        self, rows: Sequence[Tensor], capacity: int, size: int, stack: BackendStack
+    ) -> Tensor:
         return self._spread(join_rows(rows, capacity), 1)
 
-    def place_examples(self, array: Any) -> Any:
+    def place_examples(self, array: Tensor) -> Tensor:
         return self._spread(array, None)
 
-    def place_rows(self, table: Any) -> Any:
+    def place_rows(self, table: Tensor) -> Tensor:
         # The rows that a sharded table gathers are sharded as it is.
         return self._spread(table, 1)
 
-    def _spread(self, array: Any, axis: int | None) -> Any:
+    def _spread(self, array: Any, axis: int | None) -> Tensor:
         """Returns an array on all devices, with `axis` spread over the batch axis if it divides."""
         host = array if self.count == 1 and isinstance(array, jax.Array) else np.asarray(array)
         axes: list[str | None] = [None] * host.ndim
@@ -65,7 +68,8 @@ class GlobalView(Placement):
             axes[axis] = self.batch_axis if self.replicas > 1 else None
         sharding = NamedSharding(self.mesh, PartitionSpec(*axes))
         if self.count == 1:
-            return jax.device_put(host, sharding)
+            placed: Tensor = jax.device_put(host, sharding)
+            return placed
         return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
     # ------------------------------------------------------------------ agreement
@@ -81,7 +85,7 @@ class GlobalView(Placement):
         found = _floats(multihost_utils.process_allgather(_words(values)))
         return list(map(float, found.max(axis=0)))
 
-    def broadcast(self, variables: Iterable[Any]) -> None:
+    def broadcast(self, variables: Iterable[Stateful]) -> None:
         if self.count == 1:
             return
         for variable in variables:
@@ -129,7 +133,7 @@ def active() -> Placement:
     return Placement()
 
 
-def join_rows(rows: Sequence[Any], capacity: int) -> np.ndarray[Any, Any]:
+def join_rows(rows: Sequence[Tensor], capacity: int) -> np.ndarray[Any, Any]:
     """Returns arrays of equal shape along a new first axis, filled up to `capacity` with zeros."""
     first = np.asarray(rows[0])
     joined = np.zeros((capacity, *first.shape), first.dtype)
@@ -157,21 +161,14 @@ def output_shardings(assigned: Sequence[Any]) -> dict[str, Any]:
     return {"out_shardings": (everywhere, layouts)}
 
 
-def copied(array: Any) -> Any:
-    """Returns a copy on the same devices; unlike `jnp.copy` it compiles nothing for each shape."""
-    if len(array.sharding.device_set) > 1:
-        return jax.device_put(array, array.sharding, may_alias=False)
-    return jax.device_put(array, may_alias=False)
-
-
-def on_host(array: Any) -> Any:
+def on_host(array: Any) -> np.ndarray[Any, Any]:
     """Returns an array as NumPy array, also one whose parts other processes have.
 
     All processes must call it for such an array.
     """
     if array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(array)
-    return multihost_utils.process_allgather(array, tiled=True)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
 def _words(values: Sequence[float]) -> np.ndarray[Any, Any]:

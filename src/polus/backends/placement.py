@@ -2,12 +2,16 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import keras
 
+from polus.backends.scopes import BackendVariable
+from polus.types import Tensor
+
 Program = Callable[..., Any]
-BackendStack = Callable[[Sequence[Any], int], Any]
+BackendStack = Callable[[Sequence[Tensor], int], Tensor]
+Stateful: TypeAlias = keras.Variable | BackendVariable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +25,7 @@ class ReplicaState:
     """
 
     summed: Sequence[keras.Variable] = ()
-    averaged: Sequence[Any] = ()
+    averaged: Sequence[Stateful] = ()
     seeds: Sequence[keras.Variable] = ()
 
 
@@ -54,12 +58,11 @@ class Placement:
 
     __hash__ = None  # type: ignore[assignment]
 
-    def check(self, parts: Iterable[object], optimizers: Iterable[Any]) -> None:
+    def check(self, parts: Iterable[object]) -> None:
         """Raises a NotImplementedError if the engine can't train these.
 
         Args:
             parts: What the trainer holds: models, layers, and anything else.
-            optimizers: The optimizers of the step.
         """
 
     def compilers(self, mode: bool | str, candidates: Sequence[bool]) -> tuple[bool, ...]:
@@ -72,19 +75,21 @@ class Placement:
         """Returns whether each replica gets its own part of a batch, and not the whole batch."""
         return size % self.replicas == 0
 
-    def place(self, array: Any, size: int) -> Any:
+    def place(self, array: Tensor, size: int) -> Tensor:
         """Returns an array of a batch of `size` examples, ready for `backend.to_device`."""
         return array
 
-    def stack(self, rows: Sequence[Any], capacity: int, size: int, stack: BackendStack) -> Any:
+    def stack(
+        self, rows: Sequence[Tensor], capacity: int, size: int, stack: BackendStack
+    ) -> Tensor:
         """Stacks the same array of several batches on the device, by `backend.stack`."""
         return stack(rows, capacity)
 
-    def place_examples(self, array: Any) -> Any:
+    def place_examples(self, array: Tensor) -> Tensor:
         """Returns an array of all examples, of which each device needs any."""
         return array
 
-    def place_rows(self, table: Any) -> Any:
+    def place_rows(self, table: Tensor) -> Tensor:
         """Returns the row numbers of some batches, (steps, batch size)."""
         return table
 
@@ -94,11 +99,11 @@ class Placement:
         """Returns `program`, which runs steps on batches of `size`, over all devices."""
         return program
 
-    def gather(self, tensor: Any) -> Any:
+    def gather(self, tensor: Tensor) -> Tensor:
         """Returns the rows of all replicas; see `polus.core.gather`."""
         return tensor
 
-    def own_rows(self, tensor: Any) -> Any:
+    def own_rows(self, tensor: Tensor) -> Tensor:
         """Returns this replica's rows of what `gather` returned."""
         return tensor
 
@@ -117,7 +122,7 @@ class Placement:
         """Returns the largest of each number over the processes. All processes must call it."""
         return list(values)
 
-    def broadcast(self, variables: Iterable[Any]) -> None:
+    def broadcast(self, variables: Iterable[Stateful]) -> None:
         """Gives each process the values that process 0 has."""
 
     def report_layouts(self, variables: Sequence[keras.Variable]) -> None:

@@ -1,24 +1,28 @@
 """TensorFlow: `tf.function`, with XLA where it is asked for. Variables are captured as usual."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import keras
 import numpy as np
 import tensorflow as tf
 
 from polus.backends import tensorflow_distribution
-from polus.backends.base import as_arguments
+from polus.backends.base import TensorFlowDataset, Unpack, as_arguments
 from polus.backends.placement import Placement
 from polus.backends.scopes import BackendVariable, DryRun, current_scope
+from polus.types import Tensor
 
 Tree = Any
+P = ParamSpec("P")
+R = TypeVar("R")
+T = TypeVar("T")
 COMPILES = True  # a new shape costs a compilation
 TAKES_TEXT = True  # whether tensors may hold text
 LONG_RUN_SECS: dict[bool, float] = {}  # each setting of `jit_compile` is worth a try in any run
 
 
-def function(fn: Callable[..., Tree], jit_compile: bool | None = None) -> Callable[..., Tree]:
+def function(fn: Callable[P, R], jit_compile: bool | None = None) -> Callable[P, R]:
     """Compiles `fn` to a graph; with XLA where `jit_compile` is True.
 
     Python control flow is not rewritten (no AutoGraph): what runs here runs on the other backends,
@@ -73,11 +77,11 @@ def _read_out(tree: Tree) -> Tree:
 
 
 def value_and_grad(
-    fn: Callable[[], Tree],
-    variables: Sequence[Any],
-    loss: Callable[[Tree], Any] | None = None,
+    fn: Callable[[], R],
+    variables: Sequence[keras.Variable],
+    loss: Callable[[R], Tensor] | None = None,
     sparse: bool = False,
-) -> tuple[Tree, list[Any]]:
+) -> tuple[R, list[Tensor | None]]:
     """Returns `fn()` and the gradients of its loss; see `Backend`.
 
     With `sparse`, the gradient of an embedding is a `tf.IndexedSlices` of the rows that were looked
@@ -100,11 +104,10 @@ def value_and_grad(
     return result, gradients
 
 
-def value_and_input_grad(fn: Callable[..., Any], inputs: Sequence[Any]) -> tuple[Any, list[Any]]:
-    """`fn(*inputs)`, a scalar, and its gradients by the inputs, which are tensors.
-
-    `fn` may read variables; it assigns none.
-    """
+def value_and_input_grad(
+    fn: Callable[..., Tensor], inputs: Sequence[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    """Returns `fn(*inputs)` and its gradients with respect to the inputs; see `Backend`."""
     with tf.GradientTape() as tape:
         tape.watch(inputs)
         value = fn(*inputs)
@@ -112,11 +115,11 @@ def value_and_input_grad(fn: Callable[..., Any], inputs: Sequence[Any]) -> tuple
 
 
 def program(
-    step: Callable[..., Tree],
-    unpack: Callable[[Any], Any] | None = None,
+    step: Callable[..., object],
+    unpack: Unpack | None = None,
     many: bool = False,
     jit_compile: bool | None = None,
-) -> Callable[..., Tree]:
+) -> Callable[..., Any]:
     """Compiles a step to a graph, or many steps to one with a loop; see `Backend`.
 
     The step is a graph of its own inside the program, so that its Python runs once, and with little
@@ -205,17 +208,18 @@ def _loop(step: Any, unpack: Callable[[Any], Any] | None) -> Callable[..., Tree]
     return loop
 
 
-def repeat(fn: Callable[..., Tree], count: int, rows: Tree) -> Tree:
+def repeat(fn: Callable[[Any], R], count: int, rows: object) -> R:
     """Applies `fn` to each row and stacks what it returns, inside a step; see `Backend`."""
 
     def one(*arguments: Any) -> Tree:
         return _read_out(fn(*arguments))
 
     graph = tf.function(one, autograph=False).get_concrete_function(_row_specs(rows))
-    return _loop(graph, None)(tf.constant(count), count, (rows,))
+    stacked: R = _loop(graph, None)(tf.constant(count), count, (rows,))
+    return stacked
 
 
-def trace(fn: Callable[..., Tree], args: Sequence[Any]) -> DryRun:
+def trace(fn: Callable[..., object], args: Sequence[object]) -> DryRun:
     """Runs `fn(*args)` abstractly under a `DryRun`, which it returns. No variable changes.
 
     Variables of TensorFlow itself are found as well: a `tf.Variable`, the state of a
@@ -240,8 +244,12 @@ def _backend_variable(variable: tf.Variable) -> BackendVariable:
     return BackendVariable(name, shape, variable.dtype.name, variable.read_value, variable.assign)
 
 
-def apply_gradients(optimizer: Any, gradients: Sequence[Any], variables: Sequence[Any]) -> None:
-    """One update of `variables` by `optimizer`, which is built."""
+def apply_gradients(
+    optimizer: keras.optimizers.Optimizer,
+    gradients: Sequence[Tensor | None],
+    variables: Sequence[keras.Variable],
+) -> None:
+    """Updates `variables` once by `optimizer`, which is built."""
     # Without replicas there is nothing to sum over them. Keras' sum over the only one ties all
     # gradients together, and TensorFlow's graph optimizer takes the tie, which it removes later,
     # for a reason to drop the order between the read of a weight and its update: on a busy machine
@@ -254,64 +262,64 @@ def apply_gradients(optimizer: Any, gradients: Sequence[Any], variables: Sequenc
         )
 
 
-def stack(batches: Sequence[Tree], capacity: int) -> Tree:
+def stack(batches: Sequence[T], capacity: int) -> T:
     """Batches of equal structure and shape as one tree of tensors (capacity, ...) on the device."""
 
     def join(*rows: Any) -> Any:
         if tf.is_tensor(rows[0]):
-            return pad(tf.stack(rows), capacity)
+            return _padded(tf.stack(rows), capacity)
         # In host memory first: tf.stack would make a tensor of each row.
         joined = np.zeros((capacity, *rows[0].shape), rows[0].dtype)
         for i, row in enumerate(rows):
             joined[i] = row
         return tf.convert_to_tensor(joined)
 
-    return keras.tree.map_structure(join, *batches)
+    stacked: T = keras.tree.map_structure(join, *batches)
+    return stacked
 
 
-def pad(tree: Tree, capacity: int) -> Tree:
-    """`tree` with the first axis of each tensor filled up to `capacity` with zeros."""
-
-    def padded(rows: Any) -> Any:
-        missing = capacity - rows.shape[0]
-        return tf.pad(rows, [[0, missing]] + [[0, 0]] * (rows.shape.rank - 1)) if missing else rows
-
-    return tf.nest.map_structure(padded, tree)
+def _padded(rows: Any, capacity: int) -> Any:
+    """Fills the first axis of a tensor up to `capacity` with zeros."""
+    missing = capacity - rows.shape[0]
+    return tf.pad(rows, [[0, missing]] + [[0, 0]] * (rows.shape.rank - 1)) if missing else rows
 
 
-def to_device(array: Any) -> Any:
-    """An array-like as a tensor on the device."""
-    return tf.convert_to_tensor(array)
+def to_device(array: object) -> Tensor:
+    """Returns an array-like as a tensor on the device."""
+    tensor: Tensor = tf.convert_to_tensor(array)
+    return tensor
 
 
-def take(array: Any, indices: Any) -> Any:
-    """The rows `indices` of `array`, which are within its bounds."""
-    return tf.gather(array, indices)
+def take(array: Tensor, indices: Tensor) -> Tensor:
+    """Returns the rows `indices` of `array`, which are within its bounds."""
+    rows: Tensor = tf.gather(array, indices)
+    return rows
 
 
-def copy(variable: Any) -> Any:
-    """A copy of a variable's value that later steps leave alone."""
-    return tf.identity(variable.value)
+def copy(variable: keras.Variable | BackendVariable) -> Tensor:
+    """Returns a copy of a variable's value that later steps leave alone."""
+    copied: Tensor = tf.identity(variable.value)
+    return copied
 
 
-def view(variable: Any) -> Any:
-    """A variable's value as a NumPy array, perhaps a view: copy it before the next step."""
+def view(variable: keras.Variable | BackendVariable) -> np.ndarray[Any, Any]:
+    """Returns a variable's value, perhaps a view: copy it before the next step."""
     return np.asarray(tf.convert_to_tensor(variable.value))
 
 
-def wait(tree: Tree) -> None:
-    """Returns when everything in `tree` has been computed."""
+def wait(tree: object) -> None:
+    """Returns when every tensor of a structure has been computed."""
     for leaf in tf.nest.flatten(tree):
         leaf.numpy()
 
 
-def iterate(dataset: Any) -> Iterator[Any]:
-    """The batches of a `tf.data.Dataset`, as tensors."""
+def iterate(dataset: TensorFlowDataset) -> Iterator[Any]:
+    """Yields the batches of a `tf.data.Dataset`, as tensors."""
     return iter(dataset)
 
 
-def graph_blocks(iterator: Any) -> "_GraphBlocks | None":
-    """Reads many batches in one call, where `iterator` is that of a dataset of plain tensors."""
+def graph_blocks(iterator: object) -> "_GraphBlocks | None":
+    """Returns a reader for the iterator of a dataset of plain tensors, else None."""
     if not isinstance(iterator, tf.data.Iterator):
         return None
     plain = all(isinstance(spec, tf.TensorSpec) for spec in tf.nest.flatten(iterator.element_spec))
@@ -325,15 +333,7 @@ class _GraphBlocks:
         self.iterator = iterator
         self.specs = tf.nest.flatten(iterator.element_spec)
 
-    def read(self, first: Tree, want: int, secs: float) -> tuple[int, Tree, Tree | None]:
-        """Up to `want` batches of the shapes of `first`, which is the first of them.
-
-        After `secs` seconds, and at least two batches, no more are read.
-
-        Returns:
-            How many there are, the batches stacked to (count, ...), and the next one where it has
-            another shape, else None.
-        """
+    def read(self, first: T, want: int, secs: float) -> tuple[int, T, T | None]:
         count, stacked, other, left = _read(
             self.iterator,
             tf.nest.flatten(first),
@@ -342,6 +342,10 @@ class _GraphBlocks:
         )
         pack = tf.nest.pack_sequence_as
         return int(count), pack(first, stacked), pack(first, left) if bool(other) else None
+
+    def pad(self, batches: T, capacity: int) -> T:
+        padded: T = tf.nest.map_structure(lambda rows: _padded(rows, capacity), batches)
+        return padded
 
 
 @tf.function(autograph=False, reduce_retracing=True)
@@ -352,21 +356,15 @@ def _read(iterator: Any, first: list[Any], want: Any, secs: Any) -> Any:
         tf.TensorArray(spec.dtype, want, infer_shape=False, element_shape=spec.shape)
         for spec in specs
     ]
-    rows = [row.write(0, value) for row, value in zip(rows, first, strict=True)]
+    rows = _written(rows, 0, first)
 
     def body(i: Any, more: Any, other: Any, rows: list[Any], left: list[Any]) -> Any:
         item = iterator.get_next_as_optional()
 
         def take() -> Any:
             values = tf.nest.flatten(item.get_value())
-            same = tf.constant(True)
-            for value, reference in zip(values, first, strict=True):
-                same &= tf.reduce_all(tf.shape(value) == tf.shape(reference))
-            written = tf.cond(
-                same,
-                lambda: [row.write(i, value) for row, value in zip(rows, values, strict=True)],
-                lambda: rows,
-            )
+            same = _same_shapes(values, first)
+            written = tf.cond(same, lambda: _written(rows, i, values), lambda: rows)
             with tf.control_dependencies(values):
                 early = tf.timestamp() - began < secs
             return tf.cast(same, tf.int32), same & early, ~same, written, values
@@ -383,9 +381,7 @@ def _read(iterator: Any, first: list[Any], want: Any, secs: Any) -> Any:
         body,
         (tf.constant(1), tf.constant(True), tf.constant(False), rows, first),
         shape_invariants=(
-            tf.TensorShape(()),
-            tf.TensorShape(()),
-            tf.TensorShape(()),
+            *[tf.TensorShape(())] * 3,
             [tf.TensorShape(None)] * len(rows),
             [spec.shape for spec in specs],
         ),
@@ -394,8 +390,20 @@ def _read(iterator: Any, first: list[Any], want: Any, secs: Any) -> Any:
     return count, [row.gather(tf.range(count)) for row in rows], other, left
 
 
+def _written(rows: list[Any], i: Any, values: list[Any]) -> list[Any]:
+    """Writes each value into row `i` of its `tf.TensorArray`."""
+    return [row.write(i, value) for row, value in zip(rows, values, strict=True)]
+
+
+def _same_shapes(values: list[Any], references: list[Any]) -> Any:
+    same = tf.constant(True)
+    for value, reference in zip(values, references, strict=True):
+        same &= tf.reduce_all(tf.shape(value) == tf.shape(reference))
+    return same
+
+
 def candidates() -> tuple[bool, ...]:
-    """The settings of `jit_compile` that are worth measuring here."""
+    """Returns the settings of `jit_compile` that are worth timing here."""
     return (False, True)
 
 
@@ -407,7 +415,7 @@ def describe() -> dict[str, Any]:
 
 
 def placement() -> Placement:
-    """Where steps run now: see `tensorflow_distribution.active`."""
+    """Returns where steps run now: see `tensorflow_distribution.active`."""
     return tensorflow_distribution.active()
 
 
@@ -417,4 +425,4 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Puts `random_state()` back."""
+    """Restores what `random_state` returned."""

@@ -9,18 +9,22 @@ import threading
 import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import keras
 import numpy as np
 import torch
 
 from polus.backends import torch_distribution
-from polus.backends.base import as_arguments
+from polus.backends.base import TensorFlowDataset, Unpack, as_arguments
 from polus.backends.placement import Placement
 from polus.backends.scopes import BackendVariable, DryRun
+from polus.types import Tensor
 
 Tree = Any
+P = ParamSpec("P")
+R = TypeVar("R")
+T = TypeVar("T")
 COMPILES = False  # a new shape costs nothing
 TAKES_TEXT = False  # whether tensors may hold text
 # `torch.compile` takes ten seconds for a small model, a minute for a large one, and may be slower.
@@ -36,7 +40,7 @@ class _Depth(threading.local):
 _depth = _Depth()
 
 
-def function(fn: Callable[..., Tree], jit_compile: bool | None = None) -> Callable[..., Tree]:
+def function(fn: Callable[P, R], jit_compile: bool | None = None) -> Callable[P, R]:
     """`fn` with no gradient recorded but inside `value_and_grad`; compiled where asked for."""
     compiled = _compiled(fn) if jit_compile else fn
 
@@ -114,11 +118,11 @@ def _tensor(leaf: Any) -> Any:
 
 
 def value_and_grad(
-    fn: Callable[[], Tree],
-    variables: Sequence[Any],
-    loss: Callable[[Tree], Any] | None = None,
+    fn: Callable[[], R],
+    variables: Sequence[keras.Variable],
+    loss: Callable[[R], Tensor] | None = None,
     sparse: bool = False,
-) -> tuple[Tree, list[Any]]:
+) -> tuple[R, list[Tensor | None]]:
     """Returns `fn()` and the gradients of its loss; see `Backend`.
 
     `sparse` changes nothing: only TensorFlow has sparse gradients.
@@ -128,8 +132,8 @@ def value_and_grad(
     try:
         with torch.enable_grad():
             result = fn()
-            value = result if loss is None else loss(result)
-            gradients: list[Any] = [None] * len(variables)
+            value: Any = result if loss is None else loss(result)
+            gradients: list[Tensor | None] = [None] * len(variables)
             tensors = [variable.value for variable in variables]
             trainable = [i for i, tensor in enumerate(tensors) if tensor.requires_grad]
             if value.requires_grad and trainable:
@@ -150,17 +154,17 @@ def value_and_grad(
     return result, gradients
 
 
-def value_and_input_grad(fn: Callable[..., Any], inputs: Sequence[Any]) -> tuple[Any, list[Any]]:
-    """`fn(*inputs)`, a scalar, and its gradients by the inputs, which are tensors.
-
-    `fn` may read variables; it assigns none.
-    """
+def value_and_input_grad(
+    fn: Callable[..., Tensor], inputs: Sequence[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    """Returns `fn(*inputs)` and its gradients with respect to the inputs; see `Backend`."""
     depth = _depth.value
     _depth.value = depth + 1
     try:
         with torch.enable_grad():
-            tensors = [tensor.detach().requires_grad_() for tensor in inputs]
-            value = fn(*tensors)
+            own: list[Any] = list(inputs)
+            tensors = [tensor.detach().requires_grad_() for tensor in own]
+            value: Any = fn(*tensors)
             gradients = torch.autograd.grad(value, tensors, materialize_grads=True)
     finally:
         _depth.value = depth
@@ -172,11 +176,11 @@ def _detached(leaf: Any) -> Any:
 
 
 def program(
-    step: Callable[..., Tree],
-    unpack: Callable[[Any], Any] | None = None,
+    step: Callable[..., object],
+    unpack: Unpack | None = None,
     many: bool = False,
     jit_compile: bool | None = None,
-) -> Callable[..., Tree]:
+) -> Callable[..., Any]:
     """Compiles a step where that is asked for; see `Backend`. Many steps are a Python loop."""
     run = _compiled(step) if jit_compile else step
 
@@ -197,16 +201,17 @@ def program(
     return loop if many else single
 
 
-def repeat(fn: Callable[..., Tree], count: int, rows: Tree) -> Tree:
+def repeat(fn: Callable[[Any], R], count: int, rows: object) -> R:
     """Applies `fn` to each row and stacks what it returns, inside a step; see `Backend`."""
-    return _stacked([fn(_mapped(operator.itemgetter(i), rows)) for i in range(count)])
+    stacked: R = _stacked([fn(_mapped(operator.itemgetter(i), rows)) for i in range(count)])
+    return stacked
 
 
 def _stacked(outputs: Sequence[Tree]) -> Tree:
     return keras.tree.map_structure(lambda *rows: torch.stack(rows), *outputs)
 
 
-def trace(fn: Callable[..., Tree], args: Sequence[Any]) -> DryRun:
+def trace(fn: Callable[..., object], args: Sequence[object]) -> DryRun:
     """Runs `fn(*args)` on copies under a `DryRun`, which it returns. No variable changes.
 
     Buffers of PyTorch modules are found as well: the running averages of a `BatchNorm1d`.
@@ -255,60 +260,70 @@ def _buffer(module: torch.nn.Module, name: str) -> BackendVariable:
     )
 
 
-def apply_gradients(optimizer: Any, gradients: Sequence[Any], variables: Sequence[Any]) -> None:
-    """One update of `variables` by `optimizer`, which is built."""
+def apply_gradients(
+    optimizer: keras.optimizers.Optimizer,
+    gradients: Sequence[Tensor | None],
+    variables: Sequence[keras.Variable],
+) -> None:
+    """Updates `variables` once by `optimizer`, which is built."""
     with torch.no_grad():
         optimizer.apply(gradients, variables)
 
 
-def stack(batches: Sequence[Tree], capacity: int) -> Tree:
+def stack(batches: Sequence[T], capacity: int) -> T:
     """Batches of equal structure and shape as one tree of tensors (steps, ...) on the device."""
-    return keras.tree.map_structure(
-        lambda *rows: torch.stack([to_device(row) for row in rows]), *batches
+    convert = keras.ops.convert_to_tensor
+    stacked: T = keras.tree.map_structure(
+        lambda *rows: torch.stack([convert(row) for row in rows]), *batches
     )
+    return stacked
 
 
-def to_device(array: Any) -> Any:
-    """An array-like as a tensor on Keras' device."""
-    return keras.ops.convert_to_tensor(array)
+def to_device(array: object) -> Tensor:
+    """Returns an array-like as a tensor on Keras' device."""
+    tensor: Tensor = keras.ops.convert_to_tensor(array)
+    return tensor
 
 
-def take(array: Any, indices: Any) -> Any:
-    """The rows `indices` of `array`, which are within its bounds."""
+def take(array: Tensor, indices: Tensor) -> Tensor:
+    """Returns the rows `indices` of `array`, which are within its bounds."""
     return array[indices]
 
 
-def copy(variable: Any) -> Any:
-    """A copy of a variable's value that later steps leave alone."""
-    return variable.value.detach().clone()
+def copy(variable: keras.Variable | BackendVariable) -> Tensor:
+    """Returns a copy of a variable's value that later steps leave alone."""
+    copied: Tensor = variable.value.detach().clone()
+    return copied
 
 
-def view(variable: Any) -> Any:
-    """A variable's value as a NumPy array, perhaps a view: copy it before the next step."""
+def view(variable: keras.Variable | BackendVariable) -> np.ndarray[Any, Any]:
+    """Returns a variable's value, perhaps a view: copy it before the next step."""
     value = variable.value.detach()
     # NumPy knows no bfloat16: the same numbers as float32.
-    return (value.float() if value.dtype == torch.bfloat16 else value).cpu().numpy()
+    value = value.float() if value.dtype == torch.bfloat16 else value
+    array: np.ndarray[Any, Any] = value.cpu().numpy()
+    return array
 
 
-def wait(tree: Tree) -> None:
-    """Returns when everything in `tree` has been computed."""
+def wait(tree: object) -> None:
+    """Returns when every tensor of a structure has been computed."""
     for leaf in keras.tree.flatten(tree):
         if leaf.device.type != "cpu":
             leaf.cpu()
 
 
-def iterate(dataset: Any) -> Iterator[Any]:
-    """The batches of a `tf.data.Dataset`, as NumPy arrays."""
-    return dataset.as_numpy_iterator()  # type: ignore[no-any-return]
+def iterate(dataset: TensorFlowDataset) -> Iterator[Any]:
+    """Yields the batches of a `tf.data.Dataset`, as NumPy arrays."""
+    return dataset.as_numpy_iterator()
 
 
-def graph_blocks(iterator: Any) -> None:
-    """Only TensorFlow reads many batches in one call."""
+def graph_blocks(iterator: object) -> None:
+    """Returns None: only TensorFlow reads many batches in one call."""
     return
 
 
 def candidates() -> tuple[bool, ...]:
-    """The settings of `jit_compile` that are worth measuring here."""
+    """Returns the settings of `jit_compile` that are worth timing here."""
     if keras.ops.ones(()).device.type == "cpu":
         there = any(map(shutil.which, [os.environ.get("CXX", ""), "g++", "clang++", "cl"]))
     else:
@@ -323,7 +338,7 @@ def describe() -> dict[str, Any]:
 
 
 def placement() -> Placement:
-    """Where steps run now: see `torch_distribution.active`."""
+    """Returns where steps run now: see `torch_distribution.active`."""
     return torch_distribution.active()
 
 
@@ -336,7 +351,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Puts `random_state()` back."""
+    """Restores what `random_state` returned."""
     torch.set_rng_state(torch.from_numpy(state["cpu"].copy()))
     for name, value in state.items():
         if name != "cpu":

@@ -17,8 +17,9 @@ import keras
 import torch
 import torch.distributed as dist
 
-from polus.backends.placement import BackendStack, Placement, Program, ReplicaState
+from polus.backends.placement import BackendStack, Placement, Program, ReplicaState, Stateful
 from polus.backends.scopes import current_scope
+from polus.types import Tensor
 
 # Keras' seeds are a number and a count of draws, which PyTorch gets as a sum. So far apart, the
 # replicas' numbers don't meet.
@@ -37,7 +38,7 @@ _running = _Running()
 class OneProcess(Placement):
     """A single process, whose model may still be wrapped for several."""
 
-    def check(self, parts: Iterable[object], optimizers: Iterable[Any]) -> None:
+    def check(self, parts: Iterable[object]) -> None:
         for part in parts:
             modules = part.modules() if isinstance(part, torch.nn.Module) else ()
             for module in modules:
@@ -62,16 +63,18 @@ class ProcessGroup(OneProcess):
 
     # ------------------------------------------------------------------ batches
 
-    def place(self, array: Any, size: int) -> Any:
+    def place(self, array: Tensor, size: int) -> Tensor:
         return self._own(array, 0, size)
 
-    def stack(self, rows: Sequence[Any], capacity: int, size: int, stack: BackendStack) -> Any:
+    def stack(
+        self, rows: Sequence[Tensor], capacity: int, size: int, stack: BackendStack
+    ) -> Tensor:
         return stack([self._own(row, 0, size) for row in rows], capacity)
 
-    def place_rows(self, table: Any) -> Any:
+    def place_rows(self, table: Tensor) -> Tensor:
         return self._own(table, 1, table.shape[1])
 
-    def _own(self, array: Any, axis: int, size: int) -> Any:
+    def _own(self, array: Tensor, axis: int, size: int) -> Tensor:
         """Returns this process's part of an array with an axis of examples; others as they are."""
         shape = getattr(array, "shape", ())
         if not self.divides(size) or len(shape) <= axis or shape[axis] != size:
@@ -135,15 +138,16 @@ class ProcessGroup(OneProcess):
     def parts(self) -> int:
         return 1 if _running.whole or current_scope() is not None else self.count
 
-    def gather(self, tensor: Any) -> Any:
+    def gather(self, tensor: Tensor) -> Tensor:
         if self.parts == 1:
             return tensor
-        tensor = keras.ops.convert_to_tensor(tensor)
-        if tensor.dtype == torch.bool:
-            return self.gather(tensor.to(torch.uint8)).to(torch.bool)
-        return _Gather.apply(tensor.contiguous())  # type: ignore[no-untyped-call]
+        own: torch.Tensor = keras.ops.convert_to_tensor(tensor)
+        # Not every library moves truth values.
+        moved = own.to(torch.uint8) if own.dtype == torch.bool else own
+        rows: torch.Tensor = _Gather.apply(moved.contiguous())  # type: ignore[no-untyped-call]
+        return rows.to(own.dtype)
 
-    def own_rows(self, tensor: Any) -> Any:
+    def own_rows(self, tensor: Tensor) -> Tensor:
         return tensor if self.parts == 1 else self._own(tensor, 0, tensor.shape[0])
 
     # ------------------------------------------------------------------ agreement
@@ -158,7 +162,7 @@ class ProcessGroup(OneProcess):
         dist.all_reduce(numbers, dist.ReduceOp.MAX)
         return [float(number) for number in numbers.tolist()]
 
-    def broadcast(self, variables: Iterable[Any]) -> None:
+    def broadcast(self, variables: Iterable[Stateful]) -> None:
         with torch.no_grad():
             for variable in variables:
                 value = variable.value.detach().clone().contiguous()
@@ -211,13 +215,13 @@ def active() -> Placement:
     return OneProcess()
 
 
-def averaged(gradients: list[Any]) -> list[Any]:
+def averaged(gradients: list[Tensor | None]) -> list[Tensor | None]:
     """Returns the means of gradients over the processes; the same list if there is only one."""
     if not (dist.is_available() and dist.is_initialized()) or current_scope() is not None:
         return gradients
     if (count := dist.get_world_size()) == 1:
         return gradients
-    found = [gradient for gradient in gradients if gradient is not None]
+    found: list[Any] = [gradient for gradient in gradients if gradient is not None]
     means = iter(_summed(found, [1 / count] * len(found), accumulate=None))
     return [None if gradient is None else next(means) for gradient in gradients]
 

@@ -1,6 +1,5 @@
 """Datasets: adapters for each kind, the reader of batches, and the way back after a restart."""
 
-from polus.backends.base import as_arguments
 from polus.data.adapters import as_adapter
 from polus.data.arrays import ArrayDataset, from_arrays
 from polus.data.base_adapter import DataAdapter, SeekableAdapter
@@ -17,7 +16,6 @@ __all__ = [
     "SeekableAdapter",
     "StepBlock",
     "as_adapter",
-    "as_arguments",
     "from_arrays",
     "with_iterator_state",
 ]

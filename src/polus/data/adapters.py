@@ -88,7 +88,7 @@ class TensorFlowAdapter(DataAdapter):
 
     def batches(self, epoch: int, skip: int = 0) -> Iterator[Any]:
         dataset = self.dataset.skip(skip) if skip else self.dataset
-        return backend.iterate(dataset)  # type: ignore[no-any-return]
+        return backend.iterate(dataset)
 
     def rewind(self, epoch: int, steps: int | None) -> None:
         cut_short = steps not in (None, self.num_batches)

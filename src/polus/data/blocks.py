@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from polus.backends import backend
+from polus.backends.base import GraphBlocks
 from polus.backends.placement import Placement
 from polus.data.arrays import ArrayDataset
 from polus.data.batches import (
@@ -231,7 +232,7 @@ class GraphSource:
 
     def __init__(
         self,
-        graph: Any,
+        graph: GraphBlocks,
         read: Callable[[], list[Any]],
         first: list[Any],
         handle_signals: Callable[[], None],
@@ -252,7 +253,7 @@ class GraphSource:
         return count, rows
 
     def stack(self, group: Any, capacity: int) -> Any:
-        return map_arrays(lambda rows: backend.pad(rows, capacity), group)
+        return self._graph.pad(group, capacity)
 
 
 class HostSource:

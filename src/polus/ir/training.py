@@ -9,9 +9,9 @@ import keras
 from keras import ops
 
 from polus.backends import backend
+from polus.backends.base import as_arguments
 from polus.backends.scopes import active_dry_run
 from polus.core import gather
-from polus.data import as_arguments
 from polus.ir.batch import (
     check_ids,
     extras_of,

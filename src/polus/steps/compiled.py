@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from polus.backends import backend
+from polus.backends.base import as_arguments
 from polus.backends.placement import Placement, ReplicaState
-from polus.data import as_arguments
 from polus.data.blocks import StepBlock
 from polus.steps.autotune import EXECUTION_SECS, Timing
 

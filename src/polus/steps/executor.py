@@ -179,8 +179,7 @@ class StepExecutor:
         """Checks that the engine can train this, and gives each process the same values."""
         placement = self._placement
         layers = [part for layer in held_layers(self.owner) for part in layers_of(layer)]
-        optimizers = [update.optimizer for update in variables.updates]
-        placement.check([*held(self.owner), *layers], optimizers)
+        placement.check([*held(self.owner), *layers])
         every = unique([self.owner.step_counter, *held_variables(self.owner), *variables.used])
         placement.broadcast(every)
         placement.report_layouts([v for update in variables.updates for v in update.variables])

@@ -4,7 +4,7 @@ import contextlib
 import logging
 import traceback
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -54,16 +54,22 @@ def check_function(function: Any, name: str) -> None:
         raise TypeError(f"{name} must be a function, got {function!r}.")
 
 
-def check_processing(prediction: Any, logits: Any, grads: Any) -> None:
-    """Raises TypeError if a post-processing is no function, or is given under both its names."""
+def one_processing(
+    prediction: Callable[[Any], Any] | None, logits: Callable[[Any], Any] | None
+) -> Callable[[Any], Any] | None:
+    """Returns the post-processing of predictions, given under either of its names.
+
+    Raises:
+        TypeError: If it is no function, or is given under both names.
+    """
     check_function(prediction, "post_process_prediction")
     check_function(logits, "post_process_logits")
-    check_function(grads, "post_process_grads")
     if prediction is not None and logits is not None:
         raise TypeError(
             "post_process_prediction and post_process_logits are two names of one argument. Pass "
             "one."
         )
+    return prediction or logits
 
 
 def check_minimized(loss_fn: Any, variables: Any, optimizer: Any) -> None:

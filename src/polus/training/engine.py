@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from polus.steps.executor import StepExecutor, StepOwner
+from polus.training.checks import explain_argument_errors
+from polus.training.config import TrainConfig, learning_rate_set
 from polus.training.evaluation import evaluation_step
-from polus.training.run import Run
+from polus.training.run import Run, TrainerParts
 
 
 class Engine:
@@ -53,8 +55,25 @@ class Engine:
             yield
 
     @contextlib.contextmanager
-    def running(self, run: Run) -> Iterator[None]:
-        """Makes `run` the run in progress, and counts what it trained."""
+    def running(self, trainer: TrainerParts, config: TrainConfig) -> Iterator[Run]:
+        """Begins a run, from its newest checkpoint if there is one, and ends it.
+
+        Meanwhile it is the run in progress. Afterwards what it trained is counted.
+        """
+        with learning_rate_set(trainer.optimizer, config.learning_rate):
+            run = Run(trainer, self.executor, config, self.steps, self.epochs)
+            if config.resume is not None:
+                from polus.checkpoint import has_checkpoint, resume_run
+
+                run.resuming = has_checkpoint(config.resume)
+            explained = explain_argument_errors(lambda: self.executor.example)
+            with self._in_progress(run), run.running(), explained:
+                if config.resume is not None:
+                    resume_run(run, config.resume)
+                yield run
+
+    @contextlib.contextmanager
+    def _in_progress(self, run: Run) -> Iterator[None]:
         before, self.run = self.run, run
         try:
             yield

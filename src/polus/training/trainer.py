@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, Literal, Never, Self, TypeVar, Unpack
 import keras
 
 from polus.backends import backend
+from polus.backends.base import as_arguments
 from polus.backends.scopes import active_dry_run
 from polus.callbacks.base import ICallback, KerasCallbackLike
-from polus.data import as_arguments
 from polus.history import History
 from polus.log import BaseLogger
 from polus.masks import stop_gradient
@@ -21,7 +21,6 @@ from polus.training.config import (
     TrainArguments,
     TrainConfig,
     check_names,
-    learning_rate_set,
     one_transform,
 )
 from polus.training.copies import deep_copy, shallow_copy
@@ -29,7 +28,6 @@ from polus.training.engine import CompiledMethod, Engine
 from polus.training.evaluation import evaluate
 from polus.training.loop import train_loop
 from polus.training.reports import check_step, describe_trainer
-from polus.training.run import Run
 from polus.training.spellings import unite_spellings
 
 if TYPE_CHECKING:
@@ -115,7 +113,8 @@ class BaseTrainer(BaseLogger):
             )
         super().__init__()
         checks.check_kinds(model, optimizer, loss)
-        checks.check_processing(post_process_prediction, post_process_logits, post_process_grads)
+        checks.check_function(post_process_grads, "post_process_grads")
+        process = checks.one_processing(post_process_prediction, post_process_logits)
         self.model = model
         self.optimizer = checks.loss_scaled(optimizer, model)
         self.loss = loss
@@ -123,11 +122,7 @@ class BaseTrainer(BaseLogger):
         self.weighted_metrics = as_metrics(weighted_metrics, weighted=True)
         self.metrics = [*as_metrics(given), *self.weighted_metrics]
         checks.check_metric_names(self.metrics)
-        self.post_process_logits = (
-            post_process_prediction
-            or post_process_logits
-            or getattr(self, "post_process_logits", None)
-        )
+        self.post_process_logits = process or getattr(self, "post_process_logits", None)
         self.post_process_grads = post_process_grads or getattr(self, "post_process_grads", None)
         if trainable_weights is not None:
             self.trainable_weights = trainable_weights
@@ -347,22 +342,9 @@ class BaseTrainer(BaseLogger):
         """
         given = {n: value for n, value in locals().items() if n not in ("self", "unknown")}
         check_names(unknown)
-        engine = self._engine
-        config = TrainConfig.checked(engine.arguments | one_transform(given))
+        config = TrainConfig.checked(self._engine.arguments | one_transform(given))
         self.early_stop = False
-        run = Run(self, engine.executor, config, engine.steps, engine.epochs)
-        if config.resume is not None:
-            from polus.checkpoint import has_checkpoint, resume_run
-
-            run.resuming = has_checkpoint(config.resume)
-        with (
-            learning_rate_set(self.optimizer, config.learning_rate),
-            engine.running(run),
-            run.running(),
-            checks.explain_argument_errors(lambda: engine.executor.example),
-        ):
-            if config.resume is not None:
-                resume_run(run, config.resume)
+        with self._engine.running(self, config) as run:
             return train_loop(run)
 
     def lr_finder(
