@@ -486,6 +486,7 @@ def counting():
     return {1, 2, 3} if 1 in {"a", "b", "c"} else [i for i in range(3)]
 
 
+@pytest.mark.once
 def test_descriptions_are_the_same_in_each_process():
     program = (
         "import json, test_configuration as t\n"

@@ -35,7 +35,12 @@ def test_links_lead_somewhere(path):
     assert not dead
 
 
-@every_document
+# An encoder takes a minute; tests of `polus.ir` run on each backend.
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(p, marks=pytest.mark.once) if p.name == "retrieval.md" else p for p in DOCUMENTS],
+    ids=lambda p: str(p.relative_to(ROOT)),
+)
 def test_code_runs(path, tmp_path, monkeypatch):
     text = path.read_text()
     monkeypatch.chdir(tmp_path)

@@ -163,6 +163,7 @@ def test_epoch_means_are_weighted_by_batch_size(monkeypatch, block):
     assert means == pytest.approx(expected, rel=1e-14)  # "term" is absent: it was never there
 
 
+@pytest.mark.once
 def test_a_step_of_a_long_epoch_takes_at_most_40_bytes():
     history, num_steps = History(), 200_000
     tracemalloc.start()
@@ -319,6 +320,7 @@ def test_missing_packages_are_named(monkeypatch):
         recorded().plot()
 
 
+@pytest.mark.once
 def test_import_requires_neither_pandas_nor_matplotlib():
     # Keras imports both if they are installed, so checking sys.modules would prove nothing.
     code = "import sys; sys.modules.update(pandas=None, matplotlib=None); import polus.history"

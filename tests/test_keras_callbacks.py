@@ -464,7 +464,8 @@ def test_a_restored_state_moves_no_file(name, value, tmp_path, monkeypatch):
         path.mkdir()
         callback = WRITERS[name](path)
         before = {k: v for k, v in vars(callback).items() if isinstance(v, bool | str)}
-        with contextlib.suppress(TypeError, AttributeError):  # at worst, the run ends
+        # At worst the run ends: TensorBoard is told that it traces, and raises ValueError.
+        with contextlib.suppress(TypeError, AttributeError, ValueError):
             run([callback, *[Overwrites(value)] * hostile], "train", epochs=1)
         assert {k: vars(callback)[k] for k in before if k[0] != "_"} == {
             k: v for k, v in before.items() if k[0] != "_"

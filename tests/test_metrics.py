@@ -498,14 +498,25 @@ METRICS = {
 
 @pytest.mark.parametrize("name", METRICS)
 def test_training_and_validation_metrics_count_masks_as_in_fit(name):
+    """Keras' `fit` on JAX loses masks before training metrics: there a plain sum is the reference.
+
+    The rate of the optimizer is zero then, so that one pass over the data after training has the
+    predictions of each step.
+    """
     x, y = padded()
+    loses_masks = keras.backend.backend() == "jax"
+    rate = 0.0 if loses_masks else 0.5
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model = masked_model()
-    model.compile(keras.optimizers.SGD(0.5), loss, metrics=[METRICS[name]()])
+    model.compile(keras.optimizers.SGD(rate), loss, metrics=[METRICS[name]()])
     options = {"batch_size": 8, "epochs": 2, "shuffle": False, "verbose": 0}
     expected = model.fit(x, y, validation_data=(x, y), **options).history
+    if loses_masks:
+        metric = METRICS[name]()
+        metric.update_state(y, model(x), sample_weight=x != 0)
+        expected["m"] = [float(metric.result())] * 2
     trainer = ClassifierTrainer(
-        masked_model(), keras.optimizers.SGD(0.5), loss, metrics=[METRICS[name]()]
+        masked_model(), keras.optimizers.SGD(rate), loss, metrics=[METRICS[name]()]
     )
     history = trainer.train(from_arrays((x, y), 8, shuffle=False), epochs=2)
     np.testing.assert_allclose(history.to_dict()["m"], expected["m"], rtol=1e-4)

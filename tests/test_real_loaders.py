@@ -12,8 +12,11 @@ torchdata = pytest.importorskip("torchdata")
 from torchdata.stateful_dataloader import StatefulDataLoader  # noqa: E402
 from torchdata.stateful_dataloader.sampler import BatchSampler, RandomSampler  # noqa: E402
 
-# torchdata 0.11 calls what PyTorch 2.13 deprecates.
-pytestmark = pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning")
+pytestmark = [
+    pytest.mark.once,  # batches are the same for all backends
+    # torchdata 0.11 calls what PyTorch 2.13 deprecates.
+    pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning"),
+]
 
 EXAMPLES = 22
 x = np.arange(EXAMPLES, dtype="float32")

@@ -1,5 +1,6 @@
 """The documented trainer: its API, and its results compared with Keras' fit."""
 
+import contextlib
 import inspect
 import logging
 
@@ -724,7 +725,12 @@ def test_a_frozen_model_warns_and_runs_as_in_fit(caplog):
     assert "The step updates nothing" in caplog.text
     model.compile(keras.optimizers.SGD(), CROSS_ENTROPY)
     x, y = (np.concatenate(part) for part in zip(*BATCHES, strict=True))
-    with pytest.warns(UserWarning, match="any trainable weights"):
+    warned = keras.backend.backend() != "jax"  # where `fit` says nothing
+    with (
+        pytest.warns(UserWarning, match="any trainable weights")
+        if warned
+        else contextlib.nullcontext()
+    ):
         expected = model.fit(x, y, batch_size=len(BATCHES[0][0]), shuffle=False, verbose=0)
     np.testing.assert_allclose(history.epochs[0]["loss"], expected.history["loss"][0], rtol=1e-5)
 

@@ -125,7 +125,8 @@ class IConfusionMatrix(IMetric):
         A plain float32 sum of ones would stop at 2**24.
         """
         self.is_weighted = True
-        batch = ops.scatter_update(ops.zeros_like(self.weights), cells, weights, reduction="add")
+        zeros = ops.zeros(self.weights.shape, self.weights.dtype)
+        batch = ops.scatter_update(zeros, cells, weights, reduction="add")
         batch = batch - self.rounding
         total = self.weights + batch
         self.rounding.assign((total - self.weights) - batch)

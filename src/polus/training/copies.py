@@ -124,7 +124,7 @@ def _copy_optimizer(optimizer: Any, candidates: Iterable[list[Any]], memo: dict[
         new.build([memo.get(id(variable), variable) for variable in variables])
         if [tuple(variable.shape) for variable in new.variables] == shapes:
             for old, own in zip(optimizer.variables, new.variables, strict=True):
-                own.assign(old)
+                own.assign(to_host(old))  # on JAX two variables would share an array else
                 memo.setdefault(id(old), own)
             return new
     return type(optimizer).from_config(optimizer.get_config())
