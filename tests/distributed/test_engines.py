@@ -221,6 +221,13 @@ def test_processes_that_differ_are_refused(processes):
         assert "different arguments" in callbacks
 
 
+@on_processes("lost")
+def test_a_lost_process_ends_the_others(processes):
+    first, _ = (results["lost"] for results in processes)
+    assert "Another process of this run has ended" in first["notes"][-1]
+    assert first["secs"] < 60
+
+
 @on_processes("written")
 def test_the_first_process_writes(processes):
     first, second = (results["written"] for results in processes)

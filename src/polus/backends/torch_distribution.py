@@ -90,9 +90,10 @@ class ProcessGroup(OneProcess):
 
         def run(*arguments: Any) -> Any:
             before = [variable.value.detach().clone() for variable in state.summed]
-            with self._replica(whole, state.seeds):
-                outputs = program(*arguments)
-            return self._merged(outputs, state, before, whole)
+            with _lost_processes_explained():
+                with self._replica(whole, state.seeds):
+                    outputs = program(*arguments)
+                return self._merged(outputs, state, before, whole)
 
         return run
 
@@ -213,6 +214,21 @@ def active() -> Placement:
             "WORLD_SIZE."
         )
     return OneProcess()
+
+
+@contextlib.contextmanager
+def _lost_processes_explained() -> Iterator[None]:
+    """Adds to an error of a collective call what it means for a run."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            error.add_note(
+                "Another process of this run has ended, or did not answer in time, and no step "
+                "runs without it. Its own output says why. Start the program again: with "
+                "train(..., resume=folder) it continues from its newest checkpoint."
+            )
+        raise
 
 
 def averaged(gradients: list[Tensor | None]) -> list[Tensor | None]:
