@@ -80,9 +80,9 @@ def arrays(n=96, batch_size=16, **kwargs):
 
 def summary(history, *models):
     """What a run gives: each step's loss and terms, each epoch's logs, and the weights."""
-    import keras
+    from polus.backends import backend
 
-    weights = [keras.ops.convert_to_numpy(v) for m in models for v in m.weights]
+    weights = [np.array(backend.view(v)) for m in models for v in m.weights]
     return {
         "steps": {k: np.asarray(v, float).tolist() for k, v in history.steps.items()},
         "epochs": [{k: np.asarray(v).tolist() for k, v in e.items()} for e in history.epochs],
@@ -440,6 +440,33 @@ def resumed(engine):
                     train(Break())
     result["resumed"] = train()
     return result
+
+
+@task
+def sharded(engine):
+    """Weights that are split over the processes: trained, saved whole, refused where they can't be.
+
+    The last task of its processes, whose distribution it changes.
+    """
+    import keras
+
+    from polus.callbacks import SaveModelCallback
+
+    mesh = keras.distribution.DeviceMesh((2,), ("batch",))
+    layouts = keras.distribution.LayoutMap(mesh)
+    layouts[".*dense.*kernel"] = ("batch", None)
+    keras.distribution.set_distribution(
+        keras.distribution.ModelParallel(layout_map=layouts, batch_dim_name="batch")
+    )
+    engine.folder = engine.folder / "sharded"
+    message = ""
+    try:
+        classifier().train(arrays(), 1, [SaveModelCallback("end", engine.folder / "model.keras")])
+    except NotImplementedError as error:
+        message = str(error)
+    kernel = classifier().model.trainable_weights[0].value
+    parts = [shard.data.shape for shard in kernel.addressable_shards]
+    return resumed(engine) | {"message": message, "parts": parts}
 
 
 @task

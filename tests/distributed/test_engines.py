@@ -21,8 +21,8 @@ NAME = keras.backend.backend()
 TIMEOUT_SECS = 200
 # JAX's processes compute what its devices in one process do, which is tested here as well.
 ON_PROCESSES = {
-    "jax": ["plain", "uneven", "dropped", "refused", "stopped", "resumed"],
-    "torch": [*tasks.TASKS],
+    "jax": ["plain", "uneven", "dropped", "refused", "stopped", "resumed", "sharded"],
+    "torch": [name for name in tasks.TASKS if name != "sharded"],
     "tensorflow": [],
 }[NAME]
 
@@ -219,6 +219,17 @@ def test_processes_that_differ_are_refused(processes):
         assert "read different batches" in batches
         assert "no DistributedSampler" in batches
         assert "different arguments" in callbacks
+
+
+@on_processes("sharded")
+def test_weights_that_are_sharded_over_processes(processes, reference):
+    for results in processes:
+        run = results["sharded"]
+        assert run["parts"] == [[10, 32]]  # of (20, 32)
+        assert "save the model after train(..., resume=folder)" in run["message"]
+        assert (run["code"], run["saved"]) == (128 + 15, 1)
+        assert run["resumed"] == run["uninterrupted"]
+        assert_same(run["resumed"]["steps"]["loss"], reference("plain")["steps"]["loss"])
 
 
 @on_processes("lost")

@@ -35,6 +35,7 @@ class GlobalView(Placement):
         self.mesh = distribution.device_mesh.backend_mesh
         self.batch_axis = distribution.batch_dim_name
         self.shards_weights = isinstance(distribution, keras.distribution.ModelParallel)
+        self.has_whole_weights = self.count == 1 or not self.shards_weights
         self.replicas = dict(self.mesh.shape).get(self.batch_axis, 1)
         if self.count > 1 and not distribution.auto_shard_dataset:
             raise NotImplementedError(

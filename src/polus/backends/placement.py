@@ -41,12 +41,14 @@ class Placement:
         index: The number of this process.
         count: The number of processes.
         replicas: The number of parts of a batch.
+        has_whole_weights: Whether each process can read all values of each variable by itself.
     """
 
     name = ""
     index = 0
     count = 1
     replicas = 1
+    has_whole_weights = True
 
     @property
     def is_first(self) -> bool:

@@ -35,6 +35,21 @@ class _Running(threading.local):
 _running = _Running()
 
 
+@contextlib.contextmanager
+def _lost_processes_explained() -> Iterator[None]:
+    """Adds to an error of a collective call what it means for a run."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            error.add_note(
+                "Another process of this run has ended, or did not answer in time, and no step "
+                "runs without it. Its own output says why. Start the program again: with "
+                "train(..., resume=folder) it continues from its newest checkpoint."
+            )
+        raise
+
+
 class OneProcess(Placement):
     """A single process, whose model may still be wrapped for several."""
 
@@ -153,16 +168,19 @@ class ProcessGroup(OneProcess):
 
     # ------------------------------------------------------------------ agreement
 
+    @_lost_processes_explained()
     def agreed(self, values: Sequence[float]) -> list[float]:
         numbers = _numbers(values)
         dist.broadcast(numbers, 0)
         return [float(number) for number in numbers.tolist()]
 
+    @_lost_processes_explained()
     def largest(self, values: Sequence[float]) -> list[float]:
         numbers = _numbers(values)
         dist.all_reduce(numbers, dist.ReduceOp.MAX)
         return [float(number) for number in numbers.tolist()]
 
+    @_lost_processes_explained()
     def broadcast(self, variables: Iterable[Stateful]) -> None:
         with torch.no_grad():
             for variable in variables:
@@ -214,21 +232,6 @@ def active() -> Placement:
             "WORLD_SIZE."
         )
     return OneProcess()
-
-
-@contextlib.contextmanager
-def _lost_processes_explained() -> Iterator[None]:
-    """Adds to an error of a collective call what it means for a run."""
-    try:
-        yield
-    except RuntimeError as error:
-        if isinstance(error, dist.DistError) or "gloo" in str(error):
-            error.add_note(
-                "Another process of this run has ended, or did not answer in time, and no step "
-                "runs without it. Its own output says why. Start the program again: with "
-                "train(..., resume=folder) it continues from its newest checkpoint."
-            )
-        raise
 
 
 def averaged(gradients: list[Tensor | None]) -> list[Tensor | None]:

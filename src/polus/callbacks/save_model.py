@@ -55,6 +55,12 @@ class SaveModelCallback(Callback):
 
     def on_train_begin(self) -> None:
         self.monitor.best = None
+        if not self.coordinator.run.placement.has_whole_weights:
+            raise NotImplementedError(
+                "SaveModelCallback saves the model from one process, and here weights are sharded "
+                "over several. Use polus.checkpoint.Checkpoint(folder), which gathers them, and "
+                "save the model after train(..., resume=folder) in a single process."
+            )
 
     def on_epoch_end(self, epoch: int) -> None:
         if self.strategy == "best":
