@@ -288,6 +288,13 @@ def test_layouts_that_match_nothing_warn(caplog):
 
 
 @on_jax
+def test_batches_that_never_divide_warn(caplog):
+    with JaxDevices(None, keras.distribution.DataParallel).running():
+        tasks.classifier().train(tasks.arrays(batch_size=15), 1, steps=1)
+    assert "15 examples does not divide by the 2 devices" in caplog.text
+
+
+@on_jax
 @pytest.mark.parametrize("device_bytes", [0, 2**30])
 def test_each_device_computes_its_part(device_bytes):
     """Were the batch replicated, the numbers would be right, and each device would do all."""

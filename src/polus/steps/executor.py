@@ -14,7 +14,7 @@ from polus.backends import backend
 from polus.backends.placement import Placement
 from polus.core import function, get_jit_compile
 from polus.data import EpochReader
-from polus.data.batches import arrays_of, map_arrays
+from polus.data.batches import arrays_of, batch_size_of, map_arrays
 from polus.metrics import IMetric, kept_has_samples
 from polus.state import Snapshot, layers_of
 from polus.steps.autotune import Autotuner, Limits, Timing, Tuning
@@ -246,17 +246,20 @@ class StepExecutor:
             total_steps: The steps to run, infinite if unknown.
         """
         mode = get_jit_compile()
+        modes = self._placement.compilers(mode, backend.candidates())
         key = mode, steps_per_execution, max_steps > 1, _kinds(data.example)
         tuned = self._steps.get(key)
         if tuned is None:
             assert self.variables is not None  # the step was prepared
             step = self._compiled(self.step, self.variables, _fixed_mode())
             tuned = self._steps[key] = TunedStep(step)
-            if str(key) in self._saved_tunings:
-                tuned.tuner.tuning = Tuning(*self._saved_tunings[str(key)])
+            _warn_of_whole_batches(self._placement, batch_size_of(data.example))
+            saved = self._saved_tunings.get(str(key))
+            if saved is not None and saved[0] in modes:  # else of another number of devices
+                tuned.tuner.tuning = Tuning(*saved)
                 tuned.tuner.tuned = True
         limits = Limits(
-            modes=self._placement.compilers(mode, backend.candidates()),
+            modes=modes,
             max_steps=max_steps,
             max_batches=max(1, MAX_BYTES // max(1, _num_bytes(data.example))),
             steps_per_execution=steps_per_execution,
@@ -290,7 +293,8 @@ class StepExecutor:
         if known is None:
             # A resumed run validates with the compiler that its first validation had.
             saved = self._saved_tunings.get(key)
-            mode = saved[0] if saved else self.tuning[0]
+            modes = (None, *self._placement.compilers(get_jit_compile(), backend.candidates()))
+            mode = saved[0] if saved and saved[0] in modes else self.tuning[0]
             seen = backend.trace(self.evaluation_step, inputs)
             if any(not is_built(layer) for layer in held_layers(self.owner)):
                 seen = backend.trace(self.evaluation_step, inputs)
@@ -340,6 +344,17 @@ def _same_objects(parts: Sequence[Any], others: Sequence[Any]) -> bool:
 def _kinds(example: Any) -> str:
     """Describes a batch without its sizes: bucketed batches begin each epoch with another one."""
     return str(map_arrays(lambda a: (str(a.dtype), len(a.shape)), example))
+
+
+def _warn_of_whole_batches(placement: Placement, size: int) -> None:
+    if not placement.divides(size):
+        logger.warning(
+            "A batch of %d examples does not divide by the %d devices that share it, so each of "
+            "them computes all of it: right, but no faster than one. Choose a multiple of %d.",
+            size,
+            placement.replicas,
+            placement.replicas,
+        )
 
 
 def _num_bytes(batch: Any) -> int:
