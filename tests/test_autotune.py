@@ -17,6 +17,7 @@ import polus.steps.compiled
 import polus.steps.pace
 from polus import core
 from polus.backends import backend
+from polus.backends.placement import Placement, ReplicaState
 from polus.data import DataReader, as_adapter, from_arrays
 from polus.host import to_host
 from polus.signals import Signals
@@ -168,7 +169,8 @@ class Clock:
         self.asked = []
         self.tuner = Autotuner()
         ways = [Way(False, True), Way(True, True)]
-        self.limits = {"ways": ways, "max_steps": 64, "max_batches": 10_000, **limits}
+        self.limits = {"ways": ways, "max_steps": 64, "max_batches": 10_000, "long_run_secs": {}}
+        self.limits |= limits
 
     def tune(self, total_steps=math.inf, **limits):
         limits = Limits(**{**self.limits, "total_steps": total_steps, **limits})
@@ -313,7 +315,7 @@ def test_the_pace_changes_no_bit(kind):
     def losses(steps):
         trainer = make_trainer()
         executor_of(trainer).prepare(BATCHES[0])
-        step = CompiledStep(executor_of(trainer).step)
+        step = CompiledStep(executor_of(trainer).step, Placement(), ReplicaState())
         pace = SimpleNamespace(steps=steps)
         data = BATCHES if kind == "batches" else from_arrays((X[:size], Y[:size]), 8, shuffle=False)
         with contextlib.closing(

@@ -74,3 +74,16 @@ def test_transfer(capsys):
     results = load("transfer").main(epochs=2)
     assert results.keys() == {"from scratch", "transferred"}
     assert "predictions are right" in capsys.readouterr().out
+
+
+def test_several_devices(tmp_path, capsys):
+    """On the two fake devices of JAX, and on one elsewhere."""
+    import keras
+
+    try:
+        assert load("several_devices").main(epochs=3, runs=tmp_path) > 0.5, "one in ten is chance"
+    finally:
+        if keras.backend.backend() == "jax":
+            keras.distribution.set_distribution(None)
+    assert (tmp_path / "several_devices" / "model.keras").stat().st_size
+    assert "epoch 3/3" in capsys.readouterr().out

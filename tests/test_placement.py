@@ -1,4 +1,7 @@
-"""Engines for several devices are refused by name, before anything is trained."""
+"""Engines for several devices that Polus can't train on are refused before anything is trained.
+
+What it trains on is tested in `tests/distributed`, where each engine has processes of its own.
+"""
 
 import contextlib
 
@@ -6,20 +9,20 @@ import keras
 import numpy as np
 import pytest
 
+from polus import core
+from polus.backends import backend
 from polus.data import from_arrays
 from polus.training import ClassifierTrainer
 
+NAME = keras.backend.backend()
 X = np.zeros((32, 4), "float32")
 Y = np.zeros(32, "int32")
 
 
-@contextlib.contextmanager
-def jax_data_parallel(tmp_path, monkeypatch):
-    keras.distribution.set_distribution(keras.distribution.DataParallel())
-    try:
-        yield
-    finally:
-        keras.distribution.set_distribution(None)
+def make_trainer(**kwargs) -> ClassifierTrainer:
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    return ClassifierTrainer(model, keras.optimizers.SGD(0.1), loss, **kwargs)
 
 
 @contextlib.contextmanager
@@ -31,7 +34,45 @@ def tensorflow_strategy(tmp_path, monkeypatch):
 
 
 @contextlib.contextmanager
-def torch_process_group(tmp_path, monkeypatch):
+def jax_processes_without_distribution(tmp_path, monkeypatch):
+    import jax
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    yield
+
+
+@contextlib.contextmanager
+def jax_data_of_each_process(tmp_path, monkeypatch):
+    import jax
+
+    distribution = keras.distribution.DataParallel(auto_shard_dataset=False)
+    keras.distribution.set_distribution(distribution)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    try:
+        yield
+    finally:
+        keras.distribution.set_distribution(None)
+
+
+@contextlib.contextmanager
+def launched_without_process_group(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    yield
+
+
+@contextlib.contextmanager
+def torch_compile(tmp_path, monkeypatch):
+    with process_group(tmp_path, monkeypatch):
+        core.set_jit_compile(True)
+        try:
+            yield
+        finally:
+            core.set_jit_compile("auto")
+
+
+@contextlib.contextmanager
+def process_group(tmp_path, monkeypatch):
+    """One process that believes to be one of two."""
     import torch.distributed
 
     path = f"file://{tmp_path}/group"
@@ -43,20 +84,55 @@ def torch_process_group(tmp_path, monkeypatch):
         torch.distributed.destroy_process_group()
 
 
-ENGINES = {
-    "jax": (jax_data_parallel, "keras.distribution.DataParallel"),
-    "tensorflow": (tensorflow_strategy, "tf.distribute.MirroredStrategy"),
-    "torch": (torch_process_group, "process group of 2 processes"),
+REFUSED = {
+    "tensorflow": [(tensorflow_strategy, "MirroredStrategy is active")],
+    "jax": [
+        (jax_processes_without_distribution, r"set_distribution\(keras.distribution.DataParallel"),
+        (jax_data_of_each_process, "leave out auto_shard_dataset"),
+    ],
+    "torch": [
+        (launched_without_process_group, r"WORLD_SIZE=2.*init_process_group\(\)"),
+        (torch_compile, r"set_jit_compile\(False\)"),
+    ],
 }
 
 
-def test_an_engine_for_several_devices_raises(tmp_path, monkeypatch):
-    engine, name = ENGINES[keras.backend.backend()]
+@pytest.mark.parametrize(("engine", "message"), REFUSED[NAME])
+def test_what_is_not_served_raises(engine, message, tmp_path, monkeypatch):
     with engine(tmp_path, monkeypatch):
-        model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
-        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-        trainer = ClassifierTrainer(model, keras.optimizers.SGD(0.1), loss)
-        with pytest.raises(NotImplementedError, match=f"{name} is active"):
+        trainer = make_trainer()
+        weights = trainer.model.get_weights()
+        with pytest.raises((NotImplementedError, RuntimeError), match=message):
             trainer.train(from_arrays((X, Y), 16), 1)
-        with pytest.raises(NotImplementedError, match=f"{name} is active"):
-            trainer.train_step(X, Y)
+        np.testing.assert_array_equal(trainer.model.get_weights()[0], weights[0])
+
+
+@pytest.mark.skipif(NAME != "torch", reason="wrappers of PyTorch")
+@pytest.mark.parametrize("wrapper", ["DistributedDataParallel", "fully_shard", "DataParallel"])
+def test_wrapped_modules_raise(wrapper, tmp_path):
+    """Their hooks need `loss.backward()`, and a layer of Keras doesn't see their weights."""
+    import torch
+    from torch.distributed.fsdp import fully_shard
+
+    path = f"file://{tmp_path}/group"
+    torch.distributed.init_process_group("gloo", init_method=path, rank=0, world_size=1)
+    try:
+        trainer = make_trainer()
+        if wrapper == "fully_shard":
+            fully_shard(trainer.model.layers[-1])
+        elif wrapper == "DataParallel":
+            trainer.wrapped = torch.nn.DataParallel(trainer.model)
+        else:
+            trainer.wrapped = torch.nn.parallel.DistributedDataParallel(trainer.model)
+        with pytest.raises(NotImplementedError, match=f"wrapped by {wrapper}.*unwrapped"):
+            trainer.train(from_arrays((X, Y), 16), 1)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_one_device_has_nothing_to_agree_on():
+    placement = backend.placement()
+    assert (placement.count, placement.replicas, placement.is_first) == (1, 1, True)
+    assert placement == backend.placement()
+    assert placement.agreed([1.5, 2]) == placement.largest([1.5, 2]) == [1.5, 2]
+    assert core.gather(X) is X

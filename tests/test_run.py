@@ -11,7 +11,7 @@ from polus.callbacks import Callback, EarlyStop, ValidationDataCallback
 from polus.data import from_arrays
 from polus.metrics import Accuracy
 from polus.training import BaseTrainer, ClassifierTrainer
-from polus.training.run import RunStatus
+from polus.training.status import RunStatus
 
 X = np.random.default_rng(0).normal(size=(64, 6)).astype("float32")
 Y = (X[:, 0] > 0).astype("int32")

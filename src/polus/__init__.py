@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from polus.checkpoint import CheckpointError as CheckpointError
     from polus.core import BaseLogger as BaseLogger
     from polus.core import function as function
+    from polus.core import gather as gather
     from polus.core import get_jit_compile as get_jit_compile
     from polus.core import set_jit_compile as set_jit_compile
     from polus.core import value_and_grad as value_and_grad
@@ -74,7 +75,14 @@ _NAMES = {
         "ValidationDataCallback",
     ),
     "checkpoint": ("Checkpoint", "CheckpointError"),
-    "core": ("BaseLogger", "function", "get_jit_compile", "set_jit_compile", "value_and_grad"),
+    "core": (
+        "BaseLogger",
+        "function",
+        "gather",
+        "get_jit_compile",
+        "set_jit_compile",
+        "value_and_grad",
+    ),
     "data": ("from_arrays", "with_iterator_state"),
     "history": ("History",),
     "ir": (),

@@ -1,4 +1,4 @@
-"""The compiler setting, and the two functions that reach the backend."""
+"""The compiler setting, and the three functions that reach the backend."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -8,6 +8,7 @@ import keras
 
 from polus.backends import backend
 from polus.log import BaseLogger as BaseLogger
+from polus.types import Tensor
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -176,3 +177,26 @@ def _differentiable(value: Any) -> Any:
             'it: keras.ops.cast(x, "float32").'
         )
     return tensor
+
+
+def gather(tensor: Tensor) -> Tensor:
+    """Returns the rows of a tensor from all replicas that share a batch, in the batch's order.
+
+    A step that compares examples with each other, such as a loss with in-batch negatives, needs all
+    rows of the batch. Where each replica runs the step on its own rows (PyTorch processes), this
+    concatenates them along the first axis; gradients flow back to each replica's own. Where a step
+    sees the whole batch (one device, JAX), it returns the tensor itself. All replicas have to call
+    it.
+
+    ```python
+    def forward_with_grads(self, queries, documents):
+        return polus.core.gather(self.model(queries)), polus.core.gather(self.model(documents))
+    ```
+
+    Args:
+        tensor: A tensor whose first axis has the replica's examples, (B / replicas, ...).
+
+    Returns:
+        A tensor (B, ...) of the same dtype.
+    """
+    return backend.placement().gather(tensor)

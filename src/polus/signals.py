@@ -14,13 +14,18 @@ class Signals:
     cannot set handlers, nothing is held back. A signal that the process ignores stays ignored.
 
     Attributes:
-        pending: The number of the signal that arrived, or None.
+        arrived: The number of the signal that arrived in this process, or None.
+        pending: The number of the signal to act on, or None. It is the one that arrived, unless
+            several processes have to agree on it first (`shared`).
+        shared: Whether somebody else sets `pending`.
         second: Whether another one arrived after it, which asks for an immediate end.
     """
 
     def __init__(self, *numbers: int) -> None:
         self.numbers = numbers or (signal.SIGINT,)
+        self.arrived: int | None = None
         self.pending: int | None = None
+        self.shared = False
         self.second = False
         self._handlers: dict[int, Any] = {}  # those that were installed before
 
@@ -40,8 +45,10 @@ class Signals:
             raise SystemExit(128 + self.pending)
 
     def _hold(self, number: int, frame: FrameType | None) -> None:
-        if self.pending is None:
-            self.pending = number
+        if self.arrived is None:
+            self.arrived = number
+            if not self.shared:
+                self.pending = number
             return
         self.second = True
         self._restore_handlers()
@@ -60,4 +67,5 @@ class Signals:
     def __exit__(self, kind: object, *exception: object) -> None:
         self._restore_handlers()
         if kind is None:  # otherwise this signal, or an error, has ended the block already
+            self.pending = self.pending or self.arrived
             self.check()

@@ -6,6 +6,7 @@ from typing import Any, ParamSpec, Protocol, TypeVar
 import keras
 import numpy as np
 
+from polus.backends.placement import Placement
 from polus.backends.scopes import BackendVariable, DryRun
 from polus.types import Tensor
 
@@ -218,8 +219,13 @@ class Backend(Protocol):
         """Returns what the bits of a result depend on: devices, threads of one operation."""
         ...
 
-    def distribution(self) -> str:
-        """Returns the name of the active engine for several devices; empty if there is none."""
+    def placement(self) -> Placement:
+        """Returns where steps run now.
+
+        Raises:
+            NotImplementedError: Under an engine for several devices that Polus does not serve.
+            RuntimeError: If several programs were started that don't know of each other.
+        """
         ...
 
     def random_state(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 
+from polus.backends import jax_distribution
 from polus.backends.base import TensorFlowDataset, Unpack, as_arguments
 from polus.backends.jax_programs import (
     Function,
@@ -23,6 +24,7 @@ from polus.backends.jax_programs import (
     row_at,
     run_loop,
 )
+from polus.backends.placement import Placement
 from polus.backends.scopes import (
     BackendVariable,
     DryRun,
@@ -276,11 +278,7 @@ def stack(batches: Sequence[T], capacity: int) -> T:
     """Batches of equal structure and shape as one tree of arrays (capacity, ...) on the device."""
 
     def join(*rows: Any) -> Any:
-        first = np.asarray(rows[0])
-        joined = np.zeros((capacity, *first.shape), first.dtype)
-        for i, row in enumerate(rows):
-            joined[i] = row
-        return jax.device_put(joined)
+        return jax.device_put(jax_distribution.join_rows(rows, capacity))
 
     stacked: T = jax.tree_util.tree_map(join, *batches)
     return stacked
@@ -307,7 +305,7 @@ def copy(variable: keras.Variable | BackendVariable) -> Tensor:
 
 def view(variable: keras.Variable | BackendVariable) -> np.ndarray[Any, Any]:
     """Returns a variable's value, perhaps a view: copy it before the next step."""
-    return np.asarray(variable.value)
+    return jax_distribution.on_host(variable.value)
 
 
 def wait(tree: object) -> None:
@@ -345,12 +343,9 @@ def describe() -> dict[str, Any]:
     return {"devices": [device.device_kind for device in jax.devices()]}
 
 
-def distribution() -> str:
-    """Names the engine for several devices that is active; empty if there is none."""
-    if (count := jax.process_count()) > 1:
-        return f"jax.distributed with {count} processes"
-    active = keras.distribution.distribution()
-    return "" if active is None else f"keras.distribution.{type(active).__name__}"
+def placement() -> Placement:
+    """Returns where steps run now: see `jax_distribution.active`."""
+    return jax_distribution.active()
 
 
 def random_state() -> dict[str, Any]:

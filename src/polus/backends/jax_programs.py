@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 
+from polus.backends import jax_distribution
 from polus.backends.base import as_arguments
 from polus.backends.scopes import DryRun, VariableRecorder, current_scope
 
@@ -170,7 +171,8 @@ class Program:
                     break
                 except MissedVariablesError:
                     stateful.look_closer()
-            whole = jax.jit(self.whole(pure, outputs, arguments), donate_argnums=0)
+            layouts = jax_distribution.output_shardings(values[0])
+            whole = jax.jit(self.whole(pure, outputs, arguments), donate_argnums=0, **layouts)
             program = self.compiled[arguments.key] = stateful, whole
         stateful, compiled = program
         outputs, new = compiled(*stateful.values(), *arguments.arrays)
@@ -305,7 +307,9 @@ def _signature(leaf: Any) -> Any:
 
 def copied(array: Any) -> jax.Array:
     """Returns a copy on the same devices. Unlike `jnp.copy` it compiles no program per shape."""
-    copy: jax.Array = jax.device_put(array, may_alias=False)
+    # Only on several devices with its layout, which would tie other arrays to those devices.
+    layout = array.sharding if len(array.sharding.device_set) > 1 else None
+    copy: jax.Array = jax.device_put(array, layout, may_alias=False)
     return copy
 
 

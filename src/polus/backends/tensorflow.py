@@ -7,7 +7,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from polus.backends import tensorflow_distribution
 from polus.backends.base import TensorFlowDataset, Unpack, as_arguments
+from polus.backends.placement import Placement
 from polus.backends.scopes import BackendVariable, DryRun, current_scope
 from polus.backends.tensorflow_blocks import GraphBlocks, padded
 from polus.types import Tensor
@@ -401,10 +403,9 @@ def describe() -> dict[str, Any]:
     return {"devices": names, "threads": tf.config.threading.get_intra_op_parallelism_threads()}
 
 
-def distribution() -> str:
-    """Names the engine for several devices that is active; empty if there is none."""
-    strategy = tf.distribute.get_strategy()
-    return f"tf.distribute.{type(strategy).__name__}" if tf.distribute.has_strategy() else ""
+def placement() -> Placement:
+    """Returns where steps run now: see `tensorflow_distribution.active`."""
+    return tensorflow_distribution.active()
 
 
 def random_state() -> dict[str, Any]:

@@ -15,7 +15,9 @@ import keras
 import numpy as np
 import torch
 
+from polus.backends import torch_distribution
 from polus.backends.base import TensorFlowDataset, Unpack, as_arguments
+from polus.backends.placement import Placement
 from polus.backends.scopes import BackendVariable, DryRun
 from polus.types import Tensor
 
@@ -140,6 +142,8 @@ def value_and_grad(
         _depth.value = depth
     if depth == 0:
         result = _mapped(_detached, result)
+        count = len(variables)  # inputs are each replica's own
+        gradients = torch_distribution.averaged(gradients[:count]) + gradients[count:]
     return result, gradients
 
 
@@ -187,6 +191,7 @@ def values_and_grads(
         _depth.value = depth
     if depth == 0:
         result = _mapped(_detached, result)
+        gradients = [torch_distribution.averaged(group) for group in gradients]
     return result, gradients
 
 
@@ -389,11 +394,9 @@ def describe() -> dict[str, Any]:
     return {"devices": names, "threads": torch.get_num_threads()}
 
 
-def distribution() -> str:
-    """Names the engine for several processes that is active; empty if there is none."""
-    there = torch.distributed.is_available() and torch.distributed.is_initialized()
-    size = torch.distributed.get_world_size() if there else 1
-    return f"A torch.distributed process group of {size} processes" if size > 1 else ""
+def placement() -> Placement:
+    """Returns where steps run now: see `torch_distribution.active`."""
+    return torch_distribution.active()
 
 
 def random_state() -> dict[str, Any]:

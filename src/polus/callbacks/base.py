@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import keras
 
+from polus.backends.placement import Placement
 from polus.data.reader import DataReader
 from polus.history import History
 from polus.host import DeviceValues
@@ -73,6 +74,8 @@ class RunView(Protocol):
         trainer: The trainer.
         reader: The training data.
         history: What was recorded so far.
+        placement: The devices that it runs on. Only the process for which `placement.is_first` is
+            True should print and write files.
         signals: The signals that wait for the end of a step.
         epoch: The current epoch, from 0.
         step: The next step of the epoch, from 0.
@@ -98,6 +101,8 @@ class RunView(Protocol):
     def reader(self) -> DataReader: ...
     @property
     def history(self) -> History: ...
+    @property
+    def placement(self) -> Placement: ...
     @property
     def signals(self) -> Signals: ...
     @property

@@ -45,7 +45,8 @@ class ConsoleLogCallback(Callback):
         self._progress: Progress | None = None
 
     def on_train_begin(self) -> None:
-        self._out = self.console or Console(highlight=False)
+        silent = not self.coordinator.run.placement.is_first
+        self._out = Console(quiet=True) if silent else self.console or Console(highlight=False)
         self._began = self._epoch_began = self._shown = self.clock()
         # The time at which the first block of steps ended, its steps and its examples.
         self._first: tuple[float, int, int] | None = None

@@ -30,6 +30,13 @@ COUNTERS = (
     keras.callbacks.ModelCheckpoint,
     keras.callbacks.TensorBoard,
 )
+# What these do, one process does for all.
+WRITERS = (
+    keras.callbacks.CSVLogger,
+    keras.callbacks.ModelCheckpoint,
+    keras.callbacks.RemoteMonitor,
+    keras.callbacks.TensorBoard,
+)
 MISSING = object()
 
 
@@ -48,6 +55,8 @@ class KerasCallback(Callback):
     numbers, arrays, None, or lists and dicts of these. Strings and the constructor arguments of
     Keras' own callbacks are never restored, so that a checkpoint cannot change where files go.
 
+    Of several processes, only the first one calls Keras' own callbacks that write files.
+
     Args:
         callback: The Keras callback, kept as `callback`.
         optimizer: The name of the optimizer that it finds as `model.optimizer`, such as
@@ -60,6 +69,7 @@ class KerasCallback(Callback):
         super().__init__()
         self.optimizer = optimizer
         self.callback = callback
+        self.called = callback
         self.has_batch_events = any(_overridden(callback, event) for event in BATCH_EVENTS)
         self.only_counts = self.has_batch_events and _only_counts_batches(callback)
         self.every_steps = 1 if self.has_batch_events and not self.only_counts else None
@@ -68,6 +78,7 @@ class KerasCallback(Callback):
 
     def on_train_begin(self) -> None:
         run = self.coordinator.run
+        self._prepare_for_processes()
         adapters = [c for c in self.coordinator.callbacks if isinstance(c, KerasCallback)]
         if self is adapters[0]:
             fit = FitEmulation(run, adapters)
@@ -86,21 +97,32 @@ class KerasCallback(Callback):
         if run.resuming and isinstance(self.callback, keras.callbacks.CSVLogger):
             self.callback.append = True  # otherwise it empties the file
         with self.fit.lent_optimizer(self.optimizer):
-            self.callback.on_train_begin(self.fit.begin_logs(self))
+            self.called.on_train_begin(self.fit.begin_logs(self))
         # BackupAndRestore leaves the epoch to continue from here. It has no public name.
         run.epoch = vars(self.fit.model)["_initial_epoch"] or run.epoch
+
+    def _prepare_for_processes(self) -> None:
+        """Leaves files to the first process."""
+        placement = self.coordinator.run.placement
+        if placement.count > 1 and isinstance(self.callback, keras.callbacks.BackupAndRestore):
+            raise NotImplementedError(
+                "BackupAndRestore restores one process only, and the others would start from the "
+                "beginning. Use polus.checkpoint.Checkpoint(folder) with train(resume=folder)."
+            )
+        if not placement.is_first and isinstance(self.callback, WRITERS):
+            self.called = keras.callbacks.Callback()  # does nothing
 
     def on_epoch_begin(self, epoch: int) -> None:
         if self is self.fit.first:
             self.fit.begin_epoch()
         with self.fit.lent_optimizer(self.optimizer):
-            self.callback.on_epoch_begin(epoch, self.fit.begin_logs(self))
+            self.called.on_epoch_begin(epoch, self.fit.begin_logs(self))
         self.fit.check_stop(self)
 
     def on_train_batch_begin(self, epoch: int, step: int) -> None:
         logs = self.fit.begin_logs(self)
         if self.has_batch_events:
-            self.callback.on_train_batch_begin(step, logs)
+            self.called.on_train_batch_begin(step, logs)
 
     def on_steps_end(self, epoch: int, steps: range, losses: Any) -> None:
         if self is self.fit.first:
@@ -110,8 +132,8 @@ class KerasCallback(Callback):
         with self.fit.lent_optimizer(self.optimizer):
             for i, step in enumerate(steps):
                 if len(steps) > 1:
-                    self.callback.on_train_batch_begin(step, {})
-                self.callback.on_train_batch_end(step, self.fit.batch_logs(i))
+                    self.called.on_train_batch_begin(step, {})
+                self.called.on_train_batch_end(step, self.fit.batch_logs(i))
         self.fit.check_stop(self)
 
     def on_epoch_end(self, epoch: int) -> None:
@@ -120,7 +142,7 @@ class KerasCallback(Callback):
             self.fit.train_logs = dict(logs)
         rate = logs.get("learning_rate", MISSING)
         with self.fit.lent_optimizer(self.optimizer):
-            self.callback.on_epoch_end(epoch, logs)
+            self.called.on_epoch_end(epoch, logs)
         if self.optimizer != "optimizer":  # it has written the rate of the one that it was lent
             logs.pop("learning_rate", None)
             logs.update({} if rate is MISSING else {"learning_rate": rate})
@@ -130,17 +152,17 @@ class KerasCallback(Callback):
 
     def on_train_end(self) -> None:
         if self.coordinator.run.exception is None:
-            self.callback.on_train_end(self.fit.train_logs)
+            self.called.on_train_end(self.fit.train_logs)
 
     def on_validation_begin(self) -> None:
         if self is self.fit.first:
             self.fit.warn_about_test_batches()
-        self.callback.on_test_begin(self.fit.begin_logs(self))
+        self.called.on_test_begin(self.fit.begin_logs(self))
 
     def on_validation_end(self, results: dict[str, Any]) -> None:
         if self is self.fit.first:
             self.fit.test_logs = dict(results)
-        self.callback.on_test_end(self.fit.test_logs)
+        self.called.on_test_end(self.fit.test_logs)
 
     # ------------------------------------------------------------------ state
 

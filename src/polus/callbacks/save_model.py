@@ -22,6 +22,8 @@ Strategy = Literal["best", "every", "end"]
 class SaveModelCallback(Callback):
     """Saves the model in Keras' format. A file is written completely or not at all.
 
+    Of several processes the first one writes.
+
     Args:
         strategy: `"best"` saves whenever the monitored value improves, `"every"` after each epoch,
             `"end"` when training ends without an error.
@@ -103,6 +105,12 @@ class SaveModelCallback(Callback):
                     f"{did_you_mean(name, named)} It has {', '.join(named)}."
                 )
         return {name: named[name] for name in self.models}
+        if not self.coordinator.run.placement.has_whole_weights:
+            raise NotImplementedError(
+                "SaveModelCallback saves the model from one process, and here weights are sharded "
+                "over several. Use polus.checkpoint.Checkpoint(folder), which gathers them, and "
+                "save the model after train(..., resume=folder) in a single process."
+            )
 
     def on_epoch_end(self, epoch: int) -> None:
         if self.strategy == "best":
@@ -121,13 +129,16 @@ class SaveModelCallback(Callback):
         paths = []
         for name, model in self._models().items():
             path = Path(self.path.format(epoch=epoch + 1, model=name))
+            paths.append(path)
+            if not self.coordinator.run.placement.is_first:
+                continue
             with atomic_write(path) as temporary:
                 if self.path.endswith(".keras"):
                     model.save(temporary)
                 else:
                     model.save_weights(temporary)
-            paths.append(path)
-        self._remove_old(epoch)
+        if self.coordinator.run.placement.is_first:
+            self._remove_old(epoch)
         return paths
 
     def _remove_old(self, epoch: int) -> None:

@@ -14,6 +14,7 @@ import filelock
 import keras
 import numpy as np
 
+from polus.backends.placement import Placement
 from polus.callbacks.base import Callback, Coordinator
 from polus.checkpoint.environment import describe_environment
 from polus.checkpoint.store import CheckpointError, Store
@@ -39,6 +40,9 @@ class Checkpoint(Callback):
     Ctrl-C the run saves at the next step boundary, calls each callback's `on_train_end`, and exits
     with 128 + the signal's number. If a save fails (a full disk), an error is logged and the next
     save is tried when it is due.
+
+    Several processes that train one model all get this callback, and a folder that all of them see.
+    The first one writes; a signal to any of them ends all, after the save.
 
     Args:
         directory: The folder of this run's checkpoints. One run at a time writes there.
@@ -90,14 +94,30 @@ class Checkpoint(Callback):
         self._last_time = self.clock()
         self._position: tuple[int, int] | None = None
         self._environment = describe_environment(run.trainer.model, run.steps_per_execution)
-        try:
-            self._acquire_lock()
-            if not run.resuming:
-                self._warn_of_earlier_run()
-        except OSError as error:
-            self._failed(error)
+        self._first_process_takes_folder(run.placement)
         for number in SIGNALS:
             run.signals.listen(number)
+
+    def _first_process_takes_folder(self, placement: Placement) -> None:
+        """Locks the folder in the process that writes there.
+
+        Raises:
+            CheckpointError: In all processes, if another run writes to the folder.
+        """
+        refused = None
+        if placement.is_first:
+            try:
+                self._acquire_lock()
+                if not self.coordinator.run.resuming:
+                    self._warn_of_earlier_run()
+            except OSError as error:
+                self._failed(error)
+            except CheckpointError as error:
+                refused = error
+        if placement.agreed([refused is not None])[0]:
+            raise refused or CheckpointError(
+                f"The first process can't write to {self.store.directory}; its message says why."
+            )
 
     def on_steps_end(self, epoch: int, steps: range, losses: Any) -> None:
         """Waits for the steps before these, since a device may be dozens of steps behind the loop.
@@ -119,7 +139,9 @@ class Checkpoint(Callback):
             return
         self.save()  # a no-op if that save was it
         self._finish()
-        if self._failure is None:
+        placement = self.coordinator.run.placement
+        placement.agreed([0])  # a launcher kills the first process as soon as another one has ended
+        if self._failure is None and placement.is_first:
             logger.warning(
                 "%s: the run is saved in %s after %d epochs and %d steps. To continue it, start "
                 "the same program again with train(..., resume=%r).",
@@ -159,7 +181,12 @@ class Checkpoint(Callback):
         self._allocate()
         buffers = self._finish()  # one save at a time, or the copies pile up
         self._last_time = self.clock()
-        if self._position == (run.epoch, run.step) and self._failure is None:
+        failed = self._failure is not None and run.placement.count == 1
+        if self._position == (run.epoch, run.step) and not failed:
+            return
+        if not run.placement.is_first:
+            self._position = run.epoch, run.step
+            run.get_state()  # values that are spread over processes come together in the first one
             return
         try:
             flat = flatten_state(run.get_state(), buffers)
@@ -182,7 +209,7 @@ class Checkpoint(Callback):
 
     def _allocate(self) -> None:
         """Lets a thread fetch the memory for the copies, once the variables are known."""
-        if not self._allocated:
+        if not self._allocated and self.coordinator.run.placement.is_first:
             self._allocated = True
             self._in_background(allocate_buffers, self.coordinator.run.variables())
 
@@ -199,7 +226,10 @@ class Checkpoint(Callback):
         return epochs or ended or self._time_is_up()
 
     def _time_is_up(self) -> bool:
-        return self.every_secs is not None and self.clock() - self._last_time >= self.every_secs
+        if self.every_secs is None:
+            return False
+        up = self.clock() - self._last_time >= self.every_secs
+        return bool(self.coordinator.run.placement.agreed([up])[0])
 
     def _write(self, flat: FlatState, facts: dict[str, Any]) -> dict[str, Array]:
         try:

@@ -37,6 +37,7 @@ def describe_environment(model: keras.Model, steps_per_execution: int | None) ->
         "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
         "processor": processor(),
         **backend.describe(),
+        "replicas": backend.placement().replicas,
         "system": platform.platform(),
         **_versions(),
         **{name: os.environ[name] for name in sorted(os.environ) if FLAGS.fullmatch(name)},

@@ -2,10 +2,12 @@
 
 import logging
 import os
+import zlib
 from typing import Any, Protocol
 
 import keras
 
+from polus.backends.placement import check_same
 from polus.callbacks.base import RunView
 from polus.checkpoint.environment import describe_environment, warn_of_changes
 from polus.checkpoint.store import CheckpointError, Store
@@ -32,6 +34,11 @@ def resume_run(run: ResumableRun, directory: str | os.PathLike[str]) -> None:
             or all checkpoints are damaged.
     """
     run.reader.tracked = True
+    message = (
+        f"The processes of this run don't see the same checkpoints in {directory}. It has to be a "
+        "folder on a file system that all of them share."
+    )
+    check_same(run.placement, run.resuming, message)
     saved = Store(directory).read_newest(run.check_state)
     if saved is None:
         logger.info("There is no checkpoint in %s: training starts from the beginning.", directory)
@@ -49,6 +56,7 @@ def resume_run(run: ResumableRun, directory: str | os.PathLike[str]) -> None:
         ) from error
     if isinstance(saved.facts.get("run"), str):
         run.id = saved.facts["run"]
+    check_same(run.placement, zlib.crc32(f"{run.id} {saved.path.name}".encode()), message)
     logger.info(
         "Continuing from %s: %d epochs and %d steps of %d epochs are done.",
         saved.path,

@@ -14,6 +14,7 @@ import numpy as np
 
 from polus.backends import backend
 from polus.backends.base import GraphBlocks, as_arguments
+from polus.backends.placement import Placement
 from polus.data.arrays import ArrayDataset
 from polus.data.batches import (
     batch_size_of,
@@ -89,22 +90,28 @@ def gather_batches(payload: tuple[Any, Any]) -> Any:
     return map_arrays(lambda a: backend.take(a, rows), examples)
 
 
-def stack(batches: list[Any], capacity: int) -> Any:
+def stack(batches: list[Any], capacity: int, placement: Placement) -> Any:
     """Returns batches of equal shape along a new first axis, with room for `capacity` of them."""
-    return map_arrays(lambda *rows: backend.stack(rows, capacity), *batches)
+    size = batch_size_of(batches[0])
+
+    def join(*rows: Any) -> Any:
+        return placement.stack(rows, capacity, size, backend.stack)
+
+    return map_arrays(join, *batches)
 
 
-def single_block(batch: Any) -> StepBlock:
+def single_block(batch: Any, placement: Placement) -> StepBlock:
     """Returns a block of one batch, which runs in the program for a single step."""
-    payload = map_arrays(backend.to_device, batch)
-    return StepBlock(1, batch_size_of(batch), None, payload, 1, signature_of(batch))
+    size = batch_size_of(batch)
+    payload = map_arrays(lambda a: backend.to_device(placement.place(a, size)), batch)
+    return StepBlock(1, size, None, payload, 1, signature_of(batch))
 
 
-def repeated_block(batch: Any, count: int) -> StepBlock:
+def repeated_block(batch: Any, count: int, placement: Placement) -> StepBlock:
     """Returns a block of the same batch `count` times, to time a compiled step with."""
     if count == 1:
-        return single_block(batch)
-    payload = stack([batch] * count, count)
+        return single_block(batch, placement)
+    payload = stack([batch] * count, count, placement)
     return StepBlock(count, batch_size_of(batch), stacked, payload, count, signature_of(batch))
 
 
@@ -113,11 +120,15 @@ class DeviceExamples:
 
     Args:
         dataset: The arrays and their order.
+        placement: The devices. Each has all examples.
     """
 
-    def __init__(self, dataset: ArrayDataset) -> None:
+    def __init__(self, dataset: ArrayDataset, placement: Placement) -> None:
         self.dataset = dataset
-        self.arrays = map_arrays(backend.to_device, dataset.arrays)
+        self.placement = placement
+        self.arrays = map_arrays(
+            lambda a: backend.to_device(placement.place_examples(a)), dataset.arrays
+        )
 
     def blocks(
         self,
@@ -146,14 +157,14 @@ class DeviceExamples:
             else:
                 table = rows[None]
             # Left in host memory: the compiled call moves so little faster than we could.
-            payload = (self.arrays, table)
+            payload = (self.arrays, self.placement.place_rows(table))
             yield StepBlock(count, width, gather_batches, payload, len(table), (width,))
             step += count
 
     def sample(self, count: int) -> StepBlock:
         """Returns a block of the first example only, `count` batches of it, to time a step with."""
         width = self.dataset.batch_size
-        table = backend.to_device(np.zeros((count, width), np.int32))
+        table = backend.to_device(self.placement.place_rows(np.zeros((count, width), np.int32)))
         return StepBlock(count, width, gather_batches, (self.arrays, table), count, (width,))
 
 
@@ -204,6 +215,7 @@ class Grouping:
         source: The batches.
         limit: Returns how many batches a block may have that begins at a step; 0 ends the epoch.
         capacity: The number of batches per block at most.
+        placement: The devices of the batches.
         pace: How many of a group's batches the next block takes.
     """
 
@@ -212,12 +224,14 @@ class Grouping:
         source: BatchSource,
         limit: StepLimit,
         capacity: int,
+        placement: Placement,
         pace: StepPace | None = None,
     ) -> None:
         self.source = source
         self.limit = limit
         self.capacity = capacity
         self.pace = pace
+        self.placement = placement
 
     def blocks(self, start: int) -> Generator[StepBlock]:
         """Yields the batches in blocks, from step `start` on."""
@@ -243,7 +257,7 @@ class Grouping:
                 payload = self.source.stack(group, self.capacity)
                 size = batch_size_of(first)
                 return StepBlock(count, size, stacked, payload, self.capacity, signature)
-        return single_block(first)
+        return single_block(first, self.placement)
 
 
 class GraphSource:
@@ -290,6 +304,7 @@ class HostSource:
         first: Batches that were read already.
         before_batch: Called with the number of batches read so far, before a group is begun.
         stopped: Once it is set, no more batches are read.
+        placement: The devices of the batches.
     """
 
     def __init__(
@@ -298,7 +313,9 @@ class HostSource:
         first: list[Any],
         before_batch: Callable[[int], None],
         stopped: threading.Event,
+        placement: Placement,
     ) -> None:
+        self._placement = placement
         self._read = read
         self._pending = [plain_arrays(batch) for batch in first]
         self._before_batch = before_batch
@@ -313,8 +330,11 @@ class HostSource:
 
     def read_group(self, first: Any, size: int, is_rest: bool) -> tuple[int, Any]:
         group, began = [first], time.perf_counter()
+        # Several processes have to make the same blocks, whatever their clocks say.
+        may_end = self._placement.count == 1
         while len(group) < size and not self._stopped.is_set():
-            if (is_rest or len(group) > 1) and time.perf_counter() - began > GROUP_SECS:
+            has_two = is_rest or len(group) > 1
+            if may_end and has_two and time.perf_counter() - began > GROUP_SECS:
                 break
             following = self._read_plain()
             if not following:
@@ -326,7 +346,7 @@ class HostSource:
         return len(group), group
 
     def stack(self, group: Any, capacity: int) -> Any:
-        return stack(group, capacity)
+        return stack(group, capacity, self._placement)
 
     def _read_plain(self) -> list[Any]:
         return [plain_arrays(batch) for batch in self._read()]

@@ -73,6 +73,7 @@ class BatchReader:
         waited_secs: How long the loop has waited for data so far.
         tracked: Whether epochs record what `get_state` needs; a checkpoint sets it.
         device_examples: The examples of `from_arrays` on the device, or None.
+        placement: The devices of the batches.
     """
 
     def __init__(
@@ -96,10 +97,12 @@ class BatchReader:
         self.num_batches = known if steps is None else steps if known is None else min(steps, known)
         if transform is None:
             adapter.check_untransformed()
+        # Here, in the caller's thread: others don't know which engine is active.
+        self.placement = backend.placement()
         self.device_examples: DeviceExamples | None = None
         dataset = adapter.dataset
         if isinstance(dataset, ArrayDataset) and dataset.on_device and transform is None:
-            self.device_examples = DeviceExamples(dataset)
+            self.device_examples = DeviceExamples(dataset, self.placement)
         self._arrays_checked = False
         self._lock = threading.RLock()  # reentrant: the user's dataset may call evaluate
         self._length_warned = False
@@ -308,7 +311,7 @@ class EpochReader:
         example = self.example
         if self._reader.device_examples is not None:
             return self._reader.device_examples.sample(count)
-        return repeated_block(example, count)
+        return repeated_block(example, count, self._reader.placement)
 
     # ------------------------------------------------------------------ reading
 
@@ -382,10 +385,11 @@ class EpochReader:
         graph = backend.graph_blocks(self._raw_batches) if reader.transform is None else None
         if graph is not None:
             batches = GraphSource(graph, self._read, self._first, handle_signals)
-            return Grouping(batches, limit, capacity, pace).blocks(start)
+            return Grouping(batches, limit, capacity, reader.placement, pace).blocks(start)
         stopped = threading.Event()
-        source = HostSource(self._read, self._first, self._take_snapshot, stopped)
-        blocks = Grouping(source, limit, capacity, pace).blocks(start)
+        placement = reader.placement
+        source = HostSource(self._read, self._first, self._take_snapshot, stopped, placement)
+        blocks = Grouping(source, limit, capacity, placement, pace).blocks(start)
         if not reader.prefetch:
             return blocks
         return prefetch(blocks, handle_signals, stopped, reader.prefetch)

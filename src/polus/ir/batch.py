@@ -14,13 +14,14 @@ EXTRAS = ("relevant_mask", "positive_ids", "relevant_ids", "negative_ids", "teac
 
 
 def split_batch(
-    inputs: Sequence[Any], require_negatives: bool = False
+    inputs: Sequence[Any], require_negatives: bool = False, parts: int = 1
 ) -> tuple[list[Any], dict[str, Any]]:
     """Splits a batch into its texts and its extras, and checks their shapes.
 
     Args:
         inputs: `(query, positive)` or `(query, positive, negatives)`, then any extras.
         require_negatives: Raise if there are no negatives.
+        parts: How many parts of this size the whole batch has; see `polus.core.gather`.
 
     Returns:
         The list of two or three texts, and the dict of extras, empty if the batch has none.
@@ -42,7 +43,7 @@ def split_batch(
         )
     _check_text_shapes(texts)
     check_ids(extras)
-    _check_extra_shapes(extras, texts)
+    _check_extra_shapes(extras, texts, parts)
     return texts, extras
 
 
@@ -111,10 +112,11 @@ def _check_text_shapes(texts: Sequence[Any]) -> None:
         )
 
 
-def _check_extra_shapes(extras: Mapping[str, Any], texts: Sequence[Any]) -> None:
+def _check_extra_shapes(extras: Mapping[str, Any], texts: Sequence[Any], parts: int) -> None:
     size = len_of(texts[0])
     k = keras.tree.flatten(texts[2])[0].shape[1] if len(texts) == 3 else 0
-    expected = {"positive_ids": f"({size},)", "relevant_mask": f"({size}, {size + k})"}
+    columns = size * parts + k
+    expected = {"positive_ids": f"({size},)", "relevant_mask": f"({size}, {columns})"}
     for name, value in extras.items():
         shape = tuple(value.shape)
         if name in expected:

@@ -11,6 +11,7 @@ from keras import ops
 from polus.backends import backend
 from polus.backends.base import as_arguments
 from polus.backends.scopes import active_dry_run
+from polus.core import gather
 from polus.ir.batch import (
     check_ids,
     extras_of,
@@ -219,7 +220,8 @@ class EfficientDenseRetrievalTrainer(BaseTrainer):
 
     def metric_samples(self, *outputs: Any) -> tuple[Any, ...]:
         """Returns `(y_true, y_pred)` of a classification: the positive is class 0."""
-        positive, negative, *_ = outputs
+        own_rows = backend.placement().own_rows  # each example counts in one replica
+        positive, negative, *_ = map(own_rows, outputs)
         if len(positive.shape) == 2:  # Matryoshka: use the last, longest representation
             positive, negative = positive[..., -1], negative[..., -1]
         scores = ops.concatenate([positive[:, None], negative], axis=1)
@@ -247,13 +249,18 @@ class EfficientDenseRetrievalTrainer(BaseTrainer):
         return Towers(self.model, self.encoded, self.predicted)
 
     def _split(self, inputs: tuple[Any, ...]) -> tuple[list[Any], dict[str, Any]]:
-        return split_batch(inputs, require_negatives=self.k_negatives > 0)
+        return split_batch(inputs, self.k_negatives > 0, backend.placement().parts)
 
     def _forward(self, *inputs: Any) -> Any:
         return self.forward_with_grads(*self.forward_without_grads(*inputs))
 
     def _score(self, representations: Sequence[Any], extras: dict[str, Any]) -> tuple[Any, ...]:
-        """Returns the loss's arguments: scores with relevant documents masked, and a teacher's."""
+        """Returns the loss's arguments: scores with relevant documents masked, and a teacher's.
+
+        Replicas that have a part of the batch each score the whole batch.
+        """
+        representations = keras.tree.map_structure(gather, representations)
+        extras = {name: gather(value) for name, value in extras.items()}
         found = self.compute_scores(*representations)
         if not isinstance(found, (tuple, list)) or len(found) != 2:
             raise ValueError(

@@ -11,6 +11,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from polus.backends import backend
+
 MAX_STEPS = 256  # per call: more gain nothing, and the stacked batches take memory
 TIMED_STEPS = 200  # the length of a run in which timing a few steps is a small part
 SMALL_STEP_SECS = 1e-3  # such steps are mostly overhead, of which a compiler removes much
@@ -51,7 +53,8 @@ class Limits:
         max_batches: The batches that fit into the memory set aside for a call.
         steps_per_execution: The steps per call if the user fixed them.
         total_steps: The steps of the whole run; infinite if unknown.
-        long_run_secs: From how many seconds of a run on a compiler is worth a try.
+        long_run_secs: From how many seconds of a run on a compiler is worth a try; by default the
+            backend's own.
     """
 
     ways: Sequence[Way]
@@ -59,7 +62,7 @@ class Limits:
     max_batches: int
     steps_per_execution: int | None = None
     total_steps: float = math.inf
-    long_run_secs: Mapping[bool, float] = field(default_factory=dict)
+    long_run_secs: Mapping[bool, float] = field(default_factory=lambda: backend.LONG_RUN_SECS)
 
     def tunings(self) -> list[Tuning]:
         """Returns the configurations of all ways."""

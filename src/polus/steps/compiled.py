@@ -11,6 +11,7 @@ import numpy as np
 
 from polus.backends import backend
 from polus.backends.base import as_arguments
+from polus.backends.placement import Placement, ReplicaState
 from polus.data.blocks import StepBlock
 from polus.steps.autotune import Timing
 from polus.steps.pace import Pace
@@ -29,22 +30,34 @@ class CompiledStep:
 
     Args:
         step: A stateful function of a batch's arguments that returns a scalar or a dict of scalars.
+        placement: The devices that it runs on.
+        state: The variables that replicas change by their own part of a batch.
         jit_compile: The compiler setting of programs made from now on; None for the backend's own.
         eager: Whether the step runs as it is written, operation by operation.
 
     Attributes:
         step: The step.
+        placement: The devices that it runs on.
         jit_compile: The compiler setting.
         steps_per_execution: The most steps that a call runs.
         pace: How many of them the next call runs.
     """
 
-    def __init__(self, step: Step, jit_compile: bool | None = None, eager: bool = False) -> None:
+    def __init__(
+        self,
+        step: Step,
+        placement: Placement,
+        state: ReplicaState,
+        jit_compile: bool | None = None,
+        eager: bool = False,
+    ) -> None:
         self.step = step
+        self.placement = placement
         self.eager = eager
         self.jit_compile = jit_compile
         self.steps_per_execution = 1
         self.pace = Pace()
+        self._state = state
         self._programs: dict[Any, Callable[..., Any]] = {}
         self._shapes: list[Any] = []
 
@@ -55,13 +68,14 @@ class CompiledStep:
         """
         self._count_shapes(block.signature)
         many = block.capacity > 1
-        key = (self.jit_compile, block.unpack, many)
+        key = (self.jit_compile, block.unpack, many, self.placement.divides(block.batch_size))
         program = self._programs.get(key)
         if program is None:
             if self.eager:
                 program = backend.eager_program(self.step, block.unpack)
             else:
                 program = backend.program(self.step, block.unpack, many, self.jit_compile)
+            program = self.placement.program(program, block.batch_size, self._state)
             self._programs[key] = program
         if many:
             return program, (np.int32(block.count), block.capacity, block.payload)
@@ -75,10 +89,13 @@ class CompiledStep:
     def time(self, block: StepBlock) -> Timing:
         """Times a step: first a call that compiles, then a few of some milliseconds.
 
+        Several processes make the same calls, as often as process 0 decides, and get its times.
+
         Args:
             block: A block of one batch, again and again. The calls run as many of its steps as
                 fill the time.
         """
+        agreed = self.placement.agreed
         began = time.perf_counter()
         backend.wait(self._call(block, 1))
         compile_secs = time.perf_counter() - began
@@ -86,12 +103,12 @@ class CompiledStep:
         for _ in range(TIMED_CALLS):
             began = time.perf_counter()
             backend.wait(self._call(block, count))
-            secs = time.perf_counter() - began
+            (secs,) = agreed([time.perf_counter() - began])
             best = min(best, secs / count)
             count = max(1, min(block.count, int(TIMED_SECS / best)))
             if secs > TIMED_SECS:
                 break
-        return Timing(best, compile_secs)
+        return Timing(*agreed([best, compile_secs]))
 
     def _call(self, block: StepBlock, count: int) -> Any:
         program, arguments = self.program(replace(block, count=count))

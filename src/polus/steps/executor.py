@@ -12,36 +12,35 @@ import numpy as np
 
 from polus.average import averages_of
 from polus.backends import backend
+from polus.backends.placement import Placement
 from polus.backends.scopes import DryRun
 from polus.core import function, get_jit_compile
 from polus.data import EpochReader
-from polus.data.batches import arrays_of, map_arrays
+from polus.data.batches import arrays_of, batch_size_of, map_arrays
 from polus.metrics import IMetric, kept_has_samples
-from polus.state import Snapshot
+from polus.state import Snapshot, layers_of
 from polus.steps.autotune import Autotuner, Limits, Timing, Tuning, Way
 from polus.steps.compiled import CompiledStep, as_terms
 from polus.steps.pace import Pace
-from polus.steps.placement import require_one_device
 from polus.steps.progress import Progress
 from polus.steps.variables import (
     MetricsOwner,
     StepVariables,
     fed_metrics,
+    has_convolutions,
+    held,
     held_layers,
     held_variables,
     is_built,
     plain_attributes,
+    replica_state,
     unique,
 )
 
 MAX_BYTES = 2**24  # of stacked batches per call
+# Several processes can't adapt their calls to the clock, and a step may take seconds.
+STEPS_OF_PROCESSES = 8
 MANY_RECOMPILATIONS = 3
-CONVOLUTIONS = (
-    *(keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D),
-    *(keras.layers.Conv1DTranspose, keras.layers.Conv2DTranspose, keras.layers.Conv3DTranspose),
-    *(keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D),
-    *(keras.layers.SeparableConv1D, keras.layers.SeparableConv2D),
-)
 
 logger = logging.getLogger("polus.steps")
 
@@ -107,6 +106,7 @@ class StepExecutor:
         self._parts: list[Any] = []
         self._plain: dict[str, Any] = {}
         self._own_plain: set[str] = set()
+        self._placement = Placement()
         self._steps: dict[Any, TunedStep] = {}
         self._evaluation: dict[Any, tuple[CompiledStep, list[Any]]] = {}
         self._saved_tunings: dict[str, list[Any]] = {}
@@ -120,17 +120,16 @@ class StepExecutor:
         if self.variables is None:
             return
         same_parts = _same_objects(self.owner.step_parts(), self._parts)
+        same_parts = same_parts and backend.placement() == self._placement
         changes = self._changed_attributes()
         if same_parts and not changes:
             return
         self.variables = self._update = None
         self._evaluation.clear()
-        if not same_parts:
+        if same_parts:  # the same step in other words: its timings still hold
+            self._report(changes)
+        else:
             self._steps.clear()
-            return
-        for tuned in self._steps.values():  # the same step in other words: its timings still hold
-            tuned.step = CompiledStep(self.step, tuned.step.jit_compile)
-        self._report(changes)
 
     def set_run_eagerly(self, run_eagerly: bool) -> bool:
         """Sets whether steps run as they are written, and returns whether they did.
@@ -173,10 +172,25 @@ class StepExecutor:
         self.refresh()
         if self.variables is not None:
             return self.variables
-        require_one_device()
+        self._placement = backend.placement()
         self.step = self.get_step()
         self.owner.prepare_step(*inputs)
         before = _plain_parts(self.owner)
+        self.variables = variables = self._traced(inputs)
+        self.fed_metrics = fed_metrics(self.owner, variables)
+        results = as_terms(variables.result)
+        self.array_terms = {n for n, value in results.items() if len(getattr(value, "shape", ()))}
+        self.owner.check_step(variables)
+        self._place(variables)
+        for tuned in self._steps.values():
+            tuned.step = self._compiled(self.step, variables, tuned.step.jit_compile)
+        self._parts, self._plain = self.owner.step_parts(), _plain_parts(self.owner)
+        # What the step itself changes, such as a count of its calls, tells nothing.
+        self._own_plain |= {n for n, value in self._plain.items() if before.get(n) != value}
+        return variables
+
+    def _traced(self, inputs: Sequence[Any]) -> StepVariables:
+        """Builds models and optimizers, and returns what a dry run of the step has seen."""
         for _ in range(2):  # the second time with the weights that the first one made
             unbuilt = [layer for layer in held_layers(self.owner) if not is_built(layer)]
             with kept_has_samples(self.owner.metrics):
@@ -187,15 +201,22 @@ class StepExecutor:
         for optimizer, weights in seen.updates:
             if weights and not optimizer.built:
                 optimizer.build(unique(weights))
-        self.variables = StepVariables.of(seen)
-        self.fed_metrics = fed_metrics(self.owner, self.variables)
-        results = as_terms(self.variables.result)
-        self.array_terms = {n for n, value in results.items() if len(getattr(value, "shape", ()))}
-        self.owner.check_step(self.variables)
-        self._parts, self._plain = self.owner.step_parts(), _plain_parts(self.owner)
-        # What the step itself changes, such as a count of its calls, tells nothing.
-        self._own_plain |= {n for n, value in self._plain.items() if before.get(n) != value}
-        return self.variables
+        return StepVariables.of(seen)
+
+    def _place(self, variables: StepVariables) -> None:
+        """Checks that the engine can train this, and gives each process the same values."""
+        placement = self._placement
+        layers = [part for layer in held_layers(self.owner) for part in layers_of(layer)]
+        placement.check([*held(self.owner), *layers])
+        every = unique([self.owner.step_counter, *held_variables(self.owner), *variables.used])
+        placement.broadcast(every)
+        placement.report_layouts([v for update in variables.updates for v in update.variables])
+
+    def _compiled(
+        self, step: Callable[..., Any], variables: StepVariables, jit_compile: bool | None
+    ) -> CompiledStep:
+        state = replica_state(self.owner, variables)
+        return CompiledStep(step, self._placement, state, jit_compile, self.run_eagerly)
 
     def _finish_step(self, seen: DryRun) -> None:
         """Adds what a step doesn't do itself: it counts, and moves the averages of weights."""
@@ -241,7 +262,9 @@ class StepExecutor:
         """Runs one step outside of `train`."""
         self.prepare(inputs)
         if self._update is None:
-            self._update = function(self.step)
+            # What every process is given it computes whole: a size that is no batch's.
+            state = replica_state(self.owner, self.prepare(inputs))
+            self._update = self._placement.program(function(self.step), 1, state)
         return self._update(*inputs)
 
     def single_step(self, kept: bool) -> CompiledStep:
@@ -250,11 +273,11 @@ class StepExecutor:
         Args:
             kept: Whether its programs are kept for the next call.
         """
+        assert self.variables is not None  # the step was prepared
         jit_compile = self.tuning.jit_compile
         key = f"one batch, {jit_compile}"
-        if not kept:
-            return CompiledStep(self.step, jit_compile)
-        return self._steps.setdefault(key, TunedStep(CompiledStep(self.step, jit_compile))).step
+        step = self._compiled(self.step, self.variables, jit_compile)
+        return self._steps.setdefault(key, TunedStep(step)).step if kept else step
 
     def tuned(
         self,
@@ -271,24 +294,24 @@ class StepExecutor:
             steps_per_execution: The steps of one call if the user fixed them.
             total_steps: The steps to run, infinite if unknown.
         """
+        assert self.variables is not None  # the step was prepared
         if self.run_eagerly:
-            return CompiledStep(self.step, eager=True)
+            return self._compiled(self.step, self.variables, None)
         mode = get_jit_compile()
+        modes = self._placement.compilers(mode, backend.candidates())
         key = mode, steps_per_execution, max_steps > 1, _kinds(data.example)
         tuned = self._steps.get(key)
         if tuned is None:
-            tuned = self._steps[key] = TunedStep(CompiledStep(self.step, _fixed_mode()))
-            if str(key) in self._saved_tunings:
-                tuned.tuner.tuning = Tuning(*self._saved_tunings[str(key)])
+            step = self._compiled(self.step, self.variables, _fixed_mode())
+            tuned = self._steps[key] = TunedStep(step)
+            _warn_of_whole_batches(self._placement, batch_size_of(data.example))
+            saved = self._saved_tunings.get(str(key))
+            if saved is not None and saved[0] in modes:  # else of another number of devices
+                tuned.tuner.tuning = Tuning(*saved)
                 tuned.tuner.tuned = True
-        limits = Limits(
-            ways=self._ways(mode),
-            max_steps=max_steps,
-            max_batches=max(1, MAX_BYTES // max(1, _num_bytes(data.example))),
-            steps_per_execution=steps_per_execution,
-            total_steps=total_steps,
-            long_run_secs=backend.LONG_RUN_SECS,
-        )
+        most = self._max_batches(data.example)
+        ways = self._ways(modes)
+        limits = Limits(ways, max_steps, most, steps_per_execution, total_steps)
 
         def time_step(tuning: Tuning) -> Timing:
             tuned.step.jit_compile = tuning.jit_compile
@@ -296,19 +319,22 @@ class StepExecutor:
 
         self.tuning = tuned.tuner(limits, time_step, self._undone)
         tuned.step.jit_compile, tuned.step.steps_per_execution = self.tuning
-        if steps_per_execution is not None:
+        if steps_per_execution is not None or self._placement.count > 1:
             tuned.step.pace = Pace(fixed=True)
         elif (secs := tuned.tuner.secs.get(self.tuning)) is not None:
             tuned.step.pace = Pace(secs)
         return tuned.step
 
-    def _ways(self, mode: bool | str) -> list[Way]:
+    def _ways(self, modes: Sequence[bool]) -> list[Way]:
         """Returns the ways to run the step that are worth considering, the usual one first."""
-        convolutions = any(isinstance(layer, CONVOLUTIONS) for layer in held_layers(self.owner))
-        ways = [Way(*way) for way in backend.ways(convolutions)]
-        if isinstance(mode, bool):
-            ways = [way for way in ways if way.jit_compile == mode] or [Way(mode, True)]
-        return ways
+        ways = backend.ways(has_convolutions(held_layers(self.owner)))
+        known = [Way(*way) for way in ways if way[0] in modes]
+        return known or [Way(mode, True) for mode in modes]
+
+    def _max_batches(self, example: Any) -> int:
+        """Returns how many batches one call may take."""
+        most = max(1, MAX_BYTES // max(1, _num_bytes(example)))
+        return most if self._placement.count == 1 else min(most, STEPS_OF_PROCESSES)
 
     @contextlib.contextmanager
     def _undone(self) -> Iterator[None]:
@@ -340,12 +366,17 @@ class StepExecutor:
         if known is None:
             # A resumed run validates with the compiler that its first validation had.
             saved = self._saved_tunings.get(key)
-            jit_compile = saved[0] if saved else self.tuning[0]
-            step = CompiledStep(written, jit_compile, self.run_eagerly)
+            modes = (None, *self._placement.compilers(get_jit_compile(), backend.candidates()))
+            mode = saved[0] if saved and saved[0] in modes else self.tuning[0]
             seen = backend.trace(written, inputs, self.run_eagerly)
             if any(not is_built(layer) for layer in held_layers(self.owner)):
                 seen = backend.trace(written, inputs, self.run_eagerly)
-            known = self._evaluation[key] = step, StepVariables.of(seen).assigned
+            variables = StepVariables.of(seen)
+            if self.variables is None:
+                self._placement = backend.placement()
+                self._place(variables)
+            step = self._compiled(written, variables, mode)
+            known = self._evaluation[key] = step, variables.assigned
         return known
 
     def finalize(self) -> None:
@@ -386,6 +417,17 @@ def _same_objects(parts: Sequence[Any], others: Sequence[Any]) -> bool:
 def _kinds(example: Any) -> str:
     """Describes a batch without its sizes: bucketed batches begin each epoch with another one."""
     return str(map_arrays(lambda a: (str(a.dtype), len(a.shape)), example))
+
+
+def _warn_of_whole_batches(placement: Placement, size: int) -> None:
+    if not placement.divides(size):
+        logger.warning(
+            "A batch of %d examples does not divide by the %d devices that share it, so each of "
+            "them computes all of it: right, but no faster than one. Choose a multiple of %d.",
+            size,
+            placement.replicas,
+            placement.replicas,
+        )
 
 
 def _num_bytes(batch: Any) -> int:

@@ -7,11 +7,19 @@ from typing import Any, Protocol
 
 import keras
 
+from polus.backends.placement import ReplicaState
 from polus.backends.scopes import DryRun
 from polus.metrics import IMetric, as_metric
 from polus.state import layers_of
 
 Variables = list[keras.Variable]
+
+CONVOLUTIONS = (
+    *(keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D),
+    *(keras.layers.Conv1DTranspose, keras.layers.Conv2DTranspose, keras.layers.Conv3DTranspose),
+    *(keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D),
+    *(keras.layers.SeparableConv1D, keras.layers.SeparableConv2D),
+)
 
 
 def unique(variables: Iterable[Any]) -> list[Any]:
@@ -114,19 +122,41 @@ def fed_metrics(owner: MetricsOwner, variables: StepVariables) -> list[IMetric]:
     found: dict[str, IMetric] = {metric.name: metric for metric in owner.metrics}
     known = {id(v) for metric in owner.metrics for v in metric.variables}
     terms = variables.result if isinstance(variables.result, dict) else {"loss": None}
-    others = [value for value in held(owner) if isinstance(value, keras.metrics.Metric)]
-    for layer in held_layers(owner):
-        others += [m for part in layers_of(layer) for m in _metrics_of(part)]
-    for metric in others:
+    for metric in _held_metrics(owner):
         new = not any(id(v) in known for v in metric.variables)
         if new and metric.name not in found and metric.name not in terms:
             found[metric.name] = as_metric(metric)
     return [m for m in found.values() if any(id(v) in assigned for v in m.variables)]
 
 
-def _metrics_of(layer: keras.layers.Layer) -> list[keras.metrics.Metric]:
-    found = [value for value in vars(layer).values() if isinstance(value, keras.metrics.Metric)]
+def _held_metrics(owner: object) -> list[keras.metrics.Metric]:
+    """Returns the metrics in the attributes of an object, and in the layers that it holds."""
+    found = [value for value in held(owner) if isinstance(value, keras.metrics.Metric)]
+    for layer in held_layers(owner):
+        values = [value for part in layers_of(layer) for value in vars(part).values()]
+        found += [value for value in values if isinstance(value, keras.metrics.Metric)]
     return found
+
+
+def replica_state(owner: MetricsOwner, variables: StepVariables) -> ReplicaState:
+    """Returns the variables of a step that replicas change by their own part of a batch.
+
+    What an optimizer updates is not among them: its gradients are those of the whole batch.
+    """
+    updated = {id(v) for u in variables.updates for v in (*u.variables, *u.optimizer.variables)}
+    metrics = {id(v) for m in (*owner.metrics, *_held_metrics(owner)) for v in m.variables}
+    used = {id(v) for v in variables.used}  # all but scratch, which no later step reads
+    summed, averaged, seeds = [], [], []
+    for variable in variables.assigned:
+        if id(variable) in updated or id(variable) not in used:
+            continue
+        if id(variable) in metrics:
+            summed.append(variable)
+        elif variable.path.endswith("seed_generator_state"):
+            seeds.append(variable)
+        elif keras.backend.is_float_dtype(variable.dtype):
+            averaged.append(variable)
+    return ReplicaState(summed, averaged, seeds)
 
 
 def plain_attributes(owner: object, ignored: Iterable[str] = ()) -> dict[str, Any]:
@@ -162,3 +192,8 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, tuple):
         return all(map(_is_plain, value))
     return value is None or isinstance(value, bool | int | float | str)
+
+
+def has_convolutions(layers: Iterable[keras.layers.Layer]) -> bool:
+    """Returns whether one of the layers is a convolution of Keras'."""
+    return any(isinstance(layer, CONVOLUTIONS) for layer in layers)

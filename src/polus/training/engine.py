@@ -11,7 +11,8 @@ from polus.steps.executor import StepExecutor, StepOwner
 from polus.training.checks import explain_argument_errors
 from polus.training.config import TrainConfig, learning_rate_set
 from polus.training.evaluation import evaluation_step
-from polus.training.run import Run, TrainerParts
+from polus.training.parts import TrainerParts
+from polus.training.run import Run
 
 
 class Engine:

@@ -16,6 +16,7 @@ from polus.steps.executor import StepExecutor
 from polus.steps.variables import unique
 from polus.training.checks import at_least_float32, check_function, terms_of
 from polus.training.config import check_count
+from polus.training.processes import check_same_batch
 
 
 def evaluation_step(trainer: Any, *inputs: Any) -> dict[str, Any]:
@@ -53,6 +54,7 @@ def evaluate(
     reader = DataReader(as_adapter(dataset), transform, steps, check=check)
     reader.check_ends("evaluate")
     data = reader.epoch(0)
+    check_same_batch(reader.placement, data.example)
     step, assigned = executor.evaluation(data.example)
     may_assign = set(map(id, assigned))
     owner = executor.owner

@@ -1,10 +1,12 @@
 """What a trainer says of itself, and of what its step trains."""
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 
 from polus.host import to_host
 from polus.models import describe_model, models_of
@@ -117,3 +119,39 @@ def _trained_weights(trainer: Any) -> str:
     weights, total = trainer.trainable_weights, len(trainer.model.trainable_variables)
     parameters = sum(math.prod(variable.shape) for variable in weights)
     return f"{len(weights)} of {total} variables ({parameters:,} parameters)"
+
+
+def warn_of_non_finite(logger: logging.Logger, columns: Mapping[str, Any], epoch: int) -> None:
+    """Warns of each column of an epoch's steps that has a value which is not finite."""
+    for name, losses in columns.items():
+        bad = np.flatnonzero(~np.isfinite(losses))
+        if len(bad):
+            logger.warning(
+                "The %s is not finite from step %d of epoch %d on (%s). Try a smaller learning "
+                "rate (trainer.lr_finder finds one), or clip gradients: "
+                "keras.optimizers.Adam(clipnorm=1.0).",
+                name,
+                bad[0],
+                epoch + 1,
+                losses[bad[0]],
+            )
+
+
+def warn_of_missing_steps(logger: logging.Logger, count: int, wanted: int, epoch: int) -> None:
+    """Warns that an epoch had `count` steps, where `wanted` were asked for."""
+    logger.warning(
+        "The dataset ended after %d of the %d steps of epoch %d. Give it more batches, repeat it, "
+        "or lower steps.",
+        count,
+        wanted,
+        epoch + 1,
+    )
+
+
+def warn_of_unsaved(logger: logging.Logger, name: str) -> None:
+    """Warns that a signal ends a run before it continues: a save would be of half a run."""
+    logger.warning(
+        "%s: the run has not continued yet, and nothing is saved. Start the program again to "
+        "continue from the same checkpoint.",
+        name,
+    )

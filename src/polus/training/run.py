@@ -1,19 +1,17 @@
 """One call of `train`: where it stands, how it ended, and its state for a checkpoint."""
 
 import contextlib
-import enum
 import itertools
 import math
 import secrets
 import signal
 from array import array
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import keras
 import numpy as np
 
-from polus.callbacks.base import TrainerView
 from polus.callbacks.coordinator import CallbackCoordinator
 from polus.callbacks.time_limit import TIME_IS_UP
 from polus.data import DataReader, EpochReader, StepBlock
@@ -27,7 +25,15 @@ from polus.state import random_state, set_random_state
 from polus.steps.compiled import CompiledStep, as_terms
 from polus.steps.executor import StepExecutor
 from polus.training.config import TrainConfig
+from polus.training.parts import TrainerParts
+from polus.training.processes import check_same_batch, check_same_programs
+from polus.training.reports import (
+    warn_of_missing_steps,
+    warn_of_non_finite,
+    warn_of_unsaved,
+)
 from polus.training.run_state import Settings, check_state, data_state, use_own_generators
+from polus.training.status import TRANSITIONS, RunStatus
 from polus.training_state import (
     callbacks_state,
     check_variables,
@@ -37,39 +43,6 @@ from polus.training_state import (
     variables_state,
     without_learning_rates,
 )
-
-
-class TrainerParts(TrainerView, Protocol):
-    """What a run uses of its trainer."""
-
-    loss: Any
-    primary: str | None
-
-    @property
-    def trainable_weights(self) -> list[keras.Variable]: ...
-    def check_batch(self, inputs: tuple[Any, ...], where: str) -> None: ...
-
-
-class RunStatus(enum.Enum):
-    """The states of a run."""
-
-    CREATED = "created"
-    RESTORED = "restored"
-    RUNNING = "running"
-    EPOCH_END = "epoch_end"
-    COMPLETED = "completed"
-    STOPPED = "stopped"
-    INTERRUPTED = "interrupted"
-    FAILED = "failed"
-
-
-ENDED = (RunStatus.COMPLETED, RunStatus.STOPPED, RunStatus.INTERRUPTED, RunStatus.FAILED)
-TRANSITIONS = {
-    RunStatus.CREATED: (RunStatus.RESTORED, RunStatus.RUNNING, *ENDED),
-    RunStatus.RESTORED: (RunStatus.RUNNING, *ENDED),
-    RunStatus.RUNNING: (RunStatus.EPOCH_END, *ENDED),
-    RunStatus.EPOCH_END: (RunStatus.RUNNING, *ENDED),
-}
 
 
 class Run(BaseLogger):
@@ -98,6 +71,7 @@ class Run(BaseLogger):
         callbacks: The coordinator of the callbacks.
         history: What was recorded so far; what `train` returns.
         settings: What the run is made of, to compare with a checkpoint.
+        placement: The devices that it runs on.
         signals: The signals that wait for the end of a step.
         epochs: The number of epochs.
         steps: The steps of an epoch; None until it is known.
@@ -130,17 +104,9 @@ class Run(BaseLogger):
         self.trainer = trainer
         self.executor = executor
         self.config = config
-        config.dataset.bind(trainer)
-        self.reader = DataReader(
-            config.dataset,
-            config.transform,
-            config.steps,
-            first_epoch,
-            trainer.check_batch,
-            config.prefetch,
-        )
-        self.reader.check_ends("train")
+        self.reader = _reader(trainer, config, first_epoch)
         self.history = History()
+        self.placement = self.reader.placement
         self.signals = Signals()
         self.epochs = config.epochs
         self.steps = self.reader.num_batches
@@ -157,6 +123,7 @@ class Run(BaseLogger):
         self.exception: BaseException | None = None
         self.resuming = False
         self.open_ended = False
+        self._agreed_to_stop = False
         self.closing = contextlib.ExitStack()
         self.settings = Settings(trainer, config.transform)
         self.callbacks = CallbackCoordinator(config.callbacks, self)
@@ -169,6 +136,8 @@ class Run(BaseLogger):
         with self.closing:
             try:
                 with self.signals:
+                    self.signals.shared = self.placement.count > 1
+                    check_same_programs(self.placement, self.config)
                     if self.reader.tracked or self.config.resume is not None:
                         self.settings.begin()
                     self.callbacks.on_train_begin()
@@ -202,8 +171,11 @@ class Run(BaseLogger):
 
     @property
     def stopping(self) -> bool:
-        """Whether the run ends after the current step."""
-        return self.trainer.early_stop
+        """Whether the run ends after the current step.
+
+        Several processes stop together: what one of them wants counts from `agree` on.
+        """
+        return self.trainer.early_stop if self.placement.count == 1 else self._agreed_to_stop
 
     def stop(self, reason: str) -> None:
         """Ends the run after the current step, in order."""
@@ -223,6 +195,7 @@ class Run(BaseLogger):
             self.callbacks.shared_dict["epoch_logs"] = self.logs
             self.callbacks.on_epoch_begin()
         self.executor.example = data.example
+        check_same_batch(self.placement, data.example)
         self._move(RunStatus.RUNNING)
         return data
 
@@ -252,6 +225,7 @@ class Run(BaseLogger):
         self.batch_sizes.extend(itertools.repeat(block.batch_size, block.count))
         self.step = steps.stop
         self.callbacks.on_steps_end(steps, self.step_logs.get("loss"))
+        self._agree()
         self.callbacks.on_boundary()
 
     def close_epoch(self) -> None:
@@ -268,6 +242,7 @@ class Run(BaseLogger):
         own = {k: v for k, v in self.logs.items() if k not in measured or v is not measured[k]}
         self.history.end_epoch(self.epoch, own)
         self.epoch, self.step = self.epoch + 1, 0
+        self._agree()
         self.callbacks.on_boundary()
 
     def validated(self, name: str, results: dict[str, Any]) -> None:
@@ -292,15 +267,24 @@ class Run(BaseLogger):
             self.callbacks.on_boundary()  # a checkpoint saves first
             self.signals.check()
 
-    @property
-    def metrics(self) -> list[IMetric]:
-        """The metrics that the step feeds."""
-        return self.executor.fed_metrics
+    def _agree(self) -> None:
+        """Lets all processes act on a signal, or a wish to stop, that one of them has."""
+        if self.placement.count > 1:
+            arrived, stop = self.placement.largest(
+                [self.signals.arrived or 0, self.trainer.early_stop]
+            )
+            self.signals.pending = int(arrived) or None
+            self._agreed_to_stop = bool(stop)
 
     @property
     def steps_per_execution(self) -> int | None:
         """The steps per call of the backend that the user asked for; None if it is tuned."""
         return self.config.steps_per_execution
+
+    @property
+    def metrics(self) -> list[IMetric]:
+        """The metrics that the step feeds."""
+        return self.executor.fed_metrics
 
     def _move(self, status: RunStatus) -> None:
         if status not in TRANSITIONS[self.status]:
@@ -310,13 +294,7 @@ class Run(BaseLogger):
     def _warn_of_missing_steps(self) -> None:
         wanted = self.reader.steps
         if wanted is not None and self.step < wanted and not self.stopping:
-            self.logger.warning(
-                "The dataset ended after %d of the %d steps of epoch %d. Give it more batches, "
-                "repeat it, or lower steps.",
-                self.step,
-                wanted,
-                self.epoch + 1,
-            )
+            warn_of_missing_steps(self.logger, self.step, wanted, self.epoch)
 
     def _validation_logs(self) -> dict[str, Any]:
         """Returns the newest result of each validation of this epoch."""
@@ -331,19 +309,7 @@ class Run(BaseLogger):
         """Returns the means of loss and terms over the epoch, weighted by the batches' sizes."""
         columns = self.history.steps_of(self.epoch)
         monitored = {"loss": columns["loss"]} if "loss" in columns else columns
-        for name, losses in monitored.items():
-            bad = np.flatnonzero(~np.isfinite(losses))
-            if not len(bad):
-                continue
-            self.logger.warning(
-                "The %s is not finite from step %d of epoch %d on (%s). Try a smaller learning "
-                "rate (trainer.lr_finder finds one), or clip gradients: "
-                "keras.optimizers.Adam(clipnorm=1.0).",
-                name,
-                bad[0],
-                self.epoch + 1,
-                losses[bad[0]],
-            )
+        warn_of_non_finite(self.logger, monitored, self.epoch)
         return self.history.epoch_means(self.epoch, self.batch_sizes)
 
     # ------------------------------------------------------------------ for checkpoints
@@ -435,7 +401,7 @@ class Run(BaseLogger):
         self.callbacks.on_epoch_begin()
 
     def _restore_early_stop(self, progress: dict[str, Any]) -> None:
-        self.trainer.early_stop = progress["early_stop"]
+        self.trainer.early_stop = self._agreed_to_stop = progress["early_stop"]
         self.stop_reason = progress["stop_reason"]
         if not self.stopping:
             return
@@ -450,7 +416,8 @@ class Run(BaseLogger):
                 self.epochs,
                 progress["epochs"],
             )
-            self.trainer.early_stop, self.stop_reason = False, ""
+            self.trainer.early_stop = self._agreed_to_stop = False
+            self.stop_reason = ""
         else:
             self.logger.warning(
                 "The saved run was stopped early in epoch %d (%s), so nothing is left to train. "
@@ -463,9 +430,20 @@ class Run(BaseLogger):
     def _stop_if_asked(self) -> None:
         """Ends the run on a signal before it continues: a save would be of half a run."""
         if self.signals.pending is not None:
-            self.logger.warning(
-                "%s: the run has not continued yet, and nothing is saved. Start the program again "
-                "to continue from the same checkpoint.",
-                signal.Signals(self.signals.pending).name,
-            )
+            warn_of_unsaved(self.logger, signal.Signals(self.signals.pending).name)
             self.signals.check()
+
+
+def _reader(trainer: TrainerParts, config: TrainConfig, first_epoch: int) -> DataReader:
+    """Returns the reader of the training data.
+
+    Raises:
+        ValueError: If an epoch has no end.
+    """
+    config.dataset.bind(trainer)
+    check, prefetch = trainer.check_batch, config.prefetch
+    reader = DataReader(
+        config.dataset, config.transform, config.steps, first_epoch, check, prefetch
+    )
+    reader.check_ends("train")
+    return reader

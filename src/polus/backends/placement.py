@@ -1,0 +1,138 @@
+"""Where a step runs: on one device, or on several that share each batch."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeAlias
+
+import keras
+
+from polus.backends.scopes import BackendVariable
+from polus.types import Tensor
+
+Program = Callable[..., Any]
+BackendStack = Callable[[Sequence[Tensor], int], Tensor]
+Stateful: TypeAlias = keras.Variable | BackendVariable
+
+
+@dataclasses.dataclass(frozen=True)
+class ReplicaState:
+    """Variables of a step that each replica changes by its own part of a batch.
+
+    Attributes:
+        summed: Those of metrics: what each replica has added is summed.
+        averaged: Float variables that no optimizer updates, such as moving statistics.
+        seeds: The states of Keras' seed generators, from which each replica draws its own numbers.
+    """
+
+    summed: Sequence[keras.Variable] = ()
+    averaged: Sequence[Stateful] = ()
+    seeds: Sequence[keras.Variable] = ()
+
+
+class Placement:
+    """One device in one process: nothing to place, to gather or to agree on.
+
+    The engines for several devices override what differs. There are two kinds. On JAX a program
+    sees the whole batch, and the compiler spreads it over the devices (a global view). Elsewhere
+    each replica runs the step on its own rows, and gradients, outputs and state are merged.
+
+    Attributes:
+        name: The engine, for messages; empty for one device.
+        index: The number of this process.
+        count: The number of processes.
+        replicas: The number of parts of a batch.
+        has_whole_weights: Whether each process can read all values of each variable by itself.
+    """
+
+    name = ""
+    index = 0
+    count = 1
+    replicas = 1
+    has_whole_weights = True
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes files and prints."""
+        return self.index == 0
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and vars(self) == vars(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def check(self, parts: Iterable[object]) -> None:
+        """Raises a NotImplementedError if the engine can't train these.
+
+        Args:
+            parts: What the trainer holds: models, layers, and anything else.
+        """
+
+    def compilers(self, mode: bool | str, candidates: Sequence[bool]) -> tuple[bool, ...]:
+        """Returns the settings of `jit_compile` to try: `candidates` if `mode` is "auto"."""
+        return tuple(candidates) if isinstance(mode, str) else (mode,)
+
+    # ------------------------------------------------------------------ batches
+
+    def divides(self, size: int) -> bool:
+        """Returns whether each replica gets its own part of a batch, and not the whole batch."""
+        return size % self.replicas == 0
+
+    def place(self, array: Tensor, size: int) -> Tensor:
+        """Returns an array of a batch of `size` examples, ready for `backend.to_device`."""
+        return array
+
+    def stack(
+        self, rows: Sequence[Tensor], capacity: int, size: int, stack: BackendStack
+    ) -> Tensor:
+        """Stacks the same array of several batches on the device, by `backend.stack`."""
+        return stack(rows, capacity)
+
+    def place_examples(self, array: Tensor) -> Tensor:
+        """Returns an array of all examples, of which each device needs any."""
+        return array
+
+    def place_rows(self, table: Tensor) -> Tensor:
+        """Returns the row numbers of some batches, (steps, batch size)."""
+        return table
+
+    # ------------------------------------------------------------------ steps
+
+    def program(self, program: Program, size: int, state: ReplicaState) -> Program:
+        """Returns `program`, which runs steps on batches of `size`, over all devices."""
+        return program
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Returns the rows of all replicas; see `polus.core.gather`."""
+        return tensor
+
+    def own_rows(self, tensor: Tensor) -> Tensor:
+        """Returns this replica's rows of what `gather` returned."""
+        return tensor
+
+    @property
+    def parts(self) -> int:
+        """How many parts `gather` puts together where it is called."""
+        return 1
+
+    # ------------------------------------------------------------------ agreement of processes
+
+    def agreed(self, values: Sequence[float]) -> list[float]:
+        """Returns the numbers that process 0 has. All processes must call it."""
+        return list(values)
+
+    def largest(self, values: Sequence[float]) -> list[float]:
+        """Returns the largest of each number over the processes. All processes must call it."""
+        return list(values)
+
+    def broadcast(self, variables: Iterable[Stateful]) -> None:
+        """Gives each process the values that process 0 has."""
+
+    def report_layouts(self, variables: Sequence[keras.Variable]) -> None:
+        """Logs how many variables are sharded, if the engine shards any."""
+
+
+def check_same(placement: Placement, value: float, message: str) -> None:
+    """Raises a RuntimeError in all processes if a number is not the same in all of them."""
+    high, low = placement.largest([value, -value])
+    if high != -low:
+        raise RuntimeError(message)

@@ -1,0 +1,307 @@
+"""PyTorch on several devices: one process for each, with its own rows of every batch.
+
+The processes are those of `torch.distributed`, started by `torchrun` or any other launcher. Each
+has the whole model. Gradients are averaged where they are taken, and what a program leaves behind
+is merged after it: outputs and moving statistics are averaged, what metrics have added is summed.
+A batch that does not divide by the number of processes runs whole in each of them, which is right
+for any loss.
+"""
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import keras
+import torch
+import torch.distributed as dist
+
+from polus.backends.placement import BackendStack, Placement, Program, ReplicaState, Stateful
+from polus.backends.scopes import current_scope
+from polus.types import Tensor
+
+# Keras' seeds are a number and a count of draws, which PyTorch gets as a sum. So far apart, the
+# replicas' numbers don't meet.
+SEED_STRIDE = 8_000_009
+
+
+class _Running(threading.local):
+    """What the program does that this thread runs: whether each process has the whole batch."""
+
+    whole = False
+
+
+_running = _Running()
+
+
+@contextlib.contextmanager
+def _lost_processes_explained() -> Iterator[None]:
+    """Adds to an error of a collective call what it means for a run."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            error.add_note(
+                "Another process of this run has ended, or did not answer in time, and no step "
+                "runs without it. Its own output says why. Start the program again: with "
+                "train(..., resume=folder) it continues from its newest checkpoint."
+            )
+        raise
+
+
+class OneProcess(Placement):
+    """A single process, whose model may still be wrapped for several."""
+
+    def check(self, parts: Iterable[object]) -> None:
+        for part in parts:
+            modules = part.modules() if isinstance(part, torch.nn.Module) else ()
+            for module in modules:
+                _check_not_wrapped(module)
+
+
+class ProcessGroup(OneProcess):
+    """The processes of `torch.distributed`, each with its own rows of a batch."""
+
+    def __init__(self) -> None:
+        self.index, self.count = dist.get_rank(), dist.get_world_size()
+        self.replicas = self.count
+        self.name = f"a torch.distributed process group of {self.count} processes"
+
+    def compilers(self, mode: bool | str, candidates: Sequence[bool]) -> tuple[bool, ...]:
+        if mode is True:
+            raise NotImplementedError(
+                f"torch.compile is asked for under {self.name}, and Polus runs steps there without "
+                'it. Write polus.core.set_jit_compile(False), or "auto".'
+            )
+        return (False,)
+
+    # ------------------------------------------------------------------ batches
+
+    def place(self, array: Tensor, size: int) -> Tensor:
+        return self._own(array, 0, size)
+
+    def stack(
+        self, rows: Sequence[Tensor], capacity: int, size: int, stack: BackendStack
+    ) -> Tensor:
+        return stack([self._own(row, 0, size) for row in rows], capacity)
+
+    def place_rows(self, table: Tensor) -> Tensor:
+        return self._own(table, 1, table.shape[1])
+
+    def _own(self, array: Tensor, axis: int, size: int) -> Tensor:
+        """Returns this process's part of an array with an axis of examples; others as they are."""
+        shape = getattr(array, "shape", ())
+        if not self.divides(size) or len(shape) <= axis or shape[axis] != size:
+            return array
+        part = size // self.count
+        own = slice(self.index * part, (self.index + 1) * part)
+        return array[(slice(None),) * axis + (own,)]
+
+    # ------------------------------------------------------------------ steps
+
+    def program(self, program: Program, size: int, state: ReplicaState) -> Program:
+        whole = not self.divides(size)
+
+        def run(*arguments: Any) -> Any:
+            before = [variable.value.detach().clone() for variable in state.summed]
+            with _lost_processes_explained():
+                with self._replica(whole, state.seeds):
+                    outputs = program(*arguments)
+                return self._merged(outputs, state, before, whole)
+
+        return run
+
+    @contextlib.contextmanager
+    def _replica(self, whole: bool, seeds: Sequence[keras.Variable]) -> Iterator[None]:
+        """Runs the block as this replica: with random numbers of its own unless it has the whole.
+
+        The seeds are those of process 0 again afterwards, so a checkpoint does not depend on the
+        number of processes.
+        """
+        outer, _running.whole = _running.whole, whole
+        stride = 0 if whole else self.index * SEED_STRIDE
+        try:
+            for seed in seeds:
+                _shift(seed, stride)
+            yield
+        finally:
+            for seed in seeds:
+                _shift(seed, -stride)
+            _running.whole = outer
+
+    def _merged(
+        self, outputs: Any, state: ReplicaState, before: Sequence[torch.Tensor], whole: bool
+    ) -> Any:
+        """Merges what a program returned and assigned, in one collective call."""
+        leaves = keras.tree.flatten(outputs)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        averaged = [variable.value.detach() for variable in state.averaged]
+        added = [v.value.detach() - old for v, old in zip(state.summed, before, strict=True)]
+        mean = 1 / self.count
+        scales = [mean] * len(tensors + averaged) + [mean if whole else 1.0] * len(added)
+        merged = _summed([*tensors, *averaged, *added], scales)
+        results = iter(merged)
+        leaves = [next(results) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        with torch.no_grad():
+            for variable in state.averaged:
+                variable.assign(next(results))
+            for variable, old in zip(state.summed, before, strict=True):
+                variable.assign(old + next(results).to(old.dtype))
+        return keras.tree.pack_sequence_as(outputs, leaves)
+
+    @property
+    def parts(self) -> int:
+        return 1 if _running.whole or current_scope() is not None else self.count
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        if self.parts == 1:
+            return tensor
+        own: torch.Tensor = keras.ops.convert_to_tensor(tensor)
+        # Not every library moves truth values.
+        moved = own.to(torch.uint8) if own.dtype == torch.bool else own
+        rows: torch.Tensor = _Gather.apply(moved.contiguous())  # type: ignore[no-untyped-call]
+        return rows.to(own.dtype)
+
+    def own_rows(self, tensor: Tensor) -> Tensor:
+        return tensor if self.parts == 1 else self._own(tensor, 0, tensor.shape[0])
+
+    # ------------------------------------------------------------------ agreement
+
+    @_lost_processes_explained()
+    def agreed(self, values: Sequence[float]) -> list[float]:
+        numbers = _numbers(values)
+        dist.broadcast(numbers, 0)
+        return [float(number) for number in numbers.tolist()]
+
+    @_lost_processes_explained()
+    def largest(self, values: Sequence[float]) -> list[float]:
+        numbers = _numbers(values)
+        dist.all_reduce(numbers, dist.ReduceOp.MAX)
+        return [float(number) for number in numbers.tolist()]
+
+    @_lost_processes_explained()
+    def broadcast(self, variables: Iterable[Stateful]) -> None:
+        with torch.no_grad():
+            for variable in variables:
+                value = variable.value.detach().clone().contiguous()
+                # As bytes: not every library moves every dtype.
+                dist.broadcast(value.reshape(-1).view(torch.uint8), 0)
+                variable.assign(value)
+
+
+class _Gather(torch.autograd.Function):
+    """All replicas' rows. Each replica uses them, so each has a part of their gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
+        rows = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+        dist.all_gather(rows, tensor)
+        ctx.count = len(tensor)
+        return torch.cat(rows)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        total = gradients[0].contiguous().clone()
+        dist.all_reduce(total)
+        first = dist.get_rank() * int(ctx.count)
+        return total[first : first + ctx.count]
+
+
+def active() -> Placement:
+    """Returns where steps run now.
+
+    Raises:
+        NotImplementedError: Under an engine that Polus does not serve.
+        RuntimeError: If the launcher started several programs that don't know of each other.
+    """
+    if keras.distribution.distribution() is not None:
+        raise NotImplementedError(
+            "keras.distribution is active, and on PyTorch Polus trains by torch.distributed. Leave "
+            "out set_distribution(...), and write torch.distributed.init_process_group() at the "
+            "start of a program that torchrun starts."
+        )
+    there = dist.is_available() and dist.is_initialized()
+    if there and dist.get_world_size() > 1:
+        return ProcessGroup()
+    if not there and (size := os.environ.get("WORLD_SIZE", "1")) not in ("", "0", "1"):
+        raise RuntimeError(
+            f"The environment says WORLD_SIZE={size}: a launcher has started {size} programs, and "
+            "each would train a model of its own. Write torch.distributed.init_process_group() "
+            "before training to train one model; to train independent ones, start them without "
+            "WORLD_SIZE."
+        )
+    return OneProcess()
+
+
+def averaged(gradients: list[Tensor | None]) -> list[Tensor | None]:
+    """Returns the means of gradients over the processes; the same list if there is only one."""
+    if not (dist.is_available() and dist.is_initialized()) or current_scope() is not None:
+        return gradients
+    if (count := dist.get_world_size()) == 1:
+        return gradients
+    found: list[Any] = [gradient for gradient in gradients if gradient is not None]
+    means = iter(_summed(found, [1 / count] * len(found), accumulate=None))
+    return [None if gradient is None else next(means) for gradient in gradients]
+
+
+def _summed(
+    tensors: Sequence[torch.Tensor],
+    scales: Sequence[float],
+    accumulate: torch.dtype | None = torch.float64,
+) -> list[torch.Tensor]:
+    """Returns the sums of scaled tensors over the processes, by one call for each dtype.
+
+    Args:
+        tensors: The tensors of this process.
+        scales: The factor of each.
+        accumulate: The dtype to add in; None for the tensors' own.
+    """
+    results: list[Any] = [None] * len(tensors)
+    by_dtype: dict[torch.dtype, list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        by_dtype.setdefault(accumulate or tensor.dtype, []).append(i)
+    for dtype, numbers in by_dtype.items():
+        parts = [tensors[i].detach().reshape(-1).to(dtype) * scales[i] for i in numbers]
+        flat = torch.cat(parts)
+        dist.all_reduce(flat)
+        pieces = torch.split(flat, [part.numel() for part in parts])
+        for i, part in zip(numbers, pieces, strict=True):
+            kept = tensors[i].dtype if tensors[i].is_floating_point() else dtype
+            results[i] = part.reshape(tensors[i].shape).to(kept)
+    return results
+
+
+def _numbers(values: Sequence[float]) -> torch.Tensor:
+    # On Keras' device: NCCL takes no tensors of the host.
+    device = keras.ops.zeros(()).device
+    return torch.tensor(list(values), dtype=torch.float64, device=device)
+
+
+def _shift(seed: keras.Variable, stride: int) -> None:
+    if stride:
+        value = seed.value.detach().clone()
+        value[0] += stride
+        seed.assign(value)
+
+
+def _check_not_wrapped(module: torch.nn.Module) -> None:
+    wrappers: dict[str, Any] = {
+        "DataParallel": torch.nn.DataParallel,
+        "DistributedDataParallel": torch.nn.parallel.DistributedDataParallel,
+    }
+    if dist.is_available():
+        from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+        wrappers |= {
+            "FullyShardedDataParallel": FullyShardedDataParallel,
+            "fully_shard": FSDPModule,
+        }
+    for name, kind in wrappers.items():
+        if isinstance(module, kind):
+            raise NotImplementedError(
+                f"A module is wrapped by {name}, which has no effect on the gradients that Polus "
+                "takes: each process would train a model of its own. Pass the model unwrapped. "
+                "After torch.distributed.init_process_group() Polus averages gradients itself; "
+                "sharded weights are available on JAX, by keras.distribution.ModelParallel."
+            )
