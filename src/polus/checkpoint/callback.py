@@ -124,7 +124,7 @@ class Checkpoint(Callback):
 
         A signal would have to wait for all of them: seconds, if a step is long.
         """
-        newest = next(iter(self.coordinator.run.step_logs.values()))
+        newest = next(iter(self.coordinator.run.step_logs.values()), None)
         before, self._unread = self._unread, newest
         if before is not None:
             np.asarray(before)
