@@ -32,7 +32,7 @@ class KerasCallbackLike(Protocol):
     """A `keras.callbacks.Callback`, for type checkers, which find no types in Keras."""
 
     def set_params(self, params: Any) -> object: ...
-    def set_model(self, model: Any) -> object: ...
+    def set_model(self, model: object) -> object: ...
 
 
 class TrainerView(Protocol):
@@ -46,7 +46,7 @@ class TrainerView(Protocol):
     def optimizer(self) -> keras.optimizers.Optimizer: ...
     @property
     def metrics(self) -> Sequence[IMetric]: ...
-    def evaluate(self, dataset: Any, /, *arguments: Any) -> dict[str, Any]: ...
+    def evaluate(self, dataset: object, /, *arguments: Any) -> dict[str, Any]: ...
 
 
 class RunView(Protocol):
@@ -170,10 +170,10 @@ class ICallback:
     def on_train_batch_begin(self, epoch: int, step: int) -> None:
         """Called before a step."""
 
-    def on_train_batch_end(self, epoch: int, step: int, loss: Any) -> None:
+    def on_train_batch_end(self, epoch: int, step: int, loss: float) -> None:
         """Called after a step with its loss, a scalar. `float(loss)` waits for the device."""
 
-    def on_steps_end(self, epoch: int, steps: range, losses: Any) -> None:
+    def on_steps_end(self, epoch: int, steps: range, losses: Sequence[float]) -> None:
         """Called after the steps `steps` with their losses, a lazy array of the same length.
 
         `np.asarray(losses)` waits for the device. By default this delivers the batch events one by

@@ -1,5 +1,6 @@
 """The smoothed training loss."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,7 @@ class LossSmoothCallback(Callback):
         self._sum = self._weight = 0.0
         self._unread = []
 
-    def on_steps_end(self, epoch: int, steps: range, losses: Any) -> None:
+    def on_steps_end(self, epoch: int, steps: range, losses: Sequence[float]) -> None:
         self._unread.append(losses)
         if len(self._unread) > MAX_UNREAD:
             self._read(MAX_UNREAD // 2)

@@ -1,6 +1,6 @@
 """Validation during training."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from polus.callbacks.base import Callback, Coordinator, Phase
@@ -32,7 +32,7 @@ class ValidationDataCallback(Callback):
 
     def __init__(
         self,
-        dataset: Any,
+        dataset: object,
         name: str = "val",
         every_steps: int | None = None,
         custom_data_transform_f: Callable[[Any], Any] | None = None,
@@ -79,7 +79,7 @@ class ValidationDataCallback(Callback):
         reader = DataReader(as_adapter(self.dataset), self.custom_data_transform_f, self.steps)
         reader.check_ends("ValidationDataCallback")
 
-    def on_steps_end(self, epoch: int, steps: range, losses: Any) -> None:
+    def on_steps_end(self, epoch: int, steps: range, losses: Sequence[float]) -> None:
         if self.every_steps and steps.stop % self.every_steps == 0:
             self._validate()
 

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -99,7 +99,7 @@ class Checkpoint(Callback):
         for number in SIGNALS:
             run.signals.listen(number)
 
-    def on_steps_end(self, epoch: int, steps: range, losses: Any) -> None:
+    def on_steps_end(self, epoch: int, steps: range, losses: Sequence[float]) -> None:
         """Waits for the steps before these, since a device may be dozens of steps behind the loop.
 
         A signal would have to wait for all of them: seconds, if a step is long.

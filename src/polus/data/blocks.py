@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from polus.data.batches import (
     signature_of,
 )
 
+T = TypeVar("T")
 StepLimit = Callable[[int], int]
 
 # A slow dataset comes in shorter blocks, so that progress still moves and Ctrl-C still works.
@@ -51,7 +52,7 @@ class StepBlock:
     signature: Any
 
 
-def stacked(payload: Any) -> Any:
+def stacked(payload: T) -> T:
     """Unpacks batches that the host or TensorFlow's graph has stacked already."""
     return payload
 
@@ -71,13 +72,13 @@ def stack(batches: list[Any], capacity: int) -> Any:
     return map_arrays(lambda *rows: backend.stack(rows, capacity), *batches)
 
 
-def single_block(batch: Any) -> StepBlock:
+def single_block(batch: object) -> StepBlock:
     """Returns a block of one batch, which runs in the program for a single step."""
     payload = map_arrays(backend.to_device, batch)
     return StepBlock(1, batch_size_of(batch), None, payload, 1, signature_of(batch))
 
 
-def repeated_block(batch: Any, count: int) -> StepBlock:
+def repeated_block(batch: object, count: int) -> StepBlock:
     """Returns a block of the same batch `count` times, to time a compiled step with."""
     if count == 1:
         return single_block(batch)
@@ -140,7 +141,7 @@ class BatchSource(Protocol):
         """Returns the batch of `step` in a list, an empty list at the end."""
         ...
 
-    def read_group(self, first: Any, size: int, is_rest: bool) -> tuple[int, Any]:
+    def read_group(self, first: object, size: int, is_rest: bool) -> tuple[int, Any]:
         """Reads up to `size` batches of equal shape; fewer if the data is slow.
 
         Args:
@@ -231,7 +232,7 @@ class GraphSource:
         batch, self._pending = self._pending or self._read(), []
         return batch
 
-    def read_group(self, first: Any, size: int, is_rest: bool) -> tuple[int, Any]:
+    def read_group(self, first: object, size: int, is_rest: bool) -> tuple[int, Any]:
         self._handle_signals()
         count, rows, other = self._graph.read(first, size, GROUP_SECS)
         self._pending = [] if other is None else [other]
@@ -270,7 +271,7 @@ class HostSource:
         batch, self._pending = self._pending or self._read_plain(), []
         return batch
 
-    def read_group(self, first: Any, size: int, is_rest: bool) -> tuple[int, Any]:
+    def read_group(self, first: object, size: int, is_rest: bool) -> tuple[int, Any]:
         group, began = [first], time.perf_counter()
         while len(group) < size and not self._stopped.is_set():
             if (is_rest or len(group) > 1) and time.perf_counter() - began > GROUP_SECS:

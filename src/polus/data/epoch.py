@@ -123,7 +123,7 @@ class BatchReader:
                 type(self.adapter.dataset).__name__,
             )
 
-    def arguments(self, batch: Any) -> tuple[Any, ...]:
+    def arguments(self, batch: object) -> tuple[Any, ...]:
         """Returns the step's arguments from a batch of the dataset.
 
         Raises:
@@ -250,7 +250,7 @@ class EpochReader:
                     f"{self.number + 1}, and the run had done {step} steps in it."
                 )
 
-    def set_example(self, batch: Any) -> None:
+    def set_example(self, batch: object) -> None:
         """Sets the first batch of the epoch, which an epoch that starts later does not read."""
         self._example = as_arguments(batch)
         self._record(self._example)

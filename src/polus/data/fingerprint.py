@@ -9,7 +9,7 @@ import numpy as np
 from polus.host import to_host
 
 
-def checksum(batch: Any, max_bytes: int | None = None) -> int:
+def checksum(batch: object, max_bytes: int | None = None) -> int:
     """Returns the CRC-32 of all values of a batch, or of the first `max_bytes` of each array."""
     value = 0
     for leaf in keras.tree.flatten(batch):
@@ -20,7 +20,7 @@ def checksum(batch: Any, max_bytes: int | None = None) -> int:
     return value
 
 
-def leaves_of(batch: Any) -> list[list[Any]]:
+def leaves_of(batch: object) -> list[list[Any]]:
     """Returns the dtype and the number of axes of each array of a batch."""
     arrays = [to_host(leaf) for leaf in keras.tree.flatten(batch)]
     return [[array.dtype.name, array.ndim] for array in arrays]

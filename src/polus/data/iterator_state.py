@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 
-def encode(state: Any) -> Any:
+def encode(state: Any) -> object:
     """Returns an iterator's state as lists, single-key dicts, plain values and NumPy arrays."""
     if isinstance(state, dict):
         return {"dict": [[encode(key), encode(value)] for key, value in state.items()]}
@@ -19,7 +19,7 @@ def encode(state: Any) -> Any:
     return state
 
 
-def decode(state: Any) -> Any:
+def decode(state: object) -> Any:
     """Returns the state that `encode` was given."""
     if not isinstance(state, dict):
         return state

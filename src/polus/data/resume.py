@@ -73,7 +73,7 @@ class IteratorSnapshots:
     def add(self, snapshot: IteratorSnapshot) -> None:
         self._newest.append(snapshot)
 
-    def see(self, batch: Any) -> None:
+    def see(self, batch: object) -> None:
         """Tells which batch was read next."""
         if self._newest and self._newest[-1].next_checksum is None:
             self._newest[-1].next_checksum = checksum(batch, MAX_CHECKED_BYTES)
@@ -99,7 +99,7 @@ class Epoch(Protocol):
 
     def peek(self) -> Any: ...
 
-    def set_example(self, batch: Any) -> None: ...
+    def set_example(self, batch: object) -> None: ...
 
     def skip_to(self, step: int, handle_signals: Callback) -> None: ...
 
@@ -241,7 +241,7 @@ def check_same_dataset(saved: State, now: State) -> None:
         raise ValueError("The dataset is another one. " + "; ".join(differing) + ".")
 
 
-def check_same_leaves(saved: Any, now: Any) -> None:
+def check_same_leaves(saved: object, now: object) -> None:
     """Raises a ValueError if the arrays of a batch have other dtypes or numbers of axes."""
     if now is not None and saved not in (None, now):
         raise ValueError(

@@ -93,6 +93,6 @@ class CompiledStep:
             )
 
 
-def as_terms(outputs: Any) -> dict[str, Any]:
+def as_terms(outputs: object) -> dict[str, Any]:
     """Returns what a step returned as a dict of named values."""
     return outputs if isinstance(outputs, dict) else {"loss": outputs}

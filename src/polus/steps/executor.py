@@ -42,7 +42,7 @@ class StepOwner(MetricsOwner, Protocol):
     step_counter: keras.Variable
 
     def step_parts(self) -> list[Any]: ...
-    def prepare_step(self, *inputs: Any) -> None: ...
+    def prepare_step(self, *inputs: object) -> None: ...
     def check_step(self, variables: StepVariables) -> None: ...
 
 
@@ -185,7 +185,7 @@ class StepExecutor:
 
     # ------------------------------------------------------------------ running
 
-    def update(self, *inputs: Any) -> Any:
+    def update(self, *inputs: object) -> Any:
         """Runs one step outside of `train`."""
         self.prepare(inputs)
         if self._update is None:

@@ -18,7 +18,7 @@ logger = logging.getLogger("polus.training")
 RESERVED_NAMES = ("loss", "epoch", "step")
 
 
-def check_kinds(model: Any, optimizer: Any, loss: Any) -> None:
+def check_kinds(model: object, optimizer: object, loss: object) -> None:
     """Raises TypeError if a part of a trainer is of the wrong kind."""
     check_model(model)
     check_optimizer(optimizer)
@@ -29,7 +29,7 @@ def check_kinds(model: Any, optimizer: Any, loss: Any) -> None:
         )
 
 
-def check_model(model: Any) -> None:
+def check_model(model: object) -> None:
     """Raises TypeError if it is not a model of this Keras."""
     if not isinstance(model, keras.Model):
         raise TypeError(
@@ -38,7 +38,7 @@ def check_model(model: Any) -> None:
         )
 
 
-def check_optimizer(optimizer: Any) -> None:
+def check_optimizer(optimizer: object) -> None:
     """Raises TypeError if it is not an optimizer of this Keras."""
     if not isinstance(optimizer, keras.optimizers.Optimizer):
         raise TypeError(
@@ -48,7 +48,7 @@ def check_optimizer(optimizer: Any) -> None:
         )
 
 
-def check_function(function: Any, name: str) -> None:
+def check_function(function: object, name: str) -> None:
     """Raises TypeError if an optional argument is neither a function nor None."""
     if function is not None and not callable(function):
         raise TypeError(f"{name} must be a function, got {function!r}.")
@@ -72,7 +72,7 @@ def one_processing(
     return prediction or logits
 
 
-def check_minimized(loss_fn: Any, variables: Any, optimizer: Any) -> None:
+def check_minimized(loss_fn: object, variables: object, optimizer: object) -> None:
     """Raises TypeError if an argument of `minimize` is of the wrong kind."""
     if not callable(loss_fn):
         raise TypeError(f"loss_fn must be a function without arguments, got {loss_fn!r}.")
@@ -91,7 +91,7 @@ def _kind(value: Any) -> str:
     return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
-def listed(values: Any, name: str) -> Sequence[Any]:
+def listed(values: object, name: str) -> Sequence[Any]:
     """Returns a list, tuple or nothing as a sequence.
 
     Raises:
@@ -104,7 +104,7 @@ def listed(values: Any, name: str) -> Sequence[Any]:
     return values
 
 
-def checked_variables(variables: Any) -> list[keras.Variable]:
+def checked_variables(variables: object) -> list[keras.Variable]:
     """Returns trainable weights as a list.
 
     Raises:
@@ -133,7 +133,9 @@ def checked_variables(variables: Any) -> list[keras.Variable]:
     return distinct
 
 
-def loss_scaled(optimizer: Any, model: keras.Model) -> Any:
+def loss_scaled(
+    optimizer: keras.optimizers.Optimizer, model: keras.Model
+) -> keras.optimizers.Optimizer:
     """Returns the optimizer, with loss scaling under mixed_float16, as `compile` adds it."""
     scaled = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
     if not scaled and getattr(model.dtype_policy, "name", None) == "mixed_float16":
@@ -141,7 +143,7 @@ def loss_scaled(optimizer: Any, model: keras.Model) -> Any:
     return optimizer
 
 
-def add_penalties(result: Any, penalties: Sequence[Any]) -> Any:
+def add_penalties(result: object, penalties: Sequence[Any]) -> Any:
     """Adds the losses of the model itself to what the loss returned."""
     if not penalties or (isinstance(result, dict) and "loss" not in result):
         return result  # which `scalar_loss` refuses
@@ -150,7 +152,7 @@ def add_penalties(result: Any, penalties: Sequence[Any]) -> Any:
     return result + sum(penalties)
 
 
-def scalar_loss(result: Any, what: str = "The loss") -> Any:
+def scalar_loss(result: object, what: str = "The loss") -> Any:
     """Returns the loss out of a scalar, or out of a dict of scalars.
 
     Raises:
@@ -180,7 +182,7 @@ def scalar_loss(result: Any, what: str = "The loss") -> Any:
     return terms["loss"]
 
 
-def terms_of(result: Any) -> dict[str, Any]:
+def terms_of(result: object) -> dict[str, Any]:
     """Returns what a loss returned as named terms, in at least float32."""
     scalar_loss(result)
     terms = result if isinstance(result, dict) else {"loss": result}
@@ -221,7 +223,7 @@ def check_metric_names(metrics: Sequence[IMetric]) -> None:
             )
 
 
-def check_terms(result: Any, metrics: Sequence[IMetric]) -> None:
+def check_terms(result: object, metrics: Sequence[IMetric]) -> None:
     """Raises ValueError if a term of the step is named as another column of the record."""
     scalar_loss(result, "The result of train_step")
     names = {metric.name for metric in metrics}
@@ -235,7 +237,7 @@ def check_terms(result: Any, metrics: Sequence[IMetric]) -> None:
 
 
 @contextlib.contextmanager
-def explain_argument_errors(example: Any) -> Iterator[None]:
+def explain_argument_errors(example: Callable[[], Sequence[object] | None]) -> Iterator[None]:
     """Adds the batch's structure to a TypeError raised by an argument mismatch.
 
     Args:

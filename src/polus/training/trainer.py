@@ -201,7 +201,7 @@ class BaseTrainer(BaseLogger):
             None if weights is None else checks.checked_variables(weights)
         )
 
-    def build_on(self, batch: Any) -> None:
+    def build_on(self, batch: object) -> None:
         """Builds the model and the optimizer from a batch. Nothing is trained."""
         self._engine.executor.prepare(as_arguments(batch))
 
@@ -298,7 +298,7 @@ class BaseTrainer(BaseLogger):
 
     def train(
         self,
-        tf_dataset: Any = None,
+        tf_dataset: object = None,
         epochs: int | None = None,
         callbacks: Sequence[ICallback | KerasCallbackLike] | None = None,
         custom_data_transform_f: Callable[[Any], Any] | None = None,
@@ -349,7 +349,7 @@ class BaseTrainer(BaseLogger):
 
     def lr_finder(
         self,
-        tf_dataset: Any = None,
+        tf_dataset: object = None,
         use_lr_found: bool = False,
         *,
         start_lr: float = 1e-7,
@@ -411,7 +411,7 @@ class BaseTrainer(BaseLogger):
 
     def evaluate(
         self,
-        dataset: Any,
+        dataset: object,
         custom_data_transform_f: Callable[[Any], Any] | None = None,
         steps: int | None = None,
     ) -> dict[str, Any]:
