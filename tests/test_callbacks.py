@@ -9,6 +9,7 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
+from recorder import Recorder
 from rich.console import Console
 
 from polus.callbacks import (
@@ -90,27 +91,14 @@ def test_batch_events_need_single_steps_unless_every_steps_is_set():
 
 @pytest.mark.parametrize("steps_per_execution", [1, 2, 5])
 def test_batch_events_come_once_per_step_in_order_with_the_loss(steps_per_execution):
-    class Recorder(Callback):
-        every_steps = None
-
-        def __init__(self):
-            super().__init__()
-            self.heard = []
-
-        def on_train_batch_begin(self, epoch, step):
-            self.heard.append(("begin", epoch, step))
-
-        def on_train_batch_end(self, epoch, step, loss):
-            self.heard.append(("end", epoch, step))
-            self.loss = float(loss)
-
-    recorder = Recorder()
+    recorder = Recorder(every_steps=None)
     history = make_trainer().train(
         BATCHES, epochs=2, callbacks=[recorder], steps_per_execution=steps_per_execution
     )
-    expected = [(event, e, s) for e in range(2) for s in range(5) for event in ("begin", "end")]
-    assert recorder.heard == expected
-    assert recorder.loss == history.steps["loss"][-1]
+    steps = [(epoch, step) for epoch in range(2) for step in range(5)]
+    in_epochs = [event[:3] for event in recorder.events if event[0].startswith("step")]
+    assert in_epochs == [(name, *at) for at in steps for name in ("step_begin", "step_end")]
+    assert recorder.losses == pytest.approx(history.steps["loss"].tolist(), rel=0)
 
 
 # ---------------------------------------------------------------------- smoothed loss and timing

@@ -311,7 +311,6 @@ def names_of_any(module: Module) -> set[str]:
     return names
 
 
-@pytest.mark.xfail(strict=False, reason="not there yet")
 def test_few_signatures_say_any():
     """Of the parameters and return values of public functions few are annotated as bare `Any`."""
     aliases = set().union(*map(names_of_any, MODULES.values()))

@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
+from recorder import Recorder
 
 from polus.callbacks import Callback, EarlyStop, ValidationDataCallback
 from polus.data import from_arrays
@@ -23,32 +24,17 @@ def make_trainer(cls=ClassifierTrainer, **kwargs):
     return cls(model, optimizer=keras.optimizers.SGD(0.1), loss=CROSS_ENTROPY, **kwargs)
 
 
-class Watch(Callback):
+class Watch(Recorder):
     """Notes the state of its run at each event, and acts where it is told to."""
 
     def __init__(self, **actions):
-        super().__init__()
+        super().__init__(self.note)
         self.actions, self.seen = actions, []
 
-    def note(self, event):
-        self.seen.append((event, self.coordinator.run.status))
-        if event in self.actions:
-            self.actions[event](self.coordinator.run)
-
-    def on_train_begin(self):
-        self.note("train_begin")
-
-    def on_epoch_begin(self, epoch):
-        self.note("epoch_begin")
-
-    def on_train_batch_end(self, epoch, step, loss):
-        self.note("batch_end")
-
-    def on_epoch_end(self, epoch):
-        self.note("epoch_end")
-
-    def on_train_end(self):
-        self.note("train_end")
+    def note(self, name, *_):
+        self.seen.append((name, self.coordinator.run.status))
+        if name in self.actions:
+            self.actions[name](self.coordinator.run)
 
 
 def train(watch, epochs=1, **kwargs):
@@ -61,9 +47,11 @@ def test_a_run_that_trains_all_epochs_is_completed():
     assert [status.name for _, status in watch.seen] == [
         "CREATED",  # train_begin
         "CREATED",  # the first epoch_begin
-        *["RUNNING", "RUNNING", "EPOCH_END"],
+        *["RUNNING"] * 4,  # two steps
+        "EPOCH_END",
         "EPOCH_END",  # the second epoch_begin
-        *["RUNNING", "RUNNING", "EPOCH_END"],
+        *["RUNNING"] * 4,  # two steps
+        "EPOCH_END",
         "COMPLETED",  # train_end
     ]
     assert (run.status, run.stop_reason) == (RunStatus.COMPLETED, "")
@@ -73,7 +61,7 @@ def test_stopping_ends_the_run_after_the_step_and_keeps_the_reason(caplog):
     caplog.set_level("INFO", "polus")
     run = train(watch := Watch(batch_end=lambda run: run.stop("kl")), epochs=3)
     assert [event for event, _ in watch.seen] == [
-        *["train_begin", "epoch_begin", "batch_end", "epoch_end", "train_end"]
+        *["train_begin", "epoch_begin", "step_begin", "step_end", "epoch_end", "train_end"]
     ]
     assert (run.status, run.stop_reason) == (RunStatus.STOPPED, "kl")
     assert "Training was stopped after 1 of 3 epochs: kl." in caplog.text
@@ -98,7 +86,7 @@ def test_early_stopping_says_why():
 
 
 def test_an_error_fails_the_run():
-    watch = Watch(batch_end=lambda run: 1 / 0)
+    watch = Watch(step_end=lambda run: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train(watch)
     assert watch.seen[-1] == ("train_end", RunStatus.FAILED)
@@ -113,7 +101,7 @@ def test_an_error_at_the_end_of_training_fails_the_run():
 
 
 def test_a_signal_interrupts_the_run():
-    watch = Watch(batch_end=lambda run: signal.raise_signal(signal.SIGINT))
+    watch = Watch(step_end=lambda run: signal.raise_signal(signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         train(watch)
     assert watch.seen[-1] == ("train_end", RunStatus.INTERRUPTED)

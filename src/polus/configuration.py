@@ -78,7 +78,9 @@ def differences(saved: Any, now: Mapping[str, Description]) -> list[Difference]:
     return sorted(kept, key=lambda each: (each.kind != "run", each.name))
 
 
-def changes_since(first: Any, newest: Any, now: Mapping[str, Description]) -> list[Difference]:
+def changes_since(
+    first: object, newest: object, now: Mapping[str, Description]
+) -> list[Difference]:
     """Returns the settings that are neither as the run began with them nor as it was saved.
 
     A callback may have changed a setting while the run trained. A new process begins with the

@@ -78,7 +78,7 @@ def describe(value: Any) -> Description:
 
 
 def describe_object(
-    value: Any, kind: str = "object", ignored: Collection[str] = ()
+    value: object, kind: str = "object", ignored: Collection[str] = ()
 ) -> dict[str, Description]:
     """Describes an object by its class, the code of its methods and its attributes.
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 
-def to_host(value: Any) -> np.ndarray[Any, Any]:
+def to_host(value: object) -> np.ndarray[Any, Any]:
     """Returns a tensor, variable, number or array-like as a NumPy array. Waits for the device."""
     import keras  # here, so that a misspelled name of `polus` does not load it for its hint
 
@@ -33,7 +33,7 @@ class DeviceValues(Sequence[float]):
         count: The number of steps.
     """
 
-    def __init__(self, values: Any, count: int) -> None:
+    def __init__(self, values: object, count: int) -> None:
         self._values = values
         self._count = count
         self._read: np.ndarray[Any, Any] | None = None

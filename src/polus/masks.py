@@ -12,15 +12,18 @@ import keras
 # as a small training step on PyTorch. tests/test_metrics.py shows that both return the same.
 from keras.src.backend import get_keras_mask, set_keras_mask
 
+from polus.types import Tensor
+
 T = TypeVar("T")
 
 
-def mask_of(tensor: Any) -> Any:
+def mask_of(tensor: Tensor) -> Tensor | None:
     """Returns the mask of a tensor, True where it counts, or None if it has none."""
-    return get_keras_mask(tensor)
+    result: Tensor | None = get_keras_mask(tensor)
+    return result
 
 
-def carry_mask(source: Any, target: T) -> T:
+def carry_mask(source: object, target: T) -> T:
     """Attaches the masks of `source` to `target` and returns it.
 
     Args:
@@ -31,14 +34,14 @@ def carry_mask(source: Any, target: T) -> T:
     return target
 
 
-def stop_gradient(tensor: Any) -> Any:
+def stop_gradient(tensor: Tensor | None) -> Tensor | None:
     """Returns a tensor without its gradient, but with its mask, unlike `keras.ops`.
 
     None stays None.
     """
     if tensor is None:
         return None
-    stopped = keras.ops.stop_gradient(tensor)
+    stopped: Tensor = keras.ops.stop_gradient(tensor)
     _carry(tensor, stopped)
     return stopped
 

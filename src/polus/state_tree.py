@@ -39,7 +39,7 @@ class FlatState(NamedTuple):
     arrays: dict[str, Array]
 
 
-def flatten_state(tree: Any, into: Mapping[str, Array] | None = None) -> FlatState:
+def flatten_state(tree: object, into: Mapping[str, Array] | None = None) -> FlatState:
     """Copies a tree of dicts, lists, JSON values and NumPy arrays, so that its owner may go on.
 
     Args:
@@ -107,7 +107,7 @@ def unflatten_state(flat: FlatState) -> Any:
     return visit(flat.skeleton)
 
 
-def check_layout(value: Any, layout: Any, place: str = "the state") -> None:
+def check_layout(value: object, layout: object, place: str = "the state") -> None:
     """Checks that a tree from a file has the parts and types that its reader expects.
 
     A layout is a type (`bool` is no `int`), a union of types, a list with the layout of all
@@ -138,7 +138,7 @@ def check_layout(value: Any, layout: Any, place: str = "the state") -> None:
         raise ValueError(f"{place} is no {name}, but {printable(repr(value), 80)}")
 
 
-def is_count(value: Any) -> bool:
+def is_count(value: object) -> bool:
     """Returns whether a value out of JSON is an integer from 0 on, and of a size to count with."""
     return type(value) is int and 0 <= value < 2**62
 
@@ -154,12 +154,12 @@ def _fits(value: Any, layout: Any) -> bool:
     return bool(layout(value))
 
 
-def is_shape(value: Any) -> bool:
+def is_shape(value: object) -> bool:
     """Returns whether a value out of JSON is a list of sizes that an array can have."""
     return isinstance(value, list) and len(value) <= MAX_AXES and all(map(is_count, value))
 
 
-def printable(value: Any, length: int = 400) -> str:
+def printable(value: object, length: int = 400) -> str:
     """Returns a text from a stranger without control characters, and not longer than `length`."""
     text = str(value)
     if len(text) > length:

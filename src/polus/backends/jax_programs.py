@@ -9,7 +9,7 @@ donated. A variable that is only read is an argument, never a constant of the pr
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +19,10 @@ import numpy as np
 from polus.backends import jax_distribution
 from polus.backends.base import as_arguments
 from polus.backends.scopes import DryRun, VariableRecorder, current_scope
+from polus.types import Tensor
 
 Tree = Any
+T = TypeVar("T")
 Values = list[Any]
 
 
@@ -150,7 +152,9 @@ class Program:
         """Returns the function to trace, and arrays or their shapes to trace it with."""
         raise NotImplementedError
 
-    def whole(self, pure: Callable[..., Any], outputs: Tree, arguments: Arguments) -> Any:
+    def whole(
+        self, pure: Callable[..., Any], outputs: Tree, arguments: Arguments
+    ) -> Callable[..., tuple[Any, Values]]:
         """Returns the program to compile around the traced function."""
         raise NotImplementedError
 
@@ -200,7 +204,9 @@ class Function(Program):
 
         return call, arguments.arrays
 
-    def whole(self, pure: Callable[..., Any], outputs: Tree, arguments: Arguments) -> Any:
+    def whole(
+        self, pure: Callable[..., Any], outputs: Tree, arguments: Arguments
+    ) -> Callable[..., tuple[Any, Values]]:
         return pure
 
 
@@ -212,11 +218,11 @@ class Step(Program):
         self.step = step
         self.unpack = unpack
 
-    def batches(self, payload: Any) -> tuple[Any, ...]:
+    def batches(self, payload: object) -> tuple[Any, ...]:
         """Returns the step's arguments, with an axis for the batches."""
         return as_arguments(payload if self.unpack is None else self.unpack(payload))
 
-    def first(self, payload: Any) -> tuple[Any, ...]:
+    def first(self, payload: object) -> tuple[Any, ...]:
         """Returns the first batch of a payload."""
         return tuple(row_at(self.batches(payload), 0))
 
@@ -224,7 +230,9 @@ class Step(Program):
         args, _ = arguments.filled(arguments.arrays)
         return self.step, args if self.unpack is None else jax.eval_shape(self.first, *args)
 
-    def whole(self, pure: Callable[..., Any], outputs: Tree, arguments: Arguments) -> Any:
+    def whole(
+        self, pure: Callable[..., Any], outputs: Tree, arguments: Arguments
+    ) -> Callable[..., tuple[Any, Values]]:
         def single(assigned: Values, read: Values, *arrays: Any) -> tuple[Tree, Values]:
             args, _ = arguments.filled(arrays)
             batch = args if self.unpack is None else self.first(*args)
@@ -245,7 +253,9 @@ class Steps(Step):
         (_, _, payload), _ = arguments.filled(arguments.arrays)
         return self.step, jax.eval_shape(self.first, payload)
 
-    def whole(self, pure: Callable[..., Any], outputs: Tree, arguments: Arguments) -> Any:
+    def whole(
+        self, pure: Callable[..., Any], outputs: Tree, arguments: Arguments
+    ) -> Callable[..., tuple[Any, Values]]:
         def loop(assigned: Values, read: Values, *arrays: Any) -> tuple[Tree, Values]:
             (count, capacity, payload), _ = arguments.filled(arrays)
             batches = self.batches(payload)
@@ -258,11 +268,12 @@ class Steps(Step):
         return loop
 
 
-def row_at(batches: Tree, i: Any) -> Tree:
+def row_at(batches: T, i: Tensor | int) -> T:
     """Returns row `i` of each array; of stacked batches, a batch."""
-    return jax.tree_util.tree_map(
+    batch: T = jax.tree_util.tree_map(
         lambda rows: jax.lax.dynamic_index_in_dim(rows, i, keepdims=False), batches
     )
+    return batch
 
 
 def output_buffers(outputs: Tree, capacity: int, scalars_only: bool = False) -> Tree:
@@ -276,7 +287,10 @@ def output_buffers(outputs: Tree, capacity: int, scalars_only: bool = False) -> 
 
 
 def run_loop(
-    body: Callable[[Any, Values], tuple[Tree, Values]], count: Any, values: Values, stacks: Tree
+    body: Callable[[Any, Values], tuple[Tree, Values]],
+    count: Tensor | int,
+    values: Values,
+    stacks: Tree,
 ) -> tuple[Tree, Values]:
     """Runs `body(i, values) -> (outputs, new values)` and writes the outputs into row i.
 
@@ -313,8 +327,9 @@ def copied(array: Any) -> jax.Array:
     return copy
 
 
-def read_out(tree: Tree) -> Tree:
+def read_out(tree: T) -> T:
     """Replaces each variable of a structure by its present value, which changes no more."""
-    return keras.tree.map_structure(
+    present: T = keras.tree.map_structure(
         lambda leaf: leaf.value if isinstance(leaf, keras.Variable) else leaf, tree
     )
+    return present

@@ -8,6 +8,8 @@ from typing import Any, Self
 
 import keras
 
+from polus.types import Tensor
+
 _local = threading.local()
 
 
@@ -84,7 +86,7 @@ class VariableRecorder(keras.StatelessScope):
         _local.scope = self._enclosing
         super().__exit__(*exception)
 
-    def get_current_value(self, variable: Any) -> Any:
+    def get_current_value(self, variable: keras.Variable) -> Tensor:
         self.read.setdefault(id(variable), variable)
         self._used.setdefault(id(variable), variable)
         value = self.state_mapping.get(id(variable))
@@ -96,7 +98,8 @@ class VariableRecorder(keras.StatelessScope):
                 value = variable.value
             if self.copies is not None:
                 value = self.state_mapping[id(variable)] = self.copies(value)
-        return value
+        result: Tensor = value
+        return result
 
     def add_update(self, update: tuple[Any, Any]) -> None:
         self.record_assigned([update[0]])

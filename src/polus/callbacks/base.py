@@ -33,7 +33,7 @@ class KerasCallbackLike(Protocol):
     """A `keras.callbacks.Callback`, for type checkers, which find no types in Keras."""
 
     def set_params(self, params: Any) -> object: ...
-    def set_model(self, model: Any) -> object: ...
+    def set_model(self, model: object) -> object: ...
 
 
 class TrainerView(Protocol):
@@ -212,7 +212,7 @@ class ICallback:
         All terms are in `run.step_logs`.
         """
 
-    def on_steps_end(self, epoch: int, steps: range, losses: Any) -> None:
+    def on_steps_end(self, epoch: int, steps: range, losses: Sequence[float]) -> None:
         """Called after the steps `steps` with their losses, a lazy array of the same length.
 
         `np.asarray(losses)` waits for the device. They are None if the run has no loss. By default

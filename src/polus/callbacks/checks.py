@@ -1,7 +1,5 @@
 """Checks of the arguments of callbacks."""
 
-from typing import Any
-
 import numpy as np
 
 SET_PRIMARY = (
@@ -10,7 +8,7 @@ SET_PRIMARY = (
 )
 
 
-def check_count(name: str, value: Any, hint: str = "") -> None:
+def check_count(name: str, value: object, hint: str = "") -> None:
     """Raises unless `value` is a positive integer.
 
     Args:
@@ -24,7 +22,7 @@ def check_count(name: str, value: Any, hint: str = "") -> None:
         raise ValueError(f"{name} must be a positive integer, got {value!r}.{_sentence(hint)}")
 
 
-def check_name(name: str, value: Any, hint: str = "") -> None:
+def check_name(name: str, value: object, hint: str = "") -> None:
     """Raises unless `value` is a string that is not empty."""
     if not isinstance(value, str):
         raise TypeError(f"{name} must be a string, got {value!r}.{_sentence(hint)}")
@@ -32,7 +30,7 @@ def check_name(name: str, value: Any, hint: str = "") -> None:
         raise ValueError(f"{name} must not be empty.{_sentence(hint)}")
 
 
-def check_number(name: str, value: Any, low: float, high: float) -> None:
+def check_number(name: str, value: object, low: float, high: float) -> None:
     """Raises unless `value` is a number with low <= value < high, which NaN never is."""
     if isinstance(value, bool) or not isinstance(value, int | float | np.number):
         raise TypeError(f"{name} must be a number, got {value!r}.")
@@ -41,7 +39,7 @@ def check_number(name: str, value: Any, low: float, high: float) -> None:
         raise ValueError(f"{name} must be at least {low:g} and {limit}, got {value!r}.")
 
 
-def check_callable(name: str, value: Any, hint: str = "") -> None:
+def check_callable(name: str, value: object, hint: str = "") -> None:
     """Raises unless `value` can be called."""
     if not callable(value):
         raise TypeError(f"{name} must be a function, got {value!r}.{_sentence(hint)}")

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -87,7 +87,7 @@ class ConsoleLogCallback(Callback):
                 refresh=True,
             )
 
-    def on_steps_end(self, epoch: int, steps: range, losses: Any) -> None:
+    def on_steps_end(self, epoch: int, steps: range, losses: Sequence[float]) -> None:
         run = self.coordinator.run
         now = self.clock()
         examples = sum(run.batch_sizes[-len(steps) :])

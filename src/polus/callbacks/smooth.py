@@ -1,5 +1,6 @@
 """The smoothed training loss."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np

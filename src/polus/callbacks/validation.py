@@ -1,6 +1,6 @@
 """Validation during training."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -37,7 +37,7 @@ class ValidationDataCallback(Callback):
 
     def __init__(
         self,
-        dataset: Any,
+        dataset: object,
         name: str = "val",
         every_steps: int | None = None,
         custom_data_transform_f: Callable[[Any], Any] | None = None,
@@ -96,7 +96,7 @@ class ValidationDataCallback(Callback):
                 "it in an attribute: trainer.average = average."
             )
 
-    def on_steps_end(self, epoch: int, steps: range, losses: Any) -> None:
+    def on_steps_end(self, epoch: int, steps: range, losses: Sequence[float]) -> None:
         if self.every_steps and steps.stop % self.every_steps == 0:
             self._validate()
 

@@ -207,7 +207,7 @@ def _has(dataset: Any, operation: str) -> bool:
     return type(dataset).__name__ == operation or any(_has(i, operation) for i in inputs)
 
 
-def as_adapter(dataset: Any) -> DataAdapter:
+def as_adapter(dataset: object) -> DataAdapter:
     """Returns the adapter for a dataset.
 
     Args:

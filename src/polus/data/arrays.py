@@ -11,7 +11,7 @@ from polus.data.batches import arrays_of, columns_without_numbers, is_frame, map
 
 
 def from_arrays(
-    arrays: Any,
+    arrays: object,
     batch_size: int,
     shuffle: bool = True,
     seed: int = 0,

@@ -89,7 +89,7 @@ class DataAdapter:
         """
         return Replay() if snapshot is None else RestoreIterator(snapshot)
 
-    def iterator_state(self) -> Any:
+    def iterator_state(self) -> object:
         """Returns the state of the iterator behind its last batch; None if it has none."""
         return self._iterator.get_state() if hasattr(self._iterator, "set_state") else None
 
@@ -99,11 +99,11 @@ class DataAdapter:
         iterator.set_state(iterator_state)
         return iter(iterator)
 
-    def epoch_end_state(self) -> Any:
+    def epoch_end_state(self) -> object:
         """Returns the state of the dataset between two epochs; None if it has none."""
         return None
 
-    def restore_epoch_end(self, epoch: int, state: Any) -> None:
+    def restore_epoch_end(self, epoch: int, state: object) -> None:
         """Restores `epoch_end_state()`, taken before `epoch`. May draw random numbers."""
         raise NotImplementedError(f"{type(self).__name__} has no state between epochs.")
 
@@ -188,7 +188,7 @@ class StatefulAdapter(DataAdapter):
             yield first
             yield from batches
 
-    def iterator_state(self) -> Any:
+    def iterator_state(self) -> object:
         return self.dataset.state_dict()
 
     def restored_batches(self, epoch: int, iterator_state: Any) -> Iterator[Any]:
@@ -197,10 +197,10 @@ class StatefulAdapter(DataAdapter):
         self._iterator = self._iterate()
         return iter(self._iterator)
 
-    def epoch_end_state(self) -> Any:
+    def epoch_end_state(self) -> object:
         return self.dataset.state_dict()
 
-    def restore_epoch_end(self, epoch: int, state: Any) -> None:
+    def restore_epoch_end(self, epoch: int, state: object) -> None:
         self._set_epoch(epoch)
         self.dataset.load_state_dict(state)
         # torchdata takes the state over, and draws random numbers, when an iterator is made.

@@ -1,6 +1,6 @@
 """Batches: structures of arrays, whose parts may be None."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -17,17 +17,17 @@ COMPOSITES = {
 TEXT, DATES, OBJECTS = "SU", "mM", "O"
 
 
-def map_arrays(fn: Callable[..., Any], *batches: Any) -> Any:
+def map_arrays(fn: Callable[..., Any], *batches: object) -> Any:
     """Returns a batch of what `fn` returns for each array. Parts that are None stay None."""
     return keras.tree.map_structure(fn, *batches, none_is_leaf=False)
 
 
-def arrays_of(batch: Any) -> list[Any]:
+def arrays_of(batch: object) -> list[Any]:
     """Returns the arrays of a batch, without the parts that are None."""
     return [leaf for leaf in keras.tree.flatten(batch) if leaf is not None]
 
 
-def batch_size_of(batch: Any) -> int:
+def batch_size_of(batch: object) -> int:
     """Returns the length of the first axis of the first array, 1 if there is none."""
     for leaf in arrays_of(batch):
         shape: tuple[int, ...] = getattr(leaf, "shape", ())
@@ -35,7 +35,7 @@ def batch_size_of(batch: Any) -> int:
     return 1
 
 
-def signature_of(batch: Any) -> list[Any]:
+def signature_of(batch: object) -> list[Any]:
     """Returns the shape and dtype of each array of a batch; other leaves stand for themselves."""
     return [
         (tuple(shape), str(leaf.dtype))
@@ -45,7 +45,7 @@ def signature_of(batch: Any) -> list[Any]:
     ]
 
 
-def plain_arrays(batch: Any) -> Any:
+def plain_arrays(batch: Sequence[Any]) -> Any:
     """Converts all leaves but the backend's tensors to NumPy; float64 becomes Keras' `floatx`.
 
     Args:
@@ -62,7 +62,7 @@ def plain_arrays(batch: Any) -> Any:
         raise
 
 
-def check_numbers(batch: Any) -> None:
+def check_numbers(batch: object) -> None:
     """Raises a TypeError that names the part of a batch that is not an array of numbers."""
     for path, leaf in keras.tree.flatten_with_path(batch):
         try:
@@ -100,7 +100,7 @@ def columns_without_numbers(frame: Any) -> dict[str, str]:
     }
 
 
-def is_frame(value: Any) -> bool:
+def is_frame(value: object) -> bool:
     """Returns whether a value is a data frame, of pandas for example."""
     return hasattr(value, "columns") and hasattr(value, "dtypes")
 

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from polus.data.batches import (
     signature_of,
 )
 
+T = TypeVar("T")
 StepLimit = Callable[[int], int]
 
 
@@ -75,7 +76,7 @@ class StepBlock:
         return as_arguments(map_arrays(lambda rows: rows[0], self.unpack(self.payload)))
 
 
-def stacked(payload: Any) -> Any:
+def stacked(payload: T) -> T:
     """Unpacks batches that the host or TensorFlow's graph has stacked already."""
     return payload
 
@@ -184,7 +185,7 @@ class BatchSource(Protocol):
         """Returns the batch of `step` in a list, an empty list at the end."""
         ...
 
-    def read_group(self, first: Any, size: int, is_rest: bool) -> tuple[int, Any]:
+    def read_group(self, first: object, size: int, is_rest: bool) -> tuple[int, Any]:
         """Reads up to `size` batches of equal shape; fewer if the data is slow.
 
         Args:
@@ -286,7 +287,7 @@ class GraphSource:
         batch, self._pending = self._pending or self._read(), []
         return batch
 
-    def read_group(self, first: Any, size: int, is_rest: bool) -> tuple[int, Any]:
+    def read_group(self, first: object, size: int, is_rest: bool) -> tuple[int, Any]:
         self._handle_signals()
         count, rows, other = self._graph.read(first, size, GROUP_SECS)
         self._pending = [] if other is None else [other]
@@ -328,7 +329,7 @@ class HostSource:
         batch, self._pending = self._pending or self._read_plain(), []
         return batch
 
-    def read_group(self, first: Any, size: int, is_rest: bool) -> tuple[int, Any]:
+    def read_group(self, first: object, size: int, is_rest: bool) -> tuple[int, Any]:
         group, began = [first], time.perf_counter()
         # Several processes have to make the same blocks, whatever their clocks say.
         may_end = self._placement.count == 1

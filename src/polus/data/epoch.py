@@ -290,7 +290,7 @@ class EpochReader:
                     f"{self.number + 1}, and the run had done {step} steps in it."
                 )
 
-    def set_example(self, batch: Any) -> None:
+    def set_example(self, batch: object) -> None:
         """Sets the first batch of the epoch, which an epoch that starts later does not read."""
         self._example = as_arguments(batch)
         self._record(self._example)

@@ -11,7 +11,7 @@ import numpy as np
 from polus.host import to_host
 
 
-def checksum(batch: Any, max_bytes: int | None = None) -> int:
+def checksum(batch: object, max_bytes: int | None = None) -> int:
     """Returns the CRC-32 of all values of a batch, or of the first `max_bytes` of each array."""
     value = 0
     for leaf in keras.tree.flatten(batch):

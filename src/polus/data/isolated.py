@@ -15,7 +15,7 @@ from polus.data.adapters import as_adapter
 from polus.data.base_adapter import DataAdapter
 
 
-def isolated_copy(dataset: Any) -> DataAdapter:
+def isolated_copy(dataset: object) -> DataAdapter:
     """Returns a copy of a dataset, whose reading does not change later epochs of the original.
 
     What a dataset remembers from epoch to epoch (the seed generator of a shuffle, a cache, a

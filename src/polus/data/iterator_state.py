@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 
-def encode(state: Any) -> Any:
+def encode(state: Any) -> object:
     """Returns an iterator's state as lists, single-key dicts, plain values and NumPy arrays."""
     if isinstance(state, dict):
         return {"dict": [[encode(key), encode(value)] for key, value in state.items()]}

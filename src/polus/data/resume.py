@@ -75,7 +75,7 @@ class IteratorSnapshots:
     def add(self, snapshot: IteratorSnapshot) -> None:
         self._newest.append(snapshot)
 
-    def see(self, batch: Any) -> None:
+    def see(self, batch: object) -> None:
         """Tells which batch was read next."""
         if self._newest and self._newest[-1].next_checksum is None:
             self._newest[-1].next_checksum = checksum(batch, MAX_CHECKED_BYTES)
@@ -101,7 +101,7 @@ class Epoch(Protocol):
 
     def peek(self) -> Any: ...
 
-    def set_example(self, batch: Any) -> None: ...
+    def set_example(self, batch: object) -> None: ...
 
     def seen(self, count: int) -> int | None: ...
 

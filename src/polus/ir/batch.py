@@ -8,6 +8,7 @@ import numpy as np
 from keras import ops
 
 from polus.ir.scores import without_diagonal
+from polus.types import Tensor
 
 EXTRAS = ("relevant_mask", "positive_ids", "relevant_ids", "negative_ids", "teacher_scores")
 """The keys of the dict that may come last in a batch."""
@@ -134,7 +135,9 @@ def _listed(values: Sequence[Any]) -> str:
     return ", ".join(map(str, values))
 
 
-def relevant_mask(extras: Mapping[str, Any], columns: int, num_hard_negatives: int) -> Any:
+def relevant_mask(
+    extras: Mapping[str, Any], columns: int, num_hard_negatives: int
+) -> Tensor | None:
     """Returns which negative scores belong to relevant documents, `(B, B - 1 + k)` bool.
 
     Args:
@@ -168,7 +171,8 @@ def relevant_mask(extras: Mapping[str, Any], columns: int, num_hard_negatives: i
             "batch order, then those of the query's hard negatives. "
             "polus.ir.scores.InBatchScores does so."
         )
-    return ops.concatenate([without_diagonal(in_batch), hard], axis=1)
+    result: Tensor | None = ops.concatenate([without_diagonal(in_batch), hard], axis=1)
+    return result
 
 
 def _compare_ids(extras: Mapping[str, Any], num_hard_negatives: int) -> tuple[Any, Any]:

@@ -17,6 +17,8 @@ import keras
 from keras import ops
 
 from polus.backends import backend
+from polus.ir.scores import Representation
+from polus.types import Tensor
 
 Represent = Callable[[Any], Any]
 """Maps the features of texts to vectors, or to a pair of vectors and mask."""
@@ -156,12 +158,12 @@ class GradientCache:
         return keras.tree.map_structure(lambda *parts: ops.concatenate(parts), *results)
 
 
-def vectors_of(representation: Any) -> Any:
+def vectors_of(representation: Representation) -> Tensor:
     """Returns the vectors, without the mask that late interaction has."""
     return representation[0] if isinstance(representation, (tuple, list)) else representation
 
 
-def with_vectors(representation: Any, vectors: Any) -> Any:
+def with_vectors(representation: Representation, vectors: Tensor) -> Representation:
     """Replaces the vectors of `representation`; the mask, which has no gradient, stays."""
     if isinstance(representation, (tuple, list)):
         return vectors, representation[1]

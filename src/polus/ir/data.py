@@ -125,7 +125,7 @@ class Features:
         return keras.tree.map_structure(lambda x: x[rows], self._rows)
 
 
-def as_features(features: Any) -> Features:
+def as_features(features: object) -> Features:
     """Returns `features` as `Features`."""
     return features if isinstance(features, Features) else Features(features)
 

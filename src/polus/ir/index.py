@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -33,7 +34,7 @@ class DenseIndex:
         [[('north', 0.75)]]
     """
 
-    def __init__(self, vectors: Any, ids: Sequence[str]) -> None:
+    def __init__(self, vectors: ArrayLike, ids: Sequence[str]) -> None:
         self.vectors: Floats = np.ascontiguousarray(to_arrays(vectors), np.float32)
         self.ids = list(ids)
         if self.vectors.ndim != 2 or len(self.vectors) != len(self.ids):
@@ -51,7 +52,7 @@ class DenseIndex:
                     "for such numbers in the encoder's weights, and at the text of that document."
                 )
 
-    def search(self, queries: Any, k: int = 10) -> list[list[tuple[str, float]]]:
+    def search(self, queries: ArrayLike, k: int = 10) -> list[list[tuple[str, float]]]:
         """Returns the k best documents of each query vector `(Q, E)` as `(id, inner product)`.
 
         Of documents with equal scores, the one that is first in the index comes first.
@@ -63,7 +64,7 @@ class DenseIndex:
         ]
 
     def run(
-        self, queries: Any, query_ids: Sequence[str], k: int = 100
+        self, queries: ArrayLike, query_ids: Sequence[str], k: int = 100
     ) -> dict[str, dict[str, float]]:
         """Returns the k best documents of each query as a run."""
         return as_run(query_ids, self.ids, *self._top_k(queries, k))

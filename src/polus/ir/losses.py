@@ -12,6 +12,9 @@ import keras
 import numpy as np
 from keras import ops
 
+from polus.ir.scores import Representation
+from polus.types import Tensor
+
 MASKED = -1e9
 """The score of a masked document.
 
@@ -57,12 +60,13 @@ class InfoNCE(RetrievalLoss):
             self.log_scale = keras.Variable(start, dtype="float32", name="log_scale")
             self.trainable_variables = (self.log_scale,)
 
-    def __call__(self, positive_scores: Any, negative_scores: Any) -> Any:
+    def __call__(self, positive_scores: Tensor, negative_scores: Tensor) -> Tensor:
         scale = 1 / self.temperature
         if self.log_scale is not None:
             scale = ops.minimum(ops.exp(self.log_scale), 100.0)
         scores = ops.concatenate([positive_scores[:, None], negative_scores], axis=1) * scale
-        return ops.mean(ops.logsumexp(scores, axis=1) - scores[:, 0])
+        result: Tensor = ops.mean(ops.logsumexp(scores, axis=1) - scores[:, 0])
+        return result
 
 
 class PairwiseHinge(RetrievalLoss):
@@ -75,9 +79,10 @@ class PairwiseHinge(RetrievalLoss):
     def __init__(self, margin: float = 0.2) -> None:
         self.margin = margin
 
-    def __call__(self, positive_scores: Any, negative_scores: Any) -> Any:
+    def __call__(self, positive_scores: Tensor, negative_scores: Tensor) -> Tensor:
         values = ops.relu(self.margin - positive_scores[:, None] + negative_scores)
-        return _mean_of_unmasked(values, negative_scores)
+        result: Tensor = _mean_of_unmasked(values, negative_scores)
+        return result
 
 
 class PairwiseLogistic(RetrievalLoss):
@@ -90,9 +95,10 @@ class PairwiseLogistic(RetrievalLoss):
     def __init__(self, temperature: float = 0.05) -> None:
         self.temperature = temperature
 
-    def __call__(self, positive_scores: Any, negative_scores: Any) -> Any:
+    def __call__(self, positive_scores: Tensor, negative_scores: Tensor) -> Tensor:
         values = ops.softplus((negative_scores - positive_scores[:, None]) / self.temperature)
-        return _mean_of_unmasked(values, negative_scores)
+        result: Tensor = _mean_of_unmasked(values, negative_scores)
+        return result
 
 
 class MarginMSE(RetrievalLoss):
@@ -103,12 +109,14 @@ class MarginMSE(RetrievalLoss):
     """
 
     def __call__(
-        self, positive_scores: Any, negative_scores: Any, teacher_scores: Any = None
-    ) -> Any:
+        self, positive_scores: Tensor, negative_scores: Tensor, teacher_scores: Tensor | None = None
+    ) -> Tensor:
         negatives = _judged(negative_scores, teacher_scores)
         student = positive_scores[:, None] - negatives
+        assert teacher_scores is not None  # or `_judged` has raised
         teacher = ops.cast(teacher_scores[:, :1] - teacher_scores[:, 1:], "float32")
-        return _mean_of_unmasked(ops.square(student - teacher), negatives)
+        result: Tensor = _mean_of_unmasked(ops.square(student - teacher), negatives)
+        return result
 
 
 class TeacherKL(RetrievalLoss):
@@ -127,8 +135,8 @@ class TeacherKL(RetrievalLoss):
         self.teacher_temperature = teacher_temperature
 
     def __call__(
-        self, positive_scores: Any, negative_scores: Any, teacher_scores: Any = None
-    ) -> Any:
+        self, positive_scores: Tensor, negative_scores: Tensor, teacher_scores: Tensor | None = None
+    ) -> Tensor:
         negatives = _judged(negative_scores, teacher_scores)
         student = ops.concatenate([positive_scores[:, None], negatives], axis=1)
         masked = student <= MASKED / 2
@@ -136,7 +144,8 @@ class TeacherKL(RetrievalLoss):
         target = ops.softmax(teacher / self.teacher_temperature, axis=1)
         log_target = ops.log_softmax(teacher / self.teacher_temperature, axis=1)
         log_student = ops.log_softmax(student / self.temperature, axis=1)
-        return ops.mean(ops.sum(target * (log_target - log_student), axis=1))
+        result: Tensor = ops.mean(ops.sum(target * (log_target - log_student), axis=1))
+        return result
 
 
 def _judged(negative_scores: Any, teacher_scores: Any) -> Any:
@@ -190,7 +199,7 @@ class Matryoshka(RetrievalLoss):
         self._compute_scores = compute_scores
         self.trainable_variables = tuple(getattr(loss, "trainable_variables", ()))
 
-    def compute_scores(self, *representations: Any) -> tuple[Any, Any]:
+    def compute_scores(self, *representations: Representation) -> tuple[Any, Any]:
         """Returns scores with a last axis for the D sizes: `(B, D)` and `(B, N, D)`."""
         size = keras.tree.flatten(representations[0])[0].shape[-1]
         if max(self.dimensions) > size:
@@ -206,12 +215,15 @@ class Matryoshka(RetrievalLoss):
             [each[1] for each in scores], -1
         )
 
-    def __call__(self, positive_scores: Any, negative_scores: Any, *teacher_scores: Any) -> Any:
+    def __call__(
+        self, positive_scores: Tensor, negative_scores: Tensor, *teacher_scores: Tensor
+    ) -> Tensor:
         losses = [
             weight * self.loss(positive_scores[..., i], negative_scores[..., i], *teacher_scores)
             for i, weight in enumerate(self.weights)
         ]
-        return sum(losses)
+        result: Tensor = sum(losses)
+        return result
 
 
 def _truncated(representation: Any, length: int) -> Any:

@@ -12,6 +12,7 @@ from keras import ops
 from polus.host import did_you_mean
 from polus.ir.bert import BertEncoder
 from polus.ir.pretrained import TextSettings, text_settings, transformer_folder
+from polus.ir.scores import Representation
 
 __all__ = ["BertEncoder", "DualEncoder", "IdentityProjection", "TextTokenizer"]
 
@@ -136,14 +137,14 @@ class IdentityProjection(keras.layers.Layer):
         super().__init__(**kwargs)
         self.size = size
 
-    def build(self, input_shape: Any) -> None:
+    def build(self, input_shape: Sequence[int | None]) -> None:
         # The shape of a pair of vectors and mask is a pair of shapes.
         given = (input_shape[0] if isinstance(input_shape[0], tuple) else input_shape)[-1]
         self.kernel = self.add_weight(
             (given, self.size or given), initializer="identity", name="kernel"
         )
 
-    def call(self, representation: Any) -> Any:
+    def call(self, representation: Representation) -> Any:
         if isinstance(representation, (tuple, list)):  # late interaction
             vectors, mask = representation
             return ops.matmul(vectors, self.kernel), mask
@@ -195,13 +196,18 @@ class DualEncoder(keras.Model):
             else IdentityProjection(projection_size, name="document_projection")
         )
 
-    def encode_query(self, inputs: Any, training: bool = False) -> Any:
+    def encode_query(self, inputs: object, training: bool = False) -> Representation:
         """Returns the encoder's vectors of queries, before the projection."""
-        return _vectors(self.query_encoder(inputs, training=training), "query")
+        outputs = self.query_encoder(inputs, training=training)
+        vectors: Representation = _vectors(outputs, "query")
+        return vectors
 
-    def encode_document(self, inputs: Any, training: bool = False) -> Any:
+    def encode_document(self, inputs: object, training: bool = False) -> Representation:
         """Returns the encoder's vectors of documents, before the projection."""
-        return _vectors(self.document_encoder(inputs, training=training), "document")
+        result: Representation = _vectors(
+            self.document_encoder(inputs, training=training), "document"
+        )
+        return result
 
     def call(self, inputs: Any, training: bool = False) -> Any:
         queries, documents = inputs

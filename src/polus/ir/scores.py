@@ -10,7 +10,9 @@ from typing import Any
 import keras
 from keras import ops
 
-Representation = Any
+from polus.types import Tensor
+
+Representation = Tensor | tuple[Tensor, Tensor]
 """A tensor `(..., E)`, or a pair `(vectors (..., L, E), mask (..., L))`."""
 
 Similarity = Callable[[Representation, Representation], Any]
@@ -33,7 +35,7 @@ def _unit(vectors: Any) -> Any:
     return vectors * ops.rsqrt(ops.maximum(squared, 1e-12))
 
 
-def _max_sim(queries: Representation, documents: Representation) -> Any:
+def _max_sim(queries: Any, documents: Any) -> Any:
     (query, query_mask), (document, document_mask) = queries, documents
     _check_sizes(query, document)
     *_, num_queries, query_tokens, size = ops.shape(query)
@@ -64,12 +66,13 @@ def _check_sizes(queries: Any, documents: Any) -> None:
         )
 
 
-def without_diagonal(matrix: Any) -> Any:
+def without_diagonal(matrix: Tensor) -> Tensor:
     """Removes the diagonal of a `(B, B)` matrix, giving `(B, B - 1)`; each row keeps its order."""
     size = ops.shape(matrix)[0]
     # After the first element, the diagonal is every (B + 1)-th element.
     rest = ops.reshape(ops.reshape(matrix, (-1,))[1:], (size - 1, size + 1))[:, :-1]
-    return ops.reshape(rest, (size, size - 1))
+    result: Tensor = ops.reshape(rest, (size, size - 1))
+    return result
 
 
 class InBatchScores:

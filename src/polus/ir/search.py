@@ -177,14 +177,14 @@ def _check(queries: Any, documents: Any, k: int, block_size: int) -> None:
         )
 
 
-def to_arrays(representation: Representation) -> Any:
+def to_arrays(representation: object) -> Any:
     """Returns a representation as a NumPy array, or as a tuple of vectors and mask."""
     if isinstance(representation, tuple):
         return tuple(to_host(each) for each in representation)
     return to_host(representation)
 
 
-def take_rows(representation: Any, rows: Any) -> Any:
+def take_rows(representation: Any, rows: slice | NDArray[np.integer[Any]]) -> Any:
     """Returns some rows of a representation of NumPy arrays."""
     if isinstance(representation, tuple):
         return tuple(each[rows] for each in representation)

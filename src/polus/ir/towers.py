@@ -10,6 +10,7 @@ import keras
 
 from polus.core import function
 from polus.ir.batch import on_negatives
+from polus.ir.scores import Representation
 
 METHODS = ("encode_query", "encode_document", "query_projection", "document_projection")
 """The methods (or layers) that a dual encoder must have."""
@@ -29,27 +30,39 @@ class Towers:
     encoded: bool
     post_process: Callable[[Any], Any]
 
-    def encode_query(self, inputs: Any, training: bool = False) -> Any:
+    def encode_query(self, inputs: Any, training: bool = False) -> Representation:
         """Returns the encoder's vectors of queries."""
-        return inputs if self.encoded else _encode(self.model.encode_query, inputs, training)
+        if not self.encoded:
+            inputs = _encode(self.model.encode_query, inputs, training)
+        vectors: Representation = inputs
+        return vectors
 
-    def encode_document(self, inputs: Any, training: bool = False) -> Any:
+    def encode_document(self, inputs: Any, training: bool = False) -> Representation:
         """Returns the encoder's vectors of documents."""
-        return inputs if self.encoded else _encode(self.model.encode_document, inputs, training)
+        if not self.encoded:
+            inputs = _encode(self.model.encode_document, inputs, training)
+        vectors: Representation = inputs
+        return vectors
 
-    def project_query(self, vectors: Any, training: bool = False) -> Any:
+    def project_query(self, vectors: Representation, training: bool = False) -> Representation:
         """Returns the representations of encoded queries."""
-        return self.post_process(_call(self.model.query_projection, vectors, training))
+        result: Representation = self.post_process(
+            _call(self.model.query_projection, vectors, training)
+        )
+        return result
 
-    def project_document(self, vectors: Any, training: bool = False) -> Any:
+    def project_document(self, vectors: Representation, training: bool = False) -> Representation:
         """Returns the representations of encoded documents."""
-        return self.post_process(_call(self.model.document_projection, vectors, training))
+        result: Representation = self.post_process(
+            _call(self.model.document_projection, vectors, training)
+        )
+        return result
 
-    def represent_query(self, inputs: Any, training: bool = False) -> Any:
+    def represent_query(self, inputs: object, training: bool = False) -> Representation:
         """Returns the representations of queries: encoded and projected."""
         return self.project_query(self.encode_query(inputs, training), training)
 
-    def represent_document(self, inputs: Any, training: bool = False) -> Any:
+    def represent_document(self, inputs: object, training: bool = False) -> Representation:
         """Returns the representations of documents: encoded and projected."""
         return self.project_document(self.encode_document(inputs, training), training)
 
@@ -84,7 +97,9 @@ class CompiledTowers:
         self.towers: Towers | None = None
         self.programs: dict[str, Callable[..., Any]] = {}
 
-    def represent(self, towers: Towers, kind: Literal["query", "document"], inputs: Any) -> Any:
+    def represent(
+        self, towers: Towers, kind: Literal["query", "document"], inputs: object
+    ) -> Representation:
         """Returns `towers.represent_query(inputs)` or `towers.represent_document(inputs)`."""
         if towers != self.towers:
             self.programs = {
@@ -92,7 +107,8 @@ class CompiledTowers:
                 "document": function(towers.represent_document),
             }
             self.towers = towers
-        return self.programs[kind](inputs)
+        result: Representation = self.programs[kind](inputs)
+        return result
 
 
 def check_methods(model: keras.Model) -> None:

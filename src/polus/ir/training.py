@@ -23,6 +23,7 @@ from polus.ir.batch import (
 )
 from polus.ir.caching import GradientCache, vectors_of
 from polus.ir.losses import MASKED
+from polus.ir.scores import Representation
 from polus.ir.towers import CompiledTowers, Towers, check_methods, projection_layers
 from polus.steps.update import apply_gradients
 from polus.training import BaseTrainer
@@ -235,11 +236,11 @@ class EfficientDenseRetrievalTrainer(BaseTrainer):
 
     # ------------------------------------------------------------------ for search
 
-    def represent_queries(self, inputs: Any) -> Any:
+    def represent_queries(self, inputs: object) -> Representation:
         """Returns the representations of a batch of queries, in inference mode."""
         return self._retrieval.programs.represent(self._towers(), "query", inputs)
 
-    def represent_documents(self, inputs: Any) -> Any:
+    def represent_documents(self, inputs: object) -> Representation:
         """Returns the representations of a batch of documents, in inference mode."""
         return self._retrieval.programs.represent(self._towers(), "document", inputs)
 

@@ -27,7 +27,7 @@ logger = logging.getLogger("polus.lr_finder")
 def find(
     executor: StepExecutor,
     arguments: Mapping[str, Any],
-    dataset: Any,
+    dataset: object,
     use_lr_found: bool,
     settings: SweepSettings,
     optimizer: keras.optimizers.Optimizer,

@@ -196,7 +196,7 @@ def _progress(settings: SweepSettings) -> Iterator[Callable[[str], None]]:
 # The optimizer
 
 
-def check_optimizer(optimizer: Any, use_lr_found: bool) -> None:
+def check_optimizer(optimizer: object, use_lr_found: bool) -> None:
     """Checks that an optimizer's learning rate can be swept and, for `use_lr_found`, be set.
 
     Raises:

@@ -90,7 +90,7 @@ class OutputMetric(IMetric):
         self.metric.reset_state()
 
 
-def as_metric(metric: Any) -> IMetric:
+def as_metric(metric: object) -> IMetric:
     """Returns an `IMetric` as it is and wraps any other `keras.metrics.Metric`.
 
     Raises:
@@ -107,7 +107,7 @@ def as_metric(metric: Any) -> IMetric:
     )
 
 
-def as_metrics(metrics: Any, weighted: bool = False) -> list[IMetric]:
+def as_metrics(metrics: object, weighted: bool = False) -> list[IMetric]:
     """Returns the metrics of a trainer's `metrics=` or `weighted_metrics=` argument.
 
     Args:

@@ -9,6 +9,7 @@ import keras
 import numpy as np
 
 from polus.host import to_host
+from polus.types import Tensor
 
 PER_OUTPUT = (
     'For a model with several outputs use metrics={"<output>": [metric, ...]}, or select one with '
@@ -36,7 +37,7 @@ class MetricLike(Protocol):
     name: Any
 
     def update_state(self, *args: Any, **kwargs: Any) -> object: ...
-    def result(self) -> Any: ...
+    def result(self) -> Tensor: ...
     def reset_state(self) -> object: ...
 
 
@@ -133,12 +134,13 @@ class IMetric(keras.metrics.Metric, ABC):
         """Does what `samples_from_batch` does, with Keras' signature."""
         self.samples_from_batch(samples if sample_weight is None else (*samples, sample_weight))
 
-    def result(self) -> Any:
+    def result(self) -> Tensor:
         """Returns the value as a tensor, as Keras expects it, without a reset."""
-        return self._evaluate()
+        result: Tensor = self._evaluate()
+        return result
 
 
-def kind(value: Any) -> str:
+def kind(value: object) -> str:
     """Describes the type of a value that was not expected."""
     if isinstance(value, Mapping):
         return f"a dict with the keys {', '.join(map(repr, value))}"

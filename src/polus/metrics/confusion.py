@@ -11,6 +11,7 @@ from keras import ops
 
 from polus.masks import mask_of
 from polus.metrics.base import PER_OUTPUT, IMetric, kind
+from polus.types import Tensor
 
 
 class IConfusionMatrix(IMetric):
@@ -85,9 +86,12 @@ class IConfusionMatrix(IMetric):
         )
 
     @property
-    def confusion_matrix(self) -> Any:
+    def confusion_matrix(self) -> Tensor:
         """The confusion matrix of all samples since the last reset."""
-        return ops.cast(self.counts, "float32") + self.weights if self.is_weighted else self.counts
+        result: Tensor = (
+            ops.cast(self.counts, "float32") + self.weights if self.is_weighted else self.counts
+        )
+        return result
 
     def _samples_from_batch(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> None:
         mask = mask_of(y_pred)
@@ -211,9 +215,10 @@ class IConfusionMatrix(IMetric):
             )
         return value
 
-    def result(self) -> Any:
+    def result(self) -> Tensor:
         """Returns the value as a tensor, NaN after invalid labels, since it cannot raise."""
-        return ops.where(self.num_invalid > 0, float("nan"), self._evaluate())
+        result: Tensor = ops.where(self.num_invalid > 0, float("nan"), self._evaluate())
+        return result
 
 
 class Accuracy(IConfusionMatrix):

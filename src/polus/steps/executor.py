@@ -52,7 +52,7 @@ class StepOwner(MetricsOwner, Protocol):
     primary: str | None
 
     def step_parts(self) -> list[Any]: ...
-    def prepare_step(self, *inputs: Any) -> None: ...
+    def prepare_step(self, *inputs: object) -> None: ...
     def check_step(self, variables: StepVariables) -> None: ...
     def check_batch(self, inputs: tuple[Any, ...], where: str) -> None: ...
 
@@ -258,7 +258,7 @@ class StepExecutor:
 
     # ------------------------------------------------------------------ running
 
-    def update(self, *inputs: Any) -> Any:
+    def update(self, *inputs: object) -> Any:
         """Runs one step outside of `train`."""
         self.prepare(inputs)
         if self._update is None:

@@ -67,7 +67,7 @@ def check_model(model: Any, what: str = "model") -> None:
         )
 
 
-def check_optimizer(optimizer: Any) -> None:
+def check_optimizer(optimizer: object) -> None:
     """Raises TypeError if it is not an optimizer of this Keras."""
     if not isinstance(optimizer, keras.optimizers.Optimizer):
         raise TypeError(
@@ -77,7 +77,7 @@ def check_optimizer(optimizer: Any) -> None:
         )
 
 
-def check_function(function: Any, name: str) -> None:
+def check_function(function: object, name: str) -> None:
     """Raises TypeError if an optional argument is neither a function nor None."""
     if function is not None and not callable(function):
         raise TypeError(f"{name} must be a function, got {function!r}.")
@@ -101,7 +101,7 @@ def one_processing(
     return prediction or logits
 
 
-def check_minimized(loss_fn: Any, variables: Any, optimizer: Any) -> None:
+def check_minimized(loss_fn: object, variables: object, optimizer: object) -> None:
     """Raises TypeError if an argument of `minimize` is of the wrong kind."""
     if not callable(loss_fn):
         raise TypeError(f"loss_fn must be a function without arguments, got {loss_fn!r}.")
@@ -120,7 +120,7 @@ def _kind(value: Any) -> str:
     return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
-def listed(values: Any, name: str) -> Sequence[Any]:
+def listed(values: object, name: str) -> Sequence[Any]:
     """Returns a list, tuple or nothing as a sequence.
 
     Raises:
@@ -133,7 +133,7 @@ def listed(values: Any, name: str) -> Sequence[Any]:
     return values
 
 
-def checked_variables(variables: Any) -> list[keras.Variable]:
+def checked_variables(variables: object) -> list[keras.Variable]:
     """Returns trainable weights as a list.
 
     Raises:
@@ -162,7 +162,9 @@ def checked_variables(variables: Any) -> list[keras.Variable]:
     return distinct
 
 
-def loss_scaled(optimizer: Any, model: keras.Model) -> Any:
+def loss_scaled(
+    optimizer: keras.optimizers.Optimizer, model: keras.Model
+) -> keras.optimizers.Optimizer:
     """Returns the optimizer, with loss scaling under mixed_float16, as `compile` adds it."""
     scaled = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
     if not scaled and getattr(model.dtype_policy, "name", None) == "mixed_float16":
@@ -170,7 +172,7 @@ def loss_scaled(optimizer: Any, model: keras.Model) -> Any:
     return optimizer
 
 
-def add_penalties(result: Any, penalties: Sequence[Any]) -> Any:
+def add_penalties(result: object, penalties: Sequence[Any]) -> Any:
     """Adds the losses of the model itself to what the loss returned."""
     if not penalties or (isinstance(result, dict) and "loss" not in result):
         return result  # which `scalar_loss` refuses
@@ -179,7 +181,7 @@ def add_penalties(result: Any, penalties: Sequence[Any]) -> Any:
     return result + sum(penalties)
 
 
-def scalar_loss(result: Any, what: str = "The loss") -> Any:
+def scalar_loss(result: object, what: str = "The loss") -> Any:
     """Returns the loss out of a scalar, or out of a dict of scalars.
 
     Raises:
@@ -213,7 +215,7 @@ def _check_scalars(terms: Mapping[str, Any], what: str) -> None:
             )
 
 
-def terms_of(result: Any) -> dict[str, Any]:
+def terms_of(result: object) -> dict[str, Any]:
     """Returns what a loss returned as named terms, in at least float32."""
     scalar_loss(result)
     terms = result if isinstance(result, dict) else {"loss": result}

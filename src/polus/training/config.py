@@ -165,7 +165,7 @@ OF_FIT = {
 }
 
 
-def check_count(name: str, value: Any) -> None:
+def check_count(name: str, value: object) -> None:
     """Raises ValueError if an optional argument is not a positive integer."""
     if value is None:
         return

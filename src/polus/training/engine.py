@@ -116,7 +116,7 @@ class CompiledMethod:
         return bound
 
 
-def uncompiled(trainer: Any, name: str) -> Callable[..., Any]:
+def uncompiled(trainer: object, name: str) -> Callable[..., Any]:
     """Returns a trainer's own step as it was written."""
     written = vars(trainer).get(name) or types.MethodType(getattr(type(trainer), name), trainer)
     step: Callable[..., Any] = written

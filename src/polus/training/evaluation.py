@@ -34,7 +34,7 @@ def evaluation_step(trainer: Any, *inputs: Any) -> dict[str, Any]:
 
 def evaluate(
     executor: StepExecutor,
-    dataset: Any,
+    dataset: object,
     transform: Callable[[Any], Any] | None,
     steps: int | None,
     weights: Sequence[tuple[keras.Variable, keras.Variable]] = (),

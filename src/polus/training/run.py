@@ -211,7 +211,7 @@ class Run(BaseLogger):
             self.steps_before + self.epochs * (self.steps or math.inf),
         )
 
-    def record(self, block: StepBlock, outputs: Any) -> None:
+    def record(self, block: StepBlock, outputs: object) -> None:
         """Records the steps of a block, and tells the callbacks."""
         terms = as_terms(outputs, self.trainer.primary)
         names = sorted(terms, key=lambda name: name != "loss")  # JAX sorts them by name
@@ -341,7 +341,7 @@ class Run(BaseLogger):
         }
 
     @staticmethod
-    def check_state(facts: dict[str, Any], state: Any) -> None:
+    def check_state(facts: dict[str, Any], state: object) -> None:
         """Checks a state from a file; see `check_state`."""
         check_state(facts, state)
 

@@ -215,7 +215,7 @@ class BaseTrainer(TrainerMethods):
             None if weights is None else checks.checked_variables(weights)
         )
 
-    def build_on(self, batch: Any) -> None:
+    def build_on(self, batch: object) -> None:
         """Builds the model and the optimizer from a batch. Nothing is trained."""
         self._engine.executor.prepare(as_arguments(batch))
 
@@ -323,7 +323,7 @@ class BaseTrainer(TrainerMethods):
 
     def train(
         self,
-        tf_dataset: Any = None,
+        tf_dataset: object = None,
         epochs: int | None = None,
         callbacks: Sequence[ICallback | KerasCallbackLike] | None = None,
         custom_data_transform_f: Callable[[Any], Any] | None = None,
@@ -394,7 +394,7 @@ class BaseTrainer(TrainerMethods):
 
     def evaluate(
         self,
-        dataset: Any,
+        dataset: object,
         custom_data_transform_f: Callable[[Any], Any] | None = None,
         steps: int | None = None,
         *,
