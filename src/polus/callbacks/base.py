@@ -212,7 +212,7 @@ class ICallback:
         All terms are in `run.step_logs`.
         """
 
-    def on_steps_end(self, epoch: int, steps: range, losses: Sequence[float]) -> None:
+    def on_steps_end(self, epoch: int, steps: range, losses: Sequence[float] | None) -> None:
         """Called after the steps `steps` with their losses, a lazy array of the same length.
 
         `np.asarray(losses)` waits for the device. They are None if the run has no loss. By default

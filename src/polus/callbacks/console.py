@@ -87,7 +87,7 @@ class ConsoleLogCallback(Callback):
                 refresh=True,
             )
 
-    def on_steps_end(self, epoch: int, steps: range, losses: Sequence[float]) -> None:
+    def on_steps_end(self, epoch: int, steps: range, losses: Sequence[float] | None) -> None:
         run = self.coordinator.run
         now = self.clock()
         examples = sum(run.batch_sizes[-len(steps) :])

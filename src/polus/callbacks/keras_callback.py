@@ -124,7 +124,7 @@ class KerasCallback(Callback):
         if self.has_batch_events:
             self.called.on_train_batch_begin(step, logs)
 
-    def on_steps_end(self, epoch: int, steps: range, losses: Sequence[float]) -> None:
+    def on_steps_end(self, epoch: int, steps: range, losses: Sequence[float] | None) -> None:
         if self is self.fit.first:
             self.fit.add_steps(steps)
         if not self.has_batch_events:

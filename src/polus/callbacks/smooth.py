@@ -1,6 +1,5 @@
 """The smoothed training loss."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np

@@ -96,7 +96,7 @@ class ValidationDataCallback(Callback):
                 "it in an attribute: trainer.average = average."
             )
 
-    def on_steps_end(self, epoch: int, steps: range, losses: Sequence[float]) -> None:
+    def on_steps_end(self, epoch: int, steps: range, losses: Sequence[float] | None) -> None:
         if self.every_steps and steps.stop % self.every_steps == 0:
             self._validate()
 
