@@ -63,7 +63,7 @@ def describe_parts(parts: Mapping[str, Any]) -> dict[str, Description]:
     return {"python": _python(), **{name: describe(part) for name, part in parts.items()}}
 
 
-def differences(saved: Any, now: Mapping[str, Description]) -> list[Difference]:
+def differences(saved: object, now: Mapping[str, Description]) -> list[Difference]:
     """Returns the settings of `now` that are not those of `saved`.
 
     Parts that only one of the two has do not count. Code is compared only if the version of

@@ -72,7 +72,7 @@ LIBRARIES = (
 )
 
 
-def describe(value: Any) -> Description:
+def describe(value: object) -> Description:
     """Describes a Keras object, a function, a plain value, or lists and dicts of them."""
     return _Describer().value(value)
 
@@ -97,7 +97,7 @@ class _Describer:
         self.met: set[int] = set()
         self.depth = 0
 
-    def value(self, value: Any) -> Description:
+    def value(self, value: object) -> Description:
         if value is None or isinstance(value, bool | int | float | complex | str | np.generic):
             return _plain(value)
         if self.depth > MAX_DEPTH:
@@ -108,7 +108,7 @@ class _Describer:
         finally:
             self.depth -= 1
 
-    def composed(self, value: Any) -> Description:
+    def composed(self, value: object) -> Description:
         if isinstance(value, np.ndarray):
             text = f"array {value.dtype.name} {value.shape}"
             return _checksum(value.tobytes(), text) if value.nbytes <= MAX_BYTES else text
@@ -129,7 +129,7 @@ class _Describer:
                 return self.configured(value, kind)
         return self.code_of(value)
 
-    def code_of(self, value: Any) -> Description:
+    def code_of(self, value: object) -> Description:
         """Describes what is called, and any other object by its class alone."""
         if isinstance(value, functools.partial):
             called = {"args": self.value(value.args), "keywords": self.value(value.keywords)}
@@ -190,7 +190,7 @@ class _Describer:
             described["learning_rate"] = self.value(schedule)
         return described | self.methods(type(value))
 
-    def config(self, entry: Any) -> Description:
+    def config(self, entry: object) -> Description:
         """Describes a value out of `get_config`."""
         if isinstance(entry, list | tuple):
             return _shortened([self.config(each) for each in entry])

@@ -46,7 +46,7 @@ def stop_gradient(tensor: Tensor | None) -> Tensor | None:
     return stopped
 
 
-def own_weights(weights: Any) -> Any:
+def own_weights(weights: object) -> Any:
     """Returns a copy of sample weights, for one loss or metric; None stays None.
 
     On PyTorch, Keras multiplies them by the mask in place: it would change the user's arrays, which

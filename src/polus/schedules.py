@@ -71,7 +71,7 @@ class Schedule(keras.optimizers.schedules.LearningRateSchedule):
             rate = ops.where(done < rise, done / rise, rate)
         return self.peak * rate
 
-    def after(self, share: Any) -> Any:
+    def after(self, share: object) -> Any:
         """Returns the share of the peak, given the share of the steps after the rise."""
         raise NotImplementedError
 
@@ -82,7 +82,7 @@ class Schedule(keras.optimizers.schedules.LearningRateSchedule):
 class Constant(Schedule):
     """A rise to the peak, which then stays."""
 
-    def after(self, share: Any) -> Any:
+    def after(self, share: object) -> Any:
         return ops.ones_like(share)
 
 

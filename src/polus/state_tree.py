@@ -53,7 +53,7 @@ def flatten_state(tree: object, into: Mapping[str, Array] | None = None) -> Flat
     arrays: dict[str, Array] = {}
     into = {} if into is None else into
 
-    def visit(node: Any, path: str, depth: int) -> Any:
+    def visit(node: object, path: str, depth: int) -> Any:
         if depth > MAX_DEPTH:
             raise TypeError(f"At {path} the state is nested deeper than {MAX_DEPTH} levels.")
         if isinstance(node, np.ndarray | np.generic):
@@ -87,7 +87,7 @@ def unflatten_state(flat: FlatState) -> Any:
     """
     place: list[str] = []  # the keys from the root; joined only where an array is
 
-    def visit(node: Any) -> Any:
+    def visit(node: object) -> Any:
         if len(place) > MAX_DEPTH:
             raise ValueError(f"the state is nested deeper than {MAX_DEPTH} levels")
         if isinstance(node, dict):
@@ -98,7 +98,7 @@ def unflatten_state(flat: FlatState) -> Any:
             return [below(str(i), child) for i, child in enumerate(node)]
         return node
 
-    def below(key: str, child: Any) -> Any:
+    def below(key: str, child: object) -> Any:
         place.append(key)
         result = visit(child)
         place.pop()

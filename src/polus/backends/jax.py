@@ -163,7 +163,7 @@ def _watched(values: list[Any], connected: list[bool]) -> list[Any]:
         return [v.value for v in values], None
 
     def backward(_: None, cotangents: list[Any]) -> tuple[list[Any]]:
-        def used(i: int, cotangent: Any) -> Any:
+        def used(i: int, cotangent: object) -> Any:
             if isinstance(cotangent, jax.custom_derivatives.SymbolicZero):
                 return jnp.zeros(cotangent.shape, cotangent.dtype)
             connected[i] = True

@@ -140,7 +140,7 @@ class DryRun(VariableRecorder):
         self.differentiated: list[keras.Variable] = []
         self.result: Any = None
 
-    def returned(self, result: Any) -> Any:
+    def returned(self, result: object) -> Any:
         """Returns the result of a function that is traced, for the tracer.
 
         A result with Python values in it is kept as it is, for whoever checks it, and not traced: a

@@ -45,7 +45,7 @@ def _read(iterator: Any, first: list[Any], want: Any, secs: Any) -> Any:
     ]
     rows = _written(rows, 0, first)
 
-    def body(i: Any, more: Any, other: Any, rows: list[Any], left: list[Any]) -> Any:
+    def body(i: object, more: object, other: object, rows: list[Any], left: list[Any]) -> Any:
         item = iterator.get_next_as_optional()
 
         def take() -> Any:

@@ -90,7 +90,7 @@ def _gradients_traced() -> Any:
 def _read_out(tree: Tree) -> Tree:
     """`tree` with a copy of each variable in it, for they are assigned in place."""
 
-    def read(leaf: Any) -> Any:
+    def read(leaf: object) -> Any:
         value = leaf.value if isinstance(leaf, keras.Variable) else leaf
         return value.detach().clone() if isinstance(value, torch.nn.Parameter) else value
 
@@ -277,7 +277,7 @@ def trace(fn: Callable[..., object], args: Sequence[object], eager: bool = True)
     modules: set[torch.nn.Module] = set()
     values: list[torch.Tensor] = []
 
-    def find_buffers(module: torch.nn.Module, _: Any) -> None:
+    def find_buffers(module: torch.nn.Module, _: object) -> None:
         if module not in modules:
             modules.add(module)
             found = [_buffer(module, name) for name, _ in module.named_buffers(recurse=False)]
@@ -302,7 +302,7 @@ def _buffer(module: torch.nn.Module, name: str) -> BackendVariable:
         return getattr(module, name)
 
     @torch.no_grad()
-    def assign(value: Any) -> None:
+    def assign(value: object) -> None:
         read().copy_(keras.ops.convert_to_tensor(value, dtype))
 
     tensor = read()

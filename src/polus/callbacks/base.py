@@ -32,7 +32,7 @@ class Phase(enum.IntEnum):
 class KerasCallbackLike(Protocol):
     """A `keras.callbacks.Callback`, for type checkers, which find no types in Keras."""
 
-    def set_params(self, params: Any) -> object: ...
+    def set_params(self, params: object) -> object: ...
     def set_model(self, model: object) -> object: ...
 
 
@@ -58,7 +58,7 @@ class TrainerView(Protocol):
     def validation_metrics(self) -> Sequence[IMetric] | None: ...
     def evaluate(
         self,
-        dataset: Any,
+        dataset: object,
         custom_data_transform_f: Callable[[Any], Any] | None = None,
         steps: int | None = None,
         *,
@@ -205,7 +205,7 @@ class ICallback:
     def on_train_batch_begin(self, epoch: int, step: int) -> None:
         """Called before a step."""
 
-    def on_train_batch_end(self, epoch: int, step: int, loss: Any) -> None:
+    def on_train_batch_end(self, epoch: int, step: int, loss: object) -> None:
         """Called after a step with its loss, a scalar. `float(loss)` waits for the device.
 
         The loss is None if the step returns no term named "loss", and the trainer has no `primary`.

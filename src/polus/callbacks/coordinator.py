@@ -146,7 +146,7 @@ class CallbackCoordinator(BaseLogger):
         return first
 
 
-def checked_list(callbacks: Any) -> list[Any]:
+def checked_list(callbacks: object) -> list[Any]:
     """Returns callbacks as a list of their own.
 
     Raises:

@@ -35,7 +35,7 @@ class LossSmoothCallback(Callback):
         self._sum = self._weight = 0.0
         self._unread = []
 
-    def on_steps_end(self, epoch: int, steps: range, losses: Any) -> None:
+    def on_steps_end(self, epoch: int, steps: range, losses: object) -> None:
         if losses is None:
             raise ValueError(
                 "LossSmoothCallback smooths the loss, and the step returns none, only "

@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Callable
-from typing import Any
 
 from polus.callbacks.base import Callback, Phase
 from polus.callbacks.checks import check_callable, check_number
@@ -35,7 +34,7 @@ class TimeLimit(Callback):
     def on_train_begin(self) -> None:
         self._began = self.clock()
 
-    def on_steps_end(self, epoch: int, steps: range, losses: Any) -> None:
+    def on_steps_end(self, epoch: int, steps: range, losses: object) -> None:
         self._check()
 
     def on_epoch_end(self, epoch: int) -> None:

@@ -119,7 +119,7 @@ class Checkpoint(Callback):
                 f"The first process can't write to {self.store.directory}; its message says why."
             )
 
-    def on_steps_end(self, epoch: int, steps: range, losses: Any) -> None:
+    def on_steps_end(self, epoch: int, steps: range, losses: object) -> None:
         """Waits for the steps before these, since a device may be dozens of steps behind the loop.
 
         A signal would have to wait for all of them: seconds, if a step is long.

@@ -54,7 +54,7 @@ def processor() -> str:
     return found[1] if found else platform.machine()
 
 
-def warn_of_changes(name: str, saved: Any, now: dict[str, Any]) -> None:
+def warn_of_changes(name: str, saved: object, now: dict[str, Any]) -> None:
     """Logs a warning if the environment differs from that of the checkpoint `name`."""
     saved = saved if isinstance(saved, dict) else {}
     changes = [

@@ -59,7 +59,7 @@ class ArrayDataset:
 
     def __init__(
         self,
-        arrays: Any,
+        arrays: object,
         batch_size: int,
         shuffle: bool,
         seed: int,

@@ -101,14 +101,14 @@ def stack(batches: list[Any], capacity: int, placement: Placement) -> Any:
     return map_arrays(join, *batches)
 
 
-def single_block(batch: Any, placement: Placement) -> StepBlock:
+def single_block(batch: object, placement: Placement) -> StepBlock:
     """Returns a block of one batch, which runs in the program for a single step."""
     size = batch_size_of(batch)
     payload = map_arrays(lambda a: backend.to_device(placement.place(a, size)), batch)
     return StepBlock(1, size, None, payload, 1, signature_of(batch))
 
 
-def repeated_block(batch: Any, count: int, placement: Placement) -> StepBlock:
+def repeated_block(batch: object, count: int, placement: Placement) -> StepBlock:
     """Returns a block of the same batch `count` times, to time a compiled step with."""
     if count == 1:
         return single_block(batch, placement)
@@ -169,7 +169,7 @@ class DeviceExamples:
         return StepBlock(count, width, gather_batches, (self.arrays, table), count, (width,))
 
 
-def check_not_empty(batch: Any, step: int) -> None:
+def check_not_empty(batch: object, step: int) -> None:
     """Raises a ValueError if a batch has no examples."""
     if batch_size_of(batch) == 0:
         raise ValueError(
@@ -199,7 +199,7 @@ class BatchSource(Protocol):
         """
         ...
 
-    def stack(self, group: Any, capacity: int) -> Any:
+    def stack(self, group: object, capacity: int) -> Any:
         """Returns the payload of a block: the batches along a new first axis."""
         ...
 
@@ -293,7 +293,7 @@ class GraphSource:
         self._pending = [] if other is None else [other]
         return count, rows
 
-    def stack(self, group: Any, capacity: int) -> Any:
+    def stack(self, group: object, capacity: int) -> Any:
         return self._graph.pad(group, capacity)
 
 

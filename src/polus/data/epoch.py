@@ -148,7 +148,7 @@ class BatchReader:
             self.check(as_arguments(self.device_examples.dataset.arrays), "The dataset")
             self._arrays_checked = True
 
-    def arguments(self, batch: Any) -> tuple[Any, ...]:
+    def arguments(self, batch: object) -> tuple[Any, ...]:
         """Returns the step's arguments from a batch of the dataset.
 
         Raises:

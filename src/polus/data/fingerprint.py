@@ -60,7 +60,7 @@ def _first_bytes(leaf: Any, max_bytes: int) -> bytes:
     return rows.tobytes()[:max_bytes] if rows.dtype != object else repr(rows).encode()
 
 
-def leaves_of(batch: Any) -> list[list[Any]]:
+def leaves_of(batch: object) -> list[list[Any]]:
     """Returns the dtype and the number of axes of each array of a batch."""
     arrays = [to_host(leaf) for leaf in keras.tree.flatten(batch)]
     return [[array.dtype.name, array.ndim] for array in arrays]

@@ -20,7 +20,7 @@ def encode(state: Any) -> object:
     return state
 
 
-def check(state: Any) -> None:
+def check(state: object) -> None:
     """Checks a state from a file.
 
     Raises:
@@ -32,7 +32,7 @@ def check(state: Any) -> None:
         raise ValueError(f"the state of its iterator cannot be read: {error!r}") from error
 
 
-def decode(state: Any, as_tensor: Callable[[Any], Any] | None = None) -> Any:
+def decode(state: object, as_tensor: Callable[[Any], Any] | None = None) -> Any:
     """Returns the state that `encode` was given; `as_tensor` makes a PyTorch tensor of an array."""
     if not isinstance(state, dict):
         return state

@@ -79,7 +79,7 @@ class LiveAdapter(MadeBetweenSteps):
         self.endless = True
         self._trainer: Any = None
 
-    def bind(self, trainer: Any) -> None:
+    def bind(self, trainer: object) -> None:
         self._trainer = trainer
 
     def _iterate(self) -> Iterator[Any]:
@@ -95,7 +95,7 @@ class LiveAdapter(MadeBetweenSteps):
         get_state = getattr(self.dataset.make_batch, "get_state", None)
         return None if get_state is None else iterator_state.encode(get_state())
 
-    def set_live_state(self, state: Any) -> None:
+    def set_live_state(self, state: object) -> None:
         if state is not None:
             self.dataset.make_batch.set_state(iterator_state.decode(state))  # type: ignore[attr-defined]
 

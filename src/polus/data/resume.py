@@ -113,7 +113,7 @@ class Epoch(Protocol):
 class LiveState(Protocol):
     """The part of an adapter that is needed here."""
 
-    def set_live_state(self, state: Any) -> None: ...
+    def set_live_state(self, state: object) -> None: ...
 
 
 class Reader(Protocol):
@@ -300,7 +300,7 @@ def check_same_dataset(saved: State, now: State) -> None:
         raise AnotherRunError("The dataset is another one. " + "; ".join(differing) + ".")
 
 
-def check_same_leaves(saved: Any, now: Any) -> None:
+def check_same_leaves(saved: object, now: object) -> None:
     """Raises an AnotherRunError if the arrays of a batch have other dtypes or numbers of axes."""
     if now is not None and saved not in (None, now):
         raise AnotherRunError(

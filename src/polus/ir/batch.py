@@ -65,7 +65,7 @@ def first_rows(inputs: Sequence[Any], count: int) -> tuple[Any, ...]:
     return tuple(first)
 
 
-def len_of(features: Any) -> int:
+def len_of(features: object) -> int:
     """Returns the size of the first axis of a tensor or of a structure of tensors."""
     return keras.tree.flatten(features)[0].shape[0]  # type: ignore[no-any-return]
 
@@ -190,19 +190,19 @@ def _compare_ids(extras: Mapping[str, Any], num_hard_negatives: int) -> tuple[An
     return in_batch, ops.logical_or(hard, ids < 0)
 
 
-def flatten_negatives(inputs: Any) -> tuple[Any, tuple[Any, Any]]:
+def flatten_negatives(inputs: object) -> tuple[Any, tuple[Any, Any]]:
     """Reshapes negatives (B, k, ...) to (B * k, ...), and returns (B, k) as well."""
     size, k = ops.shape(keras.tree.flatten(inputs)[0])[:2]
     flat = keras.tree.map_structure(lambda x: ops.reshape(x, (size * k, *ops.shape(x)[2:])), inputs)
     return flat, (size, k)
 
 
-def unflatten_negatives(vectors: Any, shape: tuple[Any, Any]) -> Any:
+def unflatten_negatives(vectors: object, shape: tuple[Any, Any]) -> Any:
     """Reshapes (B * k, ...) back to (B, k, ...)."""
     return keras.tree.map_structure(lambda x: ops.reshape(x, (*shape, *ops.shape(x)[1:])), vectors)
 
 
-def on_negatives(fn: Callable[[Any], Any], inputs: Any) -> Any:
+def on_negatives(fn: Callable[[Any], Any], inputs: object) -> Any:
     """Applies `fn`, a function of (N, ...), to negatives (B, k, ...)."""
     flat, shape = flatten_negatives(inputs)
     return unflatten_negatives(fn(flat), shape)

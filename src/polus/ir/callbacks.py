@@ -81,8 +81,8 @@ class RetrievalValidation(_Search):
 
     def __init__(
         self,
-        queries: Any,
-        documents: Any,
+        queries: object,
+        documents: object,
         qrels: Mapping[str, Mapping[str, int]],
         query_ids: Sequence[str],
         document_ids: Sequence[str],

@@ -96,7 +96,7 @@ class Features:
         count: The number of texts. Required for a function.
     """
 
-    def __init__(self, rows: Any, count: int | None = None) -> None:
+    def __init__(self, rows: object, count: int | None = None) -> None:
         self._rows = rows
         if count is None:
             if callable(rows):
@@ -156,8 +156,8 @@ class PairBatches(SeekableAdapter):
 
     def __init__(
         self,
-        queries: Any,
-        documents: Any,
+        queries: object,
+        documents: object,
         relevant: Sequence[Any],
         batch_size: int = 32,
         *,

@@ -58,7 +58,7 @@ class OutputMetric(IMetric):
         name: The name in logs. Defaults to `<output>_<name of the metric>`, as in Keras.
     """
 
-    def __init__(self, metric: Any, output: str, name: str | None = None) -> None:
+    def __init__(self, metric: object, output: str, name: str | None = None) -> None:
         inner = as_metric(metric)
         super().__init__(name=name or f"{output}_{inner.name}")
         self.metric = inner

@@ -23,7 +23,7 @@ class PhaseMetrics(NamedTuple):
     validation: list[IMetric] | None
 
 
-def metrics_by_phase(metrics: Any) -> PhaseMetrics:
+def metrics_by_phase(metrics: object) -> PhaseMetrics:
     """Returns what a trainer's argument `metrics` means.
 
     Args:

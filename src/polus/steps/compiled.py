@@ -128,7 +128,7 @@ class CompiledStep:
             )
 
 
-def as_terms(outputs: Any, primary: str | None = None) -> dict[str, Any]:
+def as_terms(outputs: object, primary: str | None = None) -> dict[str, Any]:
     """Returns what a step returned as a dict of named values.
 
     Args:

@@ -1,7 +1,6 @@
 """How many steps one call of a compiled loop runs."""
 
 import time
-from typing import Any
 
 from polus.backends import backend
 
@@ -35,7 +34,7 @@ class Pace:
             self.steps = _steps_of(secs)
         self._known = fixed or secs is not None
 
-    def observe(self, count: int, outputs: Any, began: float) -> None:
+    def observe(self, count: int, outputs: object, began: float) -> None:
         """Learns from a call of `count` steps that began at `began` (`time.perf_counter`).
 
         The call is waited for, until enough is known. The first one compiles, and tells nothing.

@@ -21,7 +21,7 @@ SeenBatches = Callable[[], Iterable[tuple[str, tuple[Any, ...]]]]
 RESERVED_NAMES = ("loss", "epoch", "step")
 
 
-def checked_model(model: Any) -> keras.Model:
+def checked_model(model: object) -> keras.Model:
     """Returns a model as it is, and a dict of models as one model.
 
     Raises:
@@ -40,7 +40,7 @@ def checked_model(model: Any) -> keras.Model:
     return Models(model)
 
 
-def check_loss(loss: Any, attributes: Mapping[str, Any], default_step: bool) -> None:
+def check_loss(loss: object, attributes: Mapping[str, Any], default_step: bool) -> None:
     """Raises TypeError if a loss is no function, or is missing where the step needs one.
 
     Args:
@@ -58,7 +58,7 @@ def check_loss(loss: Any, attributes: Mapping[str, Any], default_step: bool) -> 
         )
 
 
-def check_model(model: Any, what: str = "model") -> None:
+def check_model(model: object, what: str = "model") -> None:
     """Raises TypeError if it is not a model of this Keras."""
     if not isinstance(model, keras.Model):
         raise TypeError(
@@ -250,7 +250,7 @@ def check_extended(extended: bool) -> None:
 
 
 def checked_metrics(
-    given: Any, weighted_metrics: Sequence[IMetric]
+    given: object, weighted_metrics: Sequence[IMetric]
 ) -> tuple[list[IMetric], list[IMetric] | None]:
     """Returns the metrics of training, and those of validation if these are others.
 
@@ -287,7 +287,7 @@ def check_metric_names(metrics: Sequence[IMetric]) -> None:
             )
 
 
-def check_terms(result: Any, metrics: Sequence[IMetric], primary: str | None) -> None:
+def check_terms(result: object, metrics: Sequence[IMetric], primary: str | None) -> None:
     """Raises ValueError if a step's result can't be recorded.
 
     Args:

@@ -20,7 +20,7 @@ def num_classes(trainer: Any) -> int | None:
     return shape[-1] if isinstance(shape[-1], int) else None
 
 
-def check_labels(labels: Any, classes: int, ignored: int | None, where: str) -> None:
+def check_labels(labels: object, classes: int, ignored: int | None, where: str) -> None:
     """Raises a ValueError if a label in host memory is not one of 0 to `classes - 1`.
 
     JAX computes a loss of zero for such a label, and TensorFlow with XLA computes NaN. Tensors of

@@ -29,7 +29,7 @@ class TrainerMethods(BaseLogger):
     post_process_grads: Callable[[list[Any]], list[Any]] | None
     _engine: Engine
 
-    def predicted(self, outputs: Any) -> Any:
+    def predicted(self, outputs: object) -> Any:
         """Returns a prediction from the model's outputs."""
         return outputs
 
@@ -102,7 +102,7 @@ class TrainerMethods(BaseLogger):
 
     def predict(
         self,
-        dataset: Any,
+        dataset: object,
         custom_data_transform_f: Callable[[Any], Any] | None = None,
         steps: int | None = None,
     ) -> Any:
@@ -125,7 +125,7 @@ class TrainerMethods(BaseLogger):
 
     def lr_finder(
         self,
-        tf_dataset: Any = None,
+        tf_dataset: object = None,
         use_lr_found: bool = False,
         *,
         start_lr: float = 1e-7,

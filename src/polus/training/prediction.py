@@ -18,7 +18,7 @@ from polus.training.config import check_count
 def predict(
     executor: StepExecutor,
     step: Callable[..., Any],
-    dataset: Any,
+    dataset: object,
     transform: Callable[[Any], Any] | None,
     steps: int | None,
 ) -> Any:

@@ -91,7 +91,7 @@ class Settings:
         changes: The settings that were not those of the checkpoint, and were accepted.
     """
 
-    def __init__(self, trainer: Parts, transform: Any) -> None:
+    def __init__(self, trainer: Parts, transform: object) -> None:
         self.trainer = trainer
         self.transform = transform
         self.first: dict[str, Any] = {}
@@ -176,7 +176,7 @@ class Settings:
         return found
 
 
-def data_state(reader: DataReader, epoch: int, step: int, example: Any) -> dict[str, Any]:
+def data_state(reader: DataReader, epoch: int, step: int, example: object) -> dict[str, Any]:
     """Returns what a resumed run needs to read on before a step.
 
     Args:

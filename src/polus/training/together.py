@@ -31,7 +31,7 @@ def minimize_together(
             dry_run.record_update(optimizers[name], variables)
         return result
 
-    def scaled_losses(result: Any) -> list[Any]:
+    def scaled_losses(result: object) -> list[Any]:
         values = _scalars(result, chosen)
         return [optimizers[n].scale_loss(v) for n, v in zip(chosen, values, strict=True)]
 

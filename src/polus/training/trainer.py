@@ -189,7 +189,7 @@ class BaseTrainer(TrainerMethods):
         """Returns the loss of what `evaluation_step` returned; None (the default) for no loss."""
         return None
 
-    def predicted(self, outputs: Any) -> Any:
+    def predicted(self, outputs: object) -> Any:
         """Applies `post_process_logits`, if there is one, to the model's outputs."""
         return outputs if self.post_process_logits is None else self.post_process_logits(outputs)
 
@@ -280,7 +280,7 @@ class BaseTrainer(TrainerMethods):
         if not variables:
             return loss_fn()
 
-        def scaled_loss(result: Any) -> Any:
+        def scaled_loss(result: object) -> Any:
             return optimizer.scale_loss(checks.scalar_loss(result))
 
         # The user's function takes tensors; else gradients go to the optimizer as they do in `fit`.
