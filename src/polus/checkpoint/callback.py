@@ -104,7 +104,9 @@ class Checkpoint(Callback):
 
         A signal would have to wait for all of them: seconds, if a step is long.
         """
-        newest = next(iter(self.coordinator.run.step_logs.values()))
+        newest = losses
+        if newest is None:  # of a step without a loss
+            newest = next(iter(self.coordinator.run.step_logs.values()))
         before, self._unread = self._unread, newest
         if before is not None:
             np.asarray(before)
