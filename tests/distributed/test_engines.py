@@ -142,7 +142,8 @@ def without_secs(result):
     return {name: value for name, value in result.items() if name != "secs"}
 
 
-EQUAL = ["plain", "clipped", "uneven", "accumulated", "gan", "retrieval", "cached", "swept"]
+EQUAL = ["plain", "clipped", "uneven", "accumulated", "scaled", "gan"]
+EQUAL += ["retrieval", "cached", "swept"]
 
 # ---------------------------------------------------------------------- processes
 
@@ -244,7 +245,8 @@ def test_the_first_process_writes(processes):
     first, second = (results["written"] for results in processes)
     assert first["files"] == ["log.csv", "model.keras"]
     assert "epoch 1/1" in first["lines"]
-    assert (second["files"], second["lines"]) == ([], "")
+    assert first["logged"] == ["INFO"]
+    assert (second["files"], second["lines"], second["logged"]) == ([], "", [])
 
 
 # ---------------------------------------------------------------------- JAX's devices

@@ -18,7 +18,7 @@ from polus.callbacks.coordinator import CallbackCoordinator
 from polus.data import DataReader, EpochReader, StepBlock
 from polus.history import History
 from polus.host import DeviceValues
-from polus.log import BaseLogger
+from polus.log import BaseLogger, only_warnings
 from polus.metrics import IMetric
 from polus.signals import Signals
 from polus.state import random_state, set_random_state
@@ -153,7 +153,7 @@ class Run(BaseLogger):
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """Begins the run, and ends it for each callback that began, whatever happens."""
-        with self.closing:
+        with self.closing, self._logging():
             try:
                 with self.signals:
                     check_same_programs(self.placement, self.config)
@@ -172,6 +172,9 @@ class Run(BaseLogger):
                 if (error := self.callbacks.on_train_end()) is not None:
                     self.status = RunStatus.FAILED
                     raise error
+
+    def _logging(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self.placement.is_first else only_warnings()
 
     @property
     def finished(self) -> bool:
