@@ -1,7 +1,6 @@
 """What several processes that train one model have to have in common."""
 
 import zlib
-from typing import Any
 
 from polus.backends.placement import Placement, check_same
 from polus.data.fingerprint import checksum
@@ -28,7 +27,7 @@ def check_same_programs(placement: Placement, config: TrainConfig) -> None:
     )
 
 
-def check_same_batch(placement: Placement, batch: Any) -> None:
+def check_same_batch(placement: Placement, batch: object) -> None:
     """Checks that all processes read the same first batch, of which each takes its part.
 
     Raises:
