@@ -104,9 +104,11 @@ def test_an_average_is_validated_saved_and_resumed(tmp_path):
 
 def test_averages_that_are_wrong_raise():
     trainer = make()
-    stray = polus.Average(trainer.model)
-    with pytest.raises(ValueError, match=r"trainer\.average = average"):
-        trainer.train(BATCHES, 1, [ValidationDataCallback(BATCHES, model=stray)])
+    stray, second = polus.Average(trainer.model), polus.Average(trainer.model)
+    trainer.train(BATCHES, 1, [ValidationDataCallback(BATCHES, model=stray)])
+    assert int(ops.convert_to_numpy(stray.count)) == 2  # it is part of the trainer now
+    with pytest.raises(ValueError, match="an attribute of its own"):
+        trainer.train(BATCHES, 1, [ValidationDataCallback(BATCHES, model=second)])
     with pytest.raises(ValueError, match="has no weights yet"):
         polus.Average(keras.Sequential([layers.Dense(2)]))
     with pytest.raises(ValueError, match="decay must be a number from 0 to 1, got 2"):

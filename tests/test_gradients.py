@@ -53,6 +53,8 @@ def test_gradients_by_inputs_are_differentiated_by_outer_ones():
 def test_gradients_by_inputs_that_are_not_real_raise():
     with pytest.raises(TypeError, match=r"floating point numbers, got .*int32.*ops\.cast"):
         core.value_and_grad(lambda x: ops.sum(x), [], inputs=[np.int32([1])])
+    with pytest.raises(TypeError, match="passes the function its 1 inputs, which it does not take"):
+        core.value_and_grad(lambda: 0.0, [], inputs=[X])
 
 
 class Penalized(BaseTrainer):

@@ -162,6 +162,7 @@ def test_a_run_without_data(at_once):
     history = trainer.train(None, 2, steps=5, steps_per_execution=at_once)
     assert len(history.steps["loss"]) == 10
     assert history.steps["loss"][-1] < history.steps["loss"][0]
+    assert len(trainer.train(None, steps=3).steps["loss"]) == 3
     with pytest.raises(ValueError, match="A run without data needs steps"):
         trainer.train(None, 2)
 
@@ -223,7 +224,7 @@ def test_a_session_ends_in_order_where_it_is_stopped():
             steps += 1
             if steps == 3:
                 run.stop("kl")
-    assert (steps, run.run.stop_reason) == (3, "kl")
+    assert (steps, run.stop_reason) == (3, "kl")
     assert seen.names[-2:] == ["epoch_end", "train_end"]
     assert len(run.history.epochs) == 1
     with trainer.session() as run, pytest.raises(ValueError, match="no step to end"):

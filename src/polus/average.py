@@ -12,7 +12,8 @@ class Average:
     """The exponential moving average of a model's weights: a model of its own.
 
     Keep it in an attribute of the trainer. It is then part of the run, saved and resumed with it,
-    and updated after each step, unless the step calls `update` itself:
+    and updated after each step, unless the step calls `update` itself. (A `ValidationDataCallback`
+    that validates it keeps it as `trainer.average`, if that name is free.)
 
     ```python
     trainer.average = polus.Average(model, decay=0.999)

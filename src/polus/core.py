@@ -1,6 +1,7 @@
 """The compiler setting, and the three functions that reach the backend."""
 
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, ParamSpec, TypeVar, overload
 
@@ -166,7 +167,21 @@ def value_and_grad(
         return value
 
     tensors = [_differentiable(value) for value in inputs]
+    if tensors:
+        _check_takes(fn, tensors)
     return backend.value_and_grad(fn, variables, scalar, inputs=tensors)
+
+
+def _check_takes(fn: Callable[..., Any], inputs: Sequence[Any]) -> None:
+    try:
+        inspect.signature(fn).bind(*inputs)
+    except TypeError:
+        raise TypeError(
+            f"value_and_grad passes the function its {len(inputs)} inputs, which it does not take. "
+            "Write, for example, value_and_grad(lambda x: keras.ops.sum(model(x)), [], inputs=[x])."
+        ) from None
+    except ValueError:  # a function that Python knows no signature of
+        return
 
 
 def _differentiable(value: Any) -> Any:

@@ -1,7 +1,9 @@
 """Logging: one logger per class, shared handlers."""
 
+import contextlib
 import logging
 import sys
+from collections.abc import Iterator
 
 
 class _Default(str):
@@ -53,6 +55,18 @@ class BaseLogger:
                 logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
             )
             shared.addHandler(handler)
+
+
+@contextlib.contextmanager
+def only_warnings() -> Iterator[None]:
+    """Drops messages below WARNING in the block: another process of the same run has them too."""
+    shared = logging.getLogger("polus")
+    level = shared.level
+    shared.setLevel(max(level, logging.WARNING))
+    try:
+        yield
+    finally:
+        shared.setLevel(level)
 
 
 class _Console(logging.Handler):

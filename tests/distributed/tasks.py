@@ -145,6 +145,17 @@ def accumulated(engine):
 
 
 @task
+def scaled(engine):
+    """A loss that is scaled for the backward pass."""
+    import keras
+
+    inner = keras.optimizers.SGD(0.1, global_clipnorm=0.3)
+    optimizer = keras.optimizers.LossScaleOptimizer(inner, initial_scale=1024.0)
+    trainer = classifier(optimizer=optimizer)
+    return summary(trainer.train(arrays(), 1, steps_per_execution=2), trainer.model)
+
+
+@task
 def gan(engine):
     """Two optimizers, and losses that are a class of Keras and a mean of one's own, mixed."""
     import keras
@@ -372,14 +383,20 @@ def written(engine):
 
     folder = engine.folder / f"files-{engine.index}"
     folder.mkdir()
-    output = io.StringIO()
+    output, logged = io.StringIO(), []
+    logging.disable(logging.NOTSET)
+    handler = logging.Handler()
+    handler.emit = lambda record: logged.append(record.levelname)
+    logging.getLogger("polus").addHandler(handler)
     callbacks = [
         ConsoleLogCallback(Console(file=output)),
         SaveModelCallback("end", folder / "model.keras"),
         keras.callbacks.CSVLogger(folder / "log.csv"),
     ]
     classifier().train(arrays(), 1, callbacks)
-    return {"files": sorted(p.name for p in folder.iterdir()), "lines": output.getvalue()}
+    logging.disable(logging.WARNING)
+    files = sorted(path.name for path in folder.iterdir())
+    return {"files": files, "lines": output.getvalue(), "logged": sorted(set(logged))}
 
 
 @task

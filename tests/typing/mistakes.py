@@ -59,7 +59,6 @@ class Trainer(BaseTrainer):
 
 
 Trainer(model, optimizer, "mse")  # mypy: arg-type, pyright: reportArgumentType
-Trainer(model, optimizer)  # mypy: call-arg, pyright: reportCallIssue
 Trainer(model, optimizer, mean_error, 3)  # mypy: arg-type, pyright: reportArgumentType
 Trainer(model, optimizer, mean_error, [3])  # mypy: list-item, pyright: reportArgumentType
 Trainer(model, optimizer, mean_error, post_process_grads=3)  # mypy: arg-type, pyright: reportArgumentType

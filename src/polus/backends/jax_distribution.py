@@ -29,7 +29,9 @@ class GlobalView(Placement):
         distribution: The active one. It is kept, since it is unknown in other threads.
     """
 
-    def __init__(self, distribution: Any) -> None:
+    def __init__(
+        self, distribution: keras.distribution.DataParallel | keras.distribution.ModelParallel
+    ) -> None:
         self.name = f"keras.distribution.{type(distribution).__name__}"
         self.index, self.count = jax.process_index(), jax.process_count()
         self.mesh = distribution.device_mesh.backend_mesh
@@ -162,7 +164,7 @@ def output_shardings(assigned: Sequence[Any]) -> dict[str, Any]:
     return {"out_shardings": (everywhere, layouts)}
 
 
-def on_host(array: Any) -> np.ndarray[Any, Any]:
+def on_host(array: jax.Array) -> np.ndarray[Any, Any]:
     """Returns an array as NumPy array, also one whose parts other processes have.
 
     All processes must call it for such an array.

@@ -91,10 +91,12 @@ class ValidationDataCallback(Callback):
         reader.check_ends("ValidationDataCallback")
         trainer = self.coordinator.trainer
         if isinstance(self.model, Average) and self.model not in averages_of(trainer):
-            raise ValueError(
-                "The average to validate is not part of the trainer, so nothing updates it. Keep "
-                "it in an attribute: trainer.average = average."
-            )
+            if hasattr(trainer, "average"):
+                raise ValueError(
+                    "The average to validate is not part of the trainer, so nothing updates it. "
+                    "Keep it in an attribute of its own: trainer.other_average = average."
+                )
+            vars(trainer)["average"] = self.model  # from where the run updates and saves it
 
     def on_steps_end(self, epoch: int, steps: range, losses: Sequence[float] | None) -> None:
         if self.every_steps and steps.stop % self.every_steps == 0:

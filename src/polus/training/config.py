@@ -71,7 +71,7 @@ class TrainConfig:
         """
         given = {NAMES.get(name, name): value for name, value in arguments.items()}
         if given.get("dataset") is None and given.get("steps") is not None:
-            given["dataset"] = NoDataAdapter()
+            given = {"epochs": 1, **given, "dataset": NoDataAdapter()}
         for name in ("tf_dataset", "epochs"):
             if given.get(NAMES.get(name, name)) is None:
                 raise ValueError(

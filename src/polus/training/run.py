@@ -17,7 +17,7 @@ from polus.callbacks.time_limit import TIME_IS_UP
 from polus.data import DataReader, EpochReader, StepBlock
 from polus.history import History
 from polus.host import DeviceValues
-from polus.log import BaseLogger
+from polus.log import BaseLogger, only_warnings
 from polus.metrics import IMetric
 from polus.optimizers import begin_schedules, rates_of
 from polus.signals import Signals
@@ -133,7 +133,8 @@ class Run(BaseLogger):
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """Begins the run, and ends it for each callback that began, whatever happens."""
-        with self.closing:
+        quiet = contextlib.nullcontext() if self.placement.is_first else only_warnings()
+        with self.closing, quiet:
             try:
                 with self.signals:
                     self.signals.shared = self.placement.count > 1

@@ -23,6 +23,8 @@ class _StoppedError(Exception):
 class Session:
     """The steps of a run, one by one, with all that `train` has around them.
 
+    It has the attributes of the run, except `step`, which runs one.
+
     Args:
         run: The run.
         data: What its batches are pushed to.
@@ -60,6 +62,9 @@ class Session:
     def stop(self, reason: str) -> None:
         """Ends the session in order: the next step leaves its block."""
         self.run.stop(reason)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.run, name)  # its logs, its status, why it was stopped
 
     def step(self, *batch: Any) -> Any:
         """Runs one compiled step on a batch: the arguments of `train_step`.

@@ -346,7 +346,7 @@ class BaseTrainer(TrainerMethods):
         Args:
             tf_dataset: The data; see `polus.data.as_adapter` for what it may be. A tuple or list
                 batch is unpacked into the step's arguments; anything else is one argument. None
-                with `steps` trains without data: the step takes no arguments.
+                with `steps` trains without data, one epoch by default: the step takes no arguments.
             epochs: The number of passes over the data.
             callbacks: `polus.callbacks` and `keras.callbacks` objects.
             custom_data_transform_f: A Python function applied to each batch before the step.
