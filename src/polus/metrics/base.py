@@ -37,7 +37,7 @@ class MetricLike(Protocol):
     name: Any
 
     def update_state(self, *args: Any, **kwargs: Any) -> object: ...
-    def result(self) -> Tensor: ...
+    def result(self) -> object: ...
     def reset_state(self) -> object: ...
 
 
@@ -134,7 +134,7 @@ class IMetric(keras.metrics.Metric, ABC):
         """Does what `samples_from_batch` does, with Keras' signature."""
         self.samples_from_batch(samples if sample_weight is None else (*samples, sample_weight))
 
-    def result(self) -> Tensor:
+    def result(self) -> object:
         """Returns the value as a tensor, as Keras expects it, without a reset."""
         result: Tensor = self._evaluate()
         return result
