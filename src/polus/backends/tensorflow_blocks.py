@@ -31,8 +31,8 @@ class GraphBlocks:
         return int(count), pack(first, stacked), pack(first, left) if bool(other) else None
 
     def pad(self, batches: T, capacity: int) -> T:
-        padded: T = tf.nest.map_structure(lambda rows: padded(rows, capacity), batches)
-        return padded
+        filled: T = tf.nest.map_structure(lambda rows: padded(rows, capacity), batches)
+        return filled
 
 
 @tf.function(autograph=False, reduce_retracing=True)
