@@ -145,30 +145,43 @@ MUTANTS = [
     ),
     Mutant("steps/executor.py", "snapshot.restore()", "pass", TUNE + "leaves_no_trace"),
     Mutant(
-        "steps/executor.py",
-        "max_batches=max(1, MAX_BYTES //",
-        "max_batches=max(1, 0 * MAX_BYTES //",
-        TUNE + "lengths_are_timed_once or timing",
-    ),
-    Mutant(
         "steps/compiled.py",
-        "key = (self.jit_compile, block.unpack, many)",
-        "key = (self.jit_compile, block.unpack)",
-        TRAINING + "datasets_train_the_same and arrays",
+        "block.unpack, many, self.placement",
+        "block.unpack, self.placement",
+        TUNE + "as_many_steps and arrays",
     ),
     # Autotuning.
-    Mutant("steps/autotune.py", "if single > 3 * min(", "if single > 30 * min(", TUNE + "fastest"),
-    Mutant(
-        "steps/autotune.py", "if max_steps == 1 or few < 2:", "if max_steps == 1:", TUNE + "fastest"
-    ),
-    Mutant("steps/autotune.py", "allowed < 2 * self.max_steps", "True", TUNE + "longer_calls"),
-    Mutant("steps/autotune.py", "failed.add(bool(tuning.jit_compile))", "pass", TUNE + "fastest"),
-    Mutant("steps/autotune.py", "key=self.secs.__getitem__", "key=str", TUNE + "fastest"),
     Mutant(
         "steps/autotune.py",
-        "timing.secs / tuning.steps_per_execution",
-        "timing.secs",
-        TUNE + "fastest",
+        "min(known, key=self.secs.__getitem__)",
+        "max(known, key=self.secs.__getitem__)",
+        TUNE + "win_that_back",
+    ),
+    Mutant(
+        "steps/autotune.py",
+        "TIMED_STEPS <= limits.total_steps < math.inf",
+        "True",
+        TUNE + "win_that_back",
+    ),
+    Mutant(
+        "steps/autotune.py",
+        "MAX_STEPS) < 2 * self.max_steps",
+        "MAX_STEPS) > 0",
+        TUNE + "longer_calls",
+    ),
+    Mutant("steps/autotune.py", "least /= 10", "pass", TUNE + "slow_compiler"),
+    Mutant(
+        "steps/autotune.py",
+        "worth = secs > LONG_STEP_SECS",
+        "worth = True",
+        TUNE + "without_a_loop",
+    ),
+    Mutant("steps/pace.py", "if self._calls == 1:", "if False:", TUNE + "some_milliseconds"),
+    Mutant(
+        "data/blocks.py",
+        "max(pace.steps, 1 if is_rest else 2)",
+        "pace.steps",
+        TUNE + "changes_no_bit",
     ),
     # Data.
     Mutant(
@@ -266,7 +279,12 @@ MUTANTS = [
         "accuracy and macro-F1 are symmetric in the matrix; "
         "a metric that is not would be the first to notice.",
     ),
-    Mutant("metrics/base.py", "self.reset()", "pass", METRICS + "evaluate_resets"),
+    Mutant(
+        "metrics/base.py",
+        "self.reset()",
+        "pass",
+        METRICS + "other_tuples_reach_all_metrics_as_they_are",
+    ),
     # The learning-rate range test.
     Mutant(
         "lr_finder/curve.py",

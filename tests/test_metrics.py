@@ -437,6 +437,7 @@ def test_other_tuples_reach_all_metrics_as_they_are():
     metric = Sum()
     update_metrics([metric], [], (1.0, 2.0, 4.0))
     assert metric.evaluate() == 7.0
+    assert metric.evaluate() == 0.0  # it was reset
 
 
 # Masks

@@ -468,6 +468,7 @@ def test_epoch_loss_is_weighted_by_examples():
     history = trainer.train(batches, epochs=1)
     expected = to_float(CROSS_ENTROPY(Y[:12], trainer.model(X[:12])))
     assert history.epochs[0]["loss"] == pytest.approx(expected, rel=1e-5)
+    assert trainer.evaluate(batches)["loss"] == pytest.approx(expected, rel=1e-5)
 
 
 # ---------------------------------------------------------------------- arguments of train

@@ -56,7 +56,7 @@ class CompiledStep:
         self.eager = eager
         self.jit_compile = jit_compile
         self.steps_per_execution = 1
-        self.pace = Pace()
+        self.pace = Pace(fixed=placement.count > 1)  # processes must not follow their clocks
         self._state = state
         self._programs: dict[Any, Callable[..., Any]] = {}
         self._shapes: list[Any] = []

@@ -1,6 +1,7 @@
 """Metrics and losses over a dataset, in inference mode."""
 
 import contextlib
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -83,9 +84,11 @@ def evaluate(
 def _run(step: CompiledStep, data: Any, capacity: int) -> tuple[list[dict[str, Any]], list[int]]:
     """Runs all batches. Returns the losses of each block, and the size of each batch."""
     losses, sizes = [], []
-    with contextlib.closing(data.blocks(capacity)) as blocks:
+    with contextlib.closing(data.blocks(capacity, pace=step.pace)) as blocks:
         for block in blocks:
+            began = time.perf_counter()
             terms = step(block)
+            step.pace.observe(block.count, terms, began)
             losses.append({k: DeviceValues(values, block.count) for k, values in terms.items()})
             sizes += [block.batch_size] * block.count
     return losses, sizes
