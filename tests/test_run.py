@@ -59,7 +59,7 @@ def test_a_run_that_trains_all_epochs_is_completed():
 
 def test_stopping_ends_the_run_after_the_step_and_keeps_the_reason(caplog):
     caplog.set_level("INFO", "polus")
-    run = train(watch := Watch(batch_end=lambda run: run.stop("kl")), epochs=3)
+    run = train(watch := Watch(step_end=lambda run: run.stop("kl")), epochs=3)
     assert [event for event, _ in watch.seen] == [
         *["train_begin", "epoch_begin", "step_begin", "step_end", "epoch_end", "train_end"]
     ]
