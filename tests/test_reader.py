@@ -156,10 +156,9 @@ def test_slow_data_comes_in_shorter_blocks_for_the_same_programs(kind, monkeypat
 
     assert programs() == [(4, 4), (1, 1), (1, 1)]
     monkeypatch.setattr(blocks_module, "GROUP_SECS", 0.0)
-    assert programs() in (
-        [(2, 4), (1, 4), (1, 4), (1, 1), (1, 1)],
-        [(2, 4), (2, 4), (1, 1), (1, 1)],  # TensorFlow reads two at least
-    )
+    slow = programs()
+    assert len(slow) > 3
+    assert [capacity for count, capacity in slow for _ in range(count)] == [4, 4, 4, 4, 1, 1]
     assert_same(read(KINDS[kind][0](), 4)[0], ragged())
 
 

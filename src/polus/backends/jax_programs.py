@@ -322,7 +322,8 @@ def _signature(leaf: Any) -> Any:
 def copied(array: Any) -> jax.Array:
     """Returns a copy on the same devices. Unlike `jnp.copy` it compiles no program per shape."""
     # Only on several devices with its layout, which would tie other arrays to those devices.
-    layout = array.sharding if len(array.sharding.device_set) > 1 else None
+    traced = isinstance(array, jax.core.Tracer)
+    layout = None if traced or len(array.sharding.device_set) < 2 else array.sharding
     copy: jax.Array = jax.device_put(array, layout, may_alias=False)
     return copy
 
