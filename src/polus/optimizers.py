@@ -3,11 +3,11 @@
 import fnmatch
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 import keras
 
 from polus.host import did_you_mean, to_host
+from polus.learning_rate import schedule_of
 from polus.schedules import Schedule
 
 
@@ -72,7 +72,7 @@ def rebuilt(
             "training, with learning rates of 0 for those that wait, or use a single optimizer."
         )
     new = type(optimizer).from_config(optimizer.get_config())
-    rate = schedule_of(getattr(optimizer, "inner_optimizer", optimizer))
+    rate = schedule_of(optimizer)
     if isinstance(rate, keras.optimizers.schedules.LearningRateSchedule):
         new.learning_rate = rate  # the schedule itself: it may know where its run began
     if not optimizer.built:
@@ -178,15 +178,9 @@ def begin_schedules(owner: object, total_steps: int, resumed: bool) -> None:
         ValueError: If a schedule needs the number of steps, and it is not known.
     """
     for optimizer in optimizers_of(owner).values():
-        inner = getattr(optimizer, "inner_optimizer", optimizer)  # under loss scaling
-        if isinstance(schedule := schedule_of(inner), Schedule):
+        if isinstance(schedule := schedule_of(optimizer), Schedule):
             first = schedule.first if resumed else optimizer.iterations
             schedule.begin(int(to_host(first)), total_steps)
-
-
-def schedule_of(owner: keras.optimizers.Optimizer) -> Any:
-    """Returns an optimizer's schedule, or the variable of its rate."""
-    return owner._learning_rate
 
 
 def rate_of(optimizer: keras.optimizers.Optimizer) -> float:

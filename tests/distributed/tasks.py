@@ -156,6 +156,30 @@ def scaled(engine):
 
 
 @task
+def predicted(engine):
+    """Predictions and arrays that a step returns: all rows, with an uneven rest."""
+    from polus.callbacks import Callback
+    from polus.host import to_host
+
+    class Keeps(Callback):
+        def on_epoch_end(self, epoch):
+            self.drawn = to_host(self.coordinator.run.step_arrays["drawn"])
+
+    class Draws(type(classifier())):
+        def train_step(self, x, y):
+            def loss():
+                return self.loss(y, self.model(x, training=True))
+
+            return {"loss": self.minimize(loss, self.trainable_weights), "drawn": self.model(x)}
+
+    parts, keeps = classifier(), Keeps()
+    trainer = Draws(parts.model, parts.optimizer, parts.loss)
+    trainer.train(arrays(), 1, [keeps])
+    predictions = trainer.predict(arrays(90, shuffle=False))
+    return {"predicted": predictions.tolist(), "drawn": keeps.drawn.tolist()}
+
+
+@task
 def gan(engine):
     """Two optimizers, and losses that are a class of Keras and a mean of one's own, mixed."""
     import keras

@@ -144,7 +144,7 @@ def without_secs(result):
 
 
 EQUAL = ["plain", "clipped", "uneven", "accumulated", "scaled", "gan"]
-EQUAL += ["retrieval", "cached", "swept"]
+EQUAL += ["retrieval", "cached", "swept", "predicted"]
 
 # ---------------------------------------------------------------------- processes
 

@@ -8,6 +8,7 @@ from typing import Any, Self
 
 import keras
 
+from polus.learning_rate import schedule_of
 from polus.types import Tensor
 
 _local = threading.local()
@@ -173,8 +174,7 @@ class DryRun(VariableRecorder):
         self.record_assigned(variables)
         if optimizer.built:
             self.record_assigned(optimizer.variables)
-        owner = getattr(optimizer, "inner_optimizer", optimizer)
-        for variable in getattr(owner._learning_rate, "variables", ()):  # of a schedule
+        for variable in getattr(schedule_of(optimizer), "variables", ()):
             self.get_current_value(variable)
 
     def record_scratch(self, variables: Iterable[keras.Variable]) -> None:

@@ -87,6 +87,12 @@ class SaveModelCallback(Callback):
                 f'{{model}}, such as "runs/{{model}}.keras", got {self.path!r}. To save one of '
                 f"them: models=[{next(iter(found))!r}]."
             )
+        if not self.coordinator.run.placement.has_whole_weights:
+            raise NotImplementedError(
+                "SaveModelCallback saves the model from one process, and here weights are sharded "
+                "over several. Use polus.checkpoint.Checkpoint(folder), which gathers them, and "
+                "save the model after train(..., resume=folder) in a single process."
+            )
 
     def _models(self) -> dict[str, keras.Model]:
         """Returns the models to save by name."""
@@ -105,12 +111,6 @@ class SaveModelCallback(Callback):
                     f"{did_you_mean(name, named)} It has {', '.join(named)}."
                 )
         return {name: named[name] for name in self.models}
-        if not self.coordinator.run.placement.has_whole_weights:
-            raise NotImplementedError(
-                "SaveModelCallback saves the model from one process, and here weights are sharded "
-                "over several. Use polus.checkpoint.Checkpoint(folder), which gathers them, and "
-                "save the model after train(..., resume=folder) in a single process."
-            )
 
     def on_epoch_end(self, epoch: int) -> None:
         if self.strategy == "best":

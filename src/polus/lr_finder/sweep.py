@@ -22,6 +22,7 @@ from rich.progress import Progress
 
 from polus.data import DataReader, StepBlock
 from polus.host import to_host
+from polus.learning_rate import rate_owner, schedule_of, set_rate_variable
 from polus.lr_finder.curve import (
     HALF_WIDTH,
     MIN_STEPS,
@@ -241,14 +242,11 @@ def _swept_rate(optimizer: keras.optimizers.Optimizer) -> Iterator[Callable[[flo
     if has_rate_variable(optimizer):
         yield optimizer.learning_rate.assign
         return
-    owner = getattr(optimizer, "inner_optimizer", optimizer)  # under loss scaling
-    # Private to Keras: the public property returns a schedule's current value instead of the
-    # schedule, and its setter takes no variable.
-    schedule = owner._learning_rate
+    schedule = schedule_of(optimizer)
     # With a name, so that Keras' counter of unnamed variables does not advance.
     rate = keras.Variable(0.0, dtype="float32", trainable=False, name="swept_learning_rate")
-    owner._learning_rate = rate
+    set_rate_variable(optimizer, rate)
     try:
         yield rate.assign
     finally:
-        owner.learning_rate = schedule  # the setter also untracks the variable
+        rate_owner(optimizer).learning_rate = schedule  # the setter also untracks the variable

@@ -178,8 +178,7 @@ class StepExecutor:
         before = _plain_parts(self.owner)
         self.variables = variables = self._traced(inputs)
         self.fed_metrics = fed_metrics(self.owner, variables)
-        results = as_terms(variables.result)
-        self.array_terms = {n for n, value in results.items() if len(getattr(value, "shape", ()))}
+        self.array_terms = _array_terms(variables.result)
         self.owner.check_step(variables)
         self._place(variables)
         for tuned in self._steps.values():
@@ -191,7 +190,9 @@ class StepExecutor:
 
     def _traced(self, inputs: Sequence[Any]) -> StepVariables:
         """Builds models and optimizers, and returns what a dry run of the step has seen."""
+        written = self.step
         for _ in range(2):  # the second time with the weights that the first one made
+            self.step = written
             unbuilt = [layer for layer in held_layers(self.owner) if not is_built(layer)]
             with kept_has_samples(self.owner.metrics):
                 seen = backend.trace(self.step, inputs, self.run_eagerly)
@@ -219,11 +220,15 @@ class StepExecutor:
         return CompiledStep(step, self._placement, state, jit_compile, self.run_eagerly)
 
     def _finish_step(self, seen: DryRun) -> None:
-        """Adds what a step doesn't do itself: it counts, and moves the averages of weights."""
-        counter, step = self.owner.step_counter, self.step
+        """Adds what a step doesn't do itself: it counts, and moves the averages of weights.
+
+        Of several processes, each has its own rows of what the step returns: all get those of all.
+        """
+        counter, step, gather = self.owner.step_counter, self.step, self._placement.gather
         counts = id(counter) in seen.assigned
         averages = [a for a in averages_of(self.owner) if id(a.count) not in seen.assigned]
-        if counts and not averages:
+        arrays = _array_terms(seen.result) if self._placement.count > 1 else set()
+        if counts and not averages and not arrays:
             return
 
         def finished(*inputs: Any, **named: Any) -> Any:
@@ -232,7 +237,9 @@ class StepExecutor:
                 counter.assign_add(1)
             for average in averages:
                 average.update()
-            return result
+            if not arrays:
+                return result
+            return {n: gather(value) if n in arrays else value for n, value in result.items()}
 
         self.step = finished
         seen.record_assigned([] if counts else [counter])
@@ -309,7 +316,7 @@ class StepExecutor:
             if saved is not None and saved[0] in modes:  # else of another number of devices
                 tuned.tuner.tuning = Tuning(*saved)
                 tuned.tuner.tuned = True
-        most = self._max_batches(data.example)
+        most = self.max_batches(data.example)
         ways = self._ways(modes)
         limits = Limits(ways, max_steps, most, steps_per_execution, total_steps)
 
@@ -331,7 +338,7 @@ class StepExecutor:
         known = [Way(*way) for way in ways if way[0] in modes]
         return known or [Way(mode, True) for mode in modes]
 
-    def _max_batches(self, example: Any) -> int:
+    def max_batches(self, example: Any) -> int:
         """Returns how many batches one call may take."""
         most = max(1, MAX_BYTES // max(1, _num_bytes(example)))
         return most if self._placement.count == 1 else min(most, STEPS_OF_PROCESSES)
@@ -404,6 +411,11 @@ class StepExecutor:
 def _fixed_mode() -> bool | None:
     mode = get_jit_compile()
     return None if mode == "auto" else mode
+
+
+def _array_terms(result: object) -> set[str]:
+    """Returns the names of a step's results that are no scalars."""
+    return {n for n, value in as_terms(result).items() if len(getattr(value, "shape", ()))}
 
 
 def _plain_parts(owner: StepOwner) -> dict[str, Any]:

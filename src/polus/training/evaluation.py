@@ -74,7 +74,8 @@ def evaluate(
                 own.assign(to_host(other))
             for metric in metrics:
                 metric.reset()
-            losses, sizes = _run(step, data, min(executor.tuning[1], reader.num_batches or 2**31))
+            capacity = min(executor.tuning[1], executor.max_batches(data.example))
+            losses, sizes = _run(step, data, min(capacity, reader.num_batches or capacity))
             results = {metric.name: metric.evaluate() for metric in metrics}
         finally:
             snapshot.restore()

@@ -7,6 +7,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from polus.core import gather
 from polus.data import ArrayDataset, DataReader, as_adapter
 from polus.host import to_host
 from polus.state import Snapshot
@@ -30,7 +31,12 @@ def predict(
     reader = DataReader(as_adapter(dataset), transform, steps)
     reader.check_ends("predict")
     data = reader.epoch(0)
-    program, assigned = executor.inference("prediction", step, data.example)
+
+    def gathered(*inputs: Any) -> Any:
+        # Each replica predicts its own rows; what a program returns is that of all replicas.
+        return keras.tree.map_structure(gather, step(*inputs))
+
+    program, assigned = executor.inference("prediction", gathered, data.example)
     found: list[Any] = []
     waiting: list[Any] = []  # the newest one, which the device may still compute
     # Random layers and layers with a state of their own assign in inference mode too.

@@ -82,7 +82,7 @@ class Session:
             self._program = run.tuned_step(data)
             self._blocks = data.blocks(1, handle_signals=run.handle_signals)
         assert self._program is not None  # made with the blocks
-        block = next(self._blocks)
+        run.block = block = next(self._blocks)
         run.callbacks.on_train_batch_begin()
         program, arguments = self._program.program(block)
         outputs = program(*arguments)

@@ -355,8 +355,8 @@ class BaseTrainer(TrainerMethods):
             learning_rate: The optimizer's learning rate for this run. Afterwards the old one is
                 restored.
             train_map_f: Another name of `custom_data_transform_f`.
-            steps_per_execution: The number of steps per call of the backend. By default Polus
-                times several and uses the fastest. Slow data gets fewer.
+            steps_per_execution: The number of steps per call of the backend. By default as many
+                as take about a twenty-fifth of a second. Slow data gets fewer.
             prefetch: How many blocks of batches a thread reads ahead, 2 by default. 0 reads each
                 batch in the main thread right before its step.
             run_eagerly: Whether steps run as they are written, operation by operation, one per
