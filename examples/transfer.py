@@ -66,9 +66,7 @@ def main(epochs: int = 12, num_labelled: int = 60) -> dict[str, float]:
     transferred = classifier(backbone)
     # First the head alone, then the last block with it, then all of it, slowly.
     phases = polus.Unfreeze({epochs: "block_3", 2 * epochs: "*"}, learning_rate={2 * epochs: 3e-4})
-    best = polus.EarlyStop("val_accuracy", patience=3 * epochs, restore_best_weights=True)
-    validation = polus.ValidationDataCallback(few)
-    transferred.train(few, epochs=3 * epochs, callbacks=[phases, validation, best])
+    transferred.train(few, epochs=3 * epochs, callbacks=[phases])
 
     scratch = classifier(build_backbone())
     scratch.train(few, epochs=3 * epochs)

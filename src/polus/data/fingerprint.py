@@ -38,10 +38,9 @@ class RunningChecksum:
 
     def add(self, batch: Any) -> None:
         """Adds the next batch."""
+        # Flattening takes several times as long as the rest.
         plain = type(batch) is tuple and all(type(leaf) is np.ndarray for leaf in batch)
-        for leaf in (
-            batch if plain else keras.tree.flatten(batch)
-        ):  # which takes several times as long
+        for leaf in batch if plain else keras.tree.flatten(batch):
             self._value = zlib.crc32(_first_bytes(leaf, self.MAX_BYTES), self._value)
         self._count += 1
         self._newest.append((self._count, self._value))
