@@ -16,6 +16,8 @@ os.environ.setdefault(
 os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="polus-tests-")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+# PyTorch's threads wait for each other in busy loops: beside another suite one thread is quicker.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import keras
 import pytest

@@ -275,6 +275,26 @@ def test_plot_draws_validation_losses_with_the_loss():
     assert "val_loss" not in below.get_legend_handles_labels()[1]
 
 
+def test_plot_draws_validations_of_a_metric_once_in_its_color_and_dashed():
+    history = recorded()
+    history.end_epoch(1, {"loss": 0.3, "accuracy": 0.75, "val_f1": 0.75})  # as the loop records it
+    lines = {line.get_label(): line for line in history.plot().axes[1].get_lines()}
+    assert lines["val_f1"].get_xydata().tolist() == [[2, 0.5], [3, 0.75]]
+    history.add_validation(1, 0, "val", {"accuracy": 0.4})
+    lines = {line.get_label(): line for line in history.plot().axes[1].get_lines()}
+    trained, validated = lines["accuracy"], lines["val_accuracy"]
+    assert trained.get_color() == validated.get_color() != lines["val_f1"].get_color()
+    assert (trained.get_linestyle(), validated.get_linestyle()) == ("-", "--")
+
+
+def test_plot_draws_learning_rates_apart():
+    history = recorded()
+    history.end_epoch(1, {"loss": 0.3, "accuracy": 0.75, "learning_rate": 1e-3})
+    *_, rates = history.plot().axes
+    assert rates.get_ylabel() == "learning rate"
+    assert rates.get_legend_handles_labels()[1] == ["learning_rate"]
+
+
 def test_plot_of_many_steps_draws_their_range_and_average(monkeypatch):
     monkeypatch.setattr(figures, "MAX_POINTS", 100)
     history, loss = History(), np.random.default_rng(0).normal(size=1001).astype("float32")

@@ -1,6 +1,6 @@
 """Figures drawn with matplotlib but without pyplot, so that no display is needed."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +13,7 @@ Array = np.ndarray[Any, Any]
 Line = tuple[list[int], list[float]]  # steps since the start, and the values there
 
 MAX_POINTS = 5000  # of a plotted line
+STYLES = ("--", ":", "-.")  # of the first, second and third validation set
 
 
 def new_figure(user: str, height: float) -> "Figure":
@@ -35,28 +36,37 @@ def new_figure(user: str, height: float) -> "Figure":
 
 
 def history_figure(
-    terms: Mapping[str, Array], lines: Mapping[str, Line], epoch_ends: Sequence[int]
+    terms: Mapping[str, Array],
+    lines: Mapping[str, Line],
+    sets: Iterable[str],
+    epoch_ends: Sequence[int],
 ) -> "Figure":
     """Draws the figure of `History.plot`.
 
     Args:
         terms: The values of each step, drawn thin, with a thick moving average.
-        lines: Values measured now and then. Losses are drawn above with the terms, everything else
-            below.
+        lines: Values measured now and then. Losses are drawn above with the terms, learning rates
+            at the bottom, everything else between.
+        sets: The names of the validation sets, such as "val". `val_loss` has the color of `loss`.
         epoch_ends: The number of steps up to the end of each epoch but the last.
     """
+    rates = {name: line for name, line in lines.items() if name.endswith("learning_rate")}
     losses = {name: line for name, line in lines.items() if name.endswith("_loss")}
-    metrics = {name: line for name, line in lines.items() if name not in losses}
-    num_axes = 1 + bool(metrics)
-    figure = new_figure("History.plot", height=5 if metrics else 3)
-    axes = figure.subplots(num_axes, sharex=True, squeeze=False, height_ratios=[3, 2][:num_axes])[
-        :, 0
-    ].tolist()
-    _draw_steps(axes[0], terms)
-    _draw_lines(axes[0], "loss", losses)
-    if metrics:
-        _draw_lines(axes[-1], "metrics", metrics)
-    _finish(axes, epoch_ends)
+    metrics = {name: line for name, line in lines.items() if name not in losses | rates}
+    rows = [("loss", losses, 3), ("metrics", metrics, 2), ("learning rate", rates, 1)]
+    rows = [row for row in rows if row[1] or row[1] is losses]
+    heights = [height for _, _, height in rows]
+    figure = new_figure("History.plot", height=sum(heights))
+    axes = figure.subplots(len(rows), sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+    prefixes = [f"{name}_" for name in sets]
+    for ax, (label, drawn, _) in zip(axes, rows, strict=True):
+        steps = terms if drawn is losses else {}
+        _draw_steps(ax, steps)
+        _draw_lines(ax, drawn, prefixes, list(steps))
+        ax.set_ylabel(label)
+    if rates and min(min(y) for _, y in rates.values()) > 0:
+        axes[-1].set_yscale("log")
+    _finish(axes.tolist(), epoch_ends)
     return figure
 
 
@@ -102,10 +112,25 @@ def _moving_average(values: Array) -> Array:
     return np.where(count > 0.5, total / np.maximum(count, 1), np.nan)
 
 
-def _draw_lines(ax: "Axes", label: str, lines: Mapping[str, Line]) -> None:
+def _draw_lines(
+    ax: "Axes", lines: Mapping[str, Line], prefixes: Sequence[str], colored: list[str]
+) -> None:
+    """Draws `lines`: those of one metric in one color, dashed for validation sets.
+
+    Args:
+        ax: Where the lines of the names in `colored` are drawn already, in their order.
+        lines: Name to line.
+        prefixes: "val_" and the like.
+        colored: Names with the color of their index. Grows.
+    """
     for name, (x, y) in lines.items():
-        ax.plot(x, y, "o-", markersize=4, label=name)
-    ax.set_ylabel(label)
+        prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), "")
+        metric = name.removeprefix(prefix)
+        if metric not in colored:
+            colored.append(metric)
+        style = STYLES[prefixes.index(prefix) % len(STYLES)] if prefix else "-"
+        color = f"C{colored.index(metric) % 10}"
+        ax.plot(x, y, style, marker="o", markersize=4, color=color, label=name)
 
 
 def _finish(axes: Sequence["Axes"], epoch_ends: Sequence[int]) -> None:
@@ -115,8 +140,8 @@ def _finish(axes: Sequence["Axes"], epoch_ends: Sequence[int]) -> None:
     for ax in axes:
         ax.grid(alpha=0.3)
         ax.spines[["top", "right"]].set_visible(False)
-        # "best" compares every point, which is slow for many points.
-        ax.legend(loc="upper right" if ax is axes[0] else "best", frameon=False)
+        # Beside the axes: it hides no curve there.
+        ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
         for end in ends:
             ax.axvline(end + 0.5, color="grey", linewidth=0.6, linestyle=":")
     axes[-1].xaxis.set_major_locator(MaxNLocator("auto", integer=True))
