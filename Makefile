@@ -12,7 +12,7 @@ PIP := .venv/bin/python -m pip install --quiet --constraint constraints.txt
 EXTRA := $(BACKEND:tensorflow=tensorflow-cpu)
 PROJECT := pyproject.toml constraints.txt
 
-.PHONY: setup demo test check bench docs mutants
+.PHONY: setup demo test check bench docs dist mutants
 .DELETE_ON_ERROR:
 
 .venv/bin/python:
@@ -32,7 +32,7 @@ PROJECT := pyproject.toml constraints.txt
 setup: .venv/.setup
 
 demo: .venv/.demo-$(BACKEND)
-	KERAS_BACKEND=$(BACKEND) .venv/bin/python examples/digits.py $(if $(DATA),--data $(DATA))
+	KERAS_BACKEND=$(BACKEND) .venv/bin/python -m polus.demo $(if $(DATA),--data $(DATA))
 
 test: .venv/.setup
 	.venv/bin/python tests/every_backend.py $(BACKENDS)
@@ -47,6 +47,17 @@ bench: .venv/.setup
 
 docs: .venv/.setup
 	KERAS_BACKEND=$(BACKEND) .venv/bin/python -m pytest tests/test_docs.py
+
+# Builds and checks the packages, installs the wheel where nothing else is, and trains there.
+dist: .venv/.setup
+	$(PIP) build twine
+	rm -rf dist build/wheel
+	.venv/bin/python -m build
+	.venv/bin/twine check --strict dist/*
+	python3 -m venv build/wheel
+	build/wheel/bin/python -m pip install --quiet --constraint constraints.txt scikit-learn \
+		$(if $(filter torch,$(BACKEND)),torch==2.13.0) "$$(ls dist/*.whl)[$(EXTRA),plot]"
+	cd build && KERAS_BACKEND=$(BACKEND) wheel/bin/python -m polus.demo --epochs 2
 
 # Deliberate faults, each of which a test has to find. An hour; `MUTANTS=reader` for some of them.
 mutants: .venv/.setup

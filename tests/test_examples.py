@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from polus import demo
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
@@ -22,7 +24,7 @@ def load(name):
 
 
 def test_digits(tmp_path, capsys):
-    assert load("digits").main(epochs=1, runs=tmp_path) > 0.3, "one in ten is chance"
+    assert demo.main(epochs=1, runs=tmp_path) > 0.3, "one in ten is chance"
     printed = capsys.readouterr().out
     files = ("model.keras", "history.png", "confusion_matrix.png")
     assert all((tmp_path / "digits" / name).stat().st_size for name in files)
@@ -34,7 +36,7 @@ def test_digits_from_the_files_of_mnist(tmp_path):
     labels = np.arange(40, dtype=np.uint8) % 10
     arrays = {"x_train": images, "y_train": labels, "x_test": images, "y_test": labels}
     np.savez(tmp_path / "mnist.npz", **arrays)
-    load("digits").main(data=tmp_path, epochs=1, runs=tmp_path)
+    demo.main(data=tmp_path, epochs=1, runs=tmp_path)
     assert (tmp_path / "mnist" / "model.keras").stat().st_size
 
 

@@ -1,18 +1,18 @@
 """Trains and evaluates a classifier of handwritten digits.
 
-python examples/digits.py                       # scikit-learn's 1,797 digits, 8 x 8 pixels
-python examples/digits.py --data path/to/mnist  # a folder with mnist.npz, 28 x 28 pixels
+python -m polus.demo                       # scikit-learn's 1,797 digits, 8 x 8 pixels
+python -m polus.demo --data path/to/mnist  # a folder with mnist.npz, 28 x 28 pixels
+
+It requires scikit-learn and matplotlib.
 """
 
 import argparse
 import time
 from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
-from sklearn.datasets import load_digits
-from sklearn.metrics import ConfusionMatrixDisplay
-from sklearn.model_selection import train_test_split
 
 from polus.callbacks import (
     ConsoleLogCallback,
@@ -25,8 +25,20 @@ from polus.data import from_arrays
 from polus.metrics import Accuracy, MacroF1Score
 from polus.training import ClassifierTrainer
 
+try:
+    import matplotlib  # noqa: F401
+    from sklearn.datasets import load_digits
+    from sklearn.metrics import ConfusionMatrixDisplay
+    from sklearn.model_selection import train_test_split
+except ImportError as error:
+    raise ImportError(
+        f"The demo requires {error.name}. Run `pip install scikit-learn matplotlib`."
+    ) from error
 
-def load(folder: Path | None):
+Array = np.ndarray[Any, Any]
+
+
+def load(folder: Path | None) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
     """Returns the training and the held-out set: images (n, size, size, 1) in [0, 1], labels."""
     if folder is None:
         images, labels = load_digits(return_X_y=True)
@@ -55,6 +67,13 @@ def build(size: int) -> keras.Model:
 
 
 def main(data: Path | None = None, epochs: int | None = None, runs: Path = Path("runs")) -> float:
+    """Trains, evaluates the best model, writes it and two figures, and returns its macro-F1.
+
+    Args:
+        data: A folder with mnist.npz. By default scikit-learn's digits.
+        epochs: By default 40, or 4 with `data`.
+        runs: The folder of the results.
+    """
     keras.utils.set_random_seed(0)
     folder = runs / ("digits" if data is None else "mnist")
     folder.mkdir(parents=True, exist_ok=True)
@@ -81,23 +100,26 @@ def main(data: Path | None = None, epochs: int | None = None, runs: Path = Path(
     )
     seconds = time.perf_counter() - start
 
-    # Evaluate the best model, loaded as any user of the file would load it.
+    _draw(folder, x_test, y_test)
+    history.plot(folder / "history.png")
+    scores = history.to_dict()["val_macro_f1"]
+    score, epoch = float(max(scores)), int(np.argmax(scores)) + 1
+    print(f"""
+Trained     {trainer.model.count_params():,} weights on {len(x):,} images, {keras.backend.backend()}
+Quality     macro-F1 {score:.4f} on {len(x_test):,} held-out images, after epoch {epoch}
+Time        {len(scores)} epochs in {seconds:.1f} s, compilation included
+Files       {folder}/model.keras, history.png, confusion_matrix.png""")
+    return score
+
+
+def _draw(folder: Path, x_test: Array, y_test: Array) -> None:
+    """Draws the confusion matrix of the best model, loaded as any user of the file loads it."""
     best = keras.saving.load_model(folder / "model.keras")
     predicted = best.predict(x_test, batch_size=256, verbose=0).argmax(-1)
     display = ConfusionMatrixDisplay.from_predictions(
         y_test, predicted, colorbar=False, cmap="Blues"
     )
     display.figure_.savefig(folder / "confusion_matrix.png", bbox_inches="tight")
-    history.plot(folder / "history.png")
-
-    scores = history.to_dict()["val_macro_f1"]
-    score, epoch = max(scores), np.argmax(scores) + 1
-    print(f"""
-Trained     {best.count_params():,} weights on {len(x):,} images, {keras.backend.backend()}
-Quality     macro-F1 {score:.4f} on {len(x_test):,} held-out images, after epoch {epoch}
-Time        {len(scores)} epochs in {seconds:.1f} s, compilation included
-Files       {folder}/model.keras, history.png, confusion_matrix.png""")
-    return score
 
 
 if __name__ == "__main__":
