@@ -45,7 +45,10 @@ check: .venv/.setup
 bench: .venv/.setup
 	.venv/bin/python benchmarks/speed.py
 
+# The site, in build/site. What its pages say is run as well.
 docs: .venv/.setup
+	.venv/bin/python docs/drawings.py
+	KERAS_BACKEND=$(BACKEND) .venv/bin/python -m sphinx -q -W --keep-going docs build/site
 	KERAS_BACKEND=$(BACKEND) .venv/bin/python -m pytest tests/test_docs.py
 
 # Builds and checks the packages, installs the wheel where nothing else is, and trains there.

@@ -6,8 +6,12 @@ namespace. One that is not to be run says why in the line above: `<!-- not run: 
 
 import doctest
 import importlib
+import os
 import pkgutil
 import re
+import subprocess
+import sys
+from html import unescape
 from pathlib import Path
 
 import pytest
@@ -56,3 +60,27 @@ def test_code_runs(path, tmp_path, monkeypatch):
 def test_examples_in_docstrings_hold(name):
     flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
     assert not doctest.testmod(importlib.import_module(name), optionflags=flags).failed
+
+
+@pytest.mark.once
+def test_pictures_are_drawn_from_the_code_and_tables_of_today(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    drawings = importlib.import_module("drawings")
+    for name in drawings.PICTURES:
+        drawn_from = unescape((drawings.STATIC / f"{name}.svg").read_text())
+        assert drawings.source_of(name) in drawn_from, "run python docs/drawings.py"
+
+
+@pytest.mark.once
+def test_the_site_builds_without_a_warning_and_its_links_lead_somewhere(tmp_path):
+    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", ROOT / "docs", tmp_path]
+    built = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ))
+    assert built.returncode == 0, built.stderr
+    pages = {page: page.read_text() for page in tmp_path.rglob("*.html")}
+    anchors = {page: set(re.findall(r'\bid="([^"]+)"', text)) for page, text in pages.items()}
+    for page, text in pages.items():
+        for link, anchor in re.findall(r'href="(?!\w+:)([^"#?]*)[^"#]*(?:#([^"]*))?"', text):
+            target = (page.parent / unescape(link)).resolve() if link else page
+            assert target.exists(), (page.name, link)
+            if anchor and target in anchors:
+                assert unescape(anchor) in anchors[target], (page.name, link, anchor)
