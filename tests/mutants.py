@@ -43,6 +43,7 @@ class Mutant(NamedTuple):
 TRAINING, RUN, CALLBACKS = "test_training.py ", "test_run.py ", "test_callbacks.py "
 TUNE, READER, RESUME = "test_autotune.py ", "test_reader.py ", "test_data_resume.py "
 STORE, CHECKPOINT = "test_checkpoint_store.py ", "test_checkpoint.py "
+PROGRAMS = "test_programs.py "
 FINDER, METRICS, HISTORY = "test_lr_finder.py ", "test_metrics.py ", "test_history.py "
 
 MUTANTS = [
@@ -112,7 +113,12 @@ MUTANTS = [
     ),
     Mutant("training/config.py", "optimizer.learning_rate = before", "pass", TRAINING + "one_run"),
     # The step.
-    Mutant("training/trainer.py", "self.step_counter.assign_add(1)", "pass", TRAINING + "counter"),
+    Mutant(
+        "steps/executor.py",
+        "counter.assign_add(1)",
+        "pass",
+        PROGRAMS + "a_step_without_a_loss_trains_as_one_with_it",
+    ),
     Mutant(
         "training/trainer.py",
         "checks.add_penalties(self.loss(*outputs), self.model.losses)",
@@ -142,6 +148,8 @@ MUTANTS = [
         "if same_parts and not changes:",
         "if True:",
         TRAINING + "parts_replaced",
+        "An eager step of PyTorch reads the parts each time; the test finds it on JAX and "
+        "TensorFlow.",
     ),
     Mutant("steps/executor.py", "snapshot.restore()", "pass", TUNE + "leaves_no_trace"),
     Mutant(
