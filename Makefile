@@ -12,7 +12,7 @@ PIP := .venv/bin/python -m pip install --quiet --constraint constraints.txt
 EXTRA := $(BACKEND:tensorflow=tensorflow-cpu)
 PROJECT := pyproject.toml constraints.txt
 
-.PHONY: setup demo test check bench docs dist mutants
+.PHONY: setup demo test test-lowest test-nightly check bench docs dist mutants
 .DELETE_ON_ERROR:
 
 .venv/bin/python:
@@ -36,6 +36,15 @@ demo: .venv/.demo-$(BACKEND)
 
 test: .venv/.setup
 	.venv/bin/python tests/every_backend.py $(BACKENDS)
+
+# The suite on PyTorch with the oldest versions that pyproject.toml admits, and with Keras of last night.
+# What a test needs beyond (TensorFlow, loaders, trackers) is absent there: it is skipped, and says so.
+test-lowest: VERSIONS := $(shell sed -n '/^dependencies/,/^]/s/^ *"\(.*\)>=\(.*\)",.*/\1==\2/p' pyproject.toml)
+test-nightly: VERSIONS := keras-nightly
+test-lowest test-nightly: test-%:
+	python3 -m venv build/$*
+	build/$*/bin/python -m pip install --quiet torch==2.13.0 pytest pandas scikit-learn scipy --editable ".[all]" $(VERSIONS)
+	KERAS_BACKEND=torch build/$*/bin/python -m pytest $(TESTS)
 
 check: .venv/.setup
 	.venv/bin/ruff check

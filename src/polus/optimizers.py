@@ -3,12 +3,16 @@
 import fnmatch
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import keras
 
 from polus.host import did_you_mean, to_host
 from polus.learning_rate import schedule_of
 from polus.schedules import Schedule
+
+# Keras has it since 3.15; before that nothing is an instance of it.
+MultiOptimizer: Any = getattr(keras.optimizers, "MultiOptimizer", type("MultiOptimizer", (), {}))
 
 
 def optimizers_of(owner: object) -> dict[str, keras.optimizers.Optimizer]:
@@ -36,14 +40,14 @@ def _held(owner: object) -> Iterator[tuple[str, keras.optimizers.Optimizer]]:
         else:
             parts = {name: value}
         for part_name, part in parts.items():
-            if isinstance(part, keras.optimizers.MultiOptimizer):
+            if isinstance(part, MultiOptimizer):
                 yield from inner_optimizers(part_name, part)
             elif isinstance(part, keras.optimizers.Optimizer):
                 yield part_name, part
 
 
 def inner_optimizers(
-    name: str, optimizer: keras.optimizers.MultiOptimizer
+    name: str, optimizer: keras.optimizers.Optimizer
 ) -> Iterator[tuple[str, keras.optimizers.Optimizer]]:
     """Yields the optimizers of a `MultiOptimizer` by name; a repeated one has a number."""
     seen: dict[str, int] = {}
@@ -66,7 +70,7 @@ def rebuilt(
     Raises:
         ValueError: If it is a `MultiOptimizer`, whose parts were made for their variables.
     """
-    if isinstance(optimizer, keras.optimizers.MultiOptimizer):
+    if isinstance(optimizer, MultiOptimizer):
         raise ValueError(
             "A MultiOptimizer can't be made again for other variables. Thaw the layers before "
             "training, with learning rates of 0 for those that wait, or use a single optimizer."
@@ -90,7 +94,7 @@ def layerwise(
     learning_rate: float,
     decay: float = 0.9,
     make: Callable[[float], keras.optimizers.Optimizer] = keras.optimizers.AdamW,
-) -> keras.optimizers.MultiOptimizer:
+) -> keras.optimizers.Optimizer:
     """Returns an optimizer whose rate falls from layer to layer, from the last to the first.
 
     Args:
@@ -109,7 +113,7 @@ def layerwise(
         for variable in layer.variables:
             by_variable.setdefault(id(variable), optimizer)
     last = by_variable[id(layers[-1].variables[0])]
-    return keras.optimizers.MultiOptimizer(lambda variable: by_variable.get(id(variable), last))
+    return _multi_optimizer(lambda variable: by_variable.get(id(variable), last))
 
 
 def _layers_with_weights(model: keras.Model) -> Iterator[keras.layers.Layer]:
@@ -122,7 +126,7 @@ def _layers_with_weights(model: keras.Model) -> Iterator[keras.layers.Layer]:
 
 def by_name(
     optimizers: Mapping[str, keras.optimizers.Optimizer],
-) -> keras.optimizers.MultiOptimizer:
+) -> keras.optimizers.Optimizer:
     """Returns an optimizer that trains groups of weights by their names.
 
     ```python
@@ -147,7 +151,17 @@ def by_name(
             'there. Add one for the rest: "*".'
         )
 
-    return keras.optimizers.MultiOptimizer(choose)
+    return _multi_optimizer(choose)
+
+
+def _multi_optimizer(
+    choose: Callable[[keras.Variable], keras.optimizers.Optimizer],
+) -> keras.optimizers.Optimizer:
+    if not issubclass(MultiOptimizer, keras.optimizers.Optimizer):
+        raise NotImplementedError(
+            f"Keras {keras.__version__} has no MultiOptimizer. Install 3.15 or later."
+        )
+    return MultiOptimizer(choose)
 
 
 def optimizer_named(owner: object, name: str) -> keras.optimizers.Optimizer:

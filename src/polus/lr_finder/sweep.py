@@ -32,6 +32,7 @@ from polus.lr_finder.curve import (
     smooth,
 )
 from polus.lr_finder.result import LRFinderResult, check_suggestion
+from polus.optimizers import MultiOptimizer
 from polus.signals import Signals
 from polus.state import Snapshot
 
@@ -209,7 +210,7 @@ def check_optimizer(optimizer: object, use_lr_found: bool) -> None:
             "optimizer must be the keras.optimizers.Optimizer to sweep, one that the training step "
             f"uses, got {optimizer!r}. Pass, for example, optimizer=trainer.optimizer."
         )
-    if isinstance(optimizer, keras.optimizers.MultiOptimizer):
+    if isinstance(optimizer, MultiOptimizer):
         raise ValueError(
             f"The optimizer {optimizer.name!r} is a MultiOptimizer, which has a learning rate for "
             "each of its inner optimizers. Pass the one to sweep: "

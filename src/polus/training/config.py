@@ -17,6 +17,7 @@ from polus.data import DataAdapter, NoDataAdapter, as_adapter
 from polus.data.prefetch import PREFETCH
 from polus.files import check_directory
 from polus.host import did_you_mean, to_host
+from polus.optimizers import MultiOptimizer
 
 # The documented names, of which two are spellings of one argument.
 NAMES = {
@@ -196,7 +197,7 @@ def learning_rate_set(
         before = float(to_host(optimizer.learning_rate))
         optimizer.learning_rate = learning_rate
     except (TypeError, AttributeError):
-        several = isinstance(optimizer, keras.optimizers.MultiOptimizer)
+        several = isinstance(optimizer, MultiOptimizer)
         kind = "one of each inner optimizer" if several else "a schedule"
         raise ValueError(
             f"learning_rate={learning_rate} was passed to train, but the learning rate of this "

@@ -10,6 +10,7 @@ import numpy as np
 
 from polus.host import to_host
 from polus.models import describe_model, models_of
+from polus.optimizers import MultiOptimizer
 from polus.steps.variables import StepVariables, Update
 from polus.training.checks import check_terms
 
@@ -102,7 +103,7 @@ def _loss(loss: Any) -> dict[str, str]:
 
 
 def _optimizer(optimizer: Any) -> str:
-    if isinstance(optimizer, keras.optimizers.MultiOptimizer):
+    if isinstance(optimizer, MultiOptimizer):
         return f"MultiOptimizer({', '.join(map(_optimizer, optimizer.optimizers))})"
     rate = optimizer.learning_rate
     if isinstance(rate, keras.Variable):
