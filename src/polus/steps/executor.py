@@ -180,6 +180,7 @@ class StepExecutor:
         self.fed_metrics = fed_metrics(self.owner, variables)
         self.array_terms = _array_terms(variables.result)
         self.owner.check_step(variables)
+        self.owner.check_batch(tuple(inputs), "The first batch")  # its outputs are known only now
         self._place(variables)
         for tuned in self._steps.values():
             tuned.step = self._compiled(self.step, variables, tuned.step.jit_compile)

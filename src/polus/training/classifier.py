@@ -116,7 +116,9 @@ class ClassifierTrainer(BaseTrainer):
         as_written = all(
             getattr(type(self), name) is getattr(ClassifierTrainer, name) for name in methods
         )
-        if as_written and len(inputs) > 1 and (classes := num_classes(self)) is not None:
+        if not as_written or len(inputs) < 2:
+            return
+        if (classes := num_classes(self, self._engine.output_shape)) is not None:
             check_labels(inputs[1], classes, getattr(self.loss, "ignore_class", None), where)
 
     def evaluation_loss(self, *samples: Any, **named: Any) -> Any:

@@ -27,6 +27,7 @@ class Engine:
         run: The run in progress, else None.
         steps: The number of steps that earlier calls of `train` asked for.
         epochs: The number of the data's epochs that earlier calls of `train` trained.
+        output_shape: The shape of the model's output when a step was last traced, if it has one.
     """
 
     def __init__(self, trainer: StepOwner) -> None:
@@ -39,6 +40,7 @@ class Engine:
         self.run: Run | None = None
         self.steps = 0
         self.epochs = 0
+        self.output_shape: tuple[int | None, ...] | None = None
 
     def give_copy(self, trainer: Any) -> None:
         """Gives a copied trainer an engine of its own, with the same arguments of `train`."""

@@ -6,15 +6,20 @@ import keras
 import numpy as np
 
 
-def num_classes(trainer: Any) -> int | None:
+def num_classes(trainer: Any, traced: tuple[int | None, ...] | None) -> int | None:
     """Returns the number of classes that integer labels count; None if it is not known.
 
-    It is known of a built Functional or Sequential model with one output that is trained by
-    `SparseCategoricalCrossentropy` as it comes.
+    It is known where one output is trained by `SparseCategoricalCrossentropy` as it comes: of a
+    built Functional or Sequential model, and of any other once a step was traced.
+
+    Args:
+        trainer: The trainer.
+        traced: The shape of the output when a step was last traced, if one was.
     """
     if type(trainer.loss) is not keras.losses.SparseCategoricalCrossentropy:
         return None
     shape = getattr(trainer.model, "output_shape", None) if trainer.model.built else None
+    shape = traced if shape is None else shape
     if trainer.post_process_logits is not None or not isinstance(shape, tuple):
         return None
     return shape[-1] if isinstance(shape[-1], int) else None

@@ -191,6 +191,8 @@ class BaseTrainer(TrainerMethods):
 
     def predicted(self, outputs: object) -> Any:
         """Applies `post_process_logits`, if there is one, to the model's outputs."""
+        shape = getattr(outputs, "shape", None)
+        self._engine.output_shape = None if shape is None else tuple(shape)
         return outputs if self.post_process_logits is None else self.post_process_logits(outputs)
 
     @property
