@@ -9,9 +9,12 @@ from pathlib import Path
 
 # Read when the backends are imported, so they stand before the import of Keras.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-# Tests compile much and compute little: without LLVM's optimizations JAX takes 30 % less.
+# Tests compile much and compute little: without LLVM's optimizations JAX takes 30 % less, and with
+# XLA's older code generator, and one LLVM module per program, it compiles in a fifth of the time.
 os.environ.setdefault(
-    "XLA_FLAGS", "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
+    "XLA_FLAGS",
+    "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0 "
+    "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1",
 )
 # One test's trainer compiles what another's did: JAX reads it then. A quarter of its time.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ.get("POLUS_TESTS_CACHE") or tempfile.mkdtemp(
@@ -27,7 +30,6 @@ import pytest
 
 # Tracing makes many objects, which sets the collector off often: it leaves out what is imported.
 # A tenth of the time.
-gc.collect()
 gc.freeze()
 gc.set_threshold(100_000, 20, 20)
 

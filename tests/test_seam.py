@@ -653,26 +653,45 @@ def test_a_model_trained_on_one_backend_predicts_the_same_on_another(trained_on)
 # ------------------------------------------------------------------- what is loaded, and how deep
 
 
-def test_importing_and_training_loads_one_backend_and_no_extras():
+def test_a_new_process_loads_one_backend_and_no_extras_and_configures_nothing(tmp_path):
     code = """
-import sys
+import logging, os, sys
 import keras, numpy as np
 before = set(sys.modules)  # Keras loads of them what it finds
+others = {"tensorflow", "jax", "torch"} - {keras.backend.backend()}
+extras = {"matplotlib.pyplot", "pandas", "sklearn", "ir_measures", "tokenizers"}
+def check_modules():
+    found = (others | extras) & (set(sys.modules) - before)
+    assert not found, found
+    if keras.backend.backend() != "tensorflow":
+        assert "tensorflow" not in sys.modules
+
 import polus.core, polus.callbacks, polus.metrics, polus.data, polus.training
+check_modules()
+for name in polus.__all__:
+    getattr(polus, name)
+import polus.lr_finder, polus.checkpoint
+check_modules()
+assert not logging.getLogger().handlers and not logging.getLogger("polus").handlers
+assert not os.listdir(), os.listdir()
+keras.config.set_floatx("float64")
+assert keras.config.dtype_policy().name == "float64"  # it was left open
+keras.config.set_floatx("float32")
+keras.config.set_dtype_policy("float32")
+
 model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
 loss = keras.losses.MeanSquaredError()
 trainer = polus.training.ClassifierTrainer(model, keras.optimizers.SGD(), loss)
 x = np.ones((4, 2), "float32")
 trainer.train([(x, x[:, :1])], epochs=1, steps_per_execution=1)
-others = {"tensorflow", "jax", "torch"} - {keras.backend.backend()}
-extras = {"matplotlib.pyplot", "pandas", "sklearn", "ir_measures", "tokenizers"}
-found = (others | extras) & (set(sys.modules) - before)
-assert not found, found
-if keras.backend.backend() != "tensorflow":
-    assert "tensorflow" not in sys.modules
+check_modules()
+import polus.ir.training
+assert len(logging.getLogger("polus").handlers) == 1 and not logging.getLogger().handlers
+assert not os.listdir(), os.listdir()
 """
     environment = {**os.environ, "PYTHONPATH": str(Path(SOURCE).parent)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
 
 
