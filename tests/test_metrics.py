@@ -574,7 +574,7 @@ def test_masks_and_a_weight_for_each_token_train_as_in_fit():
     np.testing.assert_array_equal(weights, before)
     right = ops.convert_to_numpy(trainer.model(x)).argmax(-1) == y
     counted = before * (x != 0)
-    assert validation["m"] == pytest.approx((right * counted).sum() / counted.sum(), rel=1e-5)
+    assert validation["accuracy"] == pytest.approx((right * counted).sum() / counted.sum(), rel=1e-5)
 
 
 # Several metrics
