@@ -48,11 +48,9 @@ FINDER, METRICS, HISTORY = "test_lr_finder.py ", "test_metrics.py ", "test_histo
 
 MUTANTS = [
     # The loop and the run.
-    Mutant("training/loop.py", "if run.stopping:", "if False:", TRAINING + "early_stop"),
-    Mutant(
-        "training/loop.py", "if block.count == 1:", "if False:", CALLBACKS + "batch_events_come"
-    ),
-    Mutant("training/loop.py", "run.executor.finalize()", "pass", TRAINING + "ema_weights"),
+    Mutant("training/trainer.py", "if run.stopping:", "if False:", TRAINING + "early_stop"),
+    Mutant("training/run.py", "if block.count == 1:", "if False:", CALLBACKS + "batch_events_come"),
+    Mutant("training/trainer.py", "run.executor.finalize()", "pass", TRAINING + "ema_weights"),
     Mutant("training/run.py", "self.step = steps.stop", "self.step += 1", TUNE + "as_many_steps"),
     Mutant(
         "training/evaluation.py",

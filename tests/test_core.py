@@ -2,8 +2,6 @@
 
 import inspect
 import logging
-import subprocess
-import sys
 
 import pytest
 
@@ -70,22 +68,6 @@ def test_the_documented_signature():
     parameters = inspect.signature(BaseLogger).parameters
     assert parameters["logging_level"].default == 10
     assert parameters["log_name"].default == "polus.log"
-
-
-def test_importing_configures_no_logger_writes_no_file_and_leaves_the_dtype_policy_open(tmp_path):
-    program = """
-import logging, os, keras, polus
-for name in polus.__all__:
-    getattr(polus, name)
-import polus.ir.training, polus.lr_finder, polus.checkpoint
-assert not logging.getLogger().handlers and not logging.getLogger("polus").handlers
-assert not os.listdir(), os.listdir()
-keras.config.set_floatx("float64")
-assert keras.config.dtype_policy().name == "float64"
-"""
-    command = [sys.executable, "-c", program]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
 
 
 def test_jit_compile_is_a_setting():

@@ -73,7 +73,7 @@ def test_ppo(capsys):
 
 
 def test_transfer(capsys):
-    results = load("transfer").main(epochs=2)
+    results = load("transfer").main(epochs=1)
     assert results.keys() == {"from scratch", "transferred"}
     assert "predictions are right" in capsys.readouterr().out
 

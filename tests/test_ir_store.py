@@ -130,6 +130,7 @@ def files(folder):
     return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
 
 
+@pytest.mark.once  # files; damaged texts are encoded again on each backend below
 @pytest.mark.parametrize("pooling", ["mean", None])
 def test_flipped_bytes_are_noticed_and_their_texts_encoded_again(
     tmp_path, tokenizer, caplog, pooling

@@ -744,6 +744,7 @@ def test_command_rejects_functions_that_return_no_trainer(
     assert seen in capsys.readouterr().err
 
 
+@pytest.mark.once
 def test_module_runs_as_a_command(tmp_path):
     command = [sys.executable, "-W", "error", "-m", "polus.lr_finder", "package.module"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)

@@ -89,6 +89,7 @@ def test_a_program_with_one_import_trains():
     assert isinstance(history, polus.History)
 
 
+@pytest.mark.once
 def test_a_new_process_finds_names_on_first_use():
     found = run("""
 import polus
@@ -100,11 +101,13 @@ print(Checkpoint.__name__, data, metrics)  # a star import leaves a user's names
     assert found.split() == ["polus.callbacks.early_stop", "Accuracy", "Checkpoint", "None", "None"]
 
 
+@pytest.mark.once
 def test_completion_lists_names_that_are_not_imported_yet():
     listed = run("import polus; print(*dir(polus))").split()
     assert {*polus.__all__, *MODULES, "__version__"} == set(listed)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("use", ["", "dir(polus)", "hasattr(polus, 'BaseTrainr')"])
 def test_importing_loads_neither_keras_nor_a_backend(use):
     heavy = {"keras", "tensorflow", "jax", "torch", "rich"}
@@ -127,6 +130,7 @@ def test_misspelled_names_raise_with_a_hint(wrong, right):
     assert str(error.value).endswith(f"Did you mean {right!r}?")
 
 
+@pytest.mark.once
 def test_the_interpreter_adds_no_second_hint():
     code = "import polus; polus.BaseTrainr"
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

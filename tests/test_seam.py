@@ -11,12 +11,12 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
+from recorder import Recorder
 
 import polus
 from polus import core
 from polus.backends import backend
 from polus.backends.scopes import VariableRecorder, active_dry_run, current_scope
-from polus.callbacks import Callback
 from polus.data import from_arrays
 from polus.training import BaseTrainer, ClassifierTrainer
 
@@ -511,34 +511,31 @@ def test_variables_that_share_a_buffer_go_their_own_ways():
     assert ops.convert_to_numpy(held).shape == (4, 1)
 
 
-class Watching(Callback):
-    """Notes the kernel at its moments, and doubles it at one of them."""
+def kernels_seen(every_steps):
+    """The kernel after each call of the backend. It is doubled after step 5."""
+    trainer, seen = Following(), {}
 
-    def __init__(self, every_steps, doubles_at):
-        super().__init__()
-        self.every_steps = every_steps
-        self.doubles_at = doubles_at
-        self.seen = {}
+    def look(name, epoch=0, step=0, loss=None):
+        if name == "step_end" and (step + 1) % every_steps == 0:
+            seen[step] = ops.convert_to_numpy(trainer.source).copy()
+            if step == 5:
+                trainer.source.assign(2 * trainer.source)
 
-    def on_steps_end(self, epoch, steps, losses):
-        step, kernel = steps[-1], self.coordinator.trainer.source
-        self.seen[step] = ops.convert_to_numpy(kernel).copy()
-        if step == self.doubles_at:
-            kernel.assign(2 * kernel)
+    trainer.source.assign(np.ones((4, 1)))
+    recorder = Recorder(look, every_steps)
+    trainer.train([(X,)] * 9, epochs=1, callbacks=[recorder], steps_per_execution=3)
+    assert set(recorder.blocks) == {every_steps}
+    return seen
 
 
-def test_callbacks_see_and_set_variables_between_dispatches():
-    single, several = Watching(1, 5), Watching(3, 5)
-    for callback in (single, several):
-        trainer = Following()
-        trainer.source.assign(np.ones((4, 1)))
-        trainer.train([(X,)] * 9, epochs=1, callbacks=[callback], steps_per_execution=3)
-    assert sorted(several.seen) == [2, 5, 8]
+def test_callbacks_see_and_set_variables_between_calls():
+    single, several = kernels_seen(1), kernels_seen(3)
+    assert sorted(several) == [2, 5, 8]
     slope = X.mean(axis=0)[:, None]
-    for step, kernel in several.seen.items():
+    for step, kernel in several.items():
         expected = 1 - (step + 1) * slope if step <= 5 else 2 * (1 - 6 * slope) - (step - 5) * slope
         np.testing.assert_allclose(kernel, expected, rtol=1e-4, atol=1e-5)
-        np.testing.assert_allclose(kernel, single.seen[step], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(kernel, single[step], rtol=1e-4, atol=1e-5)
 
 
 def test_what_the_user_sets_between_steps_is_seen():
@@ -570,8 +567,7 @@ def test_what_the_user_sets_between_steps_is_seen():
     ],
     ids=lambda value: value if isinstance(value, str) else next(iter(value), "plain"),
 )
-@pytest.mark.parametrize("steps_per_execution", [1, 4])
-def test_optimizers_do_what_they_do_in_fit(optimizer, policy, steps_per_execution):
+def test_optimizers_do_what_they_do_in_fit(optimizer, policy):
     # A layer's policy is not a model's, which both of us look at.
     scaled = policy == "mixed_float16"
 
@@ -588,7 +584,7 @@ def test_optimizers_do_what_they_do_in_fit(optimizer, policy, steps_per_executio
 
     # Compilers may keep more bits between two operations than a 16-bit type has.
     tolerance = {"rtol": 1e-4, "atol": 1e-5} if policy == "float32" else {"atol": 2e-2}
-    as_in_fit(make, X, steps_per_execution, **tolerance)
+    as_in_fit(make, X, 1, 4, **tolerance)
 
 
 def embedding():
@@ -614,8 +610,8 @@ def test_layers_do_what_they_do_in_fit(layers):
     as_in_fit(make, x, 4, rtol=1e-4, atol=1e-5)
 
 
-def as_in_fit(make, x, steps_per_execution, **tolerance):
-    """Trains twice what `make` gives, and compares the weights."""
+def as_in_fit(make, x, *steps_per_execution, **tolerance):
+    """Trains what `make` gives with `fit` and each number of steps, and compares the weights."""
     y = (X[:, :1] > 0).astype("int32")
     keras.utils.set_random_seed(1)
     theirs, optimizer = make()
@@ -623,21 +619,23 @@ def as_in_fit(make, x, steps_per_execution, **tolerance):
     theirs.compile(optimizer, CROSS_ENTROPY, jit_compile=False)
     theirs.fit(x, y, batch_size=4, epochs=5, shuffle=False, verbose=0)
 
-    keras.utils.set_random_seed(1)
-    ours, optimizer = make()
-    batches = [(x[i : i + 4], y[i : i + 4]) for i in (0, 4)] * 5
-    core.set_jit_compile(backend.candidates()[0])
-    try:
-        trainer = ClassifierTrainer(ours, optimizer, CROSS_ENTROPY)
-        trainer.train(batches, epochs=1, steps_per_execution=steps_per_execution)
-    finally:
-        core.set_jit_compile("auto")
-    weights = ours.get_weights()
-    for mine, other in zip(weights, theirs.get_weights(), strict=True):
-        np.testing.assert_allclose(mine, other, **tolerance)
-    moved = [np.abs(a - b).max() for a, b in zip(weights, start, strict=True)]
+    expected = theirs.get_weights()
+    moved = [np.abs(a - b).max() for a, b in zip(expected, start, strict=True)]
     assert min(moved) > 0.005
     assert max(moved) > 0.02
+
+    batches = [(x[i : i + 4], y[i : i + 4]) for i in (0, 4)] * 5
+    for count in steps_per_execution:
+        keras.utils.set_random_seed(1)
+        ours, optimizer = make()
+        core.set_jit_compile(backend.candidates()[0])
+        try:
+            trainer = ClassifierTrainer(ours, optimizer, CROSS_ENTROPY)
+            trainer.train(batches, epochs=1, steps_per_execution=count)
+        finally:
+            core.set_jit_compile("auto")
+        for mine, other in zip(ours.get_weights(), expected, strict=True):
+            np.testing.assert_allclose(mine, other, **tolerance, err_msg=f"{count} at a time")
 
 
 # ---------------------------------------------------------------------- across backends
@@ -655,26 +653,45 @@ def test_a_model_trained_on_one_backend_predicts_the_same_on_another(trained_on)
 # ------------------------------------------------------------------- what is loaded, and how deep
 
 
-def test_importing_and_training_loads_one_backend_and_no_extras():
+def test_a_new_process_loads_one_backend_and_no_extras_and_configures_nothing(tmp_path):
     code = """
-import sys
+import logging, os, sys
 import keras, numpy as np
 before = set(sys.modules)  # Keras loads of them what it finds
+others = {"tensorflow", "jax", "torch"} - {keras.backend.backend()}
+extras = {"matplotlib.pyplot", "pandas", "sklearn", "ir_measures", "tokenizers"}
+def check_modules():
+    found = (others | extras) & (set(sys.modules) - before)
+    assert not found, found
+    if keras.backend.backend() != "tensorflow":
+        assert "tensorflow" not in sys.modules
+
 import polus.core, polus.callbacks, polus.metrics, polus.data, polus.training
+check_modules()
+for name in polus.__all__:
+    getattr(polus, name)
+import polus.lr_finder, polus.checkpoint
+check_modules()
+assert not logging.getLogger().handlers and not logging.getLogger("polus").handlers
+assert not os.listdir(), os.listdir()
+keras.config.set_floatx("float64")
+assert keras.config.dtype_policy().name == "float64"  # it was left open
+keras.config.set_floatx("float32")
+keras.config.set_dtype_policy("float32")
+
 model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
 loss = keras.losses.MeanSquaredError()
 trainer = polus.training.ClassifierTrainer(model, keras.optimizers.SGD(), loss)
 x = np.ones((4, 2), "float32")
 trainer.train([(x, x[:, :1])], epochs=1, steps_per_execution=1)
-others = {"tensorflow", "jax", "torch"} - {keras.backend.backend()}
-extras = {"matplotlib.pyplot", "pandas", "sklearn", "ir_measures", "tokenizers"}
-found = (others | extras) & (set(sys.modules) - before)
-assert not found, found
-if keras.backend.backend() != "tensorflow":
-    assert "tensorflow" not in sys.modules
+check_modules()
+import polus.ir.training
+assert len(logging.getLogger("polus").handlers) == 1 and not logging.getLogger().handlers
+assert not os.listdir(), os.listdir()
 """
     environment = {**os.environ, "PYTHONPATH": str(Path(SOURCE).parent)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
 
 
@@ -701,29 +718,32 @@ def test_the_frames_between_train_and_the_loss(steps_per_execution):
         frames = frames_of_a_run(steps_per_execution=steps_per_execution)[-1]
     finally:
         core.set_jit_compile("auto")
-    program, one_step = PROGRAM_FRAMES[keras.backend.backend()]
-    loop = "loop" if steps_per_execution > 1 and program == "single" else program
-    expected = ["train", "train_loop", loop, *one_step, "train_step", "minimize", "value_and_grad"]
-    if keras.backend.backend() == "jax":
-        expected.append("differentiated")
-    assert frames == [*expected, "forward"]
+    program = PROGRAM_FRAMES[keras.backend.backend()]
+    if steps_per_execution > 1 and program == ["single"]:
+        program = ["loop"]
+    assert frames == ["train", *program, *STEP_FRAMES, "forward"]
 
 
 def test_the_frames_below_a_program_with_default_settings():
     """As in the test above, also where Polus times ways to run a step, and in the dry run."""
     found = {tuple(names[names.index("train_step") - 1 :]) for names in frames_of_a_run()}
-    inner = ("train_step", "minimize", "value_and_grad")
-    if keras.backend.backend() == "jax":
-        inner = (*inner, "differentiated")
-    caller = {"tensorflow": {"one_step"}, "jax": {"pure"}, "torch": {"single", "loop"}}
+    caller = {"tensorflow": {"run"}, "jax": {"pure"}, "torch": {"single", "loop"}}
     dry = {names for names in found if "value_and_grad" not in names}
-    assert found - dry <= {(name, *inner, "forward") for name in caller[keras.backend.backend()]}
+    callers = caller[keras.backend.backend()]
+    assert found - dry <= {(name, *STEP_FRAMES, "forward") for name in callers}
     assert found - dry
     assert {names[1:] for names in dry} == {("train_step", "minimize", "forward")}
 
 
-PROGRAM_FRAMES = {
-    "tensorflow": ("run", ["one_step"]),
-    "jax": ("__call__", ["pure"]),
-    "torch": ("single", []),
-}
+def test_the_frames_of_the_dry_run():
+    """Where a user's bug is met first."""
+    call = [] if keras.backend.backend() == "torch" else ["call"]  # looks at what a step returns
+    expected = ["train", "prepare", "trace", *call, "train_step", "minimize", "forward"]
+    assert frames_of_a_run()[0] == expected
+
+
+# JAX's two transformations, jit and grad, each take a function of the variables' values.
+PROGRAM_FRAMES = {"tensorflow": ["run"], "jax": ["__call__", "pure"], "torch": ["single"]}
+STEP_FRAMES = ["train_step", "minimize", "value_and_grad"]
+if keras.backend.backend() == "jax":
+    STEP_FRAMES.append("differentiated")

@@ -89,6 +89,15 @@ class History:
         results = {metric: _python_value(value) for metric, value in results.items()}
         self.validations.append(Validation(epoch, step, name, results))
 
+    def validation_logs(self, epoch: int) -> dict[str, Any]:
+        """Returns the newest result of each validation of an epoch, as `<set>_<metric>`."""
+        return {
+            f"{validation.name}_{metric}": value
+            for validation in self.validations
+            if validation.epoch == epoch
+            for metric, value in validation.results.items()
+        }
+
     def end_epoch(self, epoch: int, logs: Mapping[str, Any]) -> None:
         """Adds the logs of an epoch: its loss, terms and training metrics."""
         self._epoch_logs[epoch] = {name: _python_value(value) for name, value in logs.items()}

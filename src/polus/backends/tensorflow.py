@@ -154,20 +154,19 @@ def program(
     """
     programs: dict[Any, Callable[..., Tree]] = {}
 
-    def one_step(*arguments: Any) -> Tree:
-        return _read_out(step(*arguments))
-
     def run(*arguments: Any) -> Tree:
         arguments = keras.tree.map_structure(_tensor, arguments)
         key = _signature(arguments)
         program = programs.get(key)
         if program is None:
-            if many or unpack is not None:
-                batch = _first_batch(unpack, arguments[-1])
-                graph = tf.function(one_step, autograph=False).get_concrete_function(*batch)
-                whole = _loop(graph, unpack, True) if many else _only(graph, unpack)
+            stacked = many or unpack is not None
+            batch = _first_batch(unpack, arguments[-1]) if stacked else arguments
+            graph = tf.function(step, autograph=False)
+            outputs = graph.get_concrete_function(*batch).structured_outputs
+            if many:
+                whole = _loop(graph, outputs, unpack, True)
             else:
-                whole = one_step
+                whole = _only(graph, unpack) if stacked else lambda *batch: graph(*batch)
             program = tf.function(
                 whole, jit_compile=bool(jit_compile), autograph=False
             ).get_concrete_function(*arguments)
@@ -219,9 +218,9 @@ def _map_arrays(fn: Callable[[Any], Any], batch: Tree) -> Tree:
 
 
 def _loop(
-    step: Any, unpack: Callable[[Any], Any] | None, scalars_only: bool = False
+    step: Any, outputs: Tree, unpack: Callable[[Any], Any] | None, scalars_only: bool = False
 ) -> Callable[..., Tree]:
-    """Returns a function that runs `step`, a concrete function, on each batch of a payload.
+    """Returns a function that runs `step`, which returns `outputs`, on each batch of a payload.
 
     The number of steps is an argument of a `while` loop, so that one compiled program serves every
     count up to the capacity. Outputs are stacked to (capacity, ...); rows past `count` are zero.
@@ -230,13 +229,12 @@ def _loop(
 
     def loop(count: Any, capacity: int, payload: Any) -> Tree:
         batches = _batches(unpack, payload)
-        outputs = tf.nest.flatten(step.structured_outputs)
-        last = [bool(scalars_only and output.shape.rank) for output in outputs]
+        last = [bool(scalars_only and output.shape.rank) for output in tf.nest.flatten(outputs)]
         stacks = [
             tf.TensorArray(
                 o.dtype, 1 if only else capacity, element_shape=o.shape, clear_after_read=False
             )
-            for o, only in zip(outputs, last, strict=True)
+            for o, only in zip(tf.nest.flatten(outputs), last, strict=True)
         ]
 
         def body(i: Any, stacks: list[Any]) -> tuple[Any, list[Any]]:
@@ -257,7 +255,7 @@ def _loop(
             stack.read(0) if only else stack.stack()
             for stack, only in zip(stacks, last, strict=True)
         ]
-        return tf.nest.pack_sequence_as(step.structured_outputs, stacked)
+        return tf.nest.pack_sequence_as(outputs, stacked)
 
     return loop
 
@@ -269,7 +267,7 @@ def repeat(fn: Callable[[Any], R], count: int, rows: object) -> R:
         return _read_out(fn(*arguments))
 
     graph = tf.function(one, autograph=False).get_concrete_function(_row_specs(rows))
-    stacked: R = _loop(graph, None)(tf.constant(count), count, (rows,))
+    stacked: R = _loop(graph, graph.structured_outputs, None)(tf.constant(count), count, (rows,))
     return stacked
 
 

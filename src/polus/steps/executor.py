@@ -173,25 +173,9 @@ class StepExecutor:
         if self.variables is not None:
             return self.variables
         self._placement = backend.placement()
-        self.step = self.get_step()
+        written = self.get_step()
         self.owner.prepare_step(*inputs)
         before = _plain_parts(self.owner)
-        self.variables = variables = self._traced(inputs)
-        self.fed_metrics = fed_metrics(self.owner, variables)
-        self.array_terms = _array_terms(variables.result)
-        self.owner.check_step(variables)
-        self.owner.check_batch(tuple(inputs), "The first batch")  # its outputs are known only now
-        self._place(variables)
-        for tuned in self._steps.values():
-            tuned.step = self._compiled(self.step, variables, tuned.step.jit_compile)
-        self._parts, self._plain = self.owner.step_parts(), _plain_parts(self.owner)
-        # What the step itself changes, such as a count of its calls, tells nothing.
-        self._own_plain |= {n for n, value in self._plain.items() if before.get(n) != value}
-        return variables
-
-    def _traced(self, inputs: Sequence[Any]) -> StepVariables:
-        """Builds models and optimizers, and returns what a dry run of the step has seen."""
-        written = self.step
         for _ in range(2):  # the second time with the weights that the first one made
             self.step = written
             unbuilt = [layer for layer in held_layers(self.owner) if not is_built(layer)]
@@ -203,7 +187,18 @@ class StepExecutor:
         for optimizer, weights in seen.updates:
             if weights and not optimizer.built:
                 optimizer.build(unique(weights))
-        return StepVariables.of(seen)
+        self.variables = variables = StepVariables.of(seen)
+        self.fed_metrics = fed_metrics(self.owner, variables)
+        self.array_terms = _array_terms(variables.result)
+        self.owner.check_step(variables)
+        self.owner.check_batch(tuple(inputs), "The first batch")  # its outputs are known only now
+        self._place(variables)
+        for tuned in self._steps.values():
+            tuned.step = self._compiled(self.step, variables, tuned.step.jit_compile)
+        self._parts, self._plain = self.owner.step_parts(), _plain_parts(self.owner)
+        # What the step itself changes, such as a count of its calls, tells nothing.
+        self._own_plain |= {n for n, value in self._plain.items() if before.get(n) != value}
+        return variables
 
     def _place(self, variables: StepVariables) -> None:
         """Checks that the engine can train this, and gives each process the same values."""

@@ -13,11 +13,12 @@ import numpy as np
 from polus.callbacks.base import ICallback, KerasCallbackLike
 from polus.callbacks.coordinator import checked_list
 from polus.callbacks.time_limit import TimeLimit
-from polus.data import DataAdapter, NoDataAdapter, as_adapter
+from polus.data import DataAdapter, DataReader, NoDataAdapter, as_adapter
 from polus.data.prefetch import PREFETCH
 from polus.files import check_directory
 from polus.host import did_you_mean, to_host
 from polus.optimizers import MultiOptimizer
+from polus.training.parts import TrainerParts
 
 # The documented names, of which two are spellings of one argument.
 NAMES = {
@@ -98,6 +99,22 @@ class TrainConfig:
             limit = TimeLimit(given["max_secs"])
             given["callbacks"] = [*checked_list(given.get("callbacks", ())), limit]
         return cls(**{**given, **_reading(as_adapter(given["dataset"]), given)})
+
+    def reader(self, trainer: TrainerParts, first_epoch: int) -> DataReader:
+        """Returns the reader of the training data.
+
+        Args:
+            trainer: The trainer, which checks the batches.
+            first_epoch: The number that the data's order has in the run's first epoch.
+
+        Raises:
+            ValueError: If an epoch has no end.
+        """
+        self.dataset.bind(trainer)
+        check, prefetch = trainer.check_batch, self.prefetch
+        reader = DataReader(self.dataset, self.transform, self.steps, first_epoch, check, prefetch)
+        reader.check_ends("train")
+        return reader
 
 
 def _reading(adapter: DataAdapter, given: dict[str, Any]) -> dict[str, Any]:

@@ -5,8 +5,9 @@ import itertools
 import math
 import secrets
 import signal
+import time
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import keras
@@ -14,7 +15,7 @@ import numpy as np
 
 from polus.callbacks.coordinator import CallbackCoordinator
 from polus.callbacks.time_limit import TIME_IS_UP
-from polus.data import DataReader, EpochReader, StepBlock
+from polus.data import EpochReader, StepBlock
 from polus.history import History
 from polus.host import DeviceValues
 from polus.log import BaseLogger, only_warnings
@@ -77,6 +78,7 @@ class Run(BaseLogger):
         steps: The steps of an epoch; None until it is known.
         epoch: The current epoch, from 0.
         step: The next step of the epoch, from 0.
+        compiled: The step as programs, tuned for the epoch; set by `blocks`.
         block: The batches that were passed to the step last.
         batch_sizes: The number of examples of each step of this epoch so far.
         step_logs: The loss and terms of the newest steps, by name.
@@ -104,7 +106,7 @@ class Run(BaseLogger):
         self.trainer = trainer
         self.executor = executor
         self.config = config
-        self.reader = _reader(trainer, config, first_epoch)
+        self.reader = config.reader(trainer, first_epoch)
         self.history = History()
         self.placement = self.reader.placement
         self.signals = Signals()
@@ -113,6 +115,7 @@ class Run(BaseLogger):
         self.steps_before = total_steps
         self.epoch = 0
         self.step = 0
+        self.compiled: CompiledStep
         self.block: StepBlock | None = None
         self.batch_sizes = array("i")  # a list would take ten times as much for each step
         self.step_logs: dict[str, DeviceValues] = {}
@@ -124,6 +127,7 @@ class Run(BaseLogger):
         self.resuming = False
         self.open_ended = False
         self._agreed_to_stop = False
+        self._began = 0.0
         self.closing = contextlib.ExitStack()
         self.settings = Settings(trainer, config.transform)
         self.callbacks = CallbackCoordinator(config.callbacks, self)
@@ -200,20 +204,39 @@ class Run(BaseLogger):
         self._move(RunStatus.RUNNING)
         return data
 
-    def tuned_step(self, data: EpochReader) -> CompiledStep:
-        """Returns the compiled step, tuned for the batches of an epoch; its metrics start empty."""
+    def blocks(self, data: EpochReader) -> Generator[StepBlock]:
+        """Tunes the step and returns the blocks of an epoch; its metrics start empty.
+
+        A block has batches of equal shape, as many as tuning and callbacks allow.
+        """
         if self.step == 0:
             for metric in self.metrics:
                 metric.reset()
-        return self.executor.tuned(
+        self.compiled = self.executor.tuned(
             data,
             self.callbacks.max_steps_per_execution,
             self.config.steps_per_execution,
             self.steps_before + self.epochs * (self.steps or math.inf),
         )
+        return data.blocks(
+            self.compiled.steps_per_execution,
+            self.callbacks.steps_until_callback,
+            self.handle_signals,
+            self.compiled.pace,
+        )
+
+    def begin(self, block: StepBlock) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        """Tells the callbacks that a block begins. Returns its program, and the arguments of it."""
+        self.block = block
+        if block.count == 1:
+            self.callbacks.on_train_batch_begin()
+        program, arguments = self.compiled.program(block)
+        self._began = time.perf_counter()
+        return program, arguments
 
     def record(self, block: StepBlock, outputs: object) -> None:
         """Records the steps of a block, and tells the callbacks."""
+        self.compiled.pace.observe(block.count, outputs, self._began)
         terms = as_terms(outputs, self.trainer.primary)
         names = sorted(terms, key=lambda name: name != "loss")  # JAX sorts them by name
         arrays = self.executor.array_terms
@@ -235,11 +258,11 @@ class Run(BaseLogger):
         if not self.open_ended:
             self.steps = self.steps or self.step
         metrics = {metric.name: metric.evaluate() for metric in self.metrics}
-        rates = rates_of(self.trainer)
-        self.logs.update(self._weighted_means() | metrics | rates | self._validation_logs())
+        measured = rates_of(self.trainer) | self.history.validation_logs(self.epoch)
+        self.logs.update(self._weighted_means() | metrics | measured)
         self._move(RunStatus.EPOCH_END)
         self.callbacks.on_epoch_end()
-        measured = self._validation_logs()
+        measured = self.history.validation_logs(self.epoch)
         own = {k: v for k, v in self.logs.items() if k not in measured or v is not measured[k]}
         self.history.end_epoch(self.epoch, own)
         self.epoch, self.step = self.epoch + 1, 0
@@ -296,15 +319,6 @@ class Run(BaseLogger):
         wanted = self.reader.steps
         if wanted is not None and self.step < wanted and not self.stopping:
             warn_of_missing_steps(self.logger, self.step, wanted, self.epoch)
-
-    def _validation_logs(self) -> dict[str, Any]:
-        """Returns the newest result of each validation of this epoch."""
-        return {
-            f"{validation.name}_{metric}": value
-            for validation in self.history.validations
-            if validation.epoch == self.epoch
-            for metric, value in validation.results.items()
-        }
 
     def _weighted_means(self) -> dict[str, float]:
         """Returns the means of loss and terms over the epoch, weighted by the batches' sizes."""
@@ -383,7 +397,8 @@ class Run(BaseLogger):
         self.batch_sizes = array("i", progress["batch_sizes"].tolist())
         self.history.set_state(state["history"])
         self.callbacks.shared_dict |= state["shared"]
-        self.logs = self.callbacks.shared_dict["epoch_logs"] = self._validation_logs()
+        self.logs = self.history.validation_logs(self.epoch)
+        self.callbacks.shared_dict["epoch_logs"] = self.logs
         restore_callbacks(self.callbacks.callbacks, state["callbacks"])
         self._restore_early_stop(progress)
         set_random_state(random)
@@ -433,18 +448,3 @@ class Run(BaseLogger):
         if self.signals.pending is not None:
             warn_of_unsaved(self.logger, signal.Signals(self.signals.pending).name)
             self.signals.check()
-
-
-def _reader(trainer: TrainerParts, config: TrainConfig, first_epoch: int) -> DataReader:
-    """Returns the reader of the training data.
-
-    Raises:
-        ValueError: If an epoch has no end.
-    """
-    config.dataset.bind(trainer)
-    check, prefetch = trainer.check_batch, config.prefetch
-    reader = DataReader(
-        config.dataset, config.transform, config.steps, first_epoch, check, prefetch
-    )
-    reader.check_ends("train")
-    return reader

@@ -1,14 +1,13 @@
 """A run whose loop is the user's own."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 from polus.callbacks.base import ICallback, KerasCallbackLike
 from polus.data import PushedAdapter, StepBlock
 from polus.history import History
 from polus.host import to_host
-from polus.steps.compiled import CompiledStep
 from polus.training.config import TrainConfig
 from polus.training.run import Run
 
@@ -36,8 +35,7 @@ class Session:
     def __init__(self, run: Run, data: PushedAdapter) -> None:
         self.run = run
         self._data = data
-        self._blocks: Iterator[StepBlock] | None = None
-        self._program: CompiledStep | None = None
+        self._blocks: Generator[StepBlock] | None = None
 
     @property
     def history(self) -> History:
@@ -79,12 +77,9 @@ class Session:
         if self._blocks is None:
             data = run.open_epoch()
             run.executor.prepare(data.example)
-            self._program = run.tuned_step(data)
-            self._blocks = data.blocks(1, handle_signals=run.handle_signals)
-        assert self._program is not None  # made with the blocks
-        run.block = block = next(self._blocks)
-        run.callbacks.on_train_batch_begin()
-        program, arguments = self._program.program(block)
+            self._blocks = run.blocks(data)
+        block = next(self._blocks)
+        program, arguments = run.begin(block)
         outputs = program(*arguments)
         run.record(block, outputs)
         run.handle_signals()
@@ -105,7 +100,7 @@ class Session:
         if self._blocks is None:
             raise ValueError("The epoch has no step to end. Call run.step(*batch) before.")
         blocks, self._blocks = self._blocks, None
-        blocks.close()  # type: ignore[attr-defined]
+        blocks.close()
         self.run.logs.update({name: to_host(value).tolist() for name, value in logs.items()})
         self.run.close_epoch()
         self.run.handle_signals()

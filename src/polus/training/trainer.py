@@ -1,8 +1,9 @@
-"""The trainer: one step, described by its user."""
+"""The trainer: one step, described by its user, and the loop."""
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
-from typing import TYPE_CHECKING, Any, Literal, Never, Self, TypeVar, Unpack
+from typing import Any, Literal, Never, Self, TypeVar, Unpack
 
 import keras
 
@@ -22,13 +23,9 @@ from polus.training.config import TrainArguments, TrainConfig, check_names, one_
 from polus.training.copies import deep_copy, shallow_copy
 from polus.training.engine import CompiledMethod, Engine
 from polus.training.evaluation import evaluate
-from polus.training.loop import train_loop
 from polus.training.methods import TrainerMethods
 from polus.training.reports import check_step, describe_trainer
 from polus.training.spellings import unite_spellings
-
-if TYPE_CHECKING:
-    pass
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -381,7 +378,21 @@ class BaseTrainer(TrainerMethods):
         check_names(unknown)
         arguments = self._engine.arguments | one_transform(given)
         with self._engine.running(self, TrainConfig.checked(arguments)) as run:
-            return train_loop(run)
+            while not run.finished:
+                data = run.open_epoch()
+                run.executor.prepare(data.example)
+                with contextlib.closing(run.blocks(data)) as blocks:
+                    for block in blocks:  # some batches of equal shape
+                        program, args = run.begin(block)
+                        # Nothing interrupts from here to the record: signals wait to be handled.
+                        run.record(block, program(*args))  # one compiled call, a step per batch
+                        run.handle_signals()
+                        if run.stopping:
+                            break
+                run.close_epoch()
+                run.handle_signals()
+            run.executor.finalize()
+            return run.history
 
     def changing_train_config(self, **arguments: Unpack[TrainArguments]) -> None:
         """Keeps arguments of `train` for later calls that leave them out.
