@@ -13,10 +13,12 @@ import numpy as np
 from polus.callbacks.base import ICallback, KerasCallbackLike
 from polus.callbacks.coordinator import checked_list
 from polus.callbacks.time_limit import TimeLimit
-from polus.data import DataAdapter, NoDataAdapter, as_adapter
+from polus.data import DataAdapter, DataReader, NoDataAdapter, as_adapter
 from polus.data.prefetch import PREFETCH
 from polus.files import check_directory
 from polus.host import did_you_mean, to_host
+from polus.training.nonfinite import MAX_SKIPS, POLICIES, Policy
+from polus.training.parts import TrainerParts
 
 # The documented names, of which two are spellings of one argument.
 NAMES = {
@@ -42,6 +44,8 @@ class TrainArguments(TypedDict, total=False):
     max_secs: float
     resume: str | PathLike[str]
     resume_changes: Literal["refuse", "accept"]
+    on_nonfinite: Policy
+    max_skips: int
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,8 @@ class TrainConfig:
     max_secs: float | None = None
     resume: Path | None = None
     resume_changes: Literal["refuse", "accept"] = "refuse"
+    on_nonfinite: Policy | None = None
+    max_skips: int = MAX_SKIPS
 
     @classmethod
     def checked(cls, arguments: dict[str, Any]) -> Self:
@@ -80,7 +86,7 @@ class TrainConfig:
                     + " A run without data needs steps."
                     * (name == "tf_dataset")
                 )
-        for name in ("epochs", "steps", "steps_per_execution"):
+        for name in ("epochs", "steps", "steps_per_execution", "max_skips"):
             check_count(name, given.get(name))
         _check_learning_rate(given.get("learning_rate"))
         if not (given.get("transform") is None or callable(given["transform"])):
@@ -91,6 +97,7 @@ class TrainConfig:
         changes = given.get("resume_changes", "refuse")
         if changes not in ("refuse", "accept"):
             raise ValueError(f'resume_changes must be "refuse" or "accept", got {changes!r}.')
+        _check_policy(given.get("on_nonfinite", "raise"))
         if given.get("resume") is not None:
             given["resume"] = check_directory(given["resume"], "resume")
         if given.get("max_secs") is not None:
@@ -184,6 +191,14 @@ def _check_learning_rate(value: Any) -> None:
         )
 
 
+def _check_policy(policy: object) -> None:
+    if policy not in POLICIES:
+        hint = did_you_mean(policy, POLICIES)
+        raise ValueError(
+            f"on_nonfinite must be one of {', '.join(map(repr, POLICIES))}, got {policy!r}. {hint}"
+        )
+
+
 @contextlib.contextmanager
 def learning_rate_set(
     optimizer: keras.optimizers.Optimizer, learning_rate: float | None
@@ -207,3 +222,18 @@ def learning_rate_set(
         yield
     finally:
         optimizer.learning_rate = before
+
+
+def training_reader(trainer: TrainerParts, config: TrainConfig, first_epoch: int) -> DataReader:
+    """Returns the reader of the training data.
+
+    Raises:
+        ValueError: If an epoch has no end.
+    """
+    config.dataset.bind(trainer)
+    check, prefetch = trainer.check_batch, config.prefetch
+    reader = DataReader(
+        config.dataset, config.transform, config.steps, first_epoch, check, prefetch
+    )
+    reader.check_ends("train")
+    return reader

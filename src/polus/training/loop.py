@@ -33,12 +33,12 @@ def train_loop(run: Run) -> History:
                 run.block = block
                 if block.count == 1:
                     run.callbacks.on_train_batch_begin()
-                program, arguments = step.program(block)
+                program, arguments = run.guarded.program(block)
                 # Nothing interrupts between here and the record: signals wait to be handled.
                 began = time.perf_counter()
                 outputs = program(*arguments)
                 step.pace.observe(block.count, outputs, began)
-                run.record(block, outputs)
+                run.record(block, run.guarded.checked(block, outputs))
                 run.handle_signals()
                 if run.stopping:
                     break

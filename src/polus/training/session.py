@@ -8,7 +8,6 @@ from polus.callbacks.base import ICallback, KerasCallbackLike
 from polus.data import PushedAdapter, StepBlock
 from polus.history import History
 from polus.host import to_host
-from polus.steps.compiled import CompiledStep
 from polus.training.config import TrainConfig
 from polus.training.run import Run
 
@@ -37,7 +36,6 @@ class Session:
         self.run = run
         self._data = data
         self._blocks: Iterator[StepBlock] | None = None
-        self._program: CompiledStep | None = None
 
     @property
     def history(self) -> History:
@@ -79,13 +77,12 @@ class Session:
         if self._blocks is None:
             data = run.open_epoch()
             run.executor.prepare(data.example)
-            self._program = run.tuned_step(data)
+            run.tuned_step(data)
             self._blocks = data.blocks(1, handle_signals=run.handle_signals)
-        assert self._program is not None  # made with the blocks
         run.block = block = next(self._blocks)
         run.callbacks.on_train_batch_begin()
-        program, arguments = self._program.program(block)
-        outputs = program(*arguments)
+        program, arguments = run.guarded.program(block)
+        outputs = run.guarded.checked(block, program(*arguments))
         run.record(block, outputs)
         run.handle_signals()
         return outputs
