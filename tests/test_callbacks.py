@@ -346,7 +346,8 @@ def test_early_stop_respects_patience(caplog):
 
 
 def test_early_stop_ends_training_at_a_non_finite_loss():
-    history = make_trainer(rate=float("nan")).train(BATCHES, epochs=9, callbacks=[EarlyStop()])
+    trainer = make_trainer(rate=float("nan"))
+    history = trainer.train(BATCHES, 9, [EarlyStop()], on_nonfinite="ignore")
     assert len(history.epochs) == 1
 
 

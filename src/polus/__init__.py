@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from polus import checkpoint as checkpoint
     from polus import core as core
     from polus import data as data
+    from polus import errors as errors
     from polus import history as history
     from polus import ir as ir
     from polus import lr_finder as lr_finder
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from polus.core import value_and_grad as value_and_grad
     from polus.data import from_arrays as from_arrays
     from polus.data import with_iterator_state as with_iterator_state
+    from polus.errors import NonFiniteError as NonFiniteError
     from polus.history import History as History
     from polus.metrics import Accuracy as Accuracy
     from polus.metrics import IConfusionMatrix as IConfusionMatrix
@@ -84,6 +86,7 @@ _NAMES = {
         "value_and_grad",
     ),
     "data": ("from_arrays", "with_iterator_state"),
+    "errors": ("NonFiniteError",),
     "history": ("History",),
     "ir": (),
     "lr_finder": (),

@@ -390,9 +390,10 @@ def _weighted_mean(column: Array, weights: Sequence[int]) -> float:
     total = weight = 0.0
     for start in range(0, len(column), BLOCK):
         part = np.asarray(weights[start : start + BLOCK])
-        total += float(np.sum(column[start : start + BLOCK].astype(np.float64) * part))
+        values = np.where(part, column[start : start + BLOCK], 0)  # a skipped step counts nothing
+        total += float(np.sum(values.astype(np.float64) * part))
         weight += float(part.sum())
-    return total / weight
+    return total / weight if weight else float("nan")
 
 
 def _python_value(value: Any) -> Any:

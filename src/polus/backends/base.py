@@ -14,6 +14,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
 Unpack = Callable[[Any], Any]
+Variable = keras.Variable | BackendVariable
+Held = list[tuple[Any, Any]]
 
 
 class GraphBlocks(Protocol):
@@ -122,6 +124,7 @@ class Backend(Protocol):
         unpack: Unpack | None = None,
         many: bool = False,
         jit_compile: bool | None = None,
+        held: bool = False,
     ) -> Callable[..., Any]:
         """Compiles a step, or a loop over many steps.
 
@@ -133,6 +136,7 @@ class Backend(Protocol):
                 payload and the payload, and returns scalars stacked to (capacity,) or (count,),
                 and of other outputs the last step's.
             jit_compile: The compiler setting; None for the backend's own.
+            held: Whether what `hold` returned before a call is there after it.
         """
         ...
 
@@ -160,8 +164,28 @@ class Backend(Protocol):
         optimizer: keras.optimizers.Optimizer,
         gradients: Sequence[Tensor | None],
         variables: Sequence[keras.Variable],
+        finite: Tensor | None = None,
     ) -> None:
-        """Updates `variables` once by `optimizer`, which is built."""
+        """Updates `variables` once by `optimizer`, which is built, unless `finite` is False."""
+        ...
+
+    def trace_id(self) -> object:
+        """Returns an object that tells a trace from one nested inside it."""
+        ...
+
+    def total(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Returns a sum of all values, a scalar which is finite if they all are."""
+        ...
+
+    def hold(self, variables: Sequence[Variable]) -> Held:
+        """Returns variables with their present values, which no later step changes.
+
+        On JAX a call of a program changes them unless it was made with `held`.
+        """
+        ...
+
+    def settle(self, finite: Tensor, held: Held) -> None:
+        """Gives variables the values that they had unless `finite`, a scalar, is True."""
         ...
 
     def stack(self, batches: Sequence[T], capacity: int) -> T:

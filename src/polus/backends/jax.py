@@ -39,6 +39,8 @@ R = TypeVar("R")
 T = TypeVar("T")
 COMPILES = True  # a new shape costs a compilation
 TAKES_TEXT = False  # whether tensors may hold text
+Variable = keras.Variable | BackendVariable
+Held = list[tuple[Any, Any]]
 LONG_RUN_SECS: dict[bool, float] = {}  # each setting of `jit_compile` is worth a try in any run
 
 
@@ -180,13 +182,14 @@ def program(
     unpack: Unpack | None = None,
     many: bool = False,
     jit_compile: bool | None = None,
+    held: bool = False,
 ) -> Callable[..., Any]:
     """Compiles a step, or a loop over many; see `Backend`.
 
     `jit_compile=False` runs it eagerly, operation by operation, to debug it.
     """
     if jit_compile is not False:
-        return Steps(step, unpack) if many else Step(step, unpack)
+        return Steps(step, unpack, held) if many else Step(step, unpack, held)
 
     def single(*arguments: Any) -> Any:
         if unpack is not None:
@@ -260,8 +263,10 @@ def apply_gradients(
     optimizer: keras.optimizers.Optimizer,
     gradients: Sequence[Tensor | None],
     variables: Sequence[keras.Variable],
+    finite: Tensor | None = None,
 ) -> None:
-    """Updates `variables` once by `optimizer`, which is built."""
+    """Updates `variables` once by `optimizer`, which is built, unless `finite` is False."""
+    held = [] if finite is None else hold([*variables, *optimizer.variables])
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         # Its apply() assigns inside the branches of a condition, from where no value comes out.
         weights, state = optimizer.stateless_apply(
@@ -272,6 +277,31 @@ def apply_gradients(
             variable.assign(value)
     else:
         optimizer.apply(gradients, variables)
+    if finite is not None:
+        settle(finite, held)
+
+
+def trace_id() -> object:
+    """Returns an object that tells a trace from one nested inside it."""
+    return current_scope()
+
+
+def total(tensors: Sequence[Tensor]) -> Tensor:
+    """Returns a sum of all values, which is finite if they all are."""
+    found: Any = tensors
+    return sum((jnp.sum(t.astype(jnp.float32)) for t in found), start=jnp.zeros(()))
+
+
+def hold(variables: Sequence[Variable]) -> Held:
+    """Returns variables with their present values, which no later step changes."""
+    return [(variable, variable.value) for variable in variables]
+
+
+def settle(finite: Tensor, held: Held) -> None:
+    """Gives variables the values that they had unless the step was finite."""
+    for variable, old in held:
+        if (new := variable.value) is not old:
+            variable.assign(jnp.where(finite, new, old))
 
 
 def stack(batches: Sequence[T], capacity: int) -> T:

@@ -103,12 +103,14 @@ class Stateful:
             raise
         self.with_gradients = True
 
-    def values(self) -> tuple[Values, Values]:
+    def values(self, held: bool = False) -> tuple[Values, Values]:
         """Returns the values of the assigned variables, to be donated, and of the read ones.
 
         A donated buffer is gone for everybody. So only what the program itself made is donated; a
         value from elsewhere, which somebody may still hold or share, is copied, once.
         """
+        if held:
+            return [v.value for v in self.assigned], [v.value for v in self.read]
         assigned = [
             value if (value := variable.value) is last else copied(value)
             for variable, last in zip(self.assigned, self._last, strict=True)
@@ -143,9 +145,13 @@ class Program:
 
     As in `tf.function`, an array is an argument of the compiled program, any other Python value is
     a constant of it.
+
+    Args:
+        held: Whether the values that variables have before a call stay there after it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, held: bool = False) -> None:
+        self.donated = () if held else (0,)
         self.compiled: dict[Any, tuple[Stateful, Callable[..., Any]]] = {}
 
     def traced(self, arguments: Arguments) -> tuple[Callable[..., Tree], Sequence[Any]]:
@@ -176,10 +182,12 @@ class Program:
                 except MissedVariablesError:
                     stateful.look_closer()
             layouts = jax_distribution.output_shardings(values[0])
-            whole = jax.jit(self.whole(pure, outputs, arguments), donate_argnums=0, **layouts)
+            whole = jax.jit(
+                self.whole(pure, outputs, arguments), donate_argnums=self.donated, **layouts
+            )
             program = self.compiled[arguments.key] = stateful, whole
         stateful, compiled = program
-        outputs, new = compiled(*stateful.values(), *arguments.arrays)
+        outputs, new = compiled(*stateful.values(not self.donated), *arguments.arrays)
         stateful.assign(new)
         return outputs
 
@@ -213,8 +221,13 @@ class Function(Program):
 class Step(Program):
     """A compiled step of one batch: its arguments are that batch, or a payload to unpack."""
 
-    def __init__(self, step: Callable[..., Tree], unpack: Callable[[Any], Any] | None) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        step: Callable[..., Tree],
+        unpack: Callable[[Any], Any] | None,
+        held: bool = False,
+    ) -> None:
+        super().__init__(held)
         self.step = step
         self.unpack = unpack
 

@@ -20,6 +20,8 @@ R = TypeVar("R")
 T = TypeVar("T")
 COMPILES = True  # a new shape costs a compilation
 TAKES_TEXT = True  # whether tensors may hold text
+Variable = keras.Variable | BackendVariable
+Held = list[tuple[Any, Any]]
 LONG_RUN_SECS = {True: 30.0}  # from how long a run on XLA's compilation is worth a try
 
 
@@ -146,6 +148,7 @@ def program(
     unpack: Unpack | None = None,
     many: bool = False,
     jit_compile: bool | None = None,
+    held: bool = False,
 ) -> Callable[..., Any]:
     """Compiles a step to a graph, or many steps to one with a loop; see `Backend`.
 
@@ -307,8 +310,25 @@ def apply_gradients(
     optimizer: keras.optimizers.Optimizer,
     gradients: Sequence[Tensor | None],
     variables: Sequence[keras.Variable],
+    finite: Tensor | None = None,
 ) -> None:
-    """Updates `variables` once by `optimizer`, which is built."""
+    """Updates `variables` once by `optimizer`, which is built, unless `finite` is False."""
+    if finite is None:
+        _apply(optimizer, gradients, variables)
+        return
+
+    def applied() -> Any:
+        _apply(optimizer, gradients, variables)
+        return tf.constant(True)
+
+    tf.cond(finite, applied, lambda: tf.constant(False))
+
+
+def _apply(
+    optimizer: keras.optimizers.Optimizer,
+    gradients: Sequence[Tensor | None],
+    variables: Sequence[keras.Variable],
+) -> None:
     # Without replicas there is nothing to sum over them. Keras' sum over the only one ties all
     # gradients together, and TensorFlow's graph optimizer takes the tie, which it removes later,
     # for a reason to drop the order between the read of a weight and its update: on a busy machine
@@ -319,6 +339,30 @@ def apply_gradients(
         tf.distribute.get_replica_context().merge_call(
             lambda _: optimizer.apply(gradients, variables)
         )
+
+
+def trace_id() -> object:
+    """Returns an object that tells a trace from one nested inside it."""
+    return tf.compat.v1.get_default_graph()
+
+
+def total(tensors: Sequence[Tensor]) -> Tensor:
+    """Returns a sum of all values, which is finite if they all are."""
+    found: Any = [t.values if isinstance(t, tf.IndexedSlices) else t for t in tensors]
+    sums = [tf.reduce_sum(tf.cast(t, tf.float32)) for t in found]
+    added: Tensor = tf.add_n(sums) if sums else tf.constant(0.0)
+    return added
+
+
+def hold(variables: Sequence[Variable]) -> Held:
+    """Returns variables with their present values, which no later step changes."""
+    return [(variable, tf.identity(variable.value)) for variable in variables]
+
+
+def settle(finite: Tensor, held: Held) -> None:
+    """Gives variables the values that they had unless the step was finite."""
+    for variable, old in held:
+        variable.assign(tf.where(finite, variable.value, old))
 
 
 def stack(batches: Sequence[T], capacity: int) -> T:

@@ -28,6 +28,8 @@ T = TypeVar("T")
 COMPILES = False  # a new shape costs nothing
 TAKES_TEXT = False  # whether tensors may hold text
 # `torch.compile` takes ten seconds for a small model, a minute for a large one, and may be slower.
+Variable = keras.Variable | BackendVariable
+Held = list[tuple[Any, Any]]
 LONG_RUN_SECS = {True: 300.0}
 
 
@@ -221,6 +223,7 @@ def program(
     unpack: Unpack | None = None,
     many: bool = False,
     jit_compile: bool | None = None,
+    held: bool = False,
 ) -> Callable[..., Any]:
     """Compiles a step where that is asked for; see `Backend`. Many steps are a Python loop.
 
@@ -316,10 +319,43 @@ def apply_gradients(
     optimizer: keras.optimizers.Optimizer,
     gradients: Sequence[Tensor | None],
     variables: Sequence[keras.Variable],
+    finite: Tensor | None = None,
 ) -> None:
-    """Updates `variables` once by `optimizer`, which is built."""
+    """Updates `variables` once by `optimizer`, which is built, unless `finite` is False."""
     with torch.no_grad():
-        optimizer.apply(gradients, variables)
+        if torch.compiler.is_compiling() and finite is not None:
+            held = hold([*variables, *optimizer.variables])
+            optimizer.apply(gradients, variables)
+            settle(finite, held)
+        elif finite is None or finite:
+            optimizer.apply(gradients, variables)
+
+
+def trace_id() -> object:
+    """Returns an object that tells a trace from one nested inside it."""
+    return _depth.value
+
+
+def total(tensors: Sequence[Tensor]) -> Tensor:
+    """Returns a sum of all values, which is finite if they all are."""
+    found: Any = tensors
+    return torch.stack([t.sum(dtype=torch.float32) for t in found] or [torch.zeros(())]).sum()
+
+
+def hold(variables: Sequence[Variable]) -> Held:
+    """Returns variables with copies of their present values, which no later step changes."""
+    return [(variable, variable.value.detach().clone()) for variable in variables]
+
+
+def settle(finite: Tensor, held: Held) -> None:
+    """Gives variables the values that they had unless the step was finite."""
+    if torch.compiler.is_compiling():
+        flag: Any = finite
+        for variable, old in held:
+            variable.assign(torch.where(flag, variable.value, old))
+    elif not finite:
+        for variable, old in held:
+            variable.assign(old)
 
 
 def stack(batches: Sequence[T], capacity: int) -> T:

@@ -303,9 +303,9 @@ class FitEmulation:
         self._batch_logs = []
         for i, size in enumerate(sizes):
             self._examples += size
-            for name, values in terms.items():
+            for name, values in terms.items() if size else ():  # else its update was skipped
                 self._sums[name] = self._sums.get(name, 0.0) + float(values[i]) * size
-            means = {name: total / self._examples for name, total in self._sums.items()}
+            means = {name: total / max(1, self._examples) for name, total in self._sums.items()}
             self._batch_logs.append({**means, **metrics})
 
     def batch_logs(self, i: int) -> dict[str, Any]:

@@ -69,11 +69,11 @@ class StepBlock:
     capacity: int
     signature: Any
 
-    def first_batch(self) -> tuple[Any, ...]:
-        """Returns the step's arguments from the first batch, to describe it."""
+    def batch(self, i: int) -> tuple[Any, ...]:
+        """Returns the step's arguments from one of the batches, to look at it."""
         if self.unpack is None:
             return as_arguments(self.payload)
-        return as_arguments(map_arrays(lambda rows: rows[0], self.unpack(self.payload)))
+        return as_arguments(map_arrays(lambda rows: rows[i], self.unpack(self.payload)))
 
 
 def stacked(payload: T) -> T:

@@ -34,6 +34,7 @@ class CompiledStep:
         state: The variables that replicas change by their own part of a batch.
         jit_compile: The compiler setting of programs made from now on; None for the backend's own.
         eager: Whether the step runs as it is written, operation by operation.
+        held: Whether what `backend.hold` returned before a call is there after it.
 
     Attributes:
         step: The step.
@@ -50,10 +51,12 @@ class CompiledStep:
         state: ReplicaState,
         jit_compile: bool | None = None,
         eager: bool = False,
+        held: bool = False,
     ) -> None:
         self.step = step
         self.placement = placement
         self.eager = eager
+        self.held = held
         self.jit_compile = jit_compile
         self.steps_per_execution = 1
         self.pace = Pace(fixed=placement.count > 1)  # processes must not follow their clocks
@@ -74,7 +77,9 @@ class CompiledStep:
             if self.eager:
                 program = backend.eager_program(self.step, block.unpack)
             else:
-                program = backend.program(self.step, block.unpack, many, self.jit_compile)
+                program = backend.program(
+                    self.step, block.unpack, many, self.jit_compile, self.held
+                )
             program = self.placement.program(program, block.batch_size, self._state)
             self._programs[key] = program
         if many:

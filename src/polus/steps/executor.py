@@ -10,17 +10,18 @@ from typing import Any, Protocol
 import keras
 import numpy as np
 
-from polus.average import averages_of
 from polus.backends import backend
 from polus.backends.placement import Placement
-from polus.backends.scopes import DryRun
 from polus.core import function, get_jit_compile
 from polus.data import EpochReader
 from polus.data.batches import arrays_of, batch_size_of, map_arrays
 from polus.metrics import IMetric, kept_has_samples
+from polus.optimizers import optimizers_of
 from polus.state import Snapshot, layers_of
 from polus.steps.autotune import Autotuner, Limits, Timing, Tuning, Way
-from polus.steps.compiled import CompiledStep, as_terms
+from polus.steps.compiled import CompiledStep
+from polus.steps.finish import array_terms, finished_step
+from polus.steps.guard import Guard
 from polus.steps.pace import Pace
 from polus.steps.progress import Progress
 from polus.steps.variables import (
@@ -37,6 +38,7 @@ from polus.steps.variables import (
     unique,
 )
 
+MAX_HELD_BYTES = 2**28  # of variables that are kept during a call of many steps
 MAX_BYTES = 2**24  # of stacked batches per call
 # Several processes can't adapt their calls to the clock, and a step may take seconds.
 STEPS_OF_PROCESSES = 8
@@ -84,6 +86,7 @@ class StepExecutor:
         progress: Where the run stands, for steps that read it.
         array_terms: The names of the step's results that are no scalars.
         run_eagerly: Whether steps run without being compiled, to debug them.
+        guarded: Whether a call of many steps may have to be undone.
     """
 
     def __init__(
@@ -103,6 +106,7 @@ class StepExecutor:
         self.progress = Progress()
         self.array_terms: set[str] = set()
         self.run_eagerly = False
+        self.guarded = False
         self._parts: list[Any] = []
         self._plain: dict[str, Any] = {}
         self._own_plain: set[str] = set()
@@ -181,7 +185,9 @@ class StepExecutor:
             unbuilt = [layer for layer in held_layers(self.owner) if not is_built(layer)]
             with kept_has_samples(self.owner.metrics):
                 seen = backend.trace(self.step, inputs, self.run_eagerly)
-            self._finish_step(seen)
+            self.step = finished_step(
+                self.step, self.owner, self.owner.step_counter, self._placement, seen
+            )
             if not any(is_built(layer) for layer in unbuilt) and all(w for _, w in seen.updates):
                 break
         for optimizer, weights in seen.updates:
@@ -189,12 +195,13 @@ class StepExecutor:
                 optimizer.build(unique(weights))
         self.variables = variables = StepVariables.of(seen)
         self.fed_metrics = fed_metrics(self.owner, variables)
-        self.array_terms = _array_terms(variables.result)
+        self.array_terms = array_terms(variables.result)
         self.owner.check_step(variables)
         self.owner.check_batch(tuple(inputs), "The first batch")  # its outputs are known only now
         self._place(variables)
         for tuned in self._steps.values():
-            tuned.step = self._compiled(self.step, variables, tuned.step.jit_compile)
+            old = tuned.step
+            tuned.step = self._compiled(self.step, variables, old.jit_compile, old.held)
         self._parts, self._plain = self.owner.step_parts(), _plain_parts(self.owner)
         # What the step itself changes, such as a count of its calls, tells nothing.
         self._own_plain |= {n for n, value in self._plain.items() if before.get(n) != value}
@@ -210,37 +217,27 @@ class StepExecutor:
         placement.report_layouts([v for update in variables.updates for v in update.variables])
 
     def _compiled(
-        self, step: Callable[..., Any], variables: StepVariables, jit_compile: bool | None
+        self,
+        step: Callable[..., Any],
+        variables: StepVariables,
+        jit_compile: bool | None,
+        held: bool = False,
     ) -> CompiledStep:
         state = replica_state(self.owner, variables)
-        return CompiledStep(step, self._placement, state, jit_compile, self.run_eagerly)
+        return CompiledStep(step, self._placement, state, jit_compile, self.run_eagerly, held)
 
-    def _finish_step(self, seen: DryRun) -> None:
-        """Adds what a step doesn't do itself: it counts, and moves the averages of weights.
+    def guard(self, limit: int, gates: bool) -> Guard:
+        """Returns a guard of the step; see there."""
+        assert self.variables is not None  # the step was prepared
+        metrics = [v for metric in self.fed_metrics for v in metric.variables]
+        agree = self._placement.gather if self._placement.count > 1 else None
+        optimizers = optimizers_of(self.owner).values()
+        return Guard(self.variables, metrics, optimizers, self.owner.primary, limit, agree, gates)
 
-        Of several processes, each has its own rows of what the step returns: all get those of all.
-        """
-        counter, step, gather = self.owner.step_counter, self.step, self._placement.gather
-        counts = id(counter) in seen.assigned
-        averages = [a for a in averages_of(self.owner) if id(a.count) not in seen.assigned]
-        arrays = _array_terms(seen.result) if self._placement.count > 1 else set()
-        if counts and not averages and not arrays:
-            return
-
-        def finished(*inputs: Any, **named: Any) -> Any:
-            result = step(*inputs, **named)
-            if not counts:
-                counter.assign_add(1)
-            for average in averages:
-                average.update()
-            if not arrays:
-                return result
-            return {n: gather(value) if n in arrays else value for n, value in result.items()}
-
-        self.step = finished
-        seen.record_assigned([] if counts else [counter])
-        for average in averages:
-            seen.record_assigned(average.variables)
+    def compiled(self, step: Callable[..., Any], jit_compile: bool | None) -> CompiledStep:
+        """Compiles a step that uses the variables of this one."""
+        assert self.variables is not None  # the step was prepared
+        return self._compiled(step, self.variables, jit_compile)
 
     def state_variables(self) -> list[keras.Variable]:
         """Returns all variables of a run, in an order that is the same in each process.
@@ -302,13 +299,15 @@ class StepExecutor:
             return self._compiled(self.step, self.variables, None)
         mode = get_jit_compile()
         modes = self._placement.compilers(mode, backend.candidates())
+        held = self.guarded and _num_state_bytes(self.variables) <= MAX_HELD_BYTES
         key = mode, steps_per_execution, max_steps > 1, _kinds(data.example)
-        tuned = self._steps.get(key)
+        kept = key if not held else (*key, "held")
+        tuned = self._steps.get(kept)
         if tuned is None:
-            step = self._compiled(self.step, self.variables, _fixed_mode())
-            tuned = self._steps[key] = TunedStep(step)
+            step = self._compiled(self.step, self.variables, _fixed_mode(), held)
+            tuned = self._steps[kept] = TunedStep(step)
             _warn_of_whole_batches(self._placement, batch_size_of(data.example))
-            saved = self._saved_tunings.get(str(key))
+            saved = self._saved_tunings.get(str(kept))
             if saved is not None and saved[0] in modes:  # else of another number of devices
                 tuned.tuner.tuning = Tuning(*saved)
                 tuned.tuner.tuned = True
@@ -409,11 +408,6 @@ def _fixed_mode() -> bool | None:
     return None if mode == "auto" else mode
 
 
-def _array_terms(result: object) -> set[str]:
-    """Returns the names of a step's results that are no scalars."""
-    return {n for n, value in as_terms(result).items() if len(getattr(value, "shape", ()))}
-
-
 def _plain_parts(owner: StepOwner) -> dict[str, Any]:
     return plain_attributes(owner, ignored=("early_stop", "log_name"))
 
@@ -441,3 +435,8 @@ def _warn_of_whole_batches(placement: Placement, size: int) -> None:
 def _num_bytes(batch: Any) -> int:
     """Returns the bytes that one more step adds to a call."""
     return sum(int(np.prod(leaf.shape)) * 8 for leaf in arrays_of(batch))
+
+
+def _num_state_bytes(variables: StepVariables) -> int:
+    """Returns the bytes of the variables that a step assigns, of which each may take 8."""
+    return sum(int(np.prod(v.shape)) * 8 for v in variables.assigned)

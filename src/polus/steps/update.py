@@ -7,6 +7,7 @@ import keras
 from keras import ops
 
 from polus.backends import backend
+from polus.steps.guard import active_watch
 
 Gradients = list[Any]
 PostProcess = Callable[[Gradients], Gradients]
@@ -18,6 +19,7 @@ def apply_gradients(
     variables: Sequence[keras.Variable],
     post_process_grads: PostProcess | None = None,
     scaled: bool = False,
+    loss: Any = None,
 ) -> None:
     """Updates variables by their gradients.
 
@@ -27,6 +29,7 @@ def apply_gradients(
         variables: The variables to update.
         post_process_grads: Takes and returns the list of gradients, unscaled.
         scaled: Whether the gradients are those of a scaled loss, as the optimizer expects them.
+        loss: The loss that was minimized, unscaled, which has to be finite.
 
     Raises:
         ValueError: If `post_process_grads` returns another number of gradients.
@@ -40,8 +43,10 @@ def apply_gradients(
         gradients = _times(gradients, optimizer.scale_loss(ops.ones(())))
     if not optimizer.built:
         optimizer.build(variables)
+    watch = active_watch()
+    finite = None if watch is None else watch.see(optimizer, gradients, variables, loss)
     try:
-        backend.apply_gradients(optimizer, gradients, variables)
+        backend.apply_gradients(optimizer, gradients, variables, finite)
     except (ValueError, KeyError) as error:
         if "nknown variable" not in str(error) and not isinstance(error, KeyError):
             raise

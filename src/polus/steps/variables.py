@@ -51,6 +51,7 @@ class StepVariables:
     assigned: Variables
     differentiated: Variables
     updates: list[Update]
+    num_updates: int
     result: Any
 
     @classmethod
@@ -63,6 +64,7 @@ class StepVariables:
             assigned=unique([*seen.assigned.values(), *updated, *seen.backend_variables]),
             differentiated=unique(seen.differentiated),
             updates=updates,
+            num_updates=len(seen.updates),
             result=seen.result,
         )
 

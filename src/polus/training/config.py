@@ -18,6 +18,7 @@ from polus.data.prefetch import PREFETCH
 from polus.files import check_directory
 from polus.host import did_you_mean, to_host
 from polus.optimizers import MultiOptimizer
+from polus.training.nonfinite import MAX_SKIPS, POLICIES, Policy
 from polus.training.parts import TrainerParts
 
 # The documented names, of which two are spellings of one argument.
@@ -44,6 +45,8 @@ class TrainArguments(TypedDict, total=False):
     max_secs: float
     resume: str | PathLike[str]
     resume_changes: Literal["refuse", "accept"]
+    on_nonfinite: Policy
+    max_skips: int
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,8 @@ class TrainConfig:
     max_secs: float | None = None
     resume: Path | None = None
     resume_changes: Literal["refuse", "accept"] = "refuse"
+    on_nonfinite: Policy | None = None
+    max_skips: int = MAX_SKIPS
 
     @classmethod
     def checked(cls, arguments: dict[str, Any]) -> Self:
@@ -82,7 +87,7 @@ class TrainConfig:
                     + " A run without data needs steps."
                     * (name == "tf_dataset")
                 )
-        for name in ("epochs", "steps", "steps_per_execution"):
+        for name in ("epochs", "steps", "steps_per_execution", "max_skips"):
             check_count(name, given.get(name))
         _check_learning_rate(given.get("learning_rate"))
         if not (given.get("transform") is None or callable(given["transform"])):
@@ -93,6 +98,7 @@ class TrainConfig:
         changes = given.get("resume_changes", "refuse")
         if changes not in ("refuse", "accept"):
             raise ValueError(f'resume_changes must be "refuse" or "accept", got {changes!r}.')
+        _check_policy(given.get("on_nonfinite", "raise"))
         if given.get("resume") is not None:
             given["resume"] = check_directory(given["resume"], "resume")
         if given.get("max_secs") is not None:
@@ -199,6 +205,14 @@ def _check_learning_rate(value: Any) -> None:
         raise ValueError(
             f"learning_rate must be a number of at least 0, got {value!r}. A schedule belongs to "
             "the optimizer: keras.optimizers.Adam(schedule)."
+        )
+
+
+def _check_policy(policy: object) -> None:
+    if policy not in POLICIES:
+        hint = did_you_mean(policy, POLICIES)
+        raise ValueError(
+            f"on_nonfinite must be one of {', '.join(map(repr, POLICIES))}, got {policy!r}. {hint}"
         )
 
 

@@ -156,3 +156,28 @@ def warn_of_unsaved(logger: logging.Logger, name: str) -> None:
         "continue from the same checkpoint.",
         name,
     )
+
+
+def say_resumed(
+    logger: logging.Logger, progress: Mapping[str, Any], reason: str, epochs: int
+) -> None:
+    """Logs that a run that was stopped early continues, since it is asked for more epochs."""
+    logger.info(
+        "The saved run was stopped early in epoch %d (%s) and %d epochs are asked for instead of "
+        "%d: training continues.",
+        progress["epoch"],
+        reason or "early_stop",
+        epochs,
+        progress["epochs"],
+    )
+
+
+def warn_of_end(logger: logging.Logger, progress: Mapping[str, Any], reason: str) -> None:
+    """Warns that a run that was stopped early has nothing left to train."""
+    logger.warning(
+        "The saved run was stopped early in epoch %d (%s), so nothing is left to train. To train "
+        "on, ask for more than its %d epochs.",
+        progress["epoch"],
+        reason or "early_stop",
+        progress["epochs"],
+    )

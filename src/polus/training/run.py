@@ -1,7 +1,6 @@
 """One call of `train`: where it stands, how it ended, and its state for a checkpoint."""
 
 import contextlib
-import itertools
 import math
 import secrets
 import signal
@@ -25,10 +24,14 @@ from polus.signals import Signals
 from polus.state import random_state, set_random_state
 from polus.steps.compiled import CompiledStep, as_terms
 from polus.steps.executor import StepExecutor
+from polus.steps.finite import Flags, GuardedSteps
 from polus.training.config import TrainConfig
+from polus.training.nonfinite import STOPPED, NonFiniteSteps, non_finite_error, sizes_of
 from polus.training.parts import TrainerParts
 from polus.training.processes import check_same_batch, check_same_programs
 from polus.training.reports import (
+    say_resumed,
+    warn_of_end,
     warn_of_missing_steps,
     warn_of_non_finite,
     warn_of_unsaved,
@@ -90,6 +93,8 @@ class Run(BaseLogger):
         exception: What ended the run early, else None.
         resuming: Whether the run continues from a checkpoint.
         open_ended: Whether the number of epochs and of their steps is not known.
+        guarded: Runs the steps so that one that is not finite changes nothing.
+        non_finite: Counts these, and says what follows.
         closing: What callbacks want closed after the last of them has ended.
     """
 
@@ -113,8 +118,7 @@ class Run(BaseLogger):
         self.epochs = config.epochs
         self.steps = self.reader.num_batches
         self.steps_before = total_steps
-        self.epoch = 0
-        self.step = 0
+        self.epoch = self.step = 0
         self.compiled: CompiledStep
         self.block: StepBlock | None = None
         self.batch_sizes = array("i")  # a list would take ten times as much for each step
@@ -124,13 +128,14 @@ class Run(BaseLogger):
         self.status = RunStatus.CREATED
         self.stop_reason = ""
         self.exception: BaseException | None = None
-        self.resuming = False
-        self.open_ended = False
+        self.resuming = self.open_ended = False
         self._agreed_to_stop = False
         self._began = 0.0
         self.closing = contextlib.ExitStack()
         self.settings = Settings(trainer, config.transform)
         self.callbacks = CallbackCoordinator(config.callbacks, self)
+        self.non_finite = NonFiniteSteps(config.on_nonfinite, config.max_skips, self.callbacks)
+        self.guarded = GuardedSteps(executor, self.non_finite.limit)
 
     # ------------------------------------------------------------------ from beginning to end
 
@@ -212,11 +217,13 @@ class Run(BaseLogger):
         if self.step == 0:
             for metric in self.metrics:
                 metric.reset()
-        self.compiled = self.executor.tuned(
-            data,
-            self.callbacks.max_steps_per_execution,
-            self.config.steps_per_execution,
-            self.steps_before + self.epochs * (self.steps or math.inf),
+        self.compiled = self.guarded.use(
+            self.executor.tuned(
+                data,
+                self.callbacks.max_steps_per_execution,
+                self.config.steps_per_execution,
+                self.steps_before + self.epochs * (self.steps or math.inf),
+            )
         )
         return data.blocks(
             self.compiled.steps_per_execution,
@@ -230,27 +237,51 @@ class Run(BaseLogger):
         self.block = block
         if block.count == 1:
             self.callbacks.on_train_batch_begin()
-        program, arguments = self.compiled.program(block)
+        program, arguments = self.guarded.program(block)
         self._began = time.perf_counter()
         return program, arguments
 
-    def record(self, block: StepBlock, outputs: object) -> None:
-        """Records the steps of a block, and tells the callbacks."""
+    def record(self, block: StepBlock, outputs: object) -> Any:
+        """Records the steps of a block, and tells the callbacks.
+
+        Returns:
+            What the steps returned, on the device.
+
+        Raises:
+            NonFiniteError: If a step was not finite, by the policy of the run.
+        """
         self.compiled.pace.observe(block.count, outputs, self._began)
+        outputs = self.guarded.checked(block, outputs)
+        finite = self.guarded.finite
+        count = self.non_finite.count(block, finite)
         terms = as_terms(outputs, self.trainer.primary)
         names = sorted(terms, key=lambda name: name != "loss")  # JAX sorts them by name
         arrays = self.executor.array_terms
         self.step_logs = {
-            name: DeviceValues(terms[name], block.count) for name in names if name not in arrays
+            name: DeviceValues(terms[name], count) for name in names if name not in arrays
         }
         self.step_arrays = {name: terms[name] for name in arrays}
-        steps = range(self.step, self.step + block.count)
+        steps = range(self.step, self.step + count)
         self.history.add_steps(self.epoch, self.step, self.step_logs)
-        self.batch_sizes.extend(itertools.repeat(block.batch_size, block.count))
+        self.batch_sizes.extend(sizes_of(block, count, finite))
         self.step = steps.stop
         self.callbacks.on_steps_end(steps, self.step_logs.get("loss"))
+        if finite is not None:
+            self._judge(block, steps, finite)
         self._agree()
         self.callbacks.on_boundary()
+        return outputs
+
+    def _judge(self, block: StepBlock, steps: range, finite: Flags) -> None:
+        """Ends the run, or reports what was skipped."""
+        if not self.non_finite.ends:
+            self.non_finite.report(self.epoch, steps, finite)
+        elif self.non_finite.policy == "stop":
+            self.stop(f"{STOPPED}: batch {self.step} of epoch {self.epoch + 1}")
+        elif not self.stopping:
+            terms = {name: float(values[-1]) for name, values in self.step_logs.items()}
+            place = self.epoch, self.step - 1
+            raise non_finite_error(self.guarded, block, len(steps) - 1, place, terms)
 
     def close_epoch(self) -> None:
         """Ends an epoch: its logs, the callbacks, and the next one begins."""
@@ -283,7 +314,7 @@ class Run(BaseLogger):
             return
         yield "The first batch", self.executor.example
         if self.block is not None and self.step:
-            yield f"Batch {self.step + 1} of epoch {self.epoch + 1}", self.block.first_batch()
+            yield f"Batch {self.step + 1} of epoch {self.epoch + 1}", self.block.batch(0)
 
     def handle_signals(self) -> None:
         """Handles a pending signal. Called between steps and while waiting for data."""
@@ -352,6 +383,7 @@ class Run(BaseLogger):
             "history": self.history.get_state(),
             "shared": storable(self.callbacks.shared_dict),
             "callbacks": callbacks_state(self.callbacks.callbacks),
+            "non_finite": self.non_finite.get_state(),
             "tuning": self.executor.get_state(),
         }
 
@@ -400,6 +432,7 @@ class Run(BaseLogger):
         self.logs = self.history.validation_logs(self.epoch)
         self.callbacks.shared_dict["epoch_logs"] = self.logs
         restore_callbacks(self.callbacks.callbacks, state["callbacks"])
+        self.non_finite.set_state(state["non_finite"], self.guarded)
         self._restore_early_stop(progress)
         set_random_state(random)
         self._move(RunStatus.RESTORED)
@@ -421,27 +454,15 @@ class Run(BaseLogger):
         self.stop_reason = progress["stop_reason"]
         if not self.stopping:
             return
-        if self.stop_reason == TIME_IS_UP:
+        goes_on = self.stop_reason.startswith(STOPPED) and self.non_finite.policy != "stop"
+        if self.stop_reason == TIME_IS_UP or goes_on:
             self.trainer.early_stop, self.stop_reason = False, ""
         elif self.epochs > progress["epochs"]:
-            self.logger.info(
-                "The saved run was stopped early in epoch %d (%s) and %d epochs are asked for "
-                "instead of %d: training continues.",
-                progress["epoch"],
-                self.stop_reason or "early_stop",
-                self.epochs,
-                progress["epochs"],
-            )
+            say_resumed(self.logger, progress, self.stop_reason, self.epochs)
             self.trainer.early_stop = self._agreed_to_stop = False
             self.stop_reason = ""
         else:
-            self.logger.warning(
-                "The saved run was stopped early in epoch %d (%s), so nothing is left to train. "
-                "To train on, ask for more than its %d epochs.",
-                progress["epoch"],
-                self.stop_reason or "early_stop",
-                progress["epochs"],
-            )
+            warn_of_end(self.logger, progress, self.stop_reason)
 
     def _stop_if_asked(self) -> None:
         """Ends the run on a signal before it continues: a save would be of half a run."""

@@ -80,8 +80,7 @@ class Session:
             self._blocks = run.blocks(data)
         block = next(self._blocks)
         program, arguments = run.begin(block)
-        outputs = program(*arguments)
-        run.record(block, outputs)
+        outputs = run.record(block, program(*arguments))
         run.handle_signals()
         return outputs
 

@@ -24,6 +24,7 @@ from polus.training.copies import deep_copy, shallow_copy
 from polus.training.engine import CompiledMethod, Engine
 from polus.training.evaluation import evaluate
 from polus.training.methods import TrainerMethods
+from polus.training.nonfinite import Policy
 from polus.training.reports import check_step, describe_trainer
 from polus.training.spellings import unite_spellings
 
@@ -286,7 +287,8 @@ class BaseTrainer(TrainerMethods):
         sparse = self.post_process_grads is None
         result, gradients = backend.value_and_grad(loss_fn, variables, scaled_loss, sparse)
         checks.check_connected(gradients, variables)
-        apply_gradients(optimizer, gradients, variables, self.post_process_grads, scaled=True)
+        loss = checks.scalar_loss(result)
+        apply_gradients(optimizer, gradients, variables, self.post_process_grads, True, loss)
         return result
 
     def step_parts(self) -> list[Any]:
@@ -336,6 +338,8 @@ class BaseTrainer(TrainerMethods):
         max_secs: float | None = None,
         resume: str | PathLike[str] | None = None,
         resume_changes: Literal["refuse", "accept"] | None = None,
+        on_nonfinite: Policy | None = None,
+        max_skips: int | None = None,
         **unknown: Never,
     ) -> History:
         """Trains for some epochs.
@@ -366,6 +370,11 @@ class BaseTrainer(TrainerMethods):
                 `polus.checkpoint.Checkpoint` among the callbacks, to save to.
             resume_changes: "accept" continues a run although settings that may change on the way
                 differ from the checkpoint's, such as the learning rate. By default that raises.
+            on_nonfinite: What a step does whose loss, gradients or update are not finite. Its
+                update is never applied, except with "ignore". "raise" raises a `NonFiniteError`,
+                "stop" ends training in order, "skip" goes on with the next batch. By default
+                "raise"; beside Keras' `TerminateOnNaN`, which acts as in `fit`, "ignore".
+            max_skips: How many steps may be skipped in a row, 10 by default; the last one raises.
             unknown: Raises, and says what to write instead of an argument of `fit`.
 
         Returns:

@@ -1,0 +1,141 @@
+"""Runs blocks of steps so that a step that is not finite changes nothing.
+
+A compiled loop over many small steps would be half as slow again if each of them looked at its
+gradients. So such a loop runs as it is, and what it has made is looked at once per call. If that is
+not finite, the variables get back what they had before the call, and the same batches run again in
+a program that looks at each step. Single steps, and models whose variables would take much memory
+to keep, run in that program from the start.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Protocol
+
+import keras
+import numpy as np
+from keras import ops
+
+from polus.backends import backend
+from polus.data.blocks import StepBlock
+from polus.host import to_host
+from polus.steps.compiled import CompiledStep
+from polus.steps.guard import Guard
+from polus.steps.variables import StepVariables
+
+Flags = np.ndarray[Any, Any]
+
+
+class Prepared(Protocol):
+    """What a guarded run uses of an executor."""
+
+    step: Callable[..., Any]
+    variables: StepVariables | None
+    guarded: bool
+
+    def guard(self, limit: int, gates: bool) -> Guard: ...
+    def compiled(self, step: Callable[..., Any], jit_compile: bool | None) -> CompiledStep: ...
+
+
+class GuardedSteps:
+    """The guarded programs of a run.
+
+    Args:
+        executor: Prepares and compiles the step.
+        limit: After how many consecutive steps that were not finite training stands still; None to
+            look at nothing.
+
+    Attributes:
+        bad: How many consecutive steps were not finite.
+        finite: Whether each step of the newest block was finite; None if all were.
+    """
+
+    def __init__(self, executor: Prepared, limit: int | None) -> None:
+        self.executor = executor
+        self.limit = limit
+        executor.guarded = limit is not None
+        self.bad = keras.Variable(0, dtype="int32", trainable=False, name="non_finite_steps")
+        self.finite: Flags | None = None
+        self.step: CompiledStep
+        self._variables: StepVariables | None = None
+        self._steps: dict[Any, CompiledStep] = {}
+        self._held: Any = None
+        self._trusting = True
+
+    def use(self, step: CompiledStep) -> CompiledStep:
+        """Uses a compiled step from now on, and returns it."""
+        self.step = step
+        if self._variables is not self.executor.variables:
+            self._variables = self.executor.variables
+            self._steps.clear()
+            self._seen = None if self.limit is None else self._looking()
+        return step
+
+    def _looking(self) -> Callable[[], Any]:
+        assert self.limit is not None
+        self._whole = self.executor.guard(self.limit, gates=False)
+        checked = self._whole.checked
+        return backend.function(lambda: ops.isfinite(backend.total([v.value for v in checked])))
+
+    def program(self, block: StepBlock) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        """Returns the program for a block, and its arguments."""
+        self._held = None
+        if self.limit is None:
+            return self.step.program(block)
+        if block.count > 1 and self.step.held and self._trusting:
+            self._held = backend.hold(self._whole.assigned)
+            return self.step.program(block)
+        return self._guarded(block.count == 1).program(block)
+
+    def checked(self, block: StepBlock, outputs: Any) -> Any:
+        """Returns what the steps of a block returned, and sets `finite`."""
+        self.finite = None
+        if self.limit is None:
+            return outputs
+        if self._held is not None:
+            if self._all_finite(block, outputs):
+                return outputs
+            self._trusting = False  # what happened once is likely to happen again
+            for variable, value in self._held:
+                variable.assign(value)
+            self._held = None
+            program, arguments = self._guarded(False).program(block)
+            outputs = program(*arguments)
+        flags = to_host(outputs["finite"]).reshape(-1)[: block.count] > 0.5
+        self.finite = None if flags.all() else flags
+        return outputs["result"]
+
+    def _all_finite(self, block: StepBlock, outputs: object) -> bool:
+        assert self._seen is not None
+        seen = self._seen()  # on its way while the losses are read
+        losses = self._whole.monitored(outputs)
+        read = [np.isfinite(to_host(rows).reshape(-1)[: block.count]).all() for rows in losses]
+        return bool(to_host(seen)) and all(read)
+
+    def details(self, block: StepBlock, i: int) -> dict[str, dict[str, bool]]:
+        """Runs step `i` of the newest block again, which changes nothing, and looks at its values.
+
+        Returns:
+            "gradients" and "variables": the path of a variable to whether it is finite.
+        """
+        step = self._guarded(False, detail=True)
+        single = replace(block, count=1, unpack=None, payload=block.batch(i), capacity=1)
+        program, arguments = step.program(single)
+        found = program(*arguments)
+        return {
+            kind: {n: bool(np.isfinite(to_host(v)).all()) for n, v in found.get(kind, {}).items()}
+            for kind in ("gradients", "variables")
+        }
+
+    def bad_variables(self) -> list[str]:
+        """Returns the paths of variables that are not finite."""
+        checked = self._whole.checked
+        return [v.path for v in checked if not np.isfinite(to_host(v.value).astype(float)).all()]
+
+    def _guarded(self, gates: bool, detail: bool = False) -> CompiledStep:
+        assert self.limit is not None
+        key = gates, detail, self.step.jit_compile
+        if key not in self._steps:
+            guard = self.executor.guard(self.limit, gates)
+            step = guard.wrap(self.executor.step, self.bad, detail)
+            self._steps[key] = self.executor.compiled(step, self.step.jit_compile)
+        return self._steps[key]
