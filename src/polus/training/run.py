@@ -23,8 +23,9 @@ from polus.signals import Signals
 from polus.state import random_state, set_random_state
 from polus.steps.compiled import CompiledStep, as_terms
 from polus.steps.executor import StepExecutor
-from polus.steps.finite import Flags, GuardedSteps
+from polus.steps.finite import Flags
 from polus.training.config import TrainConfig, training_reader
+from polus.training.epoch_logs import EpochRecord, validation_logs, weighted_means
 from polus.training.nonfinite import STOPPED, NonFiniteSteps, non_finite_error, sizes_of
 from polus.training.parts import TrainerParts
 from polus.training.processes import check_same_batch, check_same_programs
@@ -32,7 +33,6 @@ from polus.training.reports import (
     say_resumed,
     warn_of_end,
     warn_of_missing_steps,
-    warn_of_non_finite,
     warn_of_unsaved,
 )
 from polus.training.run_state import Settings, check_state, data_state, use_own_generators
@@ -73,6 +73,7 @@ class Run(BaseLogger):
         reader: The training data.
         callbacks: The coordinator of the callbacks.
         history: What was recorded so far; what `train` returns.
+        epoch_record: Measures how epochs go.
         settings: What the run is made of, to compare with a checkpoint.
         placement: The devices that it runs on.
         signals: The signals that wait for the end of a step.
@@ -111,6 +112,7 @@ class Run(BaseLogger):
         self.config = config
         self.reader = training_reader(trainer, config, first_epoch)
         self.history = History()
+        self.epoch_record = EpochRecord()
         self.placement = self.reader.placement
         self.signals = Signals()
         self.epochs = config.epochs
@@ -131,7 +133,7 @@ class Run(BaseLogger):
         self.settings = Settings(trainer, config.transform)
         self.callbacks = CallbackCoordinator(config.callbacks, self)
         self.non_finite = NonFiniteSteps(config.on_nonfinite, config.max_skips, self.callbacks)
-        self.guarded = GuardedSteps(executor, self.non_finite.limit)
+        self.guarded = executor.guarded.begin(self.non_finite.limit)
 
     # ------------------------------------------------------------------ from beginning to end
 
@@ -196,6 +198,7 @@ class Run(BaseLogger):
         if self.status in (RunStatus.CREATED, RunStatus.RESTORED):
             begin_schedules(self.trainer, known, self.status is RunStatus.RESTORED)
         data = self.reader.epoch(self.epoch, start=self.step)
+        self.epoch_record.begin(self.step, self.reader.waited_secs, self.non_finite.skipped)
         if not resumed:
             self.batch_sizes, self.logs = array("i"), {}
             self.callbacks.shared_dict["epoch_logs"] = self.logs
@@ -261,16 +264,25 @@ class Run(BaseLogger):
         if not self.open_ended:
             self.steps = self.steps or self.step
         metrics = {metric.name: metric.evaluate() for metric in self.metrics}
-        rates = rates_of(self.trainer)
-        self.logs.update(self._weighted_means() | metrics | rates | self._validation_logs())
+        means = weighted_means(self.history, self.epoch, self.batch_sizes, self.logger)
+        rates = rates_of(self.trainer) | self._record_epoch()
+        validations = validation_logs(self.history, self.epoch)
+        self.logs.update(means | metrics | rates | validations)
         self._move(RunStatus.EPOCH_END)
         self.callbacks.on_epoch_end()
-        measured = self._validation_logs()
+        measured = validation_logs(self.history, self.epoch)
         own = {k: v for k, v in self.logs.items() if k not in measured or v is not measured[k]}
         self.history.end_epoch(self.epoch, own)
         self.epoch, self.step = self.epoch + 1, 0
         self._agree()
         self.callbacks.on_boundary()
+
+    def _record_epoch(self) -> dict[str, float]:
+        """Records how the epoch went. Returns what of it is wanted in the logs."""
+        waited, skipped = self.reader.waited_secs, self.non_finite.skipped
+        record = self.epoch_record.end(self.trainer, self.batch_sizes, waited, skipped)
+        self.history.add_record(self.epoch, record)
+        return record if self.config.record else {}
 
     def validated(self, name: str, results: dict[str, Any]) -> None:
         """Records the results of a validation on the set `name`, after the last step that ran."""
@@ -322,22 +334,6 @@ class Run(BaseLogger):
         wanted = self.reader.steps
         if wanted is not None and self.step < wanted and not self.stopping:
             warn_of_missing_steps(self.logger, self.step, wanted, self.epoch)
-
-    def _validation_logs(self) -> dict[str, Any]:
-        """Returns the newest result of each validation of this epoch."""
-        return {
-            f"{validation.name}_{metric}": value
-            for validation in self.history.validations
-            if validation.epoch == self.epoch
-            for metric, value in validation.results.items()
-        }
-
-    def _weighted_means(self) -> dict[str, float]:
-        """Returns the means of loss and terms over the epoch, weighted by the batches' sizes."""
-        columns = self.history.steps_of(self.epoch)
-        monitored = {"loss": columns["loss"]} if "loss" in columns else columns
-        warn_of_non_finite(self.logger, monitored, self.epoch)
-        return self.history.epoch_means(self.epoch, self.batch_sizes)
 
     # ------------------------------------------------------------------ for checkpoints
 
@@ -410,7 +406,9 @@ class Run(BaseLogger):
         self.batch_sizes = array("i", progress["batch_sizes"].tolist())
         self.history.set_state(state["history"])
         self.callbacks.shared_dict |= state["shared"]
-        self.logs = self.callbacks.shared_dict["epoch_logs"] = self._validation_logs()
+        self.logs = self.callbacks.shared_dict["epoch_logs"] = validation_logs(
+            self.history, self.epoch
+        )
         restore_callbacks(self.callbacks.callbacks, state["callbacks"])
         self.non_finite.set_state(state["non_finite"], self.guarded)
         self._restore_early_stop(progress)

@@ -338,6 +338,8 @@ class BaseTrainer(TrainerMethods):
         resume_changes: Literal["refuse", "accept"] | None = None,
         on_nonfinite: Policy | None = None,
         max_skips: int | None = None,
+        record: bool | None = None,
+        run_dir: str | PathLike[str] | None = None,
         **unknown: Never,
     ) -> History:
         """Trains for some epochs.
@@ -373,6 +375,11 @@ class BaseTrainer(TrainerMethods):
                 "stop" ends training in order, "skip" goes on with the next batch. By default
                 "raise"; beside Keras' `TerminateOnNaN`, which acts as in `fit`, "ignore".
             max_skips: How many steps may be skipped in a row, 10 by default; the last one raises.
+            record: Whether `history.record` (rates, speed, waiting time, skipped steps) stands in
+                the logs too, and so on the console and in Keras callbacks, and each step has terms
+                `gradient_norm` and, if gradients are clipped, `clipped_gradient_norm`.
+            run_dir: The folder of this run: its checkpoints, from which it continues if it has any,
+                its record, parts, messages and best model. See `polus.runs.RunDirectory`.
             unknown: Raises, and says what to write instead of an argument of `fit`.
 
         Returns:
