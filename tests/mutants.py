@@ -44,6 +44,7 @@ TRAINING, RUN, CALLBACKS = "test_training.py ", "test_run.py ", "test_callbacks.
 TUNE, READER, RESUME = "test_autotune.py ", "test_reader.py ", "test_data_resume.py "
 STORE, CHECKPOINT = "test_checkpoint_store.py ", "test_checkpoint.py "
 PROGRAMS = "test_programs.py "
+NONFINITE = "test_nonfinite.py "
 FINDER, METRICS, HISTORY = "test_lr_finder.py ", "test_metrics.py ", "test_history.py "
 
 MUTANTS = [
@@ -110,9 +111,42 @@ MUTANTS = [
         "callbacks/coordinator.py", "ended = ended or exit_", "raise", CHECKPOINT + "every_check"
     ),
     Mutant("training/config.py", "optimizer.learning_rate = before", "pass", TRAINING + "one_run"),
+    # Steps that are not finite, the record and the folder of a run.
+    Mutant("steps/guard.py", "backend.settle(finite, held)", "pass", NONFINITE + "skipped_steps"),
+    Mutant(
+        "steps/guard.py",
+        "ops.where(finite, 0, bad + 1)",
+        "ops.where(finite, 0, bad)",
+        NONFINITE + "too_many or those_before",
+    ),
+    Mutant("steps/guard.py", "return [*weights, *(", "return [*(", NONFINITE + "by and hand"),
+    Mutant(
+        "steps/finite.py",
+        "return all(read) and bool(to_host(seen))",
+        "return all(read)",
+        NONFINITE + "those_before and finite",
+    ),
+    Mutant("steps/finite.py", "variable.assign(value)", "pass", NONFINITE + "those_before"),
+    Mutant(
+        "training/nonfinite.py",
+        "block.batch_size * bool(good)",
+        "block.batch_size",
+        NONFINITE + "skipped_steps",
+    ),
+    Mutant("training/nonfinite.py", "return i + 1", "pass", NONFINITE + "stop_ends"),
+    Mutant(
+        "steps/norms.py", "/ (scale if scaled else 1.0)", "", "test_record.py under_loss_scaling"
+    ),
+    Mutant(
+        "runs/history_file.py",
+        "        _remove_cut_line(path)\n",
+        "\n",
+        "test_runs.py crashed",
+    ),
+    Mutant("runs/history_file.py", "values[:count] for", "values for", "test_runs.py crashed"),
     # The step.
     Mutant(
-        "steps/executor.py",
+        "steps/finish.py",
         "counter.assign_add(1)",
         "pass",
         PROGRAMS + "a_step_without_a_loss_trains_as_one_with_it",

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from polus import lr_finder as lr_finder
     from polus import metrics as metrics
     from polus import optimizers as optimizers
+    from polus import runs as runs
     from polus import schedules as schedules
     from polus import training as training
     from polus.average import Average as Average
@@ -91,6 +92,7 @@ _NAMES = {
     "ir": (),
     "lr_finder": (),
     "optimizers": (),
+    "runs": (),
     "schedules": (),
     "metrics": ("Accuracy", "IConfusionMatrix", "IMetric", "MacroF1Score"),
     "training": ("BaseTrainer", "ClassifierTrainer"),

@@ -37,6 +37,9 @@ class History:
     - `steps`: the loss and named terms of each step, as arrays;
     - `epochs`: the logs of each epoch, validations included, as a list of dicts;
     - `validations`: each validation, of which an epoch may have several;
+    - `record`: how each epoch of this process went, as a list of dicts: every optimizer's learning
+      rate, `skipped_steps`, `secs`, `steps_per_sec`, `examples_per_sec` and `waited_secs`, the time
+      that the loop waited for data. A checkpoint does not keep it;
     - `to_dict`, `to_frame`, `plot`: the same as columns, as a pandas data frame, as a figure.
 
     A step takes 4 bytes for each float32 term and 8 for each float64 term, up to half as much again
@@ -54,6 +57,7 @@ class History:
 
     def __init__(self) -> None:
         self.validations: list[Validation] = []
+        self.record: list[dict[str, Any]] = []
         self._epoch_logs: dict[int, dict[str, Any]] = {}
         self._table = _StepTable()
         self._unread: list[tuple[int, int, Mapping[str, Any]]] = []
@@ -101,6 +105,10 @@ class History:
     def end_epoch(self, epoch: int, logs: Mapping[str, Any]) -> None:
         """Adds the logs of an epoch: its loss, terms and training metrics."""
         self._epoch_logs[epoch] = {name: _python_value(value) for name, value in logs.items()}
+
+    def add_record(self, epoch: int, record: Mapping[str, float]) -> None:
+        """Adds how an epoch went: learning rates, speed, waiting time, skipped steps."""
+        self.record.append({"epoch": epoch, **record})
 
     def steps_of(self, epoch: int) -> dict[str, Array]:
         """Returns the terms of the newest epoch as read-only arrays, without copying them."""

@@ -202,13 +202,17 @@ def rate_of(optimizer: keras.optimizers.Optimizer) -> float:
     return float(to_host(optimizer.learning_rate))
 
 
-def rates_of(owner: object) -> dict[str, float]:
+def rates_of(owner: object, always: bool = False) -> dict[str, float]:
     """Returns the learning rates of an object's optimizers as logs name them, if it has several.
 
     "learning_rate" is that of the attribute `optimizer`; others are "d_optimizer_learning_rate".
+
+    Args:
+        owner: The object.
+        always: Whether that of a single optimizer is returned as well.
     """
     found = optimizers_of(owner)
     return {
         "learning_rate" if name == "optimizer" else f"{name}_learning_rate": rate_of(optimizer)
-        for name, optimizer in (found.items() if len(found) > 1 else ())
+        for name, optimizer in (found.items() if always or len(found) > 1 else ())
     }

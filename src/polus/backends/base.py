@@ -14,7 +14,6 @@ P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
 Unpack = Callable[[Any], Any]
-Variable = keras.Variable | BackendVariable
 Held = list[tuple[Any, Any]]
 
 
@@ -177,7 +176,7 @@ class Backend(Protocol):
         """Returns a sum of all values, a scalar which is finite if they all are."""
         ...
 
-    def hold(self, variables: Sequence[Variable]) -> Held:
+    def hold(self, variables: Sequence[keras.Variable | BackendVariable]) -> Held:
         """Returns variables with their present values, which no later step changes.
 
         On JAX a call of a program changes them unless it was made with `held`.

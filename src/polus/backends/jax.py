@@ -39,7 +39,6 @@ R = TypeVar("R")
 T = TypeVar("T")
 COMPILES = True  # a new shape costs a compilation
 TAKES_TEXT = False  # whether tensors may hold text
-Variable = keras.Variable | BackendVariable
 Held = list[tuple[Any, Any]]
 LONG_RUN_SECS: dict[bool, float] = {}  # each setting of `jit_compile` is worth a try in any run
 
@@ -292,16 +291,17 @@ def total(tensors: Sequence[Tensor]) -> Tensor:
     return sum((jnp.sum(t.astype(jnp.float32)) for t in found), start=jnp.zeros(()))
 
 
-def hold(variables: Sequence[Variable]) -> Held:
+def hold(variables: Sequence[keras.Variable | BackendVariable]) -> Held:
     """Returns variables with their present values, which no later step changes."""
     return [(variable, variable.value) for variable in variables]
 
 
 def settle(finite: Tensor, held: Held) -> None:
     """Gives variables the values that they had unless the step was finite."""
+    flag: Any = finite
     for variable, old in held:
         if (new := variable.value) is not old:
-            variable.assign(jnp.where(finite, new, old))
+            variable.assign(jnp.where(flag, new, old))
 
 
 def stack(batches: Sequence[T], capacity: int) -> T:

@@ -20,7 +20,6 @@ R = TypeVar("R")
 T = TypeVar("T")
 COMPILES = True  # a new shape costs a compilation
 TAKES_TEXT = True  # whether tensors may hold text
-Variable = keras.Variable | BackendVariable
 Held = list[tuple[Any, Any]]
 LONG_RUN_SECS = {True: 30.0}  # from how long a run on XLA's compilation is worth a try
 
@@ -354,7 +353,7 @@ def total(tensors: Sequence[Tensor]) -> Tensor:
     return added
 
 
-def hold(variables: Sequence[Variable]) -> Held:
+def hold(variables: Sequence[keras.Variable | BackendVariable]) -> Held:
     """Returns variables with their present values, which no later step changes."""
     return [(variable, tf.identity(variable.value)) for variable in variables]
 

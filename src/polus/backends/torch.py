@@ -28,7 +28,6 @@ T = TypeVar("T")
 COMPILES = False  # a new shape costs nothing
 TAKES_TEXT = False  # whether tensors may hold text
 # `torch.compile` takes ten seconds for a small model, a minute for a large one, and may be slower.
-Variable = keras.Variable | BackendVariable
 Held = list[tuple[Any, Any]]
 LONG_RUN_SECS = {True: 300.0}
 
@@ -342,7 +341,7 @@ def total(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack([t.sum(dtype=torch.float32) for t in found] or [torch.zeros(())]).sum()
 
 
-def hold(variables: Sequence[Variable]) -> Held:
+def hold(variables: Sequence[keras.Variable | BackendVariable]) -> Held:
     """Returns variables with copies of their present values, which no later step changes."""
     return [(variable, variable.value.detach().clone()) for variable in variables]
 

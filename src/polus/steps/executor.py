@@ -8,22 +8,24 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import keras
-import numpy as np
 
 from polus.backends import backend
 from polus.backends.placement import Placement
 from polus.core import function, get_jit_compile
 from polus.data import EpochReader
-from polus.data.batches import arrays_of, batch_size_of, map_arrays
+from polus.data.batches import batch_size_of
 from polus.metrics import IMetric, kept_has_samples
 from polus.optimizers import optimizers_of
 from polus.state import Snapshot, layers_of
 from polus.steps.autotune import Autotuner, Limits, Timing, Tuning, Way
 from polus.steps.compiled import CompiledStep
 from polus.steps.finish import array_terms, finished_step
+from polus.steps.finite import GuardedSteps
 from polus.steps.guard import Guard
+from polus.steps.norms import with_norms
 from polus.steps.pace import Pace
 from polus.steps.progress import Progress
+from polus.steps.sizes import kinds_of, num_bytes, num_state_bytes, warn_of_whole_batches
 from polus.steps.variables import (
     MetricsOwner,
     StepVariables,
@@ -86,7 +88,8 @@ class StepExecutor:
         progress: Where the run stands, for steps that read it.
         array_terms: The names of the step's results that are no scalars.
         run_eagerly: Whether steps run without being compiled, to debug them.
-        guarded: Whether a call of many steps may have to be undone.
+        guarded: The programs in which a step that is not finite changes nothing.
+        measures_norms: Whether steps return the norms of their gradients.
     """
 
     def __init__(
@@ -105,8 +108,8 @@ class StepExecutor:
         self.tuning = Tuning(_fixed_mode(), 1)
         self.progress = Progress()
         self.array_terms: set[str] = set()
-        self.run_eagerly = False
-        self.guarded = False
+        self.run_eagerly = self.measures_norms = False
+        self.guarded = GuardedSteps(self)
         self._parts: list[Any] = []
         self._plain: dict[str, Any] = {}
         self._own_plain: set[str] = set()
@@ -144,6 +147,11 @@ class StepExecutor:
         if before != run_eagerly:
             self.variables = None
         return before
+
+    def set_measures_norms(self, measures_norms: bool) -> None:
+        """Sets whether steps return the norms of their gradients."""
+        if self.measures_norms != measures_norms:
+            self.measures_norms, self.variables = measures_norms, None
 
     def _changed_attributes(self) -> list[str]:
         """Describes the attributes that changed since the step was traced."""
@@ -190,6 +198,9 @@ class StepExecutor:
             )
             if not any(is_built(layer) for layer in unbuilt) and all(w for _, w in seen.updates):
                 break
+        if self.measures_norms:
+            found = optimizers_of(self.owner)
+            self.step = with_norms(self.step, {id(o): name for name, o in found.items()})
         for optimizer, weights in seen.updates:
             if weights and not optimizer.built:
                 optimizer.build(unique(weights))
@@ -299,14 +310,15 @@ class StepExecutor:
             return self._compiled(self.step, self.variables, None)
         mode = get_jit_compile()
         modes = self._placement.compilers(mode, backend.candidates())
-        held = self.guarded and _num_state_bytes(self.variables) <= MAX_HELD_BYTES
-        key = mode, steps_per_execution, max_steps > 1, _kinds(data.example)
+        held = self.guarded.limit is not None
+        held = held and num_state_bytes(self.variables) <= MAX_HELD_BYTES
+        key = mode, steps_per_execution, max_steps > 1, kinds_of(data.example)
         kept = key if not held else (*key, "held")
         tuned = self._steps.get(kept)
         if tuned is None:
             step = self._compiled(self.step, self.variables, _fixed_mode(), held)
             tuned = self._steps[kept] = TunedStep(step)
-            _warn_of_whole_batches(self._placement, batch_size_of(data.example))
+            warn_of_whole_batches(self._placement, batch_size_of(data.example))
             saved = self._saved_tunings.get(str(kept))
             if saved is not None and saved[0] in modes:  # else of another number of devices
                 tuned.tuner.tuning = Tuning(*saved)
@@ -335,7 +347,7 @@ class StepExecutor:
 
     def max_batches(self, example: Any) -> int:
         """Returns how many batches one call may take."""
-        most = max(1, MAX_BYTES // max(1, _num_bytes(example)))
+        most = max(1, MAX_BYTES // max(1, num_bytes(example)))
         return most if self._placement.count == 1 else min(most, STEPS_OF_PROCESSES)
 
     @contextlib.contextmanager
@@ -414,29 +426,3 @@ def _plain_parts(owner: StepOwner) -> dict[str, Any]:
 
 def _same_objects(parts: Sequence[Any], others: Sequence[Any]) -> bool:
     return len(parts) == len(others) and all(a is b for a, b in zip(parts, others, strict=True))
-
-
-def _kinds(example: Any) -> str:
-    """Describes a batch without its sizes: bucketed batches begin each epoch with another one."""
-    return str(map_arrays(lambda a: (str(a.dtype), len(a.shape)), example))
-
-
-def _warn_of_whole_batches(placement: Placement, size: int) -> None:
-    if not placement.divides(size):
-        logger.warning(
-            "A batch of %d examples does not divide by the %d devices that share it, so each of "
-            "them computes all of it: right, but no faster than one. Choose a multiple of %d.",
-            size,
-            placement.replicas,
-            placement.replicas,
-        )
-
-
-def _num_bytes(batch: Any) -> int:
-    """Returns the bytes that one more step adds to a call."""
-    return sum(int(np.prod(leaf.shape)) * 8 for leaf in arrays_of(batch))
-
-
-def _num_state_bytes(variables: StepVariables) -> int:
-    """Returns the bytes of the variables that a step assigns, of which each may take 8."""
-    return sum(int(np.prod(v.shape)) * 8 for v in variables.assigned)

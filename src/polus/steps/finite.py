@@ -7,7 +7,8 @@ a program that looks at each step. Single steps, and models whose variables woul
 to keep, run in that program from the start.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -23,6 +24,7 @@ from polus.steps.guard import Guard
 from polus.steps.variables import StepVariables
 
 Flags = np.ndarray[Any, Any]
+MAX_READ = 2**18  # numbers that the host reads after a call
 
 
 class Prepared(Protocol):
@@ -30,51 +32,54 @@ class Prepared(Protocol):
 
     step: Callable[..., Any]
     variables: StepVariables | None
-    guarded: bool
 
     def guard(self, limit: int, gates: bool) -> Guard: ...
     def compiled(self, step: Callable[..., Any], jit_compile: bool | None) -> CompiledStep: ...
 
 
 class GuardedSteps:
-    """The guarded programs of a run.
+    """The guarded programs of a trainer's step, kept from run to run.
 
     Args:
         executor: Prepares and compiles the step.
-        limit: After how many consecutive steps that were not finite training stands still; None to
-            look at nothing.
 
     Attributes:
+        limit: After how many consecutive steps that were not finite training stands still; None to
+            look at nothing.
         bad: How many consecutive steps were not finite.
         finite: Whether each step of the newest block was finite; None if all were.
     """
 
-    def __init__(self, executor: Prepared, limit: int | None) -> None:
+    def __init__(self, executor: Prepared) -> None:
         self.executor = executor
-        self.limit = limit
-        executor.guarded = limit is not None
+        self.limit: int | None = None
         self.bad = keras.Variable(0, dtype="int32", trainable=False, name="non_finite_steps")
         self.finite: Flags | None = None
         self.step: CompiledStep
         self._variables: StepVariables | None = None
         self._steps: dict[Any, CompiledStep] = {}
+        self._whole: Guard
+        self._seen: Callable[[], Any]
         self._held: Any = None
         self._trusting = True
+
+    def begin(self, limit: int | None) -> "GuardedSteps":
+        """Begins a run, and returns itself."""
+        self.limit = limit
+        self.finite = None
+        self._trusting = True
+        self.bad.assign(0)
+        return self
 
     def use(self, step: CompiledStep) -> CompiledStep:
         """Uses a compiled step from now on, and returns it."""
         self.step = step
-        if self._variables is not self.executor.variables:
+        if self.limit is not None and self._variables is not self.executor.variables:
             self._variables = self.executor.variables
             self._steps.clear()
-            self._seen = None if self.limit is None else self._looking()
+            self._whole = self.executor.guard(self.limit, gates=False)
+            self._seen = _finite_values(self._whole.checked)
         return step
-
-    def _looking(self) -> Callable[[], Any]:
-        assert self.limit is not None
-        self._whole = self.executor.guard(self.limit, gates=False)
-        checked = self._whole.checked
-        return backend.function(lambda: ops.isfinite(backend.total([v.value for v in checked])))
 
     def program(self, block: StepBlock) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         """Returns the program for a block, and its arguments."""
@@ -105,11 +110,10 @@ class GuardedSteps:
         return outputs["result"]
 
     def _all_finite(self, block: StepBlock, outputs: object) -> bool:
-        assert self._seen is not None
         seen = self._seen()  # on its way while the losses are read
         losses = self._whole.monitored(outputs)
         read = [np.isfinite(to_host(rows).reshape(-1)[: block.count]).all() for rows in losses]
-        return bool(to_host(seen)) and all(read)
+        return all(read) and bool(to_host(seen))
 
     def details(self, block: StepBlock, i: int) -> dict[str, dict[str, bool]]:
         """Runs step `i` of the newest block again, which changes nothing, and looks at its values.
@@ -133,9 +137,17 @@ class GuardedSteps:
 
     def _guarded(self, gates: bool, detail: bool = False) -> CompiledStep:
         assert self.limit is not None
-        key = gates, detail, self.step.jit_compile
+        key = gates, detail, self.step.jit_compile, self.step.eager, self.limit
         if key not in self._steps:
             guard = self.executor.guard(self.limit, gates)
             step = guard.wrap(self.executor.step, self.bad, detail)
             self._steps[key] = self.executor.compiled(step, self.step.jit_compile)
         return self._steps[key]
+
+
+def _finite_values(variables: Sequence[Any]) -> Callable[[], Any]:
+    """Returns a function that says whether all values of some variables are finite."""
+    if sum(math.prod(variable.shape) for variable in variables) <= MAX_READ:
+        # Read by the host: compiling a program for it would take longer than a short run.
+        return lambda: all(np.isfinite(np.sum(backend.view(v), dtype=float)) for v in variables)
+    return backend.function(lambda: ops.isfinite(backend.total([v.value for v in variables])))

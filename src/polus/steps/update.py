@@ -8,6 +8,7 @@ from keras import ops
 
 from polus.backends import backend
 from polus.steps.guard import active_watch
+from polus.steps.norms import active_norms
 
 Gradients = list[Any]
 PostProcess = Callable[[Gradients], Gradients]
@@ -34,7 +35,7 @@ def apply_gradients(
     Raises:
         ValueError: If `post_process_grads` returns another number of gradients.
     """
-    gradients = list(gradients)
+    gradients = taken = list(gradients)
     if post_process_grads is not None:
         if scaled:
             gradients = _times(gradients, 1 / optimizer.scale_loss(ops.ones(())))
@@ -43,6 +44,8 @@ def apply_gradients(
         gradients = _times(gradients, optimizer.scale_loss(ops.ones(())))
     if not optimizer.built:
         optimizer.build(variables)
+    if (norms := active_norms()) is not None:
+        norms.see(optimizer, taken, gradients, scaled, post_process_grads is not None)
     watch = active_watch()
     finite = None if watch is None else watch.see(optimizer, gradients, variables, loss)
     try:

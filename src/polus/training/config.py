@@ -47,6 +47,8 @@ class TrainArguments(TypedDict, total=False):
     resume_changes: Literal["refuse", "accept"]
     on_nonfinite: Policy
     max_skips: int
+    record: bool
+    run_dir: str | PathLike[str]
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,8 @@ class TrainConfig:
     resume_changes: Literal["refuse", "accept"] = "refuse"
     on_nonfinite: Policy | None = None
     max_skips: int = MAX_SKIPS
+    record: bool = False
+    run_dir: Path | None = None
 
     @classmethod
     def checked(cls, arguments: dict[str, Any]) -> Self:
@@ -99,6 +103,10 @@ class TrainConfig:
         if changes not in ("refuse", "accept"):
             raise ValueError(f'resume_changes must be "refuse" or "accept", got {changes!r}.')
         _check_policy(given.get("on_nonfinite", "raise"))
+        if given.get("run_dir") is not None:
+            from polus.runs.directory import with_run_dir
+
+            given = with_run_dir({**given, "callbacks": checked_list(given.get("callbacks", ()))})
         if given.get("resume") is not None:
             given["resume"] = check_directory(given["resume"], "resume")
         if given.get("max_secs") is not None:
@@ -133,8 +141,9 @@ def _reading(adapter: DataAdapter, given: dict[str, Any]) -> dict[str, Any]:
             f"Live data are made between two steps, so steps_per_execution can't be {at_once}. "
             "Leave it out."
         )
-    if given.get("run_eagerly") not in (None, True, False):
-        raise ValueError(f"run_eagerly must be True or False, got {given['run_eagerly']!r}.")
+    for name in ("run_eagerly", "record"):
+        if given.get(name) not in (None, True, False):
+            raise ValueError(f"{name} must be True or False, got {given[name]!r}.")
     prefetch = 0 if adapter.live or isinstance(adapter, NoDataAdapter) else int(prefetch)
     if adapter.live or given.get("run_eagerly") or (given.get("prefetch") == 0 and at_once is None):
         at_once = 1

@@ -70,7 +70,7 @@ class Engine:
                 from polus.checkpoint import has_checkpoint, resume_run
 
                 run.resuming = has_checkpoint(config.resume)
-            explained = explain_argument_errors(run.seen_batches)
+            explained = explain_argument_errors(functools.partial(_seen_batches, run))
             with self._in_progress(run), run.running(), explained:
                 if config.resume is not None:
                     resume_run(run, config.resume)
@@ -81,15 +81,26 @@ class Engine:
         before, self.run = self.run, run
         first = run.reader.first_epoch
         eager = self.executor.set_run_eagerly(run.config.run_eagerly)
+        self.executor.set_measures_norms(run.config.record)
         try:
             yield
         finally:
             self.run = before
             self.executor.set_run_eagerly(eager)
+            self.executor.set_measures_norms(before is not None and before.config.record)
             # A run that was resumed has also trained the data's epochs before its checkpoint.
             self.epochs += run.reader.first_epoch - first + run.epoch
         if not run.open_ended:
             self.steps += run.epochs * (run.steps or 0)
+
+
+def _seen_batches(run: Run) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """Yields batches that may explain an error, with the words for where they are."""
+    if run.executor.example is None:
+        return
+    yield "The first batch", run.executor.example
+    if run.block is not None and run.step:
+        yield f"Batch {run.step + 1} of epoch {run.epoch + 1}", run.block.batch(0)
 
 
 class CompiledMethod:

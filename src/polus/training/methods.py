@@ -4,14 +4,14 @@ import contextlib
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import keras
 
 from polus.callbacks.base import ICallback, KerasCallbackLike
 from polus.log import BaseLogger
 from polus.optimizers import optimizers_of
-from polus.training.config import one_transform
+from polus.training.config import TrainArguments, check_names, one_transform
 from polus.training.engine import Engine
 from polus.training.prediction import predict
 from polus.training.session import Session, open_session
@@ -32,6 +32,17 @@ class TrainerMethods(BaseLogger):
     def predicted(self, outputs: object) -> Any:
         """Returns a prediction from the model's outputs."""
         return outputs
+
+    def changing_train_config(self, **arguments: Unpack[TrainArguments]) -> None:
+        """Keeps arguments of `train` for later calls that leave them out.
+
+        So a function can return a trainer that is ready to run: `init_trainer().train()`.
+
+        Raises:
+            TypeError: For a name that `train` doesn't take.
+        """
+        check_names(dict(arguments))
+        self._engine.arguments |= one_transform(dict(arguments))
 
     def session(
         self,

@@ -138,15 +138,18 @@ def warn_of_non_finite(logger: logging.Logger, columns: Mapping[str, Any], epoch
             )
 
 
-def warn_of_missing_steps(logger: logging.Logger, count: int, wanted: int, epoch: int) -> None:
-    """Warns that an epoch had `count` steps, where `wanted` were asked for."""
-    logger.warning(
-        "The dataset ended after %d of the %d steps of epoch %d. Give it more batches, repeat it, "
-        "or lower steps.",
-        count,
-        wanted,
-        epoch + 1,
-    )
+def warn_of_missing_steps(
+    logger: logging.Logger, count: int, wanted: int | None, epoch: int
+) -> None:
+    """Warns if an epoch had fewer steps, `count`, than were asked for."""
+    if wanted is not None and count < wanted:
+        logger.warning(
+            "The dataset ended after %d of the %d steps of epoch %d. Give it more batches, repeat "
+            "it, or lower steps.",
+            count,
+            wanted,
+            epoch + 1,
+        )
 
 
 def warn_of_unsaved(logger: logging.Logger, name: str) -> None:
@@ -158,26 +161,26 @@ def warn_of_unsaved(logger: logging.Logger, name: str) -> None:
     )
 
 
-def say_resumed(
-    logger: logging.Logger, progress: Mapping[str, Any], reason: str, epochs: int
-) -> None:
-    """Logs that a run that was stopped early continues, since it is asked for more epochs."""
-    logger.info(
-        "The saved run was stopped early in epoch %d (%s) and %d epochs are asked for instead of "
-        "%d: training continues.",
-        progress["epoch"],
-        reason or "early_stop",
-        epochs,
-        progress["epochs"],
-    )
+def stays_ended(logger: logging.Logger, progress: Mapping[str, Any], epochs: int) -> bool:
+    """Returns whether a run that was stopped early has nothing left to train, and logs it.
 
-
-def warn_of_end(logger: logging.Logger, progress: Mapping[str, Any], reason: str) -> None:
-    """Warns that a run that was stopped early has nothing left to train."""
+    It continues if more epochs are asked for than before.
+    """
+    if epochs > progress["epochs"]:
+        logger.info(
+            "The saved run was stopped early in epoch %d (%s) and %d epochs are asked for instead "
+            "of %d: training continues.",
+            progress["epoch"],
+            progress["stop_reason"] or "early_stop",
+            epochs,
+            progress["epochs"],
+        )
+        return False
     logger.warning(
         "The saved run was stopped early in epoch %d (%s), so nothing is left to train. To train "
         "on, ask for more than its %d epochs.",
         progress["epoch"],
-        reason or "early_stop",
+        progress["stop_reason"] or "early_stop",
         progress["epochs"],
     )
+    return True

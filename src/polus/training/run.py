@@ -24,16 +24,15 @@ from polus.signals import Signals
 from polus.state import random_state, set_random_state
 from polus.steps.compiled import CompiledStep, as_terms
 from polus.steps.executor import StepExecutor
-from polus.steps.finite import Flags, GuardedSteps
+from polus.steps.finite import Flags
 from polus.training.config import TrainConfig
+from polus.training.epoch_logs import EpochRecord, weighted_means
 from polus.training.nonfinite import STOPPED, NonFiniteSteps, non_finite_error, sizes_of
 from polus.training.parts import TrainerParts
 from polus.training.processes import check_same_batch, check_same_programs
 from polus.training.reports import (
-    say_resumed,
-    warn_of_end,
+    stays_ended,
     warn_of_missing_steps,
-    warn_of_non_finite,
     warn_of_unsaved,
 )
 from polus.training.run_state import Settings, check_state, data_state, use_own_generators
@@ -74,6 +73,7 @@ class Run(BaseLogger):
         reader: The training data.
         callbacks: The coordinator of the callbacks.
         history: What was recorded so far; what `train` returns.
+        epoch_record: Measures how epochs go.
         settings: What the run is made of, to compare with a checkpoint.
         placement: The devices that it runs on.
         signals: The signals that wait for the end of a step.
@@ -98,6 +98,8 @@ class Run(BaseLogger):
         closing: What callbacks want closed after the last of them has ended.
     """
 
+    compiled: CompiledStep
+
     def __init__(
         self,
         trainer: TrainerParts,
@@ -113,13 +115,13 @@ class Run(BaseLogger):
         self.config = config
         self.reader = config.reader(trainer, first_epoch)
         self.history = History()
+        self.epoch_record = EpochRecord()
         self.placement = self.reader.placement
         self.signals = Signals()
         self.epochs = config.epochs
         self.steps = self.reader.num_batches
         self.steps_before = total_steps
         self.epoch = self.step = 0
-        self.compiled: CompiledStep
         self.block: StepBlock | None = None
         self.batch_sizes = array("i")  # a list would take ten times as much for each step
         self.step_logs: dict[str, DeviceValues] = {}
@@ -135,7 +137,7 @@ class Run(BaseLogger):
         self.settings = Settings(trainer, config.transform)
         self.callbacks = CallbackCoordinator(config.callbacks, self)
         self.non_finite = NonFiniteSteps(config.on_nonfinite, config.max_skips, self.callbacks)
-        self.guarded = GuardedSteps(executor, self.non_finite.limit)
+        self.guarded = executor.guarded.begin(self.non_finite.limit)
 
     # ------------------------------------------------------------------ from beginning to end
 
@@ -200,6 +202,7 @@ class Run(BaseLogger):
         if self.status in (RunStatus.CREATED, RunStatus.RESTORED):
             begin_schedules(self.trainer, known, self.status is RunStatus.RESTORED)
         data = self.reader.epoch(self.epoch, start=self.step)
+        self.epoch_record.begin(self.step, self.reader.waited_secs, self.non_finite.skipped)
         if not resumed:
             self.batch_sizes, self.logs = array("i"), {}
             self.callbacks.shared_dict["epoch_logs"] = self.logs
@@ -285,12 +288,14 @@ class Run(BaseLogger):
 
     def close_epoch(self) -> None:
         """Ends an epoch: its logs, the callbacks, and the next one begins."""
-        self._warn_of_missing_steps()
+        if not self.stopping:
+            warn_of_missing_steps(self.logger, self.step, self.reader.steps, self.epoch)
         if not self.open_ended:
             self.steps = self.steps or self.step
         metrics = {metric.name: metric.evaluate() for metric in self.metrics}
-        measured = rates_of(self.trainer) | self.history.validation_logs(self.epoch)
-        self.logs.update(self._weighted_means() | metrics | measured)
+        means = weighted_means(self.history, self.epoch, self.batch_sizes, self.logger)
+        rates = rates_of(self.trainer) | self._record_epoch()
+        self.logs.update(means | metrics | rates | self.history.validation_logs(self.epoch))
         self._move(RunStatus.EPOCH_END)
         self.callbacks.on_epoch_end()
         measured = self.history.validation_logs(self.epoch)
@@ -300,6 +305,13 @@ class Run(BaseLogger):
         self._agree()
         self.callbacks.on_boundary()
 
+    def _record_epoch(self) -> dict[str, float]:
+        """Records how the epoch went. Returns what of it is wanted in the logs."""
+        waited, skipped = self.reader.waited_secs, self.non_finite.skipped
+        record = self.epoch_record.end(self.trainer, self.batch_sizes, waited, skipped)
+        self.history.add_record(self.epoch, record)
+        return record if self.config.record else {}
+
     def validated(self, name: str, results: dict[str, Any]) -> None:
         """Records the results of a validation on the set `name`, after the last step that ran."""
         self.history.add_validation(self.epoch, self.step - 1, name, results)
@@ -307,14 +319,6 @@ class Run(BaseLogger):
         values = self.callbacks.shared_dict["validation"].setdefault(name, {})
         for metric, value in results.items():
             values.setdefault(metric, []).append(value)
-
-    def seen_batches(self) -> Iterator[tuple[str, tuple[Any, ...]]]:
-        """Yields batches that may explain an error, with the words for where they are."""
-        if self.executor.example is None:
-            return
-        yield "The first batch", self.executor.example
-        if self.block is not None and self.step:
-            yield f"Batch {self.step + 1} of epoch {self.epoch + 1}", self.block.batch(0)
 
     def handle_signals(self) -> None:
         """Handles a pending signal. Called between steps and while waiting for data."""
@@ -345,18 +349,6 @@ class Run(BaseLogger):
         if status not in TRANSITIONS[self.status]:
             raise RuntimeError(f"A run can't go from {self.status.name} to {status.name}.")
         self.status = status
-
-    def _warn_of_missing_steps(self) -> None:
-        wanted = self.reader.steps
-        if wanted is not None and self.step < wanted and not self.stopping:
-            warn_of_missing_steps(self.logger, self.step, wanted, self.epoch)
-
-    def _weighted_means(self) -> dict[str, float]:
-        """Returns the means of loss and terms over the epoch, weighted by the batches' sizes."""
-        columns = self.history.steps_of(self.epoch)
-        monitored = {"loss": columns["loss"]} if "loss" in columns else columns
-        warn_of_non_finite(self.logger, monitored, self.epoch)
-        return self.history.epoch_means(self.epoch, self.batch_sizes)
 
     # ------------------------------------------------------------------ for checkpoints
 
@@ -450,19 +442,12 @@ class Run(BaseLogger):
         self.callbacks.on_epoch_begin()
 
     def _restore_early_stop(self, progress: dict[str, Any]) -> None:
-        self.trainer.early_stop = self._agreed_to_stop = progress["early_stop"]
-        self.stop_reason = progress["stop_reason"]
-        if not self.stopping:
-            return
-        goes_on = self.stop_reason.startswith(STOPPED) and self.non_finite.policy != "stop"
-        if self.stop_reason == TIME_IS_UP or goes_on:
-            self.trainer.early_stop, self.stop_reason = False, ""
-        elif self.epochs > progress["epochs"]:
-            say_resumed(self.logger, progress, self.stop_reason, self.epochs)
-            self.trainer.early_stop = self._agreed_to_stop = False
-            self.stop_reason = ""
-        else:
-            warn_of_end(self.logger, progress, self.stop_reason)
+        reason, ended = progress["stop_reason"], progress["early_stop"]
+        skipping = reason.startswith(STOPPED) and self.non_finite.policy != "stop"
+        goes_on = skipping or reason == TIME_IS_UP
+        ended = ended and not goes_on and stays_ended(self.logger, progress, self.epochs)
+        self.trainer.early_stop = self._agreed_to_stop = ended
+        self.stop_reason = reason if ended else ""
 
     def _stop_if_asked(self) -> None:
         """Ends the run on a signal before it continues: a save would be of half a run."""

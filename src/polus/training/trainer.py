@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
-from typing import Any, Literal, Never, Self, TypeVar, Unpack
+from typing import Any, Literal, Never, Self, TypeVar
 
 import keras
 
@@ -19,7 +19,7 @@ from polus.steps.progress import ProgressVariable
 from polus.steps.update import apply_gradients
 from polus.steps.variables import StepVariables, unique
 from polus.training import checks
-from polus.training.config import TrainArguments, TrainConfig, check_names, one_transform
+from polus.training.config import TrainConfig, check_names, one_transform
 from polus.training.copies import deep_copy, shallow_copy
 from polus.training.engine import CompiledMethod, Engine
 from polus.training.evaluation import evaluate
@@ -340,6 +340,8 @@ class BaseTrainer(TrainerMethods):
         resume_changes: Literal["refuse", "accept"] | None = None,
         on_nonfinite: Policy | None = None,
         max_skips: int | None = None,
+        record: bool | None = None,
+        run_dir: str | PathLike[str] | None = None,
         **unknown: Never,
     ) -> History:
         """Trains for some epochs.
@@ -375,6 +377,11 @@ class BaseTrainer(TrainerMethods):
                 "stop" ends training in order, "skip" goes on with the next batch. By default
                 "raise"; beside Keras' `TerminateOnNaN`, which acts as in `fit`, "ignore".
             max_skips: How many steps may be skipped in a row, 10 by default; the last one raises.
+            record: Whether `history.record` (rates, speed, waiting time, skipped steps) stands in
+                the logs too, and so on the console and in Keras callbacks, and each step has terms
+                `gradient_norm` and, if gradients are clipped, `clipped_gradient_norm`.
+            run_dir: The folder of this run: its checkpoints, from which it continues if it has any,
+                its record, parts, messages and best model. See `polus.runs.RunDirectory`.
             unknown: Raises, and says what to write instead of an argument of `fit`.
 
         Returns:
@@ -402,17 +409,6 @@ class BaseTrainer(TrainerMethods):
                 run.handle_signals()
             run.executor.finalize()
             return run.history
-
-    def changing_train_config(self, **arguments: Unpack[TrainArguments]) -> None:
-        """Keeps arguments of `train` for later calls that leave them out.
-
-        So a function can return a trainer that is ready to run: `init_trainer().train()`.
-
-        Raises:
-            TypeError: For a name that `train` doesn't take.
-        """
-        check_names(dict(arguments))
-        self._engine.arguments |= one_transform(dict(arguments))
 
     def evaluate(
         self,

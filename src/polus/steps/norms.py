@@ -1,0 +1,127 @@
+"""Gradient norms of a step, returned among its terms."""
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self
+
+import keras
+from keras import ops
+
+from polus.backends import backend
+from polus.backends.scopes import active_dry_run
+from polus.steps.compiled import as_terms
+from polus.types import Tensor
+
+NORM, CLIPPED = "gradient_norm", "clipped_gradient_norm"
+CLIPS = ("clipnorm", "global_clipnorm", "clipvalue")
+
+
+class _Local(threading.local):
+    """The norms of the step that this thread runs or traces."""
+
+    norms: "GradientNorms | None" = None
+
+
+_local = _Local()
+
+
+class GradientNorms:
+    """Collects the global norms of the gradients that optimizers get, while a step runs.
+
+    Args:
+        names: The name of each optimizer by its identity: "optimizer" has no prefix in the terms.
+
+    Attributes:
+        terms: The norms by name.
+    """
+
+    def __init__(self, names: Mapping[int, str]) -> None:
+        self.names = names
+        self.terms: dict[str, Tensor] = {}
+        self.trace = backend.trace_id()
+
+    def __enter__(self) -> Self:
+        self._outer, _local.norms = _local.norms, self
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        _local.norms = self._outer
+
+    def see(
+        self,
+        optimizer: keras.optimizers.Optimizer,
+        taken: Sequence[Tensor | None],
+        given: Sequence[Tensor | None],
+        scaled: bool,
+        processed: bool,
+    ) -> None:
+        """Adds an update.
+
+        Args:
+            optimizer: The optimizer.
+            taken: The gradients as they were taken.
+            given: Those that the optimizer gets, times the scale of its loss.
+            scaled: Whether those that were taken are scaled as well.
+            processed: Whether a function has changed them meanwhile.
+        """
+        name = self.names.get(id(optimizer), "optimizer")
+        prefix = "" if name == "optimizer" else f"{name}_"
+        scale = optimizer.scale_loss(ops.ones(()))
+        self.terms[prefix + NORM] = _norm(taken) / (scale if scaled else 1.0)
+        inner = getattr(optimizer, "inner_optimizer", optimizer)
+        clips = [getattr(inner, name, None) for name in CLIPS]
+        if processed or clips != [None] * len(clips):
+            unscaled = [None if g is None else ops.convert_to_tensor(g) / scale for g in given]
+            self.terms[prefix + CLIPPED] = _clipped_norm(unscaled, *clips)
+
+
+def with_norms(step: Callable[..., Any], names: Mapping[int, str]) -> Callable[..., Any]:
+    """Returns a step that also returns the norms of its gradients, each under a name of its own.
+
+    A term that the step itself returns under such a name stays.
+
+    Args:
+        step: The step.
+        names: The name of each optimizer by its identity.
+    """
+
+    def measured(*inputs: Any, **named: Any) -> Any:
+        with GradientNorms(names) as norms:
+            result = step(*inputs, **named)
+        return {**norms.terms, **as_terms(result)} if norms.terms else result
+
+    return measured
+
+
+def active_norms() -> GradientNorms | None:
+    """Returns what collects the norms of the step that runs; None if nothing does."""
+    norms = _local.norms
+    if norms is None or active_dry_run() is not None or norms.trace != backend.trace_id():
+        return None
+    return norms
+
+
+def _squares(gradients: Sequence[Tensor | None]) -> list[Any]:
+    """Returns the sum of the squares of each gradient, in float32."""
+    dense = [ops.cast(ops.convert_to_tensor(g), "float32") for g in gradients if g is not None]
+    return [ops.sum(ops.square(g)) for g in dense]
+
+
+def _norm(gradients: Sequence[Tensor | None]) -> Any:
+    return ops.sqrt(sum(_squares(gradients), start=ops.zeros(())))
+
+
+def _clipped_norm(
+    gradients: Sequence[Tensor | None],
+    clipnorm: float | None,
+    global_clipnorm: float | None,
+    clipvalue: float | None,
+) -> Any:
+    """Returns the norm of gradients as Keras' optimizers clip them: by one of three arguments."""
+    if clipvalue is not None:
+        return _norm([g if g is None else ops.clip(g, -clipvalue, clipvalue) for g in gradients])
+    squares = _squares(gradients)
+    if clipnorm is not None:
+        squares = [ops.minimum(square, clipnorm**2) for square in squares]
+    norm = ops.sqrt(sum(squares, start=ops.zeros(())))
+    return norm if global_clipnorm is None else ops.minimum(norm, global_clipnorm)
