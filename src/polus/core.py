@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, ParamSpec, TypeVar, overload
 
@@ -14,7 +15,8 @@ from polus.types import Tensor
 P = ParamSpec("P")
 R = TypeVar("R")
 JitMode = bool | Literal["auto"]
-_jit: dict[str, JitMode] = {"mode": "auto"}
+_jit: dict[str, JitMode] = {"mode": "auto", "timed": True}
+logger = logging.getLogger("polus.core")
 
 
 def set_jit_compile(mode: JitMode) -> None:
@@ -36,6 +38,35 @@ def set_jit_compile(mode: JitMode) -> None:
 def get_jit_compile() -> JitMode:
     """Returns the setting of `set_jit_compile`."""
     return _jit["mode"]
+
+
+def set_deterministic(seed: int) -> None:
+    """Seeds all generators, and lets the backend compute the same bits in each run.
+
+    Call it before anything is built or computed. The same program then gives the same losses and
+    weights on the same machine, with the same versions and number of threads; on another backend,
+    processor or GPU it need not. What can't be promised here is logged as a warning. Deterministic
+    operations may be slower, and on TensorFlow and PyTorch an operation that has no such form
+    raises when it runs. Polus no longer times ways to run a step, since the clock would choose
+    among programs that round differently: it takes the one that is usually best.
+
+    Args:
+        seed: Seeds Python, NumPy, Keras and the backend: an integer from 0 to 2**32 - 1.
+
+    Raises:
+        ValueError: For any other seed.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise ValueError(f"seed must be an integer from 0 to 2**32 - 1, got {seed!r}.")
+    keras.utils.set_random_seed(seed)
+    _jit["timed"] = False
+    for doubt in backend.set_deterministic():
+        logger.warning("set_deterministic: %s", doubt)
+
+
+def times_ways() -> bool:
+    """Returns whether Polus times ways to run a step: until `set_deterministic` is called."""
+    return _jit["timed"] is True
 
 
 @overload

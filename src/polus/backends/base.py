@@ -242,6 +242,10 @@ class Backend(Protocol):
         """Returns what the bits of a result depend on: devices, threads of one operation."""
         ...
 
+    def set_deterministic(self) -> list[str]:
+        """Makes operations compute the same bits in each run. Returns what can't be promised."""
+        ...
+
     def placement(self) -> Placement:
         """Returns where steps run now.
 

@@ -1,6 +1,7 @@
 """The JAX backend: gradients, updates and arrays; `jax_programs` compiles."""
 
 import functools
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ParamSpec, TypeVar
 
@@ -371,6 +372,14 @@ def ways(convolutions: bool) -> tuple[tuple[bool, bool], ...]:
 def describe() -> dict[str, Any]:
     """What the bits of a result depend on: devices. JAX doesn't say how many threads it has."""
     return {"devices": [device.device_kind for device in jax.devices()]}
+
+
+def set_deterministic() -> list[str]:
+    """Makes operations compute the same bits in each run. Returns what can't be promised."""
+    flag = "--xla_gpu_deterministic_ops=true"
+    if jax.default_backend() == "gpu" and flag not in os.environ.get("XLA_FLAGS", ""):
+        return [f"On a GPU, start the program with XLA_FLAGS={flag}, or sums may differ."]
+    return []
 
 
 def placement() -> Placement:

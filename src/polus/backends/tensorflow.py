@@ -12,6 +12,7 @@ from polus.backends.base import TensorFlowDataset, Unpack, as_arguments
 from polus.backends.placement import Placement
 from polus.backends.scopes import BackendVariable, DryRun, current_scope
 from polus.backends.tensorflow_blocks import GraphBlocks, padded
+from polus.backends.tensorflow_loops import first_batch, loop_of, only_step, row_at, row_specs
 from polus.types import Tensor
 
 Tree = Any
@@ -162,13 +163,13 @@ def program(
         program = programs.get(key)
         if program is None:
             stacked = many or unpack is not None
-            batch = _first_batch(unpack, arguments[-1]) if stacked else arguments
+            batch = first_batch(unpack, arguments[-1]) if stacked else arguments
             graph = tf.function(step, autograph=False)
             outputs = graph.get_concrete_function(*batch).structured_outputs
             if many:
-                whole = _loop(graph, outputs, unpack, True)
+                whole = loop_of(graph, outputs, unpack, True)
             else:
-                whole = _only(graph, unpack) if stacked else lambda *batch: graph(*batch)
+                whole = only_step(graph, unpack) if stacked else lambda *batch: graph(*batch)
             program = tf.function(
                 whole, jit_compile=bool(jit_compile), autograph=False
             ).get_concrete_function(*arguments)
@@ -184,82 +185,10 @@ def eager_program(step: Callable[..., object], unpack: Unpack | None = None) -> 
     def run(*arguments: Any) -> Tree:
         arguments = keras.tree.map_structure(_tensor, arguments)
         if unpack is not None:
-            arguments = as_arguments(_row(unpack(*arguments), 0))
+            arguments = as_arguments(row_at(unpack(*arguments), 0))
         return _read_out(step(*arguments))
 
     return run
-
-
-def _batches(unpack: Callable[[Any], Any] | None, payload: Any) -> tuple[Any, ...]:
-    """Returns the step's arguments, with an axis for the batches."""
-    return as_arguments(payload if unpack is None else unpack(payload))
-
-
-def _first_batch(unpack: Callable[[Any], Any] | None, payload: Any) -> tuple[Any, ...]:
-    """Returns the shapes and dtypes of the step's arguments."""
-    batches = tf.function(_batches, autograph=False).get_concrete_function(unpack, payload)
-    return tuple(_row_specs(batches.structured_outputs))
-
-
-def _row_specs(rows: Tree) -> Tree:
-    return _map_arrays(lambda rows: tf.TensorSpec(rows.shape[1:], rows.dtype), rows)
-
-
-def _only(step: Any, unpack: Callable[[Any], Any] | None) -> Callable[..., Tree]:
-    """Returns a function that runs `step` on the only batch of a payload."""
-    return lambda payload: step(*_row(_batches(unpack, payload), 0))
-
-
-def _row(batches: Tree, i: Any) -> Tree:
-    return _map_arrays(lambda rows: rows[i], batches)
-
-
-def _map_arrays(fn: Callable[[Any], Any], batch: Tree) -> Tree:
-    """Maps the arrays of a batch. Parts that are None stay None."""
-    return keras.tree.map_structure(fn, batch, none_is_leaf=False)
-
-
-def _loop(
-    step: Any, outputs: Tree, unpack: Callable[[Any], Any] | None, scalars_only: bool = False
-) -> Callable[..., Tree]:
-    """Returns a function that runs `step`, which returns `outputs`, on each batch of a payload.
-
-    The number of steps is an argument of a `while` loop, so that one compiled program serves every
-    count up to the capacity. Outputs are stacked to (capacity, ...); rows past `count` are zero.
-    With `scalars_only`, the last one is returned of any other output, such as samples to draw.
-    """
-
-    def loop(count: Any, capacity: int, payload: Any) -> Tree:
-        batches = _batches(unpack, payload)
-        last = [bool(scalars_only and output.shape.rank) for output in tf.nest.flatten(outputs)]
-        stacks = [
-            tf.TensorArray(
-                o.dtype, 1 if only else capacity, element_shape=o.shape, clear_after_read=False
-            )
-            for o, only in zip(tf.nest.flatten(outputs), last, strict=True)
-        ]
-
-        def body(i: Any, stacks: list[Any]) -> tuple[Any, list[Any]]:
-            values = tf.nest.flatten(step(*_row(batches, i)))
-            written = [
-                stack.write(0 if only else i, value)
-                for stack, value, only in zip(stacks, values, last, strict=True)
-            ]
-            return i + 1, written
-
-        _, stacks = tf.while_loop(
-            lambda i, _: i < count,
-            body,
-            (tf.constant(0), stacks),
-            parallel_iterations=1,  # a step reads what the last one assigned
-        )
-        stacked = [
-            stack.read(0) if only else stack.stack()
-            for stack, only in zip(stacks, last, strict=True)
-        ]
-        return tf.nest.pack_sequence_as(outputs, stacked)
-
-    return loop
 
 
 def repeat(fn: Callable[[Any], R], count: int, rows: object) -> R:
@@ -268,8 +197,9 @@ def repeat(fn: Callable[[Any], R], count: int, rows: object) -> R:
     def one(*arguments: Any) -> Tree:
         return _read_out(fn(*arguments))
 
-    graph = tf.function(one, autograph=False).get_concrete_function(_row_specs(rows))
-    stacked: R = _loop(graph, graph.structured_outputs, None)(tf.constant(count), count, (rows,))
+    graph = tf.function(one, autograph=False).get_concrete_function(row_specs(rows))
+    outputs = graph.structured_outputs
+    stacked: R = loop_of(graph, outputs, None)(tf.constant(count), count, (rows,))
     return stacked
 
 
@@ -442,6 +372,12 @@ def describe() -> dict[str, Any]:
     gpus = tf.config.list_physical_devices("GPU")
     names = [tf.config.experimental.get_device_details(gpu).get("device_name", "") for gpu in gpus]
     return {"devices": names, "threads": tf.config.threading.get_intra_op_parallelism_threads()}
+
+
+def set_deterministic() -> list[str]:
+    """Makes operations compute the same bits in each run. Returns what can't be promised."""
+    tf.config.experimental.enable_op_determinism()
+    return []
 
 
 def placement() -> Placement:

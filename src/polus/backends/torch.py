@@ -1,13 +1,9 @@
 """PyTorch: eager, and `torch.compile` where it is asked for."""
 
-import contextlib
 import importlib.util
 import operator
 import os
 import shutil
-import threading
-import types
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ParamSpec, TypeVar
 
@@ -19,6 +15,7 @@ from polus.backends import torch_distribution
 from polus.backends.base import TensorFlowDataset, Unpack, as_arguments
 from polus.backends.placement import Placement
 from polus.backends.scopes import BackendVariable, DryRun
+from polus.backends.torch_compile import compiled, gradient_depth
 from polus.types import Tensor
 
 Tree = Any
@@ -32,60 +29,18 @@ Held = list[tuple[Any, Any]]
 LONG_RUN_SECS = {True: 300.0}
 
 
-class _Depth(threading.local):
-    """How many gradients are being taken in this thread, one inside the other."""
-
-    value = 0
-
-
-_depth = _Depth()
-
-
 def function(fn: Callable[P, R], jit_compile: bool | None = None) -> Callable[P, R]:
     """`fn` with no gradient recorded but inside `value_and_grad`; compiled where asked for."""
-    compiled = _compiled(fn) if jit_compile else fn
+    run = compiled(fn) if jit_compile else fn
 
     def call(*args: Any, **kwargs: Any) -> Tree:
-        if _depth.value or torch.compiler.is_compiling():
+        if gradient_depth.value or torch.compiler.is_compiling():
             return fn(*args, **kwargs)  # inside a gradient or another program: part of it
         args, kwargs = _mapped(_tensor, (args, kwargs))
         with torch.no_grad():
-            return _read_out(compiled(*args, **kwargs))
+            return _read_out(run(*args, **kwargs))
 
     return call
-
-
-def _compiled(fn: Callable[..., Tree]) -> Callable[..., Tree]:
-    """`torch.compile` of `fn`, gradients and updates included."""
-
-    def frame(*args: Any, **kwargs: Any) -> Tree:
-        return fn(*args, **kwargs)
-
-    # PyTorch keeps its programs by the code of a function, some few of each. With a code of its own
-    # one trainer's step does not push out another's.
-    own = types.FunctionType(frame.__code__.replace(), frame.__globals__, closure=frame.__closure__)
-    compiled = torch.compile(own)
-
-    def call(*args: Any, **kwargs: Any) -> Tree:
-        _depth.value = _depth.value  # made before the program looks whether this thread has one
-        with _gradients_traced(), warnings.catch_warnings():
-            # Said once of Keras' caches, at the first compilation; their functions are pure.
-            warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")
-            return compiled(*args, **kwargs)
-
-    return call
-
-
-def _gradients_traced() -> Any:
-    """Lets `torch.compile` take a gradient into its program, where PyTorch can.
-
-    By default a step is cut in two there. PyTorch's own message on that names this switch.
-    """
-    from torch import _dynamo
-
-    if hasattr(_dynamo.config, "trace_autograd_ops"):
-        return _dynamo.config.patch(trace_autograd_ops=True)
-    return contextlib.nullcontext()
 
 
 def _read_out(tree: Tree) -> Tree:
@@ -129,8 +84,8 @@ def value_and_grad(
 
     `sparse` changes nothing: only TensorFlow has sparse gradients.
     """
-    depth = _depth.value
-    _depth.value = depth + 1
+    depth = gradient_depth.value
+    gradient_depth.value = depth + 1
     try:
         with torch.enable_grad():
             watched = [_watched(x) for x in inputs]
@@ -140,7 +95,7 @@ def value_and_grad(
             # A gradient inside another one's function is itself differentiated.
             gradients = _gradients(value, tensors, create_graph=depth > 0)
     finally:
-        _depth.value = depth
+        gradient_depth.value = depth
     if depth == 0:
         result = _mapped(_detached, result)
         count = len(variables)  # inputs are each replica's own
@@ -177,8 +132,8 @@ def values_and_grads(
     losses: Callable[[R], Sequence[Tensor]],
 ) -> tuple[R, list[list[Tensor | None]]]:
     """Returns `fn()` and the gradients of several losses, each by its group; see `Backend`."""
-    depth = _depth.value
-    _depth.value = depth + 1
+    depth = gradient_depth.value
+    gradient_depth.value = depth + 1
     try:
         with torch.enable_grad():
             result = fn()
@@ -189,7 +144,7 @@ def values_and_grads(
                 needed = depth > 0 or i + 1 < len(groups)  # by the losses that follow
                 gradients.append(_gradients(value, tensors, depth > 0, needed))
     finally:
-        _depth.value = depth
+        gradient_depth.value = depth
     if depth == 0:
         result = _mapped(_detached, result)
         gradients = [torch_distribution.averaged(group) for group in gradients]
@@ -200,8 +155,8 @@ def value_and_input_grad(
     fn: Callable[..., Tensor], inputs: Sequence[Tensor]
 ) -> tuple[Tensor, list[Tensor]]:
     """Returns `fn(*inputs)` and its gradients with respect to the inputs; see `Backend`."""
-    depth = _depth.value
-    _depth.value = depth + 1
+    depth = gradient_depth.value
+    gradient_depth.value = depth + 1
     try:
         with torch.enable_grad():
             own: list[Any] = list(inputs)
@@ -209,7 +164,7 @@ def value_and_input_grad(
             value: Any = fn(*tensors)
             gradients = torch.autograd.grad(value, tensors, materialize_grads=True)
     finally:
-        _depth.value = depth
+        gradient_depth.value = depth
     return value.detach(), list(gradients)
 
 
@@ -228,7 +183,7 @@ def program(
 
     Of an output that is no scalar, such as samples to draw, many steps return the last one's.
     """
-    run = _compiled(step) if jit_compile else step
+    run = compiled(step) if jit_compile else step
 
     def single(*arguments: Any) -> Tree:
         if unpack is not None:
@@ -332,7 +287,7 @@ def apply_gradients(
 
 def trace_id() -> object:
     """Returns an object that tells a trace from one nested inside it."""
-    return _depth.value
+    return gradient_depth.value
 
 
 def total(tensors: Sequence[Tensor]) -> Tensor:
@@ -427,6 +382,15 @@ def describe() -> dict[str, Any]:
     """What the bits of a result depend on: devices, and threads of one operation."""
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {"devices": names, "threads": torch.get_num_threads()}
+
+
+def set_deterministic() -> list[str]:
+    """Makes operations compute the same bits in each run. Returns what can't be promised."""
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    if torch.cuda.is_available() and "CUBLAS_WORKSPACE_CONFIG" not in os.environ:
+        return ["On a GPU, start the program with CUBLAS_WORKSPACE_CONFIG=:4096:8, or it raises."]
+    return []
 
 
 def placement() -> Placement:

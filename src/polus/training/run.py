@@ -86,15 +86,13 @@ class Run(BaseLogger):
         batch_sizes: The number of examples of each step of this epoch so far.
         step_logs: The loss and terms of the newest steps, by name.
         step_arrays: What the newest step returned besides scalars, on the device.
-        logs: The logs of the newest epoch: means of loss and terms, metrics, validations as
-            `<set>_<metric>`, and what callbacks add. One dict per epoch, shared by all callbacks.
+        logs: Means, metrics and validations of the newest epoch; callbacks share and add to it.
         status: The state of the run.
         stop_reason: Why the run was stopped early; empty if it was not.
         exception: What ended the run early, else None.
         resuming: Whether the run continues from a checkpoint.
         open_ended: Whether the number of epochs and of their steps is not known.
-        guarded: Runs the steps so that one that is not finite changes nothing.
-        non_finite: Counts these, and says what follows.
+        guarded: Keeps a step that is not finite from changing anything; `non_finite` counts these.
         closing: What callbacks want closed after the last of them has ended.
     """
 
@@ -294,7 +292,10 @@ class Run(BaseLogger):
             self.steps = self.steps or self.step
         metrics = {metric.name: metric.evaluate() for metric in self.metrics}
         means = weighted_means(self.history, self.epoch, self.batch_sizes, self.logger)
-        rates = rates_of(self.trainer) | self._record_epoch()
+        waited, skipped = self.reader.waited_secs, self.non_finite.skipped
+        record = self.epoch_record.end(self.trainer, self.batch_sizes, waited, skipped)
+        self.history.add_record(self.epoch, record)
+        rates = rates_of(self.trainer) | (record if self.config.record else {})
         self.logs.update(means | metrics | rates | self.history.validation_logs(self.epoch))
         self._move(RunStatus.EPOCH_END)
         self.callbacks.on_epoch_end()
@@ -304,13 +305,6 @@ class Run(BaseLogger):
         self.epoch, self.step = self.epoch + 1, 0
         self._agree()
         self.callbacks.on_boundary()
-
-    def _record_epoch(self) -> dict[str, float]:
-        """Records how the epoch went. Returns what of it is wanted in the logs."""
-        waited, skipped = self.reader.waited_secs, self.non_finite.skipped
-        record = self.epoch_record.end(self.trainer, self.batch_sizes, waited, skipped)
-        self.history.add_record(self.epoch, record)
-        return record if self.config.record else {}
 
     def validated(self, name: str, results: dict[str, Any]) -> None:
         """Records the results of a validation on the set `name`, after the last step that ran."""

@@ -399,8 +399,7 @@ class BaseTrainer(TrainerMethods):
                 run.executor.prepare(data.example)
                 with contextlib.closing(run.blocks(data)) as blocks:
                     for block in blocks:  # some batches of equal shape
-                        program, args = run.begin(block)
-                        # Nothing interrupts from here to the record: signals wait to be handled.
+                        program, args = run.begin(block)  # signals wait until the record
                         run.record(block, program(*args))  # one compiled call, a step per batch
                         run.handle_signals()
                         if run.stopping:

@@ -1,0 +1,213 @@
+"""The folder of a run, with all that it leaves behind."""
+
+import contextlib
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from polus.callbacks.base import Callback, Phase
+from polus.callbacks.monitor import Monitor
+from polus.checkpoint import Checkpoint
+from polus.files import atomic_write, check_directory, make_folder
+from polus.history import Validation
+from polus.host import DeviceValues
+from polus.models import models_of
+from polus.runs.facts import describe_run, describe_start
+from polus.runs.history_file import NAME, HistoryFile
+
+SECS_BETWEEN_WRITES = 1.0
+SECS_BETWEEN_SAVES = 60.0
+CHECKPOINTS = "checkpoints"
+
+
+class RunDirectory(Callback):
+    """Writes a run's record, its parts and its best model into a folder.
+
+    `train(..., run_dir="runs/a")` adds it, with a `Checkpoint` in `runs/a/checkpoints`:
+
+    - `history.jsonl`: each step's loss and terms, each validation, each epoch's logs and how it
+      went. Written at least every second, and whole after a crash: see `polus.runs.read_history`.
+    - `run.json`: the serialized models, optimizers and loss, the callbacks and the batches' shapes;
+      how the run ended; and for each process that began or continued it the command line, the git
+      commit and whether its tree was clean, versions, devices and checksums of the generators.
+    - `log.txt`: Polus' messages.
+    - `best.keras`: the model with the best loss of a validation set, or its best first metric;
+      `best_<name>.keras` of each of several.
+
+    Of several processes, the first one writes.
+
+    Args:
+        directory: The folder.
+        clock: Returns the time in seconds.
+    """
+
+    phase = Phase.SAVE  # when the others have added their values
+
+    def __init__(
+        self, directory: str | os.PathLike[str], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        super().__init__()
+        self.directory = check_directory(directory, "run_dir")
+        self.clock = clock
+        self.best: dict[str, float | None] = {}
+        self._file: HistoryFile | None = None
+
+    def on_train_begin(self) -> None:
+        """Begins to log into the folder."""
+        self._unwritten: list[tuple[int, int, Mapping[str, DeviceValues]]] = []
+        self._written = self.clock()
+        self._validations = len(self.coordinator.run.history.validations)
+        self._has_written_facts = False
+        self._heard = (0, 0)
+        self._first = self.coordinator.run.placement.is_first
+        self._handler = logging.NullHandler() if not self._first else self._log_file()
+        logging.getLogger("polus").addHandler(self._handler)
+        self._start = describe_start(self.coordinator.run) if self._first else {}
+
+    def _log_file(self) -> logging.Handler:
+        make_folder(self.directory)
+        handler = logging.FileHandler(self.directory / "log.txt", encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        return handler
+
+    def on_steps_end(self, epoch: int, steps: range, losses: Sequence[float] | None) -> None:
+        """Writes the steps of the last second, if it is over."""
+        if not self._first:
+            return
+        run = self.coordinator.run
+        if self._file is None:
+            self._open(epoch, steps.start)
+        self._unwritten.append((epoch, steps.start, run.step_logs))
+        self._heard = epoch, steps.stop
+        if self.clock() - self._written >= SECS_BETWEEN_WRITES:
+            self._flush()
+
+    def _open(self, epoch: int, step: int) -> None:
+        self._file = HistoryFile(self.directory / NAME, epoch, step)
+        # What a checkpoint knew stands there already.
+        places = [(v.epoch, v.step) for v in self.coordinator.run.history.validations]
+        self._validations = sum(place < (epoch, step) for place in places)
+        self._write_facts({"status": "running"})
+
+    def on_epoch_end(self, epoch: int) -> None:
+        """Writes the epoch, and the model if it is the best one."""
+        if self._file is None:
+            return
+        run = self.coordinator.run
+        self._flush()
+        record = run.history.record[-1] if run.history.record else {}
+        self._file.end_epoch(epoch, run.logs, record)
+        self._save_best()
+
+    def on_train_end(self) -> None:
+        """Writes what is left, and how the run ended."""
+        logging.getLogger("polus").removeHandler(self._handler)
+        self._handler.close()
+        run = self.coordinator.run
+        newest = next(iter(run.step_logs.values()), ())
+        if self._first and run.step and self._heard != (run.epoch, run.step) and len(newest):
+            # Another callback has ended the run before this one heard of these steps.
+            first_step = run.step - len(newest)
+            if self._file is None:
+                self._open(run.epoch, first_step)
+            self._unwritten.append((run.epoch, first_step, run.step_logs))
+        if self._file is None:
+            return
+        self._flush()
+        self._file.close()
+        self._file = None
+        ended = "stopped" if run.stopping else "completed"
+        facts: dict[str, Any] = {"status": ended, "epochs_done": run.epoch}
+        if run.exception is not None:
+            kind = "interrupted" if run.signals.pending is not None else "failed"
+            facts |= {"status": kind, "exception": repr(run.exception)}
+        self._write_facts(facts)
+
+    def _flush(self) -> None:
+        """Writes the steps and validations that are not in the file yet."""
+        assert self._file is not None
+        for epoch, first_step, terms in self._unwritten:
+            self._file.add_steps(epoch, first_step, terms)
+        validations: list[Validation] = self.coordinator.run.history.validations
+        for validation in validations[self._validations :]:
+            self._file.add_validation(validation)
+        self._unwritten, self._validations = [], len(validations)
+        self._written = self.clock()
+
+    def _write_facts(self, status: dict[str, Any]) -> None:
+        path = self.directory / "run.json"
+        earlier: list[Any] = []
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            earlier = list(json.loads(path.read_text())["starts"])
+        if self._has_written_facts:
+            earlier.pop()  # that of this process
+        self._has_written_facts = True
+        starts = [*earlier, self._start]
+        described = describe_run(self.coordinator.run, self.coordinator.callbacks)
+        facts = {**status, **described, "starts": starts}
+        with atomic_write(path) as temporary:
+            temporary.write_text(json.dumps(facts, indent=2))
+
+    # ------------------------------------------------------------------ the best model
+
+    def _save_best(self) -> None:
+        name = self._monitored()
+        if name is None:
+            return
+        monitor = Monitor(name)
+        monitor.best = self.best.get(name)
+        value = monitor.value(self.coordinator)
+        if value is None or not monitor.improved(value):
+            return
+        self.best = {name: value}
+        models = models_of(self.coordinator.trainer.model)
+        for part, model in models.items():
+            stem = "best" if len(models) == 1 else f"best_{part}"
+            try:
+                with atomic_write(self.directory / f"{stem}.keras") as temporary:
+                    model.save(temporary)
+            except (NotImplementedError, TypeError, ValueError) as error:
+                self.logger.warning("%s can't be saved whole, but its weights: %s", part, error)
+                with atomic_write(self.directory / f"{stem}.weights.h5") as temporary:
+                    model.save_weights(temporary)
+
+    def _monitored(self) -> str | None:
+        """Returns the name in the logs of what is monitored; None without validation."""
+        logs = self.coordinator.logs
+        for name, metrics in self.coordinator.shared_dict["validation"].items():
+            for metric in ("loss", *metrics):
+                if f"{name}_{metric}" in logs:
+                    return f"{name}_{metric}"
+        return None
+
+    def get_state(self) -> dict[str, Any]:
+        return {"best": self.best}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self.best = dict(state["best"])
+
+
+def with_run_dir(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Returns the arguments of `train` with what `run_dir` stands for.
+
+    Raises:
+        ValueError: If checkpoints are asked for elsewhere as well.
+    """
+    directory = check_directory(arguments["run_dir"], "run_dir")
+    callbacks = list(arguments.get("callbacks", ()))
+    saving = [callback for callback in callbacks if isinstance(callback, Checkpoint)]
+    folder = directory / CHECKPOINTS
+    elsewhere = [c.store.directory for c in saving if c.store.directory != folder]
+    if arguments.get("resume") is not None or elsewhere:
+        raise ValueError(
+            f"A run with run_dir={str(directory)!r} keeps its checkpoints in {folder}, and "
+            "continues from there. Leave out resume, and the Checkpoint or its other folder: "
+            f"Checkpoint({str(folder)!r}, every_steps=...) sets its rhythm."
+        )
+    if not saving:
+        saves = Checkpoint(folder, every_secs=SECS_BETWEEN_SAVES, every_epochs=None)
+        callbacks.append(saves)
+    return {**arguments, "callbacks": [*callbacks, RunDirectory(directory)], "resume": folder}

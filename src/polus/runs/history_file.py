@@ -1,0 +1,162 @@
+"""The record of a run as lines of JSON, which a crash leaves readable up to the last of them.
+
+    {"steps": {"epoch": 0, "first_step": 0, "terms": {"loss": [0.9, 0.5]}}}
+    {"validation": {"epoch": 0, "step": 1, "name": "val", "results": {"macro_f1": 0.8}}}
+    {"epoch": {"epoch": 0, "logs": {"loss": 0.7}, "record": {"learning_rate": 0.001}}}
+    {"start": {"epoch": 0, "step": 1}}
+
+A process begins with "start": it runs the steps from there on, again if they stand above. JSON has
+no NaN and no infinity, so these are the texts "nan", "inf" and "-inf".
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from polus.files import make_folder, open_regular
+from polus.history import History, Validation
+from polus.host import to_host
+
+NAME = "history.jsonl"
+
+
+class HistoryFile:
+    """Appends to the record of a run. Each line is handed to the system as it is written.
+
+    Args:
+        path: The file. A last line that a crash has cut is removed.
+        epoch: The epoch from which this process runs on.
+        step: The step of it.
+    """
+
+    def __init__(self, path: Path, epoch: int, step: int) -> None:
+        make_folder(path.parent)
+        _remove_cut_line(path)
+        self._file: IO[str] = path.open("a", encoding="utf-8")
+        self._write("start", {"epoch": epoch, "step": step})
+
+    def add_steps(self, epoch: int, first_step: int, terms: Mapping[str, Sequence[float]]) -> None:
+        """Adds consecutive steps; reads their terms from the device."""
+        lists = {name: _listed(values) for name, values in terms.items()}
+        self._write("steps", {"epoch": epoch, "first_step": first_step, "terms": lists})
+
+    def add_validation(self, validation: Validation) -> None:
+        """Adds a validation."""
+        results = {name: _listed(value) for name, value in validation.results.items()}
+        self._write("validation", {**validation._asdict(), "results": results})
+
+    def end_epoch(self, epoch: int, logs: Mapping[str, Any], record: Mapping[str, Any]) -> None:
+        """Adds the logs of an epoch, and how it went."""
+        values = {name: _listed(value) for name, value in logs.items()}
+        self._write("epoch", {"epoch": epoch, "logs": values, "record": dict(record)})
+
+    def close(self) -> None:
+        """Closes the file, whose content is on the disk then."""
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+    def _write(self, kind: str, entry: dict[str, Any]) -> None:
+        self._file.write(json.dumps({kind: entry}, allow_nan=False) + "\n")
+        self._file.flush()
+
+
+def read_history(path: str | os.PathLike[str]) -> History:
+    """Returns the record of a run, also of one that goes on or was killed.
+
+    Args:
+        path: The run's directory, or its `history.jsonl`.
+
+    Raises:
+        OSError: If there is no such file.
+        ValueError: If a line is none of a record's; the message says which.
+    """
+    path = Path(path)
+    path = path / NAME if path.is_dir() else path
+    with open_regular(path) as file:
+        lines = file.read().split(b"\n")[
+            :-1
+        ]  # behind the last line break is nothing, or half of one
+    entries: list[tuple[str, Any]] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            ((kind, entry),) = json.loads(line).items()
+            entries = _started(entries, entry) if kind == "start" else [*entries, (kind, entry)]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}: line {number} is none of a record's ({error!r}).") from error
+    return _history(entries)
+
+
+def _history(entries: Sequence[tuple[str, Any]]) -> History:
+    history = History()
+    for kind, entry in entries:
+        if kind == "steps":
+            terms = {name: _array(values) for name, values in entry["terms"].items()}
+            history.add_steps(entry["epoch"], entry["first_step"], terms)
+        elif kind == "validation":
+            results = {name: _array(value) for name, value in entry["results"].items()}
+            history.add_validation(entry["epoch"], entry["step"], entry["name"], results)
+        else:
+            logs = {name: _array(value) for name, value in entry["logs"].items()}
+            history.end_epoch(entry["epoch"], logs)
+            record = {n: v for n, v in entry["record"].items() if n != "epoch"}
+            history.add_record(entry["epoch"], record)
+    return history
+
+
+def _started(entries: list[tuple[str, Any]], start: Mapping[str, int]) -> list[tuple[str, Any]]:
+    """Returns the entries of the steps before the place where a process started."""
+    place = start["epoch"], start["step"]
+    kept: list[tuple[str, Any]] = []
+    for kind, entry in entries:
+        if kind == "steps":
+            first = entry["epoch"], entry["first_step"]
+            if first < place:
+                count = place[1] - first[1] if first[0] == place[0] else None
+                terms = {name: values[:count] for name, values in entry["terms"].items()}
+                kept.append((kind, {**entry, "terms": terms}))
+        elif kind == "validation":
+            if (entry["epoch"], entry["step"]) < place:
+                kept.append((kind, entry))
+        elif entry["epoch"] < place[0]:
+            kept.append((kind, entry))
+    return kept
+
+
+def _listed(value: Any) -> Any:
+    """Returns a number or array as JSON values."""
+    array = to_host(value)
+    if array.dtype.kind == "V":  # bfloat16 and its kind
+        array = array.astype(np.float32)
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        return _spelled(array.tolist())
+    return array.tolist()
+
+
+def _spelled(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_spelled(each) for each in value]
+    return value if np.isfinite(value) else str(value)
+
+
+def _array(value: Any) -> Any:
+    """Returns what `_listed` was given, as an array of the values or a Python value."""
+    if isinstance(value, list):
+        return np.asarray(value, float) if _has_text(value) else np.asarray(value)
+    return float(value) if value in ("nan", "inf", "-inf") else value
+
+
+def _has_text(value: Any) -> bool:
+    return any(map(_has_text, value)) if isinstance(value, list) else isinstance(value, str)
+
+
+def _remove_cut_line(path: Path) -> None:
+    if not path.exists():
+        return
+    with path.open("rb+") as file:
+        content = file.read()
+        if content and not content.endswith(b"\n"):
+            file.truncate(content.rfind(b"\n") + 1)
