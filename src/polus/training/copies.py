@@ -8,6 +8,7 @@ import keras
 
 from polus.host import to_host
 from polus.metrics import KerasMetric, OutputMetric
+from polus.optimizers import of_same_config
 from polus.state import layers_of
 from polus.steps.variables import held
 
@@ -120,11 +121,11 @@ def _copy_optimizer(optimizer: Any, candidates: Iterable[list[Any]], memo: dict[
     """
     shapes = [tuple(variable.shape) for variable in optimizer.variables]
     for variables in candidates if optimizer.built else ():
-        new = type(optimizer).from_config(optimizer.get_config())
+        new = of_same_config(optimizer, memo)
         new.build([memo.get(id(variable), variable) for variable in variables])
         if [tuple(variable.shape) for variable in new.variables] == shapes:
             for old, own in zip(optimizer.variables, new.variables, strict=True):
                 own.assign(to_host(old))  # on JAX two variables would share an array else
                 memo.setdefault(id(old), own)
             return new
-    return type(optimizer).from_config(optimizer.get_config())
+    return of_same_config(optimizer, memo)
