@@ -5,7 +5,6 @@ import glob
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any, Self
 
 import keras
@@ -147,16 +146,18 @@ def rebuilt(
 
 # Where Keras keeps what `exclude_from_weight_decay` was told; its configuration leaves it out.
 EXCLUDED, EXCLUDED_NAMES = "_exclude_from_weight_decay", "_exclude_from_weight_decay_pattern"
+KEY = "_var_key"  # the method that names a variable in it
 
 
 def of_same_config(
-    optimizer: keras.optimizers.Optimizer, copies: Mapping[int, Any] = MappingProxyType({})
+    optimizer: keras.optimizers.Optimizer,
+    copies: Sequence[tuple[keras.Variable, keras.Variable]] = (),
 ) -> keras.optimizers.Optimizer:
     """Returns a new optimizer of the same settings, which is not built.
 
     Args:
         optimizer: The optimizer.
-        copies: The variables that take the place of its own, by their identity.
+        copies: Pairs of a variable and the one that takes its place, for an optimizer of others.
 
     Raises:
         ValueError: If it is a `MultiOptimizer` that chooses by a function.
@@ -179,8 +180,10 @@ def of_same_config(
         )
     for old, own in zip(_inner(optimizer), _inner(new), strict=True):
         if hasattr(old, EXCLUDED):
-            copied = {i: id(copies[i]) for i in copies if i in getattr(old, EXCLUDED)}
-            setattr(own, EXCLUDED, {copied.get(i, i) for i in getattr(old, EXCLUDED)})
+            key = getattr(old, KEY)
+            excluded = set(getattr(old, EXCLUDED))
+            excluded |= {key(copied) for variable, copied in copies if key(variable) in excluded}
+            setattr(own, EXCLUDED, excluded)
             setattr(own, EXCLUDED_NAMES, getattr(old, EXCLUDED_NAMES))
     return new
 
