@@ -51,6 +51,7 @@ def inner_optimizers(
         yield f"{name}.{kind}{number}", inner
 
 
+@keras.saving.register_keras_serializable(package="polus")
 class Groups(keras.optimizers.MultiOptimizer):
     """A Keras `MultiOptimizer` of groups of weights by their names; see `by_name`, `layerwise`.
 
@@ -162,6 +163,9 @@ def of_same_config(
     Raises:
         ValueError: If it is a `MultiOptimizer` that chooses by a function.
     """
+    if isinstance(optimizer, Groups):  # whose optimizers may be of classes that Keras doesn't know
+        parts = [of_same_config(each, copies) for each in optimizer.optimizers]
+        return Groups(optimizer.patterns, parts, optimizer.name, optimizer.loss_scale_factor)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a function that is not saved: it raises below
@@ -218,7 +222,7 @@ def layerwise(
     depths: dict[str, int] = {}
     known: dict[str, keras.Variable] = {}
     for depth, layer in enumerate(reversed(layers)):
-        for variable in layer.variables:
+        for variable in layer.weights:
             depths.setdefault(variable.path, depth)
             if known.setdefault(variable.path, variable) is not variable:
                 raise ValueError(
