@@ -116,7 +116,7 @@ def moved_case():
     model, optimizer = dense(8, 3), keras.optimizers.Adam(0.02)
 
     def plain(loop, x, y):
-        moved = x + ops.mean(model(x))
+        moved = x + ops.stop_gradient(ops.mean(model(x)))
         return loop.minimize(
             lambda: cross_entropy(y, model(moved)), model.trainable_variables, optimizer
         )
