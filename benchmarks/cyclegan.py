@@ -161,10 +161,10 @@ def jax_loop(models: Any, optimizers: Any) -> Callable[..., Any]:
 
     def finish() -> None:
         for name in NAMES:
-            for variable, value in zip(
-                models[name].trainable_variables, state[0][name], strict=True
-            ):
-                variable.assign(value.copy())
+            variables = models[name].trainable_variables, models[name].non_trainable_variables
+            for kind, values in zip(variables, state, strict=False):
+                for variable, value in zip(kind, values[name], strict=True):
+                    variable.assign(value.copy())
 
     run.finish = finish  # type: ignore[attr-defined]
     return run
