@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from keras import ops
 
-from polus.ir.models import BertEncoder, TextTokenizer
+from polus.ir.export import save_sentence_transformers
+from polus.ir.models import BertEncoder, IdentityProjection, TextTokenizer
 from polus.ir.tensors import CheckpointTensors
 
 with warnings.catch_warnings():
@@ -164,3 +165,53 @@ def test_residual_dense_layers_raise(tmp_path, bert):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"use_residual": True}))
     with pytest.raises(ValueError, match="no residual connection, got"):
         BertEncoder.from_pretrained(tmp_path)
+
+
+def loaded(folder):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return st.SentenceTransformer(str(folder), device="cpu")
+
+
+@pytest.mark.parametrize("name", ["lasttoken", "several", "dense"])
+def test_saved_folders_are_loaded_by_sentence_transformers(tmp_path, bert, name):
+    saved(bert, tmp_path / "first", *ABOVE[name])
+    encoder = BertEncoder.from_pretrained(tmp_path / "first")
+    tokenizer = TextTokenizer(tmp_path / "first", max_length=9)
+    save_sentence_transformers(tmp_path / "ours", encoder, tokenizer)
+    expected = numpy(encoder(tokenizer(TEXTS), training=False))
+    np.testing.assert_allclose(loaded(tmp_path / "ours").encode(TEXTS), expected, atol=1e-4)
+    np.testing.assert_allclose(vectors_of(tmp_path / "ours"), expected, atol=1e-5)
+    with pytest.raises(FileExistsError, match="Use another folder"):
+        save_sentence_transformers(tmp_path / "ours", encoder, tokenizer)
+
+
+def test_a_trained_projection_and_prompts_are_saved(tmp_path, bert):
+    encoder = BertEncoder.from_pretrained(bert)
+    projection = IdentityProjection(5)
+    projection(numpy(ops.zeros((1, 16))))
+    projection.set_weights([np.random.default_rng(0).normal(size=(16, 5)).astype("float32")])
+    tokenizer = TextTokenizer(bert, prompt="find: ")
+    vectors = numpy(projection(encoder(tokenizer(TEXTS), training=False)))
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    save_sentence_transformers(tmp_path / "one", encoder, tokenizer, projection, normalize=True)
+    np.testing.assert_allclose(loaded(tmp_path / "one").encode(TEXTS), vectors, atol=1e-4)
+    prompts = {"query": "find: ", "document": ""}
+    save_sentence_transformers(
+        tmp_path / "two", encoder, tokenizer, projection, normalize=True, prompts=prompts
+    )
+    np.testing.assert_allclose(loaded(tmp_path / "two").encode_query(TEXTS), vectors, atol=1e-4)
+
+
+def test_encoders_that_sentence_transformers_cannot_load_raise(tmp_path, bert):
+    tokenizer = TextTokenizer(bert)
+    odd = BertEncoder.from_pretrained(bert, dense=[{"units": 3, "activation": "softplus"}])
+    odd(tokenizer(TEXTS))
+    for encoder, message in (
+        (odd, "have one of the activations linear, tanh.* got 'softplus'"),
+        (BertEncoder.from_pretrained(bert, pooling=None), "must be built and have pooling"),
+        (BertEncoder(30522, 8, 1, 2, 16), "got built=False"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            save_sentence_transformers(tmp_path / "new", encoder, tokenizer)
+    assert not list(tmp_path.iterdir())

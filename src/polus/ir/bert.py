@@ -4,7 +4,7 @@ KerasHub has one too, but it installs TensorFlow and TensorFlow Text on every ba
 """
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from keras import layers, ops
 
 from polus.ir.pooling import Pooling, check_pooling, pool
 from polus.ir.pretrained import bert_arguments, dense_folders, output_settings, transformer_folder
-from polus.ir.tensors import CheckpointTensors
+from polus.ir.tensors import CheckpointTensors, TensorKind
 
 
 class _Block(layers.Layer):
@@ -43,7 +43,8 @@ class BertEncoder(keras.Model):
     With `position_offset`, also RoBERTa's and XLM-RoBERTa's (arXiv:1907.11692, arXiv:1911.02116),
     the multilingual e5's and bge-m3's among them.
 
-    Maps `{"input_ids": (B, L) int, "attention_mask": (B, L)}` to `(B, hidden_size)`, or with
+    Maps `{"input_ids": (B, L) int, "attention_mask": (B, L)}`, for pairs of texts with
+    `"token_type_ids": (B, L)` as well, to `(B, hidden_size)`, or with
     `pooling=None`, for late interaction, to `(vectors (B, L, hidden_size), mask (B, L))`.
 
     Args:
@@ -53,7 +54,7 @@ class BertEncoder(keras.Model):
         num_heads: The number of attention heads in a block.
         intermediate_size: The width of a block's feed-forward network.
         max_positions: The longest sequence. A longer one raises ValueError.
-        num_types: The number of segment types, of which only the first is used.
+        num_types: The number of segment types, of which texts use the first and pairs two.
         dropout: The rate on embeddings, attention and both halves of a block.
         epsilon: That of the layer normalizations. BERT's 1e-12 vanishes in float32, there as here.
         pooling: A mode, or several whose vectors are concatenated; see `polus.ir.pooling.pool`.
@@ -115,7 +116,8 @@ class BertEncoder(keras.Model):
                 f"max_length={self.max_positions}) to truncate texts."
             )
         positions = ops.arange(length) + self.position_offset
-        x = self.words(ids) + self.positions(positions) + self.types(ops.zeros_like(ids))
+        types = inputs["token_type_ids"] if "token_type_ids" in inputs else ops.zeros_like(ids)
+        x = self.words(ids) + self.positions(positions) + self.types(types)
         x = self.dropout(self.norm(x))
         for block in self.blocks:
             x = block(x, mask[:, None, :])
@@ -156,33 +158,39 @@ class BertEncoder(keras.Model):
         _load_weights(model, CheckpointTensors(transformer_folder(folder), ("bert.", "roberta.")))
         if "dense" not in overrides:
             for layer, inner in zip(model.dense, dense_folders(folder), strict=True):
-                layer.set_weights(CheckpointTensors(inner).dense("linear"))
+                layer.set_weights(CheckpointTensors(inner).of("dense", "linear"))
         return model
 
 
-def _load_weights(model: BertEncoder, tensors: CheckpointTensors) -> None:
+def named_weights(model: BertEncoder) -> Iterator[tuple[TensorKind, str, list[keras.Variable]]]:
+    """Yields kind, name in a checkpoint and variables of each layer, weight before bias."""
     for layer, name in (
         (model.words, "word"),
         (model.positions, "position"),
         (model.types, "token_type"),
     ):
-        layer.set_weights([tensors[f"embeddings.{name}_embeddings.weight"]])
-    model.norm.set_weights(tensors.norm("embeddings"))
+        yield "embedding", f"embeddings.{name}_embeddings", layer.weights
+    yield "norm", "embeddings.LayerNorm", model.norm.weights
     for i, block in enumerate(model.blocks):
         name = f"encoder.layer.{i}"
-        heads = []
-        for part in ("query", "key", "value"):
-            heads += tensors.dense(f"{name}.attention.self.{part}")
-        heads += tensors.dense(f"{name}.attention.output.dense")
         # Keras has an axis of its own for the heads: the same numbers in the same order.
-        shapes = [weight.shape for weight in block.attention.weights]
-        block.attention.set_weights(
-            [value.reshape(shape) for value, shape in zip(heads, shapes, strict=True)]
-        )
-        block.attention_norm.set_weights(tensors.norm(f"{name}.attention.output"))
-        block.expand.set_weights(tensors.dense(f"{name}.intermediate.dense"))
-        block.contract.set_weights(tensors.dense(f"{name}.output.dense"))
-        block.output_norm.set_weights(tensors.norm(f"{name}.output"))
+        for part, layer in (
+            ("self.query", block.attention.query_dense),
+            ("self.key", block.attention.key_dense),
+            ("self.value", block.attention.value_dense),
+            ("output.dense", block.attention.output_dense),
+        ):
+            yield "dense", f"{name}.attention.{part}", layer.weights
+        yield "norm", f"{name}.attention.output.LayerNorm", block.attention_norm.weights
+        yield "dense", f"{name}.intermediate.dense", block.expand.weights
+        yield "dense", f"{name}.output.dense", block.contract.weights
+        yield "norm", f"{name}.output.LayerNorm", block.output_norm.weights
+
+
+def _load_weights(model: BertEncoder, tensors: CheckpointTensors) -> None:
+    for kind, name, variables in named_weights(model):
+        for variable, value in zip(variables, tensors.of(kind, name), strict=True):
+            variable.assign(value.reshape(variable.shape))
 
 
 _ARGUMENTS = tuple(inspect.signature(BertEncoder.__init__).parameters)[1:-1]

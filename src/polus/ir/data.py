@@ -176,6 +176,8 @@ class PairBatches(SeekableAdapter):
             that nothing is masked. A pair that would clash is moved to a later batch of the epoch.
             No pair is dropped, but the last batches are smaller. If most queries share documents,
             this costs more than masking.
+        share_negatives: Make masks for scores with `sharing_negatives()`, where the hard negatives
+            of each query are negatives of all.
 
     Attributes:
         pairs: `(P, 2)` rows of query and positive document.
@@ -192,6 +194,7 @@ class PairBatches(SeekableAdapter):
         *,
         seed: int = 0,
         avoid_clashes: bool = False,
+        share_negatives: bool = False,
     ) -> None:
         self.queries, self.documents = as_features(queries), as_features(documents)
         self.relevant = [np.asarray(rows, np.int64) for rows in relevant]
@@ -213,6 +216,7 @@ class PairBatches(SeekableAdapter):
         self.batch_size = batch_size
         self.seed = seed
         self.avoid_clashes = avoid_clashes
+        self.share_negatives = share_negatives
         self.negatives: Rows | None = None
         self._checksum = checksum(self.pairs)
         super().__init__(self)
@@ -220,7 +224,7 @@ class PairBatches(SeekableAdapter):
             self.num_batches = -(-len(self.pairs) // batch_size)
 
     def facts(self) -> dict[str, Any]:
-        names = ("batch_size", "seed", "avoid_clashes")
+        names = ("batch_size", "seed", "avoid_clashes", "share_negatives")
         found = {name: getattr(self, name) for name in names}
         return {
             **found,
@@ -271,7 +275,8 @@ class PairBatches(SeekableAdapter):
     def _batch(self, places: Rows, negatives: Rows | None) -> tuple[Any, ...]:
         queries, documents = self.pairs[places].T
         hard = np.empty((len(places), 0), np.int64) if negatives is None else negatives[places]
-        extras = {"relevant_mask": self._relevant_mask(queries, documents, hard)}
+        seen = np.tile(hard.reshape(-1), (len(places), 1)) if self.share_negatives else hard
+        extras = {"relevant_mask": self._relevant_mask(queries, documents, seen)}
         parts = (self.queries[queries], self.documents[documents])
         if negatives is None:
             return *parts, extras

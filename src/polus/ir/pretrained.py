@@ -13,7 +13,7 @@ _SERVED = {
     "hidden_act": ("gelu",),
     "position_embedding_type": ("absolute",),
 }
-_BERT_ARGUMENTS = {
+BERT_ARGUMENTS = {
     "vocab_size": "vocab_size",
     "hidden_size": "hidden_size",
     "num_layers": "num_hidden_layers",
@@ -107,7 +107,7 @@ def bert_arguments(folder: Path) -> dict[str, Any]:
             f"BertEncoder must be given a model with {_SERVED}, got {differing} in {folder}. Use "
             "another Keras model as the encoder; DualEncoder takes any."
         )
-    arguments = {ours: config[theirs] for ours, theirs in _BERT_ARGUMENTS.items()}
+    arguments = {ours: config[theirs] for ours, theirs in BERT_ARGUMENTS.items()}
     offset = _position_offset(config)
     arguments["max_positions"] -= offset
     return arguments | {"position_offset": offset}
@@ -153,6 +153,33 @@ def output_settings(folder: Path) -> OutputSettings:
 
 
 _ORDER = {"Transformer": 0, "Pooling": 1, "Dense": 2, "Normalize": 3}
+
+
+def pooling_settings(pooling: Pooling | list[Pooling], size: int) -> dict[str, object]:
+    """Returns the `config.json` of a module Pooling of token vectors of that size.
+
+    A single mode is written so that every version reads it; several need version 6 or later.
+    """
+    names = {ours: theirs for theirs, ours in _POOLING.items()}
+    if isinstance(pooling, str):
+        flags = {flag: mode == names[pooling] for flag, mode in _POOLING_FLAGS.items()}
+        return {"word_embedding_dimension": size, **flags}
+    return {"embedding_dimension": size, "pooling_mode": [names[mode] for mode in pooling]}
+
+
+def activation_name(activation: object) -> str:
+    """Returns the name of a Keras activation's class in PyTorch.
+
+    Raises:
+        ValueError: If it is none of those that `output_settings` reads.
+    """
+    for theirs, ours in _ACTIVATIONS.items():
+        if ours == activation:
+            return f"torch.nn.{theirs}"
+    raise ValueError(
+        f"A dense layer must have one of the activations {', '.join(_ACTIVATIONS.values())} to be "
+        f"saved for sentence-transformers, got {activation!r}."
+    )
 
 
 def dense_folders(folder: Path) -> list[Path]:

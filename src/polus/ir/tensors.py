@@ -4,13 +4,14 @@ import json
 from collections.abc import Sequence
 from itertools import repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import safe_open
 
 Array = NDArray[Any]
+TensorKind = Literal["embedding", "norm", "dense"]
 
 
 class CheckpointTensors:
@@ -44,17 +45,15 @@ class CheckpointTensors:
         found: Array = self._file_of[self.prefix + name].get_tensor(self.prefix + name)
         return found
 
-    def dense(self, name: str) -> list[Array]:
-        """Returns kernel and, if there is one, bias of a linear layer, as Keras stores them."""
-        bias = [self[f"{name}.bias"]] if f"{name}.bias" in self else []
-        return [np.ascontiguousarray(self[f"{name}.weight"].T), *bias]
-
-    def norm(self, name: str) -> list[Array]:
-        """Returns scale and shift of a layer normalization."""
-        name += ".LayerNorm"
-        # The first BERT checkpoints keep TensorFlow's names.
-        scale, shift = ("gamma", "beta") if f"{name}.gamma" in self else ("weight", "bias")
-        return [self[f"{name}.{scale}"], self[f"{name}.{shift}"]]
+    def of(self, kind: TensorKind, name: str) -> list[Array]:
+        """Returns a layer's weights as Keras stores them: a kernel, table or scale, then a bias."""
+        # The first BERT checkpoints keep TensorFlow's names of a norm's scale and shift.
+        old = kind == "norm" and f"{name}.gamma" in self
+        weight, bias = ("gamma", "beta") if old else ("weight", "bias")
+        first = self[f"{name}.{weight}"]
+        if kind == "dense":
+            first = np.ascontiguousarray(first.T)
+        return [first, self[f"{name}.{bias}"]] if f"{name}.{bias}" in self else [first]
 
 
 def _files(folder: Path) -> list[Path]:
