@@ -39,7 +39,7 @@ from polus.signals import Signals
 from polus.state import Snapshot
 
 MAX_BYTES = 2**28  # of batches kept in memory, for their baseline and for the trials
-TRIAL_STEPS = 10  # of all trials together, per step of the sweep: see docs/learning_rate.md
+TRIAL_STEPS = 5  # of all trials together, per step of the sweep: see docs/learning_rate.md
 SHARE_OF_RUN = 10  # where the run's length is known, the trials cost at most a tenth of it
 
 

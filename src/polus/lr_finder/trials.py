@@ -1,8 +1,10 @@
 """Short trainings from one snapshot at several learning rates, successively halved.
 
 The curve of a sweep cannot tell which of the rates around its minimum trains best. So they are
-tried: all for a few steps, then the better half for more, until one is left (Jamieson and Talwalkar
-2016, arXiv:1502.07943, figure 1). Nothing here knows a trainer or an optimizer.
+tried: all for a few steps, then half of them for more, until three are left (Jamieson and Talwalkar
+2016, arXiv:1502.07943, figure 1). The paper keeps those with the lowest losses. Here the best rate
+and its neighbours are kept: a high rate may lose more in its first steps than it gains, and the
+loss has one minimum over the rate. Nothing here knows a trainer or an optimizer.
 """
 
 import math
@@ -39,6 +41,8 @@ class Trial:
         scores: The loss that each round was judged by, shape `(rounds,)`: the mean over the second
             half of the round's batches or over the validation batches. Infinite if it diverged.
         errors: The standard errors of `scores`, from the spread over batches, shape `(rounds,)`.
+        judged: The losses that the last score is the mean of, by batch, the same for all trials of
+            a round.
         dropped_after: The number of steps after which it was dropped. None if it lasted to the end.
     """
 
@@ -46,6 +50,7 @@ class Trial:
     losses: Array
     scores: Array
     errors: Array
+    judged: Array
     dropped_after: int | None = None
 
     def __str__(self) -> str:
@@ -96,7 +101,7 @@ def plan(lowest: float, highest: float, max_steps: int, max_trials: int) -> Plan
     for count in range(min(len(every), max_trials), MIN_RATES - 1, -1):
         chosen = np.unique(np.linspace(0, len(every) - 1, count).round().astype(int))
         sizes = [count]
-        while sizes[-1] > 2:
+        while sizes[-1] > MIN_RATES:
             sizes.append(-(-sizes[-1] // 2))
         rounds = tuple((size, max_steps // (len(sizes) * size)) for size in sizes)
         if rounds[0][1] >= MIN_STEPS_OF_TRIAL:
@@ -131,7 +136,7 @@ class Contest:
         self.run_step = run_step
         self.validate = validate
         self.factor = factor
-        self.trials = [Trial(rate, *(np.zeros(0),) * 3) for rate in plan.rates]
+        self.trials = [Trial(rate, *(np.zeros(0),) * 4) for rate in plan.rates]
         self._start = start
         self._states: dict[int, Snapshot] = {}
 
@@ -153,7 +158,7 @@ class Contest:
         done = 0
         for number, (size, steps) in enumerate(self.plan.rounds):
             if number:
-                alive = self._best(alive, size, done)
+                alive = self._keep(alive, size, done)
             for begin in range(0, steps, chunk):
                 held = [next(blocks) for _ in range(min(chunk, steps - begin))]
                 with paused(), random_state_kept():
@@ -162,7 +167,6 @@ class Contest:
             done += steps
             with paused(), random_state_kept():
                 self._judge(alive, steps)
-        self._best(alive, 1, done)
 
     def _advance(self, index: int, blocks: Sequence[StepBlock], done: int) -> None:
         trial = self.trials[index]
@@ -185,41 +189,60 @@ class Contest:
         scored = []
         for index in alive:
             trial = self.trials[index]
-            last = trial.losses[-(steps - steps // 2) :]
-            if np.isfinite(trial.losses).all() and self.validate is not None:
+            judged = trial.losses[-(steps - steps // 2) :]
+            if not np.isfinite(trial.losses).all():
+                judged = np.array([math.inf])
+            elif self.validate is not None:
                 self._states[index].restore()
-                last = np.array(self.validate())
-            scored.append((index, *_mean_and_error(last)))
-        for index, score, error in scored:
+                judged = np.array(self.validate())
+            scored.append((index, judged, *_mean_and_error(judged)))
+        for index, judged, score, error in scored:
             trial = self.trials[index]
             self.trials[index] = replace(
                 trial,
                 scores=np.append(trial.scores, score),
                 errors=np.append(trial.errors, error),
+                judged=judged,
             )
 
-    def _best(self, alive: Sequence[int], size: int, done: int) -> list[int]:
-        """Drops the worse ones of a round."""
-        ranked = sorted(alive, key=lambda index: float(self.trials[index].scores[-1]))
-        for index in ranked[size:]:
+    def _keep(self, alive: Sequence[int], size: int, done: int) -> list[int]:
+        """Drops trials until only the best one and its neighbours are left."""
+        finite = [index for index in alive if math.isfinite(self.trials[index].scores[-1])]
+        ranked = sorted(finite, key=lambda index: float(self.trials[index].scores[-1]))
+        best = finite.index(ranked[0]) if ranked else 0
+        begin = max(0, min(best - (size - 1) // 2, len(finite) - size))
+        kept = finite[begin : begin + size]
+        for index in set(alive) - set(kept):
             self.trials[index] = replace(self.trials[index], dropped_after=done)
             self._states.pop(index, None)
-        return sorted(ranked[:size])
+        return kept
 
 
 def _mean_and_error(losses: Array) -> tuple[float, float]:
-    if not len(losses) or not np.isfinite(losses).all():
+    if not np.isfinite(losses).all():
         return math.inf, math.inf
     error = losses.std(ddof=1) / math.sqrt(len(losses)) if len(losses) > 1 else math.inf
     return float(losses.mean()), float(error)
 
 
 def best_rate(trials: Sequence[Trial]) -> float | None:
-    """Returns the rate with the lowest loss in the last round that was judged; None without one."""
+    """Returns the best rate of the last round that was judged, or None if none was.
+
+    It is the lowest rate whose loss is not above the lowest one by more than the standard error of
+    their difference, batch by batch.
+    """
     rounds = max((len(trial.scores) for trial in trials), default=0)
     last = [trial for trial in trials if rounds and len(trial.scores) == rounds]
     last = [trial for trial in last if math.isfinite(trial.scores[-1])]
-    return min(last, key=lambda trial: float(trial.scores[-1])).rate if last else None
+    if not last:
+        return None
+    best = min(last, key=lambda trial: float(trial.scores[-1]))
+    tied = [t.rate for t in last if _is_close(*_mean_and_error(t.judged - best.judged))]
+    return min([best.rate, *tied])
+
+
+def _is_close(difference: float, error: float) -> bool:
+    return math.isfinite(error) and difference <= error
 
 
 def schedule_factor(

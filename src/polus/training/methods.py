@@ -143,8 +143,8 @@ class TrainerMethods(BaseLogger):
         Runs `num_steps` steps at rates that grow exponentially, and records the curve of their
         losses (Smith 2015, arXiv:1506.01186). The same batches then run once more at a rate of
         zero, which shows how hard each of them is. Then it trains for a while at each of the rates
-        that the curve leaves open, and drops the worse half again and again (Jamieson and Talwalkar
-        2016, arXiv:1502.07943). Afterwards weights, optimizer, metrics, generators and the
+        that the curve leaves open, and keeps the best one and its neighbours, half of them, again
+        and again (after Jamieson and Talwalkar 2016, arXiv:1502.07943). Afterwards weights, optimizer, metrics, generators and the
         dataset's shuffling are as before, also after an error or Ctrl-C. No callback is called.
 
         Args:
@@ -163,7 +163,7 @@ class TrainerMethods(BaseLogger):
                 "d_optimizer". By default the trainer's own. Of a `MultiOptimizer` the highest rate
                 is swept, and the others keep their ratio to it.
             max_steps: The training steps of all trials together at most; 0 for no trials. By
-                default 10 times `num_steps`, but at most a tenth of the run if
+                default 5 times `num_steps`, but at most a tenth of the run if
                 `changing_train_config` has its epochs.
             for_schedule: "warmup_cosine" lets each trial begin as `polus.schedules.Cosine` with a
                 warm-up does; the suggestion is then its peak. By default rates are constant.
