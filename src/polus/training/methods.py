@@ -143,9 +143,11 @@ class TrainerMethods(BaseLogger):
         Runs `num_steps` steps at rates that grow exponentially, and records the curve of their
         losses (Smith 2015, arXiv:1506.01186). The same batches then run once more at a rate of
         zero, which shows how hard each of them is. Then it trains for a while at each of the rates
-        that the curve leaves open, and keeps the best one and its neighbours, half of them, again
-        and again (after Jamieson and Talwalkar 2016, arXiv:1502.07943). Afterwards weights, optimizer, metrics, generators and the
-        dataset's shuffling are as before, also after an error or Ctrl-C. No callback is called.
+        that the curve leaves open, keeps the best one and its neighbours, half of them, and trains
+        these on (after Jamieson and Talwalkar 2016, arXiv:1502.07943). Afterwards weights,
+        optimizer, metrics, generators and the dataset's shuffling are as before, also after an
+        error or Ctrl-C; Ctrl-C during the trials ends them, and the result has those so far. No
+        callback is called.
 
         Args:
             tf_dataset: As for `train`, but not a bare iterator. It is repeated if it is shorter.
