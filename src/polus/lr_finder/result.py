@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SHOWN_STEPS = 10  # that the drawn losses of trials are averaged over
-LABELS: dict[str, str] = {"minimum": "a tenth of the minimum's rate,"}  # in the picture
+LABELS: dict[str, str] = {"minimum": "minimum / 10:"}  # in the picture
 
 
 @dataclass(frozen=True, repr=False, eq=False)
