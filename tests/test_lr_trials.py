@@ -1,4 +1,4 @@
-"""The trials after a sweep find the rate that trains best, within their budget and without a trace."""
+"""The trials after a sweep find the best rate, within their budget and without a trace."""
 
 import io
 import logging
@@ -83,7 +83,7 @@ def test_equal_rates_within_the_noise_give_the_lowest_one():
     hard = np.array([1.0, 5.0, 2.0, 8.0])  # the batches
     trials = [
         trial(0.01, hard + 0.5),
-        trial(0.1, hard + [0.1, -0.1, 0.1, -0.05]),
+        trial(0.1, np.add(hard, [0.1, -0.1, 0.1, -0.05])),
         trial(1.0, hard),
         trial(10.0, [math.inf] * 4),
         trial(0.001, hard - 1, rounds=0),
@@ -167,7 +167,7 @@ def test_validation_data_judge_the_trials():
         if np.isfinite(each.judged).all():
             weight = each.losses[-1] - 1  # before the last step
             after = weight * (1 - 2 * each.rate) ** 2
-            np.testing.assert_allclose(each.judged, after + [5, 7], rtol=1e-3, atol=1e-3)
+            np.testing.assert_allclose(each.judged, np.add(after, [5, 7]), rtol=1e-3, atol=1e-3)
     assert trainer.model.get_weights()[0].item() == 1.0
 
 
