@@ -588,8 +588,25 @@ def alone(make):
 
 def test_training_is_unchanged_by_sweeps_before_and_during_it(make, alone):
     trainer, data = classifier(), make()
-    trainer.lr_finder(data, num_steps=20)  # longer than the data
+    result = trainer.lr_finder(data, start_lr=1e-5, num_steps=60)  # longer than the data
+    assert result.method == "tried"
     assert_equal(trained(trainer, data, Searcher(data)), alone)
+
+
+def test_training_is_unchanged_by_interrupted_trials_and_validation(make, alone):
+    trainer, data, calls = classifier(), make(), itertools.count()
+
+    def interrupting(batch):
+        if next(calls) == 150:
+            signal.raise_signal(signal.SIGINT)
+        return batch
+
+    trainer.changing_train_config(custom_data_transform_f=interrupting)
+    settings = {"start_lr": 1e-5, "num_steps": 60, "validation_data": make()}
+    result = trainer.lr_finder(data, max_steps=2000, **settings)
+    assert 0 < sum(len(trial.losses) for trial in result.trials) < 1900
+    trainer.changing_train_config(custom_data_transform_f=None)
+    assert_equal(trained(trainer, data, Searcher()), alone)
 
 
 def test_training_is_unchanged_by_a_sweep_that_built_the_model(make, alone):
