@@ -155,39 +155,69 @@ def run_range_test(
                 swept_rate(optimizer) as set_rate,
                 _progress(2 * settings.num_steps + most) as report,
             ):
-
-                def loss_of(block: StepBlock, stage: str) -> float:
-                    loss = float(to_host(functions.run_step(block)).item())
-                    report(f"{stage}, loss {loss:.4g}")
-                    signals.check()
-                    return loss
-
-                with contextlib.closing(_batches_forever(reader, signals.check)) as blocks:
-                    losses, kept = _sweep(loss_of, blocks, set_rate, settings)
-                # From the same weights and seeds, so that only the rate differs.
-                snapshot.restore()
-                set_rate(0.0)
-                baseline = [loss_of(block, "Baseline at rate 0") for block in kept]
-                result = LRFinderResult(
-                    settings.rates[: len(losses)],
-                    np.array(losses),
-                    settings.suggestion,
-                    np.array(baseline) if kept else None,
-                )
-                snapshot.restore()
-                if (trials := _planned(result, most, snapshot)).rates:
-
-                    def run_trial_step(block: StepBlock, rate: float) -> float:
-                        set_rate(rate)
-                        return loss_of(block, f"Trial at rate {rate:.1e}")
-
-                    factor = schedule_factor(settings.for_schedule, trials, functions.run_steps)
-                    contest = Contest(trials, snapshot, run_trial_step, functions.validate, factor)
-                    _run_contest(contest, reader, signals)
-                    result = replace(result, method="tried", trials=tuple(contest.trials))
+                test = _RangeTest(functions, reader, settings, signals, snapshot, set_rate, report)
+                return test.with_trials(test.curve(), most)
         finally:
             snapshot.restore()
-    return result
+
+
+@dataclass(frozen=True)
+class _RangeTest:
+    """A range test in progress; each part of it begins at the snapshot."""
+
+    functions: StepFunctions
+    reader: DataReader
+    settings: SweepSettings
+    signals: Signals
+    snapshot: Snapshot
+    set_rate: SetRate
+    report: Callable[[str], None]
+
+    def loss_of(self, block: StepBlock, stage: str) -> float:
+        loss = float(to_host(self.functions.run_step(block)).item())
+        self.report(f"{stage}, loss {loss:.4g}")
+        self.signals.check()
+        return loss
+
+    def curve(self) -> LRFinderResult:
+        """Runs the sweep and its baseline."""
+        with contextlib.closing(_batches_forever(self.reader, self.signals.check)) as blocks:
+            losses, kept = _sweep(self.loss_of, blocks, self.set_rate, self.settings)
+        # From the same weights and seeds, so that only the rate differs.
+        self.snapshot.restore()
+        self.set_rate(0.0)
+        baseline = [self.loss_of(block, "Baseline at rate 0") for block in kept]
+        return LRFinderResult(
+            self.settings.rates[: len(losses)],
+            np.array(losses),
+            self.settings.suggestion,
+            np.array(baseline) if kept else None,
+        )
+
+    def with_trials(self, result: LRFinderResult, most: int) -> LRFinderResult:
+        """Runs the trials, with `most` steps at most, and returns the result with them."""
+        planned = _planned(result, most, self.snapshot)
+        if not planned.rates:
+            return result
+
+        def run_step(block: StepBlock, rate: float) -> float:
+            self.set_rate(rate)
+            return self.loss_of(block, f"Trial at rate {rate:.1e}")
+
+        self.snapshot.restore()
+        functions = self.functions
+        factor = schedule_factor(self.settings.for_schedule, planned, functions.run_steps)
+        contest = Contest(planned, self.snapshot, run_step, functions.validate, factor)
+        with contextlib.closing(_batches_forever(self.reader, self.signals.check)) as blocks:
+            try:
+                first = next(blocks)
+                chunk = max(1, MAX_BYTES // max(1, _num_bytes(first)))
+                contest.run(itertools.chain([first], blocks), chunk, self.reader.paused)
+            except KeyboardInterrupt:
+                if self.signals.second or not self.signals.dismiss():
+                    raise
+                logger.warning("The trials were interrupted; the result has those so far.")
+        return replace(result, method="tried", trials=tuple(contest.trials))
 
 
 def _planned(result: LRFinderResult, most: int, snapshot: Snapshot) -> Plan:
@@ -211,18 +241,6 @@ def _planned(result: LRFinderResult, most: int, snapshot: Snapshot) -> Plan:
             most,
         )
     return trials
-
-
-def _run_contest(contest: Contest, reader: DataReader, signals: Signals) -> None:
-    with contextlib.closing(_batches_forever(reader, signals.check)) as blocks:
-        first = next(blocks)
-        chunk = max(1, MAX_BYTES // max(1, _num_bytes(first)))
-        try:
-            contest.run(itertools.chain([first], blocks), chunk, reader.paused)
-        except KeyboardInterrupt:
-            if signals.second or not signals.dismiss():
-                raise
-            logger.warning("The trials were interrupted; the result has those so far.")
 
 
 def _sweep(
