@@ -294,3 +294,56 @@ def test_labels_that_the_loss_leaves_out_or_that_cannot_be_counted_are_accepted(
 
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     Wrapped(model, keras.optimizers.SGD(0.1), loss).train(batches(X, Y + 6), 1)
+
+
+class Subclassed(keras.Model):
+    """Keras does not know the shape of its output."""
+
+    def __init__(self):
+        super().__init__()
+        self.dense = keras.layers.Dense(2)
+
+    def call(self, x):
+        return self.dense(x)
+
+
+def as_tensors(*parts):
+    return [tuple(map(keras.ops.convert_to_tensor, batch)) for batch in batches(*parts)]
+
+
+WRONG = np.where(np.arange(12) == 9, 2, Y)  # in the third batch
+WITH_WRONG_LABELS = {
+    "in the first batch": (lambda: batches(X, Y + 1), "Batch 1 of epoch 1 has the label 2"),
+    "in a later batch": (lambda: batches(X, WRONG), "Batch 3 of epoch 1 has the label 2"),
+    "arrays on the device": (lambda: from_arrays((X, WRONG), 4), "The dataset has the label 2"),
+    "tensors on the host": (lambda: as_tensors(X, WRONG), "Batch 3 of epoch 1 has the label 2"),
+}
+
+
+@pytest.mark.parametrize("name", WITH_WRONG_LABELS)
+@pytest.mark.parametrize("method", ["train", "evaluate"])
+def test_labels_that_are_no_class_of_a_subclassed_model_raise(method, name):
+    make, message = WITH_WRONG_LABELS[name]
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    trainer = ClassifierTrainer(Subclassed(), keras.optimizers.SGD(0.1), loss)
+    with pytest.raises(ValueError, match=f"{message}, and the model has 2 outputs"):
+        getattr(trainer, method)(make(), *([1] if method == "train" else []))
+
+
+def test_classes_along_another_axis_are_not_counted_along_the_last_one():
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, axis=1)
+    model = keras.Sequential(
+        [keras.Input((2,)), keras.layers.Dense(6), keras.layers.Reshape((3, 2))]
+    )
+    labels = np.arange(24).reshape(12, 2) % 3  # of each example two, of three classes
+    trainer = ClassifierTrainer(model, keras.optimizers.SGD(0.1), loss)
+    trainer.check_batch((X, labels), "Batch 1")
+
+
+@pytest.mark.parametrize("steps_per_execution", [1, 4])
+def test_labels_in_tf_data_that_are_no_class_raise(steps_per_execution):
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    trainer = ClassifierTrainer(Subclassed(), keras.optimizers.SGD(0.1), loss)
+    data = tf.data.Dataset.from_tensor_slices((X, WRONG)).batch(4)
+    with pytest.raises(ValueError, match="Batch 3 of epoch 1 has the label 2"):
+        trainer.train(data, 1, steps_per_execution=steps_per_execution)

@@ -415,20 +415,27 @@ def test_an_order_that_does_not_repeat_warns(tmp_path, make, place, message, cap
 
 @pytest.mark.parametrize("transform", [None, lambda batch: (batch[0] + 1, batch[1])])
 @pytest.mark.parametrize(("changed", "warns"), [(9, True), (20, False)])
+@pytest.mark.parametrize("kind", ["generators", "tf.data"])
 def test_labels_that_changed_behind_the_first_batch_warn(
-    tmp_path, transform, changed, warns, caplog
+    tmp_path, transform, changed, warns, kind, caplog
 ):
     labels = np.arange(EXAMPLES) % 2
 
     def pairs():
         return ((x[i : i + 4], labels[i : i + 4].copy()) for i in range(0, EXAMPLES, 4))
 
-    reader = DataReader(as_adapter(pairs), transform)
+    def make():
+        if kind == "generators":
+            return as_adapter(pairs)
+        tf = pytest.importorskip("tensorflow")
+        return as_adapter(tf.data.Dataset.from_tensor_slices((x, labels)).batch(4))
+
+    reader = DataReader(make(), transform)
     epoch, step = read(reader, until=(1, 3), log=[])
     assert (epoch, step) == (1, 4)
     tree = checkpointed(tmp_path, epoch, step, reader)
     labels[changed] = 7  # in the batch with number 2, or in one that the run has not read yet
-    reader = DataReader(as_adapter(pairs), transform)
+    reader = DataReader(make(), transform)
     reader.tracked = True
     reader.set_state(tree["data"], epoch, step, tree["random"])
     message = "the first batch of epoch 2 is the same, and others of its first 4 batches are not"

@@ -38,6 +38,10 @@ class GraphBlocks(Protocol):
         """Fills the first axis of each tensor up to `capacity` with zeros."""
         ...
 
+    def on_host(self, batches: T) -> T | None:
+        """Returns arrays that share the memory of the tensors; None if they can't."""
+        ...
+
 
 class TensorFlowDataset(Protocol):
     """A `tf.data.Dataset`, which is read on every backend."""

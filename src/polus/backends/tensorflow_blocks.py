@@ -2,9 +2,13 @@
 
 from typing import Any, TypeVar
 
+import numpy as np
 import tensorflow as tf
 
 T = TypeVar("T")
+
+# The dtypes whose memory NumPy can share: not text, and not bfloat16.
+_SHARED = {np.dtype(kind).type for kind in "?bBhHiIlLqQefd"}
 
 
 def padded(rows: Any, capacity: int) -> Any:
@@ -33,6 +37,13 @@ class GraphBlocks:
     def pad(self, batches: T, capacity: int) -> T:
         filled: T = tf.nest.map_structure(lambda rows: padded(rows, capacity), batches)
         return filled
+
+    def on_host(self, batches: T) -> T | None:
+        tensors = tf.nest.flatten(batches)
+        if not all("CPU" in t.device and t.dtype.as_numpy_dtype in _SHARED for t in tensors):
+            return None
+        arrays: T = tf.nest.map_structure(lambda t: np.asarray(memoryview(t)), batches)
+        return arrays
 
 
 @tf.function(autograph=False, reduce_retracing=True)

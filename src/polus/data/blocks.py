@@ -269,6 +269,7 @@ class GraphSource:
         read: Returns the next batch in a list, an empty list at the end.
         first: Batches that were read already.
         handle_signals: Called before each group; may raise.
+        see: Called with each batch that the graph reads into host memory, and with its step.
     """
 
     def __init__(
@@ -277,19 +278,28 @@ class GraphSource:
         read: Callable[[], list[Any]],
         first: list[Any],
         handle_signals: Callable[[], None],
+        see: Callable[[Any, int], None],
     ) -> None:
         self._graph = graph
         self._read = read
+        self._see = see
+        self._step = 0
         self._pending = first
         self._handle_signals = handle_signals
 
     def next_batch(self, step: int) -> list[Any]:
         batch, self._pending = self._pending or self._read(), []
+        self._step = step
         return batch
 
     def read_group(self, first: object, size: int, is_rest: bool) -> tuple[int, Any]:
         self._handle_signals()
         count, rows, other = self._graph.read(first, size, GROUP_SECS)
+        if (arrays := self._graph.on_host(rows)) is not None:
+            for i in range(1, count):  # the first one was seen when it was read
+                self._see(map_arrays(lambda array, i=i: array[i], arrays), self._step + i)
+        if other is not None:
+            self._see(other, self._step + count)
         self._pending = [] if other is None else [other]
         return count, rows
 

@@ -209,6 +209,7 @@ class EpochReader:
         self._snapshots = IteratorSnapshots(snapshot)
         self._example: Any = None
         self._first: list[Any] = []
+        self._read_in_graph = 0  # batches that did not pass through `_transformed`
         number += reader.first_epoch
         if snapshot is None:
             self._raw_batches = reader.adapter.batches(number, start)
@@ -221,10 +222,17 @@ class EpochReader:
         for step, batch in enumerate(self._raw_batches, self.start):
             self._snapshots.see(batch)
             arguments = self._reader.arguments(batch)
-            self._check(arguments, step)
-            if self._seen is not None:
-                self._seen.add(arguments)
+            self._see(arguments, self._read_in_graph + step)
             yield arguments
+
+    def _see(self, arguments: Any, step: int) -> None:
+        self._check(arguments, step)
+        if self._seen is not None:
+            self._seen.add(arguments)
+
+    def _see_read(self, arguments: Any, step: int) -> None:
+        self._read_in_graph += 1
+        self._see(arguments, step)
 
     def seen(self, count: int) -> int | None:
         """Returns a checksum of the first `count` batches of the epoch; None if it is not known."""
@@ -384,7 +392,7 @@ class EpochReader:
             return reader.device_examples.blocks(number, start, limit, capacity, pace)
         graph = backend.graph_blocks(self._raw_batches) if reader.transform is None else None
         if graph is not None:
-            batches = GraphSource(graph, self._read, self._first, handle_signals)
+            batches = GraphSource(graph, self._read, self._first, handle_signals, self._see_read)
             return Grouping(batches, limit, capacity, reader.placement, pace).blocks(start)
         stopped = threading.Event()
         placement = reader.placement

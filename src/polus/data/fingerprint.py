@@ -52,7 +52,7 @@ class RunningChecksum:
 
 def _first_bytes(leaf: Any, max_bytes: int) -> bytes:
     if not getattr(leaf, "shape", ()):
-        return repr(leaf).encode()
+        return repr(to_host(leaf).item()).encode()  # the same for a tensor and an array
     row_bytes = math.prod(leaf.shape) * 8 // max(1, len(leaf))
     rows = leaf[: max(1, max_bytes // max(1, row_bytes))]
     rows = rows if type(rows) is np.ndarray else to_host(rows)

@@ -118,7 +118,7 @@ class ClassifierTrainer(BaseTrainer):
         )
         if not as_written or len(inputs) < 2:
             return
-        if (classes := num_classes(self, self.traced_output_shape())) is not None:
+        if (classes := num_classes(self, self.traced_output_shape(), inputs[1])) is not None:
             check_labels(inputs[1], classes, getattr(self.loss, "ignore_class", None), where)
 
     def evaluation_loss(self, *samples: Any, **named: Any) -> Any:
