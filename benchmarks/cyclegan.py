@@ -6,8 +6,8 @@ The step is that of examples/cyclegan.py: two translators, two judges, four opti
 slopes at inputs. Each loop has the same initial weights and batches, and is compiled where the
 backend compiles; after five steps both must have the same weights. Then they take turns, in
 alternating order. The hand-written loop has its batches on the device before the clock starts. The
-figures are the medians over the rounds of the steps per second, and of the rounds' own ratios: by the
-clock, and by the processor time of this process, which other programs disturb less.
+figures are the medians over the rounds of the steps per second, and of the rounds' own ratios: by
+the clock, and by the processor time of this process, which other programs disturb less.
 """
 
 import argparse
