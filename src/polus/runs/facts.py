@@ -7,13 +7,13 @@ import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import keras
 
-from polus.callbacks.base import RunView
+from polus.callbacks.base import ICallback, RunView
 from polus.callbacks.keras_callback import KerasCallback
 from polus.checkpoint.environment import describe_environment
 from polus.describe import describe
@@ -27,7 +27,7 @@ GIT_SECS = 5.0
 Json = Any
 
 
-def describe_run(run: RunView) -> dict[str, Json]:
+def describe_run(run: RunView, callbacks: Sequence[ICallback]) -> dict[str, Json]:
     """Returns what a run is made of: its parts as Keras serializes them, and its data."""
     trainer: Any = run.trainer
     adapter = run.reader.adapter
@@ -39,7 +39,7 @@ def describe_run(run: RunView) -> dict[str, Json]:
         "loss": _serialized(getattr(trainer, "loss", None)),
         "metrics": [metric.name for metric in trainer.metrics],
         "trained": [variable.path for variable in trainer.trainable_weights],
-        "callbacks": [_callback(callback) for callback in run.callbacks.callbacks],
+        "callbacks": [_callback(callback) for callback in callbacks],
         "data": {
             "kind": type(adapter.dataset).__name__,
             "num_batches": run.reader.num_batches,
