@@ -8,6 +8,7 @@ import pytest
 from keras import layers, ops
 from recorder import Recorder
 
+from polus import schedules
 from polus.callbacks import Unfreeze
 from polus.callbacks.unfreeze import thaw
 from polus.checkpoint import Checkpoint
@@ -138,6 +139,16 @@ def test_a_rate_for_the_phases_of_several_optimizers_raises():
     trainer = make(by_name({"*/bias": keras.optimizers.SGD(0.1), "*": ADAM()}))
     with pytest.raises(ValueError, match=r'LearningRateScheduler\(schedule, "optimizer.sgd"\)'):
         trainer.train(BATCHES, 2, [phases(learning_rate=0.1)])
+
+
+def test_schedules_go_on_in_phases():
+    trainer, rates = make(ADAM(schedules.Linear(0.02))), []
+    rate = lambda each: float(ops.convert_to_numpy(each.optimizer.learning_rate))  # noqa: E731
+    watch = Recorder(lambda name, *_: name == "epoch_end" and rates.append(rate(trainer)))
+    trainer.train(BATCHES, 3, [phases(), watch])
+    np.testing.assert_allclose(rates, 0.02 * (1 - np.array([3, 6, 9]) / 9), atol=1e-8)
+    copy.deepcopy(trainer).train(BATCHES, 1)
+    assert rate(trainer) == pytest.approx(0, abs=1e-8)  # each has a schedule of its own
 
 
 def test_what_is_excluded_from_weight_decay_stays_so():

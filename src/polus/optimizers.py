@@ -182,7 +182,12 @@ def of_same_config(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a function that is not saved: it raises below
-            new = type(optimizer).from_config(optimizer.get_config())
+            rate = schedule_of(optimizer)
+            config = optimizer.get_config()
+            if isinstance(config.get("learning_rate"), dict):
+                # Of a schedule: Keras finds only schedules that are registered by their names.
+                config |= {"learning_rate": type(rate).from_config(rate.get_config())}
+            new = type(optimizer).from_config(config)
     except (TypeError, ValueError):  # a function is not found again by its name
         if not isinstance(optimizer, MultiOptimizer):
             raise

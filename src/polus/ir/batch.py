@@ -186,6 +186,26 @@ def relevant_mask(
     return result
 
 
+def teacher_scores(
+    extras: Mapping[str, Any], columns: int, num_hard_negatives: int
+) -> list[Tensor]:
+    """Returns the teacher's scores, if the batch has any, in a list.
+
+    Raises:
+        ValueError: If the hard negatives are shared: the last columns aren't the query's then.
+    """
+    if "teacher_scores" not in extras:
+        return []
+    size = extras["teacher_scores"].shape[0]
+    if columns > size - 1 + num_hard_negatives:
+        raise ValueError(
+            "teacher_scores belong to a query's own hard negatives, but compute_scores returns "
+            f"{columns} negative scores for {size} queries with {num_hard_negatives} hard "
+            "negatives each. Use scores without sharing_negatives()."
+        )
+    return [extras["teacher_scores"]]
+
+
 def _compare_ids(
     extras: Mapping[str, Any], num_hard_negatives: int, columns: int
 ) -> tuple[Any, Any]:

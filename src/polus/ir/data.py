@@ -183,6 +183,8 @@ class PairBatches(SeekableAdapter):
         pairs: `(P, 2)` rows of query and positive document.
         negatives: `(P, k)` rows of the hard negatives of each pair, -1 for padding, or None.
             Assigning it takes effect with the next epoch. Checkpoints save it.
+        teacher_scores: `(P, 1 + k)` scores of the positive and the hard negatives of each pair, for
+            distillation, or None. Assigned and saved likewise.
     """
 
     def __init__(
@@ -218,6 +220,7 @@ class PairBatches(SeekableAdapter):
         self.avoid_clashes = avoid_clashes
         self.share_negatives = share_negatives
         self.negatives: Rows | None = None
+        self.teacher_scores: NDArray[np.float32] | None = None
         self._checksum = checksum(self.pairs)
         super().__init__(self)
         if not avoid_clashes:
@@ -234,16 +237,21 @@ class PairBatches(SeekableAdapter):
 
     def batches(self, epoch: int, skip: int = 0) -> Iterator[Any]:
         """Yields the batches of an epoch, from batch `skip` on."""
-        negatives = self.negatives
+        negatives, teacher = self.negatives, self.teacher_scores
         for number, places in enumerate(self.order(epoch)):
             if number >= skip:
-                yield self._batch(places, negatives)
+                *parts, extras = self._batch(places, negatives)
+                if teacher is not None:
+                    extras = {**extras, "teacher_scores": teacher[places]}
+                yield *parts, extras
 
     def get_state(self) -> dict[str, Any]:
-        return {} if self.negatives is None else {"negatives": self.negatives}
+        state = {"negatives": self.negatives, "teacher_scores": self.teacher_scores}
+        return {name: value for name, value in state.items() if value is not None}
 
     def set_state(self, state: dict[str, Any]) -> None:
         self.negatives = state.get("negatives")
+        self.teacher_scores = state.get("teacher_scores")
 
     def order(self, epoch: int) -> Iterator[Rows]:
         """Yields the indices of the pairs in each batch of an epoch."""

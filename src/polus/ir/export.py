@@ -82,6 +82,7 @@ def _modules(
     encoder: BertEncoder, projection: IdentityProjection | None, normalize: bool
 ) -> Sequence[Module]:
     size = encoder.config["hidden_size"]
+    assert encoder.pooling is not None  # or the caller has raised
     found: list[Module] = [("Pooling", pooling_settings(encoder.pooling, size), {})]
     found += [
         _dense(layer.kernel, layer.bias if layer.use_bias else None, layer.activation)

@@ -63,7 +63,7 @@ class Dense:
 
     Args:
         index: The vectors of the documents.
-        encode: Maps N texts of queries to `(N, E)`, such as a `RepresentationStore`.
+        encode: Maps N texts of queries to `(N, E)`, such as a `TextEncoder`.
     """
 
     def __init__(self, index: DenseIndex, encode: Callable[[Sequence[str]], Any]) -> None:
@@ -91,7 +91,7 @@ class Hybrid:
 
     Example:
         ```python
-        search = Hybrid(BM25(documents), Dense(index, store))
+        search = Hybrid(BM25(documents), Dense(index, TextEncoder(encoder, tokenizer)))
         search.search("throw away a folder", k=3)
         ```
     """

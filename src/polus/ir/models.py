@@ -72,6 +72,7 @@ class TextTokenizer:
         self.max_length = max_length or settings.max_length or 256
         self.multiple = multiple
         self.prompt = _choose_prompt(folder, settings, prompt_name) if prompt is None else prompt
+        self._truncation_side = settings.truncation_side
         self._tokenizer = Tokenizer.from_file(str(file))
         self._tokenizer.no_padding()
         self._tokenizer.enable_truncation(self.max_length, direction=settings.truncation_side)
@@ -129,7 +130,7 @@ class TextTokenizer:
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_max_length": self.max_length,
             "pad_token": self._tokenizer.id_to_token(pad_id),
-            "truncation_side": self._tokenizer.truncation["direction"],
+            "truncation_side": self._truncation_side,
         }
         (folder / "tokenizer_config.json").write_text(json.dumps(settings), "utf-8")
         length = {"max_seq_length": self.max_length, "do_lower_case": False}

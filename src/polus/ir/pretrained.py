@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
@@ -155,7 +156,7 @@ def output_settings(folder: Path) -> OutputSettings:
 _ORDER = {"Transformer": 0, "Pooling": 1, "Dense": 2, "Normalize": 3}
 
 
-def pooling_settings(pooling: Pooling | list[Pooling], size: int) -> dict[str, object]:
+def pooling_settings(pooling: Pooling | Sequence[Pooling], size: int) -> dict[str, object]:
     """Returns the `config.json` of a module Pooling of token vectors of that size.
 
     A single mode is written so that every version reads it; several need version 6 or later.

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from polus.ir.corpus import encode_corpus
 from polus.ir.data import read_documents
+from polus.ir.encoding import TextEncoder
 from polus.ir.hybrid import BM25, Dense, Engine, Hybrid
 from polus.ir.index import DenseIndex
 from polus.ir.models import BertEncoder, TextTokenizer
-from polus.ir.store import RepresentationStore
 
 MAX_QUERY = 1000
 """Longer queries are cut, in characters."""
@@ -45,8 +45,8 @@ def load_search(
         }
         vectors = Path(folder) / "vectors"
         corpus = encode_corpus(vectors, documents.items(), model, tokenizers["document"])
-        store = RepresentationStore(vectors / "queries", model, tokenizers["query"])
-        engines.append(Dense(DenseIndex(corpus.vectors, corpus.ids), store))
+        encode = TextEncoder(model, tokenizers["query"])  # keeps no query
+        engines.append(Dense(DenseIndex(corpus.vectors, corpus.ids), encode))
     return Hybrid(*engines), documents
 
 

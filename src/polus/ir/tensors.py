@@ -27,8 +27,8 @@ class CheckpointTensors:
 
     def __init__(self, folder: Path, prefixes: Sequence[str] = ()) -> None:
         self.folder = folder
-        files = {path: safe_open(str(path), "numpy") for path in _files(folder)}
-        self._file_of = {name: file for file in files.values() for name in file.keys()}  # noqa: SIM118
+        files: list[Any] = [safe_open(str(path), "numpy") for path in _files(folder)]
+        self._file_of = {name: file for file in files for name in file.keys()}  # noqa: SIM118
         begun = [each for each in prefixes if any(map(str.startswith, self._file_of, repeat(each)))]
         self.prefix = begun[0] if begun else ""
 

@@ -78,19 +78,17 @@ def find(
             validate, assigned = _validation(executor, validation_data, arguments)
             functions = replace(functions, validate=validate)
             variables = unique([*variables, *assigned])
-        most = settings.trial_steps(functions.run_steps)
-        logger.info(
-            "The range test runs up to %d steps, and %s.",
-            2 * settings.num_steps,
-            f"then trials with up to {most}" if most else "no trials",
-        )
         result = run_range_test(functions, reader, optimizer, variables, settings)
     logger.info("%r", result)
     if use_lr_found:
-        old = highest_rate(optimizer)
-        set_rates(optimizer, result.suggestion)
-        logger.info("Learning rate set to %.3g, was %.3g.", result.suggestion, old)
+        _use(optimizer, result.suggestion)
     return result
+
+
+def _use(optimizer: keras.optimizers.Optimizer, rate: float) -> None:
+    old = highest_rate(optimizer)
+    set_rates(optimizer, rate)
+    logger.info("Learning rate set to %.3g, was %.3g.", rate, old)
 
 
 def _run_steps(arguments: Mapping[str, Any], reader: DataReader) -> int | None:

@@ -148,6 +148,11 @@ def run_range_test(
     """
     check_used(optimizer, variables)
     most = settings.trial_steps(functions.run_steps)
+    logger.info(
+        "The range test runs up to %d steps, and %s.",
+        2 * settings.num_steps,
+        f"then trials with up to {most}" if most else "no trials",
+    )
     with Signals() as signals:
         snapshot = Snapshot(variables)
         try:
