@@ -7,13 +7,13 @@ import sys
 import keras
 import numpy as np
 import pytest
-from polus.runs import read_history
-from polus.runs.history_file import HistoryFile
 
 from polus.callbacks import Callback, ValidationDataCallback
 from polus.checkpoint import Checkpoint
 from polus.data import from_arrays
 from polus.history import History
+from polus.runs import read_history
+from polus.runs.history_file import HistoryFile
 from polus.training import BaseTrainer, ClassifierTrainer
 
 RNG = np.random.default_rng(0)
