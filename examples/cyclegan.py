@@ -107,7 +107,9 @@ def make_trainer(filters: int = 32, rate: float = 5e-4) -> CycleGAN:
     return CycleGAN(models, {name: keras.optimizers.Adam(rate, beta_1=0.5) for name in models})
 
 
-def main(epochs: int = 60, runs: Path = Path("runs")) -> float:
+def main(
+    epochs: int = 60, runs: Path = Path("runs"), filters: int = 32, steps: int | None = None
+) -> float:
     """Returns the mean absolute error of the translated images; that of no translation is 1.6."""
     keras.utils.set_random_seed(0)
     folder = runs / "cyclegan"
@@ -115,12 +117,13 @@ def main(epochs: int = 60, runs: Path = Path("runs")) -> float:
     images = load_digits().images.astype("float32")[..., None] / 8 - 1
     test, a, b = images[:297], images[297:1047], -images[1047:]  # no image is on both sides
 
-    trainer = make_trainer()
+    trainer = make_trainer(filters)
     callbacks = [
         polus.ConsoleLogCallback(),
         polus.SaveModelCallback("end", folder / "{model}.keras", models=["a_to_b", "b_to_a"]),
     ]
-    trainer.train(polus.from_arrays((a, b), 50, drop_remainder=True), epochs, callbacks)
+    data = polus.from_arrays((a, b), 50, drop_remainder=True)
+    trainer.train(data, epochs, callbacks, steps=steps)
 
     a_to_b, b_to_a = trainer.model.a_to_b, trainer.model.b_to_a
     negatives = a_to_b.predict(test, verbose=0)

@@ -129,7 +129,9 @@ def make_trainer(filters: int = 16) -> SimCLR:
     )
 
 
-def main(epochs: int = 40, num_labelled: int = 50) -> dict[str, float]:
+def main(
+    epochs: int = 40, num_labelled: int = 50, filters: int = 32, steps: int | None = None
+) -> dict[str, float]:
     """Returns the accuracy of probes on features learned without labels, and on random ones."""
     images, labels = load_digits(return_X_y=True)
     images = images.astype("float32").reshape(-1, 8, 8, 1) / 8 - 1
@@ -142,14 +144,14 @@ def main(epochs: int = 40, num_labelled: int = 50) -> dict[str, float]:
     results = {}
     for name in ("contrastive features", "random features"):
         keras.utils.set_random_seed(0)
-        trainer = make_trainer()
+        trainer = make_trainer(filters)
         if name == "random features":
             trainer.optimizer.learning_rate = 0.0
         callbacks = [
             polus.ValidationDataCallback(test, "val", every_epochs=max(1, epochs // 4)),
             polus.ConsoleLogCallback(),
         ]
-        trainer.train(data, epochs, callbacks)
+        trainer.train(data, epochs, callbacks, steps=steps)
         results[name] = trainer.evaluate(test)["probe_accuracy"]
     print(f"{num_labelled} labels, {len(images):,} images, {keras.backend.backend()}")
     for name, accuracy in results.items():

@@ -95,14 +95,14 @@ def test_several_devices(tmp_path, capsys):
 
 
 def test_cyclegan(tmp_path, capsys):
-    load("cyclegan").main(epochs=1, runs=tmp_path)
+    load("cyclegan").main(epochs=1, runs=tmp_path, filters=4, steps=2)
     names = {path.name for path in (tmp_path / "cyclegan").iterdir()}
     assert names == {"a_to_b.keras", "b_to_a.keras", "translated.png"}
     assert "mean absolute error" in capsys.readouterr().out
 
 
 def test_simclr(capsys):
-    results = load("simclr").main(epochs=2)
+    results = load("simclr").main(epochs=2, filters=4, steps=2)
     assert results.keys() == {"contrastive features", "random features"}
     assert "val_probe_accuracy" in capsys.readouterr().out
 
