@@ -597,7 +597,7 @@ def test_training_is_unchanged_by_interrupted_trials_and_validation(make, alone)
     trainer, data, calls = classifier(), make(), itertools.count()
 
     def interrupting(batch):
-        if next(calls) == 150:
+        if next(calls) == 250:
             signal.raise_signal(signal.SIGINT)
         return batch
 
