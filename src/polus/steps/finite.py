@@ -48,6 +48,7 @@ class GuardedSteps:
             look at nothing.
         bad: How many consecutive steps were not finite.
         finite: Whether each step of the newest block was finite; None if all were.
+        trusting: Whether calls of many steps run as they are, and are looked at afterwards.
     """
 
     def __init__(self, executor: Prepared) -> None:
@@ -61,13 +62,13 @@ class GuardedSteps:
         self._whole: Guard
         self._seen: Callable[[], Any]
         self._held: Any = None
-        self._trusting = True
+        self.trusting = True
 
     def begin(self, limit: int | None) -> "GuardedSteps":
         """Begins a run, and returns itself."""
         self.limit = limit
         self.finite = None
-        self._trusting = True
+        self.trusting = True
         self.bad.assign(0)
         return self
 
@@ -86,10 +87,11 @@ class GuardedSteps:
         self._held = None
         if self.limit is None:
             return self.step.program(block)
-        if block.count > 1 and self.step.held and self._trusting:
+        many = block.capacity > 1  # however few there are: bits must not depend on late data
+        if many and self.step.held and self.trusting:
             self._held = backend.hold(self._whole.assigned)
             return self.step.program(block)
-        return self._guarded(block.count == 1).program(block)
+        return self._guarded(not many).program(block)
 
     def checked(self, block: StepBlock, outputs: Any) -> Any:
         """Returns what the steps of a block returned, and sets `finite`."""
@@ -99,7 +101,7 @@ class GuardedSteps:
         if self._held is not None:
             if self._all_finite(block, outputs):
                 return outputs
-            self._trusting = False  # what happened once is likely to happen again
+            self.trusting = False  # what happened once is likely to happen again
             for variable, value in self._held:
                 variable.assign(value)
             self._held = None

@@ -80,13 +80,18 @@ class NonFiniteSteps:
                 self.skipped,
             )
 
-    def get_state(self) -> dict[str, Any]:
-        """Returns the counts, for a checkpoint."""
-        return {"skipped": self.skipped, "consecutive": self.consecutive}
+    def get_state(self, guarded: GuardedSteps) -> dict[str, Any]:
+        """Returns the counts, for a checkpoint, and which programs run."""
+        return {
+            "skipped": self.skipped,
+            "consecutive": self.consecutive,
+            "trusting": guarded.trusting,
+        }
 
     def set_state(self, state: dict[str, Any], guarded: GuardedSteps) -> None:
         """Restores the counts; what ended the saved run is no part of this one."""
         self.skipped, consecutive = state["skipped"], state["consecutive"]
+        guarded.trusting = state["trusting"]
         if self.limit is not None and consecutive < self.limit:
             self.consecutive = consecutive
             guarded.bad.assign(consecutive)

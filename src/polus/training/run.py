@@ -369,7 +369,7 @@ class Run(BaseLogger):
             "history": self.history.get_state(),
             "shared": storable(self.callbacks.shared_dict),
             "callbacks": callbacks_state(self.callbacks.callbacks),
-            "non_finite": self.non_finite.get_state(),
+            "non_finite": self.non_finite.get_state(self.guarded),
             "tuning": self.executor.get_state(),
         }
 

@@ -56,7 +56,7 @@ STATE_LAYOUT = {
     "history": dict,
     "shared": dict,
     "callbacks": CALLBACKS_LAYOUT,
-    "non_finite": {"skipped": is_count, "consecutive": is_count},
+    "non_finite": {"skipped": is_count, "consecutive": is_count, "trusting": bool},
     "tuning": {...: (bool | None, is_count)},
 }
 
