@@ -2,6 +2,7 @@
 
     KERAS_BACKEND=torch python benchmarks/lr_finder.py --peers > peers.json  # optional
     KERAS_BACKEND=jax python benchmarks/lr_finder.py --with peers.json > table.md
+    KERAS_BACKEND=jax python benchmarks/lr_finder.py --tried  # without the grid: some seconds a row
 
 Three tasks (an MLP on scikit-learn's digits, a CNN on 10,000 digits of MNIST, a transformer on SMS
 messages), Adam and SGD, three seeds: 18 rows. Rates are compared by the mean loss over the training
@@ -20,17 +21,18 @@ import json
 import logging
 import math
 import tempfile
+import time
 import warnings
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import keras
 import numpy as np
 from keras import layers
 
-from polus.data import from_arrays
-from polus.lr_finder import SUGGESTIONS
+from polus.data import ArrayDataset, from_arrays
+from polus.lr_finder import SuggestionName
 from polus.state import Snapshot
 from polus.training import ClassifierTrainer
 
@@ -160,17 +162,24 @@ def fastai_rate(task: str, optimizer: str, seed: int) -> float:
 PEERS = {"fastai": fastai_rate, "lightning": lightning_rate}
 
 
-def row(
-    task: str, optimizer: str, seed: int, peers: dict[str, float]
-) -> dict[str, tuple[float, float]]:
-    """Returns the rate and loss of the grid's best, of each suggestion and of the peers."""
+def made(
+    task: str, optimizer: str, seed: int
+) -> tuple[ClassifierTrainer, Snapshot, ArrayDataset, ArrayDataset]:
+    """Returns a trainer, its initial state, its data and the data to evaluate."""
     model, x, y = prepared(task, seed)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     trainer = ClassifierTrainer(model, OPTIMIZERS[optimizer](), loss)
     trainer.optimizer.build(model.trainable_variables)
     start = Snapshot([*model.variables, *trainer.optimizer.variables, trainer.step_counter])
     batches = from_arrays((x, y), BATCH_SIZE, seed=seed)
-    everything = from_arrays((x, y), 512, shuffle=False)
+    return trainer, start, batches, from_arrays((x, y), 512, shuffle=False)
+
+
+def row(
+    task: str, optimizer: str, seed: int, peers: dict[str, float]
+) -> dict[str, tuple[float, float]]:
+    """Returns the rate and loss of the grid's best, of each suggestion and of the peers."""
+    trainer, start, batches, everything = made(task, optimizer, seed)
 
     def loss_at(rate: float) -> float:
         start.restore()
@@ -182,6 +191,20 @@ def row(
     start.restore()
     suggestions = trainer.lr_finder(batches).suggestions | peers
     return {"grid": best, **{name: (rate, loss_at(rate)) for name, rate in suggestions.items()}}
+
+
+def tried(task: str, optimizer: str, seed: int) -> dict[str, float]:
+    """Returns the rate found by trials, its loss, and what finding it cost."""
+    trainer, start, batches, everything = made(task, optimizer, seed)
+    began = time.perf_counter()
+    result = trainer.lr_finder(batches)
+    secs = time.perf_counter() - began
+    steps = len(result.losses) + sum(len(trial.losses) for trial in result.trials)
+    steps += 0 if result.baseline is None else len(result.baseline)
+    start.restore()
+    trainer.train(batches, epochs=EPOCHS, learning_rate=result.suggestion)
+    loss = trainer.evaluate(everything)["loss"]
+    return {"rate": result.suggestion, "loss": loss, "steps": steps, "secs": secs}
 
 
 def right(found: tuple[float, float], best: tuple[float, float]) -> bool:
@@ -196,17 +219,22 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--task", choices=TASKS, action="append")
     parser.add_argument("--peers", action="store_true", help="run the other libraries only")
+    parser.add_argument("--tried", action="store_true", help="run no grid, only the default")
     parser.add_argument("--with", dest="known", type=Path, help="the output of --peers")
     options = parser.parse_args()
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     rows = list(itertools.product(options.task or TASKS, OPTIMIZERS, options.seeds))
+    if options.tried:
+        for each in rows:
+            print(json.dumps([*each, tried(*each)]), flush=True)
+        return
     if options.peers:
         found = {str(r): {name: search(*r) for name, search in PEERS.items()} for r in rows}
         print(json.dumps(found, indent=1))
         return
     peers = json.loads(options.known.read_text()) if options.known else {}
-    names = [*SUGGESTIONS, *(PEERS if peers else [])]
+    names = [*get_args(SuggestionName), *(PEERS if peers else [])]
     count = dict.fromkeys(names, 0)
     print(f"| task | optimizer | seed | grid's best | {' | '.join(names)} |")
     print("|---" * (4 + len(names)) + "|")

@@ -46,6 +46,7 @@ class Case:
             one.
         deterministic: whether all backends compute the same.
         rtol: how near ours comes to the plain loop.
+        num_steps: how many steps there are.
     """
 
     def __init__(
@@ -56,13 +57,14 @@ class Case:
         plain: Callable[..., Any] | None = None,
         deterministic: bool = True,
         rtol: float = 1e-5,
+        num_steps: int = NUM_STEPS,
     ) -> None:
         self.trainer = trainer
         # Of the trainer's own class, for the instance's one is compiled by us.
         self.plain = plain or type(trainer).train_step
         self.batches = [
             tuple(keras.tree.map_structure(lambda a, i=i: a[i], part) for part in batches)
-            for i in range(NUM_STEPS)
+            for i in range(num_steps)
         ]
         self.holders = (trainer.model, trainer.optimizer, *holders)
         self.deterministic = deterministic

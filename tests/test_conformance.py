@@ -82,5 +82,6 @@ def test_steps_equal_the_hand_written_loop(name, jit):
         np.testing.assert_allclose(losses, REFERENCE[name], rtol=1e-4)
 
 
+@pytest.mark.once
 def test_every_deterministic_row_has_a_reference():
     assert set(REFERENCE) == {name for name in ROWS if build(name).deterministic}

@@ -174,3 +174,32 @@ def test_losses_minimized_together_that_are_wrong_raise():
     unrelated = [keras.Variable(np.float32(1), name="unrelated")]
     with pytest.raises(ValueError, match="depends on none of the"):
         train(lambda groups: {"a": (unrelated, groups["a"][1])})
+
+
+@pytest.mark.filterwarnings("ignore:Gradients do not exist:UserWarning")
+def test_a_weight_that_only_another_loss_reaches_has_no_gradient():
+    """It stays as it is: an optimizer that decays weights skips those without a gradient."""
+    seen, start = [], np.float32([1, 2])
+    weights = [keras.Variable(start, name=name) for name in "abc"]
+
+    class Crossed(BaseTrainer):
+        def train_step(self, x):
+            a, b, c = weights
+            return self.minimize_together(
+                lambda: {"first": ops.sum(a**2), "second": ops.sum(a * b * ops.mean(x)) + c[0]},
+                {"first": ([a, b], self.optimizer), "second": ([c], self.other)},
+            )
+
+    decaying = keras.optimizers.AdamW(0.1, weight_decay=0.5)
+    trainer = Crossed(
+        keras.Sequential([keras.Input((4,)), layers.Dense(1)]),
+        decaying,
+        post_process_grads=lambda found: seen.append([g is None for g in found]) or found,
+    )
+    trainer.other = keras.optimizers.SGD(0.1)
+    trainer.train([X] * 3, 1, steps_per_execution=1)
+    assert [False, True] in seen
+    assert [False] in seen
+    assert [False, False] not in seen
+    np.testing.assert_array_equal(host(weights[1]), start)
+    np.testing.assert_allclose(host(weights[2]), start - np.float32([0.3, 0]), rtol=1e-5)

@@ -147,6 +147,19 @@ def test_beir_folders_are_read(tmp_path):
     assert found == ({"a": "T x\u2028y", "b": "z", "c": "n"}, {"1": "q"}, {"1": {"a": 2}})
     with pytest.raises(FileNotFoundError, match="Splits found: \\['test'\\]"):
         read_beir(tmp_path, "train")
+    for content, message in (
+        (
+            "1\ta\t2\n",
+            r"test\.tsv must begin with a line of the names query-id.* got \['1', 'a', '2'",
+        ),
+        ("query-id\tcorpus-id\tscore\n1\ta\t0.5\n", "whole numbers, got '0.5' in line 2 of"),
+        ("query-id\tcorpus-id\tscore\n1\ta\n", "whole numbers, got None in line 2 of"),
+    ):
+        (tmp_path / "qrels" / "test.tsv").write_text(content)
+        with pytest.raises(ValueError, match=message):
+            read_beir(tmp_path)
+    (tmp_path / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n1\ta\t2.0\n")
+    assert read_beir(tmp_path).qrels == found.qrels
     (tmp_path / "qrels" / "dev.tsv").write_text("query-id\tcorpus-id\tscore\n1\ta\t2\n9\ta\t1\n")
     with pytest.raises(ValueError, match=r"every query judged in .*'9'"):
         read_beir(tmp_path, "dev")

@@ -119,10 +119,9 @@ def test_folders_with_prompts_need_a_choice(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"config": {"pooling_mode": "lasttoken"}}, "mean, cls, one at a time, but .* lasttoken"),
-        ({"config": {"pooling_mode": ["mean", "cls"]}}, "one at a time, but .* mean, cls"),
+        ({"config": {"pooling_mode": ["mean", "attention"]}}, "pooling modes cls.* has attention"),
         ({"config": {"include_prompt": False}}, "has include_prompt=False"),
-        ({"config": {"module_input_name": "token_embeddings"}}, "must normalize sentence"),
+        ({"config": {"module_input_name": "token_embeddings"}}, "must map sentence embeddings to"),
     ],
 )
 def test_outputs_that_are_not_implemented_raise(tmp_path, changes, message):
@@ -176,8 +175,9 @@ def test_pooling(tokenizer):
     mean = (every * mask[..., None]).sum(1) / mask.sum(1, keepdims=True)
     np.testing.assert_allclose(numpy(encoders["mean"](tokens)), mean, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(numpy(encoders["first"](tokens)), every[:, 0], rtol=1e-6)
-    with pytest.raises(ValueError, match="'mean', 'first' or None"):
-        BertEncoder(**TINY, pooling="max")
+    for wrong in ("median", [], ["mean", "median"]):
+        with pytest.raises(ValueError, match="pooling must be None, one of 'mean', 'first'"):
+            BertEncoder(**TINY, pooling=wrong)
 
 
 @pytest.mark.parametrize(
@@ -186,13 +186,18 @@ def test_pooling(tokenizer):
         ("config.json", {"hidden_act": "relu"}, "'hidden_act': 'relu'"),
         (
             "1_Pooling/config.json",
-            {"pooling_mode_mean_tokens": False, "pooling_mode_max_tokens": True},
-            "implements the pooling modes mean, cls, one at a time, but .* max",
+            {"pooling_mode": "median"},
+            "implements the pooling modes cls, max, .* has median",
         ),
         (
             "modules.json",
             [{"type": "sentence_transformers.models.Dense", "path": "2_Dense"}],
-            "implements the modules Transformer, Pooling and Normalize, but .*models.Dense",
+            "Pooling, Dense, Normalize, in this order, but .*Normalize, .*models.Dense",
+        ),
+        (
+            "modules.json",
+            [{"type": "sentence_transformers.models.LSTM", "path": "3_LSTM"}],
+            "Transformer, Pooling, Dense, Normalize, in this order, but .*models.LSTM",
         ),
     ],
 )

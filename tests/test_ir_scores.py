@@ -180,3 +180,40 @@ def test_matryoshka_sums_the_loss_of_each_size():
 def test_invalid_settings_raise(wrong, message):
     with pytest.raises(ValueError, match=message):
         wrong()
+
+
+def test_hard_negatives_are_shared_by_all_queries():
+    queries, positives, negatives = (
+        rng.normal(size=shape).astype("float32") for shape in ((3, 4), (3, 4), (3, 2, 4))
+    )
+    separate = scores.dot_product(queries, positives, negatives)
+    shared_scores = scores.dot_product.sharing_negatives()
+    positive, own = map(ops.convert_to_numpy, separate)
+    same, shared = map(ops.convert_to_numpy, shared_scores(queries, positives, negatives))
+    np.testing.assert_array_equal(positive, same)
+    expected = np.concatenate([own[:, :2], queries @ negatives.reshape(6, 4).T], axis=1)
+    np.testing.assert_allclose(shared, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("extra", [0, 2])
+def test_symmetric_is_the_mean_of_both_directions(extra):
+    """The cross-entropy of rows and of columns, of which one is masked."""
+    matrix = rng.normal(size=(4, 4)).astype("float32")
+    matrix[1, 2] = losses.MASKED
+    hard = rng.normal(size=(4, extra)).astype("float32")
+    off = ~np.eye(4, dtype=bool)
+    negative = np.concatenate([matrix[off].reshape(4, 3), hard], axis=1)
+
+    def cross_entropy(table):
+        table = table.astype("float64")
+        return (np.log(np.exp(table).sum(1)) - table[np.arange(4), np.arange(4)]).mean()
+
+    rows, columns = np.concatenate([matrix, hard], axis=1), matrix.T
+    expected = (cross_entropy(rows) + cross_entropy(columns)) / 2
+    loss = losses.Symmetric(losses.InfoNCE(temperature=1.0))
+    found = loss(*map(ops.convert_to_tensor, (np.diagonal(matrix).copy(), negative)))
+    assert float(found) == pytest.approx(expected, rel=1e-5)
+    learned = losses.InfoNCE(learned=True)
+    assert losses.Symmetric(learned).trainable_variables == learned.trainable_variables
+    with pytest.raises(ValueError, match=r"got the shapes \(4,\) and \(4, 2\)"):
+        loss(np.ones(4), np.ones((4, 2)))

@@ -551,6 +551,53 @@ def test_batches_hold_pairs_and_mask_what_is_relevant():
     np.testing.assert_array_equal(skipped, documents[data.pairs[first[2]][:, 1]])
 
 
+@pytest.mark.parametrize("micro_batch_size", [None, 2])
+def test_shared_hard_negatives_are_masked_as_by_ids(micro_batch_size):
+    """The sampler's masks give the loss that ids give, and that a loop over all scores gives."""
+    relevant = [[0, 1], [2], [3, 5], [4]]
+    data = PairBatches(FEATURES[:4], FEATURES, relevant, batch_size=6, share_negatives=True)
+    data.negatives = np.array([[2, 9], [8, -1], [1, 7], [5, 4], [0, 6], [3, 0]])
+    (batch,) = data.batches(0)
+    pairs, hard = data.pairs[next(data.order(0))], data.negatives[next(data.order(0))]
+    ids = {
+        "positive_ids": pairs[:, 1].astype("int32"),
+        "relevant_ids": np.array([(relevant[q] * 2)[:2] for q, _ in pairs], "int32"),
+        "negative_ids": hard.astype("int32"),
+    }
+    model = DualEncoder(encoder())
+    found = []
+    for given in (batch, (*batch[:-1], ids)):
+        trainer = trainer_of(
+            model,
+            compute_scores=scores.cosine.sharing_negatives(),
+            optimizer=keras.optimizers.SGD(0.0),
+            freeze_encoder=micro_batch_size is None,
+            micro_batch_size=micro_batch_size,
+        )
+        history = trainer.train([given], epochs=1)
+        found.append(history.steps["loss"][-1])
+    queries, documents = (numpy(x) for x in model((FEATURES[:4], FEATURES)))
+    table = (
+        queries @ documents.T / np.outer(*(np.linalg.norm(x, axis=1) for x in (queries, documents)))
+    )
+    expected = []
+    for query, positive in pairs:
+        rows = [
+            row for row in [*pairs[:, 1], *hard.reshape(-1)] if row not in [*relevant[query], -1]
+        ]
+        logits = table[query, [positive, *rows]] / 0.05
+        expected.append(np.log(np.exp(logits - logits[0]).sum()))
+    assert found == pytest.approx([np.mean(expected)] * 2, rel=1e-4)
+
+
+def test_shared_masks_need_shared_scores():
+    data = PairBatches(FEATURES[:4], FEATURES, [[0], [1], [2], [3]], share_negatives=True)
+    data.negatives = np.array([[9], [8], [7], [6]])
+    (batch,) = data.batches(0)
+    with pytest.raises(ValueError, match=r"here 7, got 4.*goes with cosine\.sharing_negatives"):
+        one_step(*batch)
+
+
 def test_avoid_clashes_drops_no_pair():
     relevant = [rng.choice(12, rng.integers(1, 4), replace=False).tolist() for _ in range(30)]
     data = PairBatches(

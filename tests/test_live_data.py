@@ -216,7 +216,7 @@ def test_a_session_resumes(tmp_path):
     assert len(run.history.steps["loss"]) == 6
 
 
-def test_a_session_ends_in_order_where_it_is_stopped():
+def test_a_session_ends_in_order_where_it_is_stopped(caplog):
     trainer, seen, steps = follow(), Recorder(), 0
     with trainer.session([seen]) as run:
         for _ in range(100):
@@ -225,6 +225,7 @@ def test_a_session_ends_in_order_where_it_is_stopped():
             if steps == 3:
                 run.stop("kl")
     assert (steps, run.stop_reason) == (3, "kl")
+    assert "stopped after 1 epochs: kl." in caplog.text
     assert seen.names[-2:] == ["epoch_end", "train_end"]
     assert len(run.history.epochs) == 1
     with trainer.session() as run, pytest.raises(ValueError, match="no step to end"):

@@ -250,7 +250,8 @@ def test_plot_labels_losses_and_suggestions(tmp_path):
         "raw",
         "smoothed",
         *(
-            f"{name} {rate:.1e}" + " (chosen)" * (name == "steep")
+            f"{name.replace('minimum', 'minimum / 10:')} {rate:.1e}"
+            + " (chosen)" * (name == "steep")
             for name, rate in result.suggestions.items()
         ),
     ]
@@ -447,8 +448,6 @@ def test_optimizer_argument_selects_the_one_to_sweep():
 def test_one_optimizer_of_a_multi_optimizer_can_be_swept():
     inner = keras.optimizers.SGD(0.5)
     trainer = Slope(keras.optimizers.MultiOptimizer(lambda variable: inner))
-    with pytest.raises(ValueError, match=r"MultiOptimizer, .*optimizer=trainer.optimizer.optimi"):
-        trainer.lr_finder(ONES)
     result = trainer.lr_finder(ONES, start_lr=1e-3, end_lr=1, num_steps=31, optimizer=inner)
     expected = -np.append(0, np.cumsum(result.rates)[:-1])
     np.testing.assert_allclose(result.losses, expected, rtol=1e-5)
@@ -463,7 +462,7 @@ def test_one_optimizer_of_a_multi_optimizer_can_be_swept():
         ({"num_steps": 15}, "integer of at least 16, got 15"),
         ({"num_steps": 20.5}, "integer of at least 16, got 20.5"),
         ({"stop_factor": 1}, "stop_factor must be greater than 1, got 1"),
-        ({"suggestion": "sharp"}, "no suggestion 'sharp'. Use one of 'steep', 'valley'"),
+        ({"suggestion": "sharp"}, "no suggestion 'sharp'. Use one of 'tried', 'steep'"),
         ({"suggestion": 3}, "no suggestion 3. Use one of"),
         ({"tf_dataset": None}, "lr_finder needs a dataset"),
         ({"tf_dataset": []}, "yielded no batch"),
@@ -589,8 +588,25 @@ def alone(make):
 
 def test_training_is_unchanged_by_sweeps_before_and_during_it(make, alone):
     trainer, data = classifier(), make()
-    trainer.lr_finder(data, num_steps=20)  # longer than the data
+    result = trainer.lr_finder(data, start_lr=1e-5, num_steps=60)  # longer than the data
+    assert result.method == "tried"
     assert_equal(trained(trainer, data, Searcher(data)), alone)
+
+
+def test_training_is_unchanged_by_interrupted_trials_and_validation(make, alone):
+    trainer, data, calls = classifier(), make(), itertools.count()
+
+    def interrupting(batch):
+        if next(calls) == 150:
+            signal.raise_signal(signal.SIGINT)
+        return batch
+
+    trainer.changing_train_config(custom_data_transform_f=interrupting)
+    settings = {"start_lr": 1e-5, "num_steps": 60, "validation_data": make()}
+    result = trainer.lr_finder(data, max_steps=2000, **settings)
+    assert 0 < sum(len(trial.losses) for trial in result.trials) < 1900
+    trainer.changing_train_config(custom_data_transform_f=None)
+    assert_equal(trained(trainer, data, Searcher()), alone)
 
 
 def test_training_is_unchanged_by_a_sweep_that_built_the_model(make, alone):
@@ -718,8 +734,13 @@ def test_command_prints_suggestions_and_saves_a_plot(tmp_path, monkeypatch, caps
     path = str(tmp_path / "lr.png")
     assert main(["lr_program:init_trainer", "--plot", path, "--suggestion", "valley"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == [*SUGGESTIONS, "Plot"]
+    assert [line.split()[0] for line in lines] == [*SUGGESTIONS, "Plot"]  # no trials
     assert lines[1].endswith("(suggested)")
+    assert main(["lr_program:init_trainer", "--plot", path, "--max-steps", "150"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("tried")
+    assert lines[0].endswith("(suggested)")
+    assert any(line.startswith("trial at ") for line in lines)
     assert Path(path).read_bytes().startswith(b"\x89PNG")
     flat = ["--start-lr", "1e-12", "--end-lr", "1e-10"]
     assert main(["lr_program:init_trainer", "--plot", path, *flat]) == 1

@@ -1,11 +1,14 @@
 """Training in phases: thawed layers, rates by layer, groups of weights."""
 
+import copy
+
 import keras
 import numpy as np
 import pytest
 from keras import layers, ops
 from recorder import Recorder
 
+from polus import schedules
 from polus.callbacks import Unfreeze
 from polus.callbacks.unfreeze import thaw
 from polus.checkpoint import Checkpoint
@@ -100,19 +103,85 @@ def test_the_optimizer_keeps_what_it_knows():
         np.testing.assert_array_equal(slots.pop(slot.path), ops.convert_to_numpy(slot))
     assert slots  # of the new weights, which have not moved
     assert all(not value.any() for value in slots.values())
-    with pytest.raises(ValueError, match="MultiOptimizer can't be made again"):
-        rebuilt(by_name({"*": keras.optimizers.SGD()}), [])
+    chosen = keras.optimizers.MultiOptimizer(lambda variable: old)
+    with pytest.raises(ValueError, match=r"chooses by a function can't be made again.*by_name"):
+        rebuilt(chosen, [])
 
 
-@pytest.mark.parametrize("place", [(1, 1), (2, 0)])
-def test_a_run_in_phases_resumes_exactly(tmp_path, place):
+ADAM = keras.optimizers.Adam
+SEVERAL = {
+    "by_name": lambda: by_name({"*/bias": ADAM(0.02), "*": ADAM(0.02)}),
+    "layerwise": lambda: layerwise(make(frozen=False).model, 0.02, 1.0, ADAM),
+    "map": lambda: keras.optimizers.MultiOptimizer(
+        keras.optimizers.OptimizerMap(ADAM(0.02), {".*/bias": ADAM(0.02)})
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_phases_with_several_optimizers(name):
+    """All of one rate, they are one optimizer; if each counts the steps that it has made."""
+    keras.utils.clear_session()  # names begin again, for layerwise chooses by them
+    trainer, reference = make(SEVERAL[name]()), make()
+    trainer.train(BATCHES, 2, [phases()], steps_per_execution=3)
+    reference.train(BATCHES, 1, steps_per_execution=3)
+    if name == "layerwise":  # a layer's own optimizer begins when it is thawed
+        reference.optimizer = by_name({"*head/*": reference.optimizer, "*": ADAM(0.02)})
+    thaw(reference.model, ["block_2"])
+    if name != "layerwise":
+        reference.optimizer = rebuilt(reference.optimizer, reference.trainable_weights)
+    reference.train(BATCHES, 1, steps_per_execution=3)
+    for found, expected in zip(weights(trainer).values(), weights(reference).values(), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_rate_for_the_phases_of_several_optimizers_raises():
+    trainer = make(by_name({"*/bias": keras.optimizers.SGD(0.1), "*": ADAM()}))
+    with pytest.raises(ValueError, match=r'LearningRateScheduler\(schedule, "optimizer.sgd"\)'):
+        trainer.train(BATCHES, 2, [phases(learning_rate=0.1)])
+
+
+def test_schedules_go_on_in_phases():
+    trainer, rates = make(ADAM(schedules.Linear(0.02))), []
+    rate = lambda each: float(ops.convert_to_numpy(each.optimizer.learning_rate))  # noqa: E731
+    watch = Recorder(lambda name, *_: name == "epoch_end" and rates.append(rate(trainer)))
+    trainer.train(BATCHES, 3, [phases(), watch])
+    np.testing.assert_allclose(rates, 0.02 * (1 - np.array([3, 6, 9]) / 9), atol=1e-8)
+    copy.deepcopy(trainer).train(BATCHES, 1)
+    assert rate(trainer) == pytest.approx(0, abs=1e-8)  # each has a schedule of its own
+
+
+def test_what_is_excluded_from_weight_decay_stays_so():
+    """In phases and in copies: Keras' configuration of an optimizer leaves it out."""
+    decaying = keras.optimizers.SGD(0.1, weight_decay=0.5)
+    trainer = make(decaying)
+    head = trainer.model.get_layer("head")
+    head.bias.assign([1.0, 2.0])
+    decaying.exclude_from_weight_decay(var_list=[head.kernel], var_names=["bias"])
+    zero = lambda found: [None if g is None else 0 * g for g in found]  # noqa: E731
+    trainer.post_process_grads = zero
+    copied = copy.deepcopy(trainer)
+    kernel = ops.convert_to_numpy(head.kernel).copy()
+    for each in (trainer, copied):
+        before = weights(each)
+        each.train(BATCHES, 1, [Unfreeze({0: "block_2"})])
+        moved = {p for p, value in weights(each).items() if not np.array_equal(value, before[p])}
+        assert {path.split("backbone/")[-1] for path in moved} == {"block_2/kernel"}
+    np.testing.assert_array_equal(ops.convert_to_numpy(head.kernel), kernel)
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "rate"),
+    [((1, 1), None, 0.005), ((2, 0), None, 0.005), ((1, 1), "by_name", None)],
+)
+def test_a_run_in_phases_resumes_exactly(tmp_path, place, name, rate):
     def kill(name, *at):
         if (name, *at[:2]) == ("step_end", *place):
             raise Killed
 
     def train(*callbacks, **arguments):
-        trainer = make()
-        callbacks = [phases(learning_rate=0.005), *callbacks]
+        trainer = make(SEVERAL[name]() if name else None)
+        callbacks = [phases(learning_rate=rate), *callbacks]
         trainer.train(BATCHES, 3, callbacks, steps_per_execution=1, **arguments)
         return trainer
 

@@ -8,6 +8,7 @@ import pytest
 from keras import layers, ops
 from recorder import Recorder
 
+from polus.average import Average
 from polus.callbacks import (
     ConsoleLogCallback,
     EarlyStop,
@@ -125,7 +126,7 @@ def test_asking_for_a_loss_that_is_not_there_raises():
         ClassifierTrainer(dense(6, 2), keras.optimizers.SGD())
 
 
-def test_a_method_named_loss_is_the_loss():
+def test_a_method_named_loss_is_the_loss(caplog):
     class Own(BaseTrainer):
         def forward_with_grads(self, x):
             return (self.model(x, training=True),)
@@ -135,6 +136,7 @@ def test_a_method_named_loss_is_the_loss():
 
     history = Own(dense(6, 2), keras.optimizers.SGD(0.1)).train(BATCHES, 2)
     assert history.epochs[1]["loss"] < history.epochs[0]["loss"]
+    assert caplog.text.count("Training all") == 1  # the step is prepared once, not every epoch
 
 
 def test_the_range_test_follows_the_primary_term():
@@ -188,6 +190,13 @@ def test_a_dict_of_models_is_trained_named_and_saved(tmp_path, caplog):
         "decoder.keras",
         "the.weights.h5",
     }
+    trainer.targets = {"encoder": Average(trainer.model.encoder, 0.9)}
+    target = SaveModelCallback("end", tmp_path / "{model}.keras", models=["targets.encoder"])
+    trainer.train(BATCHES, 1, [target], steps_per_execution=1)
+    loaded = keras.saving.load_model(tmp_path / "targets.encoder.keras")
+    average = trainer.targets["encoder"].model.get_weights()
+    np.testing.assert_array_equal(loaded.get_weights()[0], average[0])
+    saving.on_train_end()
     loaded = keras.saving.load_model(tmp_path / "decoder.keras")
     for old, new in zip(trainer.model.decoder.weights, loaded.weights, strict=True):
         np.testing.assert_array_equal(ops.convert_to_numpy(old), ops.convert_to_numpy(new))

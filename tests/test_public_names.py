@@ -20,11 +20,13 @@ MODULES = {
     "checkpoint",
     "core",
     "data",
+    "errors",
     "history",
     "ir",
     "lr_finder",
     "metrics",
     "optimizers",
+    "runs",
     "schedules",
     "training",
 }

@@ -27,7 +27,7 @@ WORDS = """
     steps_before store survey surveyed tape targets teacher temperature train train_config
     trainable_weights update updates variables verbose weights writer
 """
-EVERYDAY_NAMES = [f"_{word}" for word in WORDS.split()]
+EVERYDAY_NAMES = [*(f"_{word}" for word in WORDS.split()), "logger"]
 
 
 def make_model(built: bool = True) -> keras.Model:

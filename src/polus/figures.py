@@ -16,12 +16,13 @@ MAX_POINTS = 5000  # of a plotted line
 STYLES = ("--", ":", "-.")  # of the first, second and third validation set
 
 
-def new_figure(user: str, height: float) -> "Figure":
-    """Returns an empty figure, 800 pixels wide.
+def new_figure(user: str, height: float, width: float = 8) -> "Figure":
+    """Returns an empty figure.
 
     Args:
         user: The method that needs matplotlib, for the error.
         height: In units of 100 pixels.
+        width: In units of 100 pixels.
 
     Raises:
         ImportError: If matplotlib is not installed.
@@ -32,7 +33,7 @@ def new_figure(user: str, height: float) -> "Figure":
         raise ImportError(
             f"{user} requires matplotlib. Install it with `pip install matplotlib`."
         ) from error
-    return Figure(figsize=(8, height), dpi=100, layout="constrained")
+    return Figure(figsize=(width, height), dpi=100, layout="constrained")
 
 
 def history_figure(

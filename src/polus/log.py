@@ -13,6 +13,18 @@ class _Default(str):
 LOG_NAME = _Default("polus.log")
 
 
+def logger_of(owner: object) -> logging.Logger:
+    """Returns the standard logger of an object's class."""
+    return logging.getLogger(f"polus.{type(owner).__name__}")
+
+
+class _OwnLogger:
+    """`self.logger`, unless a subclass uses this name for something else."""
+
+    def __get__(self, owner: object, cls: type | None = None) -> logging.Logger:
+        return logger_of(owner)
+
+
 class BaseLogger:
     """Gives its descendants `self.logger`, a standard logger named after their class.
 
@@ -24,6 +36,8 @@ class BaseLogger:
         log_name: The file that `log_to_file` appends to. A name given here starts it at once.
     """
 
+    logger = _OwnLogger()
+
     def __init__(self, logging_level: int = 10, log_name: str = LOG_NAME) -> None:
         self.log_name = log_name
         shared = logging.getLogger("polus")
@@ -32,11 +46,6 @@ class BaseLogger:
             shared.setLevel(logging_level)
         if log_name is not LOG_NAME:
             self.log_to_file()
-
-    @property
-    def logger(self) -> logging.Logger:
-        """The standard logger of this class."""
-        return logging.getLogger(f"polus.{type(self).__name__}")
 
     def set_logging_level(self, level: int) -> None:
         """Sets the level of all of Polus' messages and handlers."""

@@ -75,6 +75,20 @@ def models_of(model: keras.Model) -> dict[str, keras.Model]:
     return dict(model.items()) if isinstance(model, Models) else {model.name: model}
 
 
+def named_parts(owner: object) -> Iterator[tuple[str, Any]]:
+    """Yields what an object's attributes hold by name: "d_optimizer", "targets.actor", "heads.0".
+
+    The key or index of what a dict or list holds stands behind a dot.
+    """
+    for name, value in vars(owner).items():
+        if isinstance(value, Mapping):
+            yield from ((f"{name}.{key}", part) for key, part in value.items())
+        elif isinstance(value, list | tuple):
+            yield from ((f"{name}.{i}", part) for i, part in enumerate(value))
+        else:
+            yield name, value
+
+
 def describe_model(model: keras.Model) -> str:
     """Returns class and name of a model, or of each model of several."""
     if not isinstance(model, Models):

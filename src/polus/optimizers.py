@@ -1,18 +1,31 @@
 """Several optimizers of one trainer: their names, rates, and groups of weights."""
 
 import fnmatch
+import glob
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import keras
 
 from polus.host import did_you_mean, to_host
 from polus.learning_rate import schedule_of
+from polus.models import named_parts
 from polus.schedules import Schedule
 
-# Keras has it since 3.15; before that nothing is an instance of it.
-MultiOptimizer: Any = getattr(keras.optimizers, "MultiOptimizer", type("MultiOptimizer", (), {}))
+
+class _Missing:
+    """Stands for a class of Keras 3.15 in versions before."""
+
+    def __init__(self, *arguments: object) -> None:
+        raise NotImplementedError(
+            f"Keras {keras.__version__} has no MultiOptimizer. Install 3.15 or later."
+        )
+
+
+MultiOptimizer: Any = getattr(keras.optimizers, "MultiOptimizer", _Missing)
+OptimizerMap: Any = getattr(keras.optimizers, "OptimizerMap", _Missing)
 
 
 def optimizers_of(owner: object) -> dict[str, keras.optimizers.Optimizer]:
@@ -32,18 +45,11 @@ def optimizers_of(owner: object) -> dict[str, keras.optimizers.Optimizer]:
 
 
 def _held(owner: object) -> Iterator[tuple[str, keras.optimizers.Optimizer]]:
-    for name, value in vars(owner).items():
-        if isinstance(value, Mapping):
-            parts = {f"{name}.{key}": part for key, part in value.items()}
-        elif isinstance(value, list | tuple):
-            parts = {f"{name}.{i}": part for i, part in enumerate(value)}
-        else:
-            parts = {name: value}
-        for part_name, part in parts.items():
-            if isinstance(part, MultiOptimizer):
-                yield from inner_optimizers(part_name, part)
-            elif isinstance(part, keras.optimizers.Optimizer):
-                yield part_name, part
+    for name, part in named_parts(owner):
+        if isinstance(part, MultiOptimizer):
+            yield from inner_optimizers(name, part)
+        elif isinstance(part, keras.optimizers.Optimizer):
+            yield name, part
 
 
 def inner_optimizers(
@@ -58,6 +64,71 @@ def inner_optimizers(
         yield f"{name}.{kind}{number}", inner
 
 
+@keras.saving.register_keras_serializable(package="polus")
+class Groups(MultiOptimizer):
+    """A Keras `MultiOptimizer` of groups of weights by their names; see `by_name`, `layerwise`.
+
+    Its optimizers are known before it is built, and it is saved, copied and made again like any
+    other optimizer.
+
+    Args:
+        patterns: Pairs of a pattern of paths and the index of an optimizer. The first that matches
+            a variable's path counts.
+        optimizers: The optimizers.
+        name: The name of the optimizer.
+        loss_scale_factor: As for `MultiOptimizer`.
+    """
+
+    def __init__(
+        self,
+        patterns: Sequence[tuple[str, int]],
+        optimizers: Sequence[keras.optimizers.Optimizer],
+        name: str | None = None,
+        loss_scale_factor: float | None = None,
+    ) -> None:
+        super().__init__(_Patterns(patterns, optimizers), loss_scale_factor, name)
+        self.patterns = tuple((pattern, int(index)) for pattern, index in patterns)
+
+    def get_config(self) -> dict[str, Any]:
+        optimizers = [keras.saving.serialize_keras_object(each) for each in self.optimizers]
+        return {
+            "patterns": self.patterns,
+            "optimizers": optimizers,
+            "name": self.name,
+            "loss_scale_factor": self.loss_scale_factor,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Self:
+        optimizers = [
+            keras.saving.deserialize_keras_object(each, custom_objects)
+            for each in config["optimizers"]
+        ]
+        return cls(**{**config, "optimizers": optimizers})
+
+
+class _Patterns(OptimizerMap):
+    """Chooses an optimizer by the first pattern that a variable's path matches."""
+
+    def __init__(
+        self,
+        patterns: Sequence[tuple[str, int]],
+        optimizers: Sequence[keras.optimizers.Optimizer],
+    ) -> None:
+        super().__init__(optimizers[0], {str(i): each for i, each in enumerate(optimizers)})
+        self.patterns = patterns
+
+    def __call__(self, variable: keras.Variable) -> keras.optimizers.Optimizer:
+        for pattern, index in self.patterns:
+            if fnmatch.fnmatchcase(variable.path, pattern):
+                return self[str(index)]
+        raise ValueError(
+            f"No pattern matches the variable {variable.path!r}, only "
+            f"{', '.join(pattern for pattern, _ in self.patterns)} are there. Add one for the "
+            'rest: "*".'
+        )
+
+
 def rebuilt(
     optimizer: keras.optimizers.Optimizer, variables: Sequence[keras.Variable]
 ) -> keras.optimizers.Optimizer:
@@ -68,25 +139,81 @@ def rebuilt(
         variables: The variables to train.
 
     Raises:
-        ValueError: If it is a `MultiOptimizer`, whose parts were made for their variables.
+        ValueError: If it is a `MultiOptimizer` that chooses by a function.
     """
-    if isinstance(optimizer, MultiOptimizer):
-        raise ValueError(
-            "A MultiOptimizer can't be made again for other variables. Thaw the layers before "
-            "training, with learning rates of 0 for those that wait, or use a single optimizer."
-        )
-    new = type(optimizer).from_config(optimizer.get_config())
-    rate = schedule_of(optimizer)
-    if isinstance(rate, keras.optimizers.schedules.LearningRateSchedule):
-        new.learning_rate = rate  # the schedule itself: it may know where its run began
+    new = of_same_config(optimizer)
+    pairs = list(zip(_inner(optimizer), _inner(new), strict=True))
+    for old, own in pairs:
+        rate = schedule_of(old)
+        if isinstance(rate, keras.optimizers.schedules.LearningRateSchedule):
+            own.learning_rate = rate  # the schedule itself: it may know where its run began
     if not optimizer.built:
         return new
     new.build(list(variables))
-    known = {(slot.path, tuple(slot.shape)): slot for slot in optimizer.variables}
-    for slot in new.variables:
-        if (old := known.get((slot.path, tuple(slot.shape)))) is not None:
-            slot.assign(to_host(old))
+    for old, own in [(optimizer, new), *pairs]:
+        known = {(slot.path, tuple(slot.shape)): slot for slot in old.variables}
+        for slot in own.variables:
+            if (same := known.get((slot.path, tuple(slot.shape)))) is not None:
+                slot.assign(to_host(same))
     return new
+
+
+# Where Keras keeps what `exclude_from_weight_decay` was told; its configuration leaves it out.
+EXCLUDED, EXCLUDED_NAMES = "_exclude_from_weight_decay", "_exclude_from_weight_decay_pattern"
+KEY = "_var_key"  # the method that names a variable in it
+
+
+def of_same_config(
+    optimizer: keras.optimizers.Optimizer,
+    copies: Sequence[tuple[keras.Variable, keras.Variable]] = (),
+) -> keras.optimizers.Optimizer:
+    """Returns a new optimizer of the same settings, which is not built.
+
+    Args:
+        optimizer: The optimizer.
+        copies: Pairs of a variable and the one that takes its place, for an optimizer of others.
+
+    Raises:
+        ValueError: If it is a `MultiOptimizer` that chooses by a function.
+    """
+    if isinstance(optimizer, Groups):  # whose optimizers may be of classes that Keras doesn't know
+        parts = [of_same_config(each, copies) for each in optimizer.optimizers]
+        return Groups(optimizer.patterns, parts, optimizer.name, optimizer.loss_scale_factor)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a function that is not saved: it raises below
+            rate = schedule_of(optimizer)
+            config = optimizer.get_config()
+            if isinstance(config.get("learning_rate"), dict):
+                # Of a schedule: Keras finds only schedules that are registered by their names.
+                config |= {"learning_rate": type(rate).from_config(rate.get_config())}
+            new = type(optimizer).from_config(config)
+    except (TypeError, ValueError):  # a function is not found again by its name
+        if not isinstance(optimizer, MultiOptimizer):
+            raise
+        new = None
+    if new is None or len(_inner(new)) != len(_inner(optimizer)):
+        raise ValueError(
+            "A MultiOptimizer that chooses by a function can't be made again for other weights, "
+            "such as thawed ones. Choose by the names of weights: "
+            'polus.optimizers.by_name({"backbone/*": keras.optimizers.Adam(1e-5), "*": '
+            "keras.optimizers.Adam(1e-3)}), polus.optimizers.layerwise(model, 1e-3) or a "
+            "keras.optimizers.OptimizerMap."
+        )
+    for old, own in zip(_inner(optimizer), _inner(new), strict=True):
+        if hasattr(old, EXCLUDED):
+            key = getattr(old, KEY)
+            excluded = set(getattr(old, EXCLUDED))
+            excluded |= {key(copied) for variable, copied in copies if key(variable) in excluded}
+            setattr(own, EXCLUDED, excluded)
+            setattr(own, EXCLUDED_NAMES, getattr(old, EXCLUDED_NAMES))
+    return new
+
+
+def _inner(optimizer: keras.optimizers.Optimizer) -> list[keras.optimizers.Optimizer]:
+    if isinstance(optimizer, MultiOptimizer):
+        return list(optimizer.optimizers)
+    return [getattr(optimizer, "inner_optimizer", optimizer)]
 
 
 def layerwise(
@@ -99,21 +226,30 @@ def layerwise(
 
     Args:
         model: The model, which is built. Its layers are those of `model.layers` with weights, and
-            of the models among these, in their order.
+            of the models among these, in their order. Frozen ones count as well.
         learning_rate: The rate of the last layer.
         decay: The factor from each layer to the one before it.
         make: Makes the optimizer of a layer from its rate.
+
+    Raises:
+        ValueError: If it has no weights yet, or two layers have weights of one path.
     """
     layers = list(_layers_with_weights(model))
     if not layers:
         raise ValueError(f"The model {model.name!r} has no weights yet. Build it before.")
-    by_variable: dict[int, keras.optimizers.Optimizer] = {}
+    depths: dict[str, int] = {}
+    known: dict[str, keras.Variable] = {}
     for depth, layer in enumerate(reversed(layers)):
-        optimizer = make(learning_rate * decay**depth)
-        for variable in layer.variables:
-            by_variable.setdefault(id(variable), optimizer)
-    last = by_variable[id(layers[-1].variables[0])]
-    return _multi_optimizer(lambda variable: by_variable.get(id(variable), last))
+        for variable in layer.weights:
+            depths.setdefault(variable.path, depth)
+            if known.setdefault(variable.path, variable) is not variable:
+                raise ValueError(
+                    f"Two layers of {model.name!r} have a weight of the path {variable.path!r}, by "
+                    "which layerwise tells them apart. Give the layers names of their own."
+                )
+    patterns = [(glob.escape(path), depth) for path, depth in depths.items()]
+    optimizers = [make(learning_rate * decay**depth) for depth in range(len(layers))]
+    return Groups([*patterns, ("*", 0)], optimizers)
 
 
 def _layers_with_weights(model: keras.Model) -> Iterator[keras.layers.Layer]:
@@ -141,27 +277,9 @@ def by_name(
             counts. (Without weight decay alone, Keras' `optimizer.exclude_from_weight_decay(
             var_names=["bias", "gamma", "beta"])` does it too.)
     """
-
-    def choose(variable: keras.Variable) -> keras.optimizers.Optimizer:
-        for pattern, optimizer in optimizers.items():
-            if fnmatch.fnmatchcase(variable.path, pattern):
-                return optimizer
-        raise ValueError(
-            f"No pattern matches the variable {variable.path!r}, only {', '.join(optimizers)} are "
-            'there. Add one for the rest: "*".'
-        )
-
-    return _multi_optimizer(choose)
-
-
-def _multi_optimizer(
-    choose: Callable[[keras.Variable], keras.optimizers.Optimizer],
-) -> keras.optimizers.Optimizer:
-    if not issubclass(MultiOptimizer, keras.optimizers.Optimizer):
-        raise NotImplementedError(
-            f"Keras {keras.__version__} has no MultiOptimizer. Install 3.15 or later."
-        )
-    return MultiOptimizer(choose)
+    distinct = list({id(each): each for each in optimizers.values()}.values())
+    index = {id(each): i for i, each in enumerate(distinct)}
+    return Groups([(p, index[id(each)]) for p, each in optimizers.items()], distinct)
 
 
 def optimizer_named(owner: object, name: str) -> keras.optimizers.Optimizer:
@@ -173,9 +291,18 @@ def optimizer_named(owner: object, name: str) -> keras.optimizers.Optimizer:
     found = optimizers_of(owner)
     if name not in found:
         hint = did_you_mean(name, found)
+        unknown = [
+            each
+            for each in vars(owner).values()
+            if isinstance(each, MultiOptimizer) and not each.optimizers
+        ]
+        later = (
+            " Those of a MultiOptimizer that chooses by a function are known when it is built: "
+            "optimizer.build(model.trainable_variables)."
+        )
         raise ValueError(
             f"There is no optimizer named {name!r}. {hint + ' ' * bool(hint)}The trainer's are "
-            f"{', '.join(map(repr, found)) or 'none'}."
+            f"{', '.join(map(repr, found)) or 'none'}.{later * bool(unknown)}"
         )
     return found[name]
 

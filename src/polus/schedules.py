@@ -79,6 +79,7 @@ class Schedule(keras.optimizers.schedules.LearningRateSchedule):
         return {"peak": self.peak, "warmup": self.warmup, "total_steps": self.total_steps}
 
 
+@keras.saving.register_keras_serializable(package="polus")
 class Constant(Schedule):
     """A rise to the peak, which then stays."""
 
@@ -86,6 +87,7 @@ class Constant(Schedule):
         return ops.ones_like(share)
 
 
+@keras.saving.register_keras_serializable(package="polus")
 class Linear(Schedule):
     """A rise to the peak, then a straight line to zero at the end."""
 
@@ -93,6 +95,7 @@ class Linear(Schedule):
         return 1.0 - share
 
 
+@keras.saving.register_keras_serializable(package="polus")
 class Cosine(Schedule):
     """A rise to the peak, then half a cosine to zero (Loshchilov & Hutter, arXiv:1608.03983)."""
 
@@ -100,6 +103,7 @@ class Cosine(Schedule):
         return 0.5 * (1.0 + ops.cos(math.pi * share))
 
 
+@keras.saving.register_keras_serializable(package="polus")
 class OneCycle(Schedule):
     """Up and down once, by half cosines (Smith & Topin, arXiv:1708.07120).
 

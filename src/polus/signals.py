@@ -44,6 +44,11 @@ class Signals:
         if self.pending is not None:
             raise SystemExit(128 + self.pending)
 
+    def dismiss(self) -> bool:
+        """Forgets the signal that arrived, and returns whether there was one to act on."""
+        there, self.arrived, self.pending = self.pending is not None, None, None
+        return there
+
     def _hold(self, number: int, frame: FrameType | None) -> None:
         if self.arrived is None:
             self.arrived = number

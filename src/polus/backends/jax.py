@@ -120,12 +120,13 @@ def values_and_grads(
     trainable = [v for variables in groups for v in variables if v.trainable]
     connected = [False] * len(trainable)
     assigned: list[Any] = []
+    current = [0]
 
     def differentiated(values: Values) -> tuple[Values, tuple[R, Values]]:
         values = _watched(values, connected)
         with _Detaching(trainable, values, outer) as scope:
             result = read_out(fn())
-            found = list(losses(result))
+            found = _one_by_one(list(losses(result)), current)
         assigned[:] = scope.assigned.values()
         return found, (result, [scope.state_mapping[id(variable)] for variable in assigned])
 
@@ -136,7 +137,8 @@ def values_and_grads(
         variable.assign(value)
     gradients: list[list[Tensor | None]] = []
     for i, variables in enumerate(groups):
-        (found,) = backward([jnp.full_like(v, float(i == j)) for j, v in enumerate(values)])
+        current[0], connected[:] = i, [False] * len(trainable)
+        (found,) = backward([jnp.ones_like(value) for value in values])
         by_id = {id(v): g for v, g, c in zip(trainable, found, connected, strict=True) if c}
         gradients.append([by_id.get(id(variable)) for variable in variables])
     return result, gradients
@@ -175,6 +177,26 @@ def _watched(values: list[Any], connected: list[bool]) -> list[Any]:
 
     identity.defvjp(forward, backward, symbolic_zeros=True)
     return identity(values)
+
+
+def _one_by_one(losses: list[Any], current: list[int]) -> list[Any]:
+    """`losses`, of which a backward pass follows the one that `current` names.
+
+    Zeros passed to the backward pass would be followed, and reach `_watched` as connections.
+    """
+
+    @jax.custom_vjp
+    def identity(losses: list[Any]) -> list[Any]:
+        return losses
+
+    def forward(losses: list[Any]) -> tuple[list[Any], None]:
+        return losses, None
+
+    def backward(_: None, cotangents: list[Any]) -> tuple[list[Any]]:
+        return ([c if i == current[0] else None for i, c in enumerate(cotangents)],)
+
+    identity.defvjp(forward, backward)
+    return identity(losses)
 
 
 def program(

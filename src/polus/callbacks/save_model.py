@@ -13,7 +13,7 @@ from polus.callbacks.checks import check_count
 from polus.callbacks.monitor import Mode, Monitor
 from polus.files import atomic_write
 from polus.host import did_you_mean
-from polus.models import models_of
+from polus.models import models_of, named_parts
 
 ENDINGS = (".keras", ".weights.h5")
 Strategy = Literal["best", "every", "end"]
@@ -35,7 +35,8 @@ class SaveModelCallback(Callback):
         mode: `"min"`, `"max"` or `"auto"`; see `polus.callbacks.monitor.Monitor`.
         min_delta: The smallest change that counts as an improvement.
         models: The names of the models to save: keys of the trainer's dict of models, or attributes
-            of the trainer. By default all models of the dict, or the trainer's only model.
+            of the trainer, "targets.actor" in a dict of them. By default all models of the dict,
+            or the trainer's only model.
         keep: The number of newest files of each model to keep, where `path` has the epoch. Older
             ones of this run are removed.
     """
@@ -100,15 +101,15 @@ class SaveModelCallback(Callback):
         named = models_of(trainer.model)
         if self.models is None:
             return named
+        parts = dict(named_parts(trainer))
+        held = {n: p.model if isinstance(p, Average) else p for n, p in parts.items()}
+        named = {n: m for n, m in held.items() if isinstance(m, keras.Model)} | named
         for name in self.models:
-            found = getattr(trainer, name, None)
-            found = found.model if isinstance(found, Average) else found
-            if isinstance(found, keras.Model):
-                named.setdefault(name, found)
-            elif name not in named:
+            if name not in named:
+                hint = did_you_mean(name, named)
                 raise ValueError(
-                    f"The trainer has no model named {name!r} to save. "
-                    f"{did_you_mean(name, named)} It has {', '.join(named)}."
+                    f"The trainer has no model named {name!r} to save. {hint + ' ' * bool(hint)}"
+                    f"It has {', '.join(name for name in named if name != 'model')}."
                 )
         return {name: named[name] for name in self.models}
 

@@ -8,7 +8,7 @@ import keras
 
 from polus.callbacks.base import Callback, TrainerView
 from polus.callbacks.checks import check_number
-from polus.optimizers import rebuilt
+from polus.optimizers import MultiOptimizer, optimizers_of, rebuilt
 from polus.state import layers_of
 
 
@@ -22,7 +22,8 @@ class Unfreeze(Callback):
     ```
 
     The optimizer is made again for the weights that are trained then, and keeps what it knows of
-    those that were trained before, and its count of steps. A resumed run has the same phases.
+    those that were trained before, and its count of steps. A resumed run has the same phases. With
+    `polus.optimizers.by_name` or `layerwise`, a thawed weight trains at the rate of its group.
 
     Batch norm keeps the statistics that it was trained with: a thawed layer of it would be in
     training mode, and the few batches of a fine-tuning would move its averages. With
@@ -32,7 +33,8 @@ class Unfreeze(Callback):
         phases: Epochs, from 0, and the names of the layers that are thawed then: a pattern such as
             "block_[45]", or a list of them. What a named layer consists of is thawed with it.
         learning_rate: The optimizer's rate from the first phase on; or one for each epoch of
-            `phases`. By default it stays as it is.
+            `phases`. By default it stays as it is. A `MultiOptimizer` has several: change them
+            with `LearningRateScheduler`.
         batch_norm: Whether layers of batch norm are thawed as well.
     """
 
@@ -65,7 +67,14 @@ class Unfreeze(Callback):
 
     def on_train_begin(self) -> None:
         self._done = set()
-        model = self.coordinator.trainer.model
+        trainer = self.coordinator.trainer
+        if self.rates and isinstance(trainer.optimizer, MultiOptimizer):
+            raise ValueError(
+                "Unfreeze(learning_rate=...) sets one rate, and each optimizer of a "
+                "MultiOptimizer has its own. Leave it out, and name the optimizer to change: "
+                f'LearningRateScheduler(schedule, "{_first_part(trainer)}").'
+            )
+        model = trainer.model
         if not getattr(model, "built", True):
             return  # its layers may not be there yet
         names = [layer.name for layer in layers_of(model)]
@@ -119,6 +128,10 @@ def thaw(model: keras.Model, patterns: Sequence[str], batch_norm: bool = False) 
     model.trainable = True
     for leaf in leaves:
         leaf.trainable = id(leaf) in trained
+
+
+def _first_part(trainer: TrainerView) -> str:
+    return next(name for name in [*optimizers_of(trainer), "optimizer.adam"] if "." in name)
 
 
 def _train_also(

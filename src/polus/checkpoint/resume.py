@@ -58,11 +58,10 @@ def resume_run(run: ResumableRun, directory: str | os.PathLike[str]) -> None:
         run.id = saved.facts["run"]
     check_same(run.placement, zlib.crc32(f"{run.id} {saved.path.name}".encode()), message)
     logger.info(
-        "Continuing from %s: %d epochs and %d steps of %d epochs are done.",
+        "Continuing from %s: %d epochs and %d steps are done.",
         saved.path,
         run.epoch,
         run.step,
-        run.epochs,
     )
 
 

@@ -60,14 +60,22 @@ def first_rows(inputs: Sequence[Any], count: int) -> tuple[Any, ...]:
     first = [keras.tree.map_structure(lambda x: x[:count], each) for each in inputs]
     if "relevant_mask" in extras_of(inputs) and count < size:
         mask = first[-1]["relevant_mask"]
-        columns = [mask[:, :count], mask[:, size:]]
+        hard = mask[:, size:]
+        if len(inputs) == 4 and hard.shape[1] == size * len_of_axis(inputs[2], 1):  # shared
+            hard = hard[:, : count * len_of_axis(inputs[2], 1)]
+        columns = [mask[:, :count], hard]
         first[-1] = {**first[-1], "relevant_mask": ops.concatenate(columns, axis=1)}
     return tuple(first)
 
 
 def len_of(features: object) -> int:
     """Returns the size of the first axis of a tensor or of a structure of tensors."""
-    return keras.tree.flatten(features)[0].shape[0]  # type: ignore[no-any-return]
+    return len_of_axis(features, 0)
+
+
+def len_of_axis(features: object, axis: int) -> int:
+    """Returns the size of an axis of a tensor or of a structure of tensors."""
+    return keras.tree.flatten(features)[0].shape[axis]  # type: ignore[no-any-return]
 
 
 def check_ids(extras: Mapping[str, Any]) -> None:
@@ -115,13 +123,13 @@ def _check_text_shapes(texts: Sequence[Any]) -> None:
 
 def _check_extra_shapes(extras: Mapping[str, Any], texts: Sequence[Any], parts: int) -> None:
     size = len_of(texts[0])
-    k = keras.tree.flatten(texts[2])[0].shape[1] if len(texts) == 3 else 0
-    columns = size * parts + k
+    k = len_of_axis(texts[2], 1) if len(texts) == 3 else 0
+    columns, shared = size * parts + k, (size, size * parts * (1 + k))
     expected = {"positive_ids": f"({size},)", "relevant_mask": f"({size}, {columns})"}
     for name, value in extras.items():
         shape = tuple(value.shape)
         if name in expected:
-            fits = str(shape) == expected[name]
+            fits = str(shape) == expected[name] or (name == "relevant_mask" and shape == shared)
         else:
             fits = len(shape) == 2 and shape[0] == size
         if not fits:
@@ -140,6 +148,8 @@ def relevant_mask(
 ) -> Tensor | None:
     """Returns which negative scores belong to relevant documents, `(B, B - 1 + k)` bool.
 
+    Where hard negatives are shared by all queries it is `(B, B - 1 + B * k)`.
+
     Args:
         extras: The batch's extras.
         columns: The number of negative scores per query.
@@ -149,13 +159,13 @@ def relevant_mask(
         The mask, or None if the batch has neither a mask nor document ids.
 
     Raises:
-        ValueError: If `positive_ids` is missing, or `columns` isn't B - 1 + k.
+        ValueError: If `positive_ids` is missing, or `columns` isn't the mask's number.
     """
     if "relevant_mask" in extras:
         mask = ops.cast(extras["relevant_mask"], "bool")
         in_batch, hard = mask[:, : mask.shape[0]], mask[:, mask.shape[0] :]
     elif "positive_ids" in extras:
-        in_batch, hard = _compare_ids(extras, num_hard_negatives)
+        in_batch, hard = _compare_ids(extras, num_hard_negatives, columns)
     elif {"relevant_ids", "negative_ids"} & extras.keys():
         raise ValueError(
             f"The batch has {_listed(sorted(extras))} but no positive_ids, so its documents can't "
@@ -164,28 +174,59 @@ def relevant_mask(
     else:
         return None
     size = in_batch.shape[0]
-    if columns != size - 1 + num_hard_negatives:
+    if columns != size - 1 + hard.shape[1]:
         raise ValueError(
             "compute_scores must return B - 1 + k negative scores per query, here "
-            f"{size - 1 + num_hard_negatives}, got {columns}: the scores of the other documents in "
+            f"{size - 1 + hard.shape[1]}, got {columns}: the scores of the other documents in "
             "batch order, then those of the query's hard negatives. "
-            "polus.ir.scores.InBatchScores does so."
+            "polus.ir.scores.InBatchScores does so. PairBatches(..., share_negatives=True) goes "
+            "with cosine.sharing_negatives()."
         )
     result: Tensor | None = ops.concatenate([without_diagonal(in_batch), hard], axis=1)
     return result
 
 
-def _compare_ids(extras: Mapping[str, Any], num_hard_negatives: int) -> tuple[Any, Any]:
-    """Returns which positives `(B, B)` and hard negatives `(B, k)` are relevant, or padding."""
+def teacher_scores(
+    extras: Mapping[str, Any], columns: int, num_hard_negatives: int
+) -> list[Tensor]:
+    """Returns the teacher's scores, if the batch has any, in a list.
+
+    Raises:
+        ValueError: If the hard negatives are shared: the last columns aren't the query's then.
+    """
+    if "teacher_scores" not in extras:
+        return []
+    size = extras["teacher_scores"].shape[0]
+    if columns > size - 1 + num_hard_negatives:
+        raise ValueError(
+            "teacher_scores belong to a query's own hard negatives, but compute_scores returns "
+            f"{columns} negative scores for {size} queries with {num_hard_negatives} hard "
+            "negatives each. Use scores without sharing_negatives()."
+        )
+    return [extras["teacher_scores"]]
+
+
+def _compare_ids(
+    extras: Mapping[str, Any], num_hard_negatives: int, columns: int
+) -> tuple[Any, Any]:
+    """Returns which positives `(B, B)` and hard negatives are relevant, or padding.
+
+    Hard negatives are `(B, k)`, or `(B, B * k)` if there are scores of all of them.
+    """
     positive = extras["positive_ids"]
+    size = positive.shape[0]
+    shared = columns == size * (1 + num_hard_negatives) - 1
+    width = num_hard_negatives * (size if shared else 1)
     relevant = positive[:, None]
     if "relevant_ids" in extras:
         others = ops.cast(extras["relevant_ids"], relevant.dtype)
         relevant = ops.concatenate([relevant, others], axis=1)
     in_batch = ops.any(ops.equal(relevant[:, None, :], positive[None, :, None]), axis=-1)
     if "negative_ids" not in extras:
-        return in_batch, ops.zeros((positive.shape[0], num_hard_negatives), "bool")
+        return in_batch, ops.zeros((size, width), "bool")
     ids = ops.cast(extras["negative_ids"], relevant.dtype)
+    if shared:
+        ids = ops.broadcast_to(ops.reshape(ids, (1, -1)), (size, width))
     hard = ops.any(ops.equal(relevant[:, None, :], ids[:, :, None]), axis=-1)
     return in_batch, ops.logical_or(hard, ids < 0)
 

@@ -4,14 +4,16 @@ KerasHub has one too, but it installs TensorFlow and TensorFlow Text on every ba
 """
 
 import inspect
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import keras
 from keras import layers, ops
-from safetensors import safe_open
 
-from polus.ir.pretrained import bert_arguments, output_settings, transformer_folder
+from polus.ir.pooling import Pooling, check_pooling, pool
+from polus.ir.pretrained import bert_arguments, dense_folders, output_settings, transformer_folder
+from polus.ir.tensors import CheckpointTensors, TensorKind
 
 
 class _Block(layers.Layer):
@@ -38,7 +40,11 @@ class _Block(layers.Layer):
 class BertEncoder(keras.Model):
     """BERT's encoder (Devlin et al. 2019, arXiv:1810.04805), with pooling.
 
-    Maps `{"input_ids": (B, L) int, "attention_mask": (B, L)}` to `(B, hidden_size)`, or with
+    With `position_offset`, also RoBERTa's and XLM-RoBERTa's (arXiv:1907.11692, arXiv:1911.02116),
+    the multilingual e5's and bge-m3's among them.
+
+    Maps `{"input_ids": (B, L) int, "attention_mask": (B, L)}`, for pairs of texts with
+    `"token_type_ids": (B, L)` as well, to `(B, hidden_size)`, or with
     `pooling=None`, for late interaction, to `(vectors (B, L, hidden_size), mask (B, L))`.
 
     Args:
@@ -48,12 +54,14 @@ class BertEncoder(keras.Model):
         num_heads: The number of attention heads in a block.
         intermediate_size: The width of a block's feed-forward network.
         max_positions: The longest sequence. A longer one raises ValueError.
-        num_types: The number of segment types, of which only the first is used.
+        num_types: The number of segment types, of which texts use the first and pairs two.
         dropout: The rate on embeddings, attention and both halves of a block.
         epsilon: That of the layer normalizations. BERT's 1e-12 vanishes in float32, there as here.
-        pooling: "mean" over the tokens that aren't padding, "first" for the first token's vector,
-            or None for all of them.
-        normalize: Whether to scale vectors to unit length.
+        pooling: A mode, or several whose vectors are concatenated; see `polus.ir.pooling.pool`.
+            None returns the vectors of all tokens.
+        normalize: Whether to scale vectors to unit length, at the end.
+        dense: The arguments of `keras.layers.Dense` for each layer after pooling.
+        position_offset: The row of the first token in the table of positions: 2 in RoBERTa.
         kwargs: As for `keras.Model`.
     """
 
@@ -68,26 +76,34 @@ class BertEncoder(keras.Model):
         num_types: int = 2,
         dropout: float = 0.1,
         epsilon: float = 1e-12,
-        pooling: Literal["mean", "first"] | None = "mean",
+        pooling: Pooling | Sequence[Pooling] | None = "mean",
         normalize: bool = False,
+        dense: Sequence[Mapping[str, object]] = (),
+        position_offset: int = 0,
         **kwargs: Any,
     ) -> None:
         arguments = locals()
-        if pooling not in ("mean", "first", None):
-            raise ValueError(f"pooling must be 'mean', 'first' or None, got {pooling!r}.")
+        check_pooling(pooling)
         super().__init__(**kwargs)
         self.config = {name: arguments[name] for name in _ARGUMENTS}
+        self.config["dense"] = [dict(each) for each in dense]
         self.pooling = pooling
         self.normalize = normalize
         self.max_positions = max_positions
+        self.position_offset = position_offset
         self.words = layers.Embedding(vocab_size, hidden_size, name="words")
-        self.positions = layers.Embedding(max_positions, hidden_size, name="positions")
+        self.positions = layers.Embedding(
+            max_positions + position_offset, hidden_size, name="positions"
+        )
         self.types = layers.Embedding(num_types, hidden_size, name="types")
         self.norm = layers.LayerNormalization(epsilon=epsilon, name="norm")
         self.dropout = layers.Dropout(dropout)
         self.blocks = [
             _Block(hidden_size, num_heads, intermediate_size, dropout, epsilon, name=f"block_{i}")
             for i in range(num_layers)
+        ]
+        self.dense = [
+            layers.Dense(**{"name": f"dense_{i}", **each}) for i, each in enumerate(dense)
         ]
 
     def call(self, inputs: dict[str, Any]) -> Any:
@@ -99,17 +115,16 @@ class BertEncoder(keras.Model):
                 f"positions, got {length} (padding included). Use TextTokenizer(path, "
                 f"max_length={self.max_positions}) to truncate texts."
             )
-        x = self.words(ids) + self.positions(ops.arange(length)) + self.types(ops.zeros_like(ids))
+        positions = ops.arange(length) + self.position_offset
+        types = inputs["token_type_ids"] if "token_type_ids" in inputs else ops.zeros_like(ids)
+        x = self.words(ids) + self.positions(positions) + self.types(types)
         x = self.dropout(self.norm(x))
         for block in self.blocks:
             x = block(x, mask[:, None, :])
-        if self.pooling == "mean":
-            # Sum in float32: in half precision the mean of a long text loses digits.
-            weights = ops.cast(mask, "float32")[..., None]
-            total = ops.sum(ops.cast(x, "float32") * weights, axis=1)
-            x = total / ops.maximum(ops.sum(weights, axis=1), 1.0)
-        elif self.pooling == "first":
-            x = ops.cast(x[:, 0], "float32")
+        if self.pooling is not None:
+            x = pool(x, mask, self.pooling)
+        for layer in self.dense:
+            x = layer(x)
         if self.normalize:
             x = ops.normalize(x, axis=-1)
         return (x, mask) if self.pooling is None else x
@@ -122,79 +137,60 @@ class BertEncoder(keras.Model):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **overrides: Any) -> "BertEncoder":
-        """Loads the encoder in a folder with `config.json` and `model.safetensors`.
+        """Loads the encoder in a folder with `config.json` and `model.safetensors` or its shards.
 
-        Pooling and normalization are those of sentence-transformers' `modules.json`. Without that
-        file they are "mean" and no normalization. Prompts and the maximum length belong to the
-        tokenizer: see `TextTokenizer`.
+        Pooling, dense layers and normalization are those of sentence-transformers' `modules.json`.
+        Without that file they are "mean", none and no normalization. Prompts and the maximum length
+        belong to the tokenizer: see `TextTokenizer`.
 
         Args:
             folder: The folder, as downloaded from a model hub or found in a package.
             overrides: Arguments of this class, such as `dropout=0.0`.
 
         Raises:
+            FileNotFoundError: If there are no weights in the safetensors format.
             ValueError: If the weights aren't those of a BERT encoder as implemented here, or a
                 module or setting in `modules.json` isn't implemented.
         """
         folder = Path(folder)
         model = cls(**{**bert_arguments(folder), **output_settings(folder), **overrides})
         model({"input_ids": ops.ones((1, 2), "int32"), "attention_mask": ops.ones((1, 2), "int32")})
-        with safe_open(str(transformer_folder(folder) / "model.safetensors"), "numpy") as file:
-            _load_weights(model, _Tensors(file))
+        _load_weights(model, CheckpointTensors(transformer_folder(folder), ("bert.", "roberta.")))
+        if "dense" not in overrides:
+            for layer, inner in zip(model.dense, dense_folders(folder), strict=True):
+                layer.set_weights(CheckpointTensors(inner).of("dense", "linear"))
         return model
 
 
-class _Tensors:
-    """The tensors of a BERT checkpoint, by their names without the `bert.` prefix.
-
-    Args:
-        file: An open safetensors file.
-    """
-
-    def __init__(self, file: Any) -> None:
-        self.file = file
-        self.names = set(file.keys())
-        self.prefix = "bert." if "bert.embeddings.word_embeddings.weight" in self.names else ""
-
-    def __getitem__(self, name: str) -> Any:
-        return self.file.get_tensor(self.prefix + name)
-
-    def dense(self, name: str) -> list[Any]:
-        """Returns kernel and bias of a linear layer, as Keras stores them."""
-        return [self[f"{name}.weight"].T, self[f"{name}.bias"]]
-
-    def norm(self, name: str) -> list[Any]:
-        """Returns scale and shift of a layer normalization."""
-        name += ".LayerNorm"
-        # The first BERT checkpoints keep TensorFlow's names.
-        old = f"{self.prefix}{name}.gamma" in self.names
-        scale, shift = ("gamma", "beta") if old else ("weight", "bias")
-        return [self[f"{name}.{scale}"], self[f"{name}.{shift}"]]
-
-
-def _load_weights(model: BertEncoder, tensors: _Tensors) -> None:
+def named_weights(model: BertEncoder) -> Iterator[tuple[TensorKind, str, list[keras.Variable]]]:
+    """Yields kind, name in a checkpoint and variables of each layer, weight before bias."""
     for layer, name in (
         (model.words, "word"),
         (model.positions, "position"),
         (model.types, "token_type"),
     ):
-        layer.set_weights([tensors[f"embeddings.{name}_embeddings.weight"]])
-    model.norm.set_weights(tensors.norm("embeddings"))
+        yield "embedding", f"embeddings.{name}_embeddings", layer.weights
+    yield "norm", "embeddings.LayerNorm", model.norm.weights
     for i, block in enumerate(model.blocks):
         name = f"encoder.layer.{i}"
-        heads = []
-        for part in ("query", "key", "value"):
-            heads += tensors.dense(f"{name}.attention.self.{part}")
-        heads += tensors.dense(f"{name}.attention.output.dense")
         # Keras has an axis of its own for the heads: the same numbers in the same order.
-        shapes = [weight.shape for weight in block.attention.weights]
-        block.attention.set_weights(
-            [value.reshape(shape) for value, shape in zip(heads, shapes, strict=True)]
-        )
-        block.attention_norm.set_weights(tensors.norm(f"{name}.attention.output"))
-        block.expand.set_weights(tensors.dense(f"{name}.intermediate.dense"))
-        block.contract.set_weights(tensors.dense(f"{name}.output.dense"))
-        block.output_norm.set_weights(tensors.norm(f"{name}.output"))
+        for part, layer in (
+            ("self.query", block.attention.query_dense),
+            ("self.key", block.attention.key_dense),
+            ("self.value", block.attention.value_dense),
+            ("output.dense", block.attention.output_dense),
+        ):
+            yield "dense", f"{name}.attention.{part}", layer.weights
+        yield "norm", f"{name}.attention.output.LayerNorm", block.attention_norm.weights
+        yield "dense", f"{name}.intermediate.dense", block.expand.weights
+        yield "dense", f"{name}.output.dense", block.contract.weights
+        yield "norm", f"{name}.output.LayerNorm", block.output_norm.weights
+
+
+def _load_weights(model: BertEncoder, tensors: CheckpointTensors) -> None:
+    for kind, name, variables in named_weights(model):
+        for variable, value in zip(variables, tensors.of(kind, name), strict=True):
+            variable.assign(value.reshape(variable.shape))
 
 
 _ARGUMENTS = tuple(inspect.signature(BertEncoder.__init__).parameters)[1:-1]

@@ -38,21 +38,16 @@ def read_beir(folder: str | Path, split: str = "test") -> Collection:
 
     Raises:
         FileNotFoundError: If there is no such split. The message lists the splits found.
-        ValueError: If `queries.jsonl` lacks a judged query.
+        ValueError: If `queries.jsonl` lacks a judged query, or the judgements have no header or a
+            grade that isn't a whole number.
     """
     folder = Path(folder)
     path = folder / "qrels" / f"{split}.tsv"
     if not path.exists():
         found = sorted(each.stem for each in path.parent.glob("*.tsv"))
         raise FileNotFoundError(f"{path} doesn't exist. Splits found: {found or 'none'}.")
-    qrels: dict[str, dict[str, int]] = {}
-    with open(path, encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file, delimiter="\t"):
-            qrels.setdefault(row["query-id"], {})[row["corpus-id"]] = int(row["score"])
-    documents = {  # a title may be null
-        each["_id"]: f"{each.get('title') or ''} {each['text']}".strip()
-        for each in _json_lines(folder / "corpus.jsonl")
-    }
+    qrels = _read_qrels(path)
+    documents = read_documents(folder)
     queries = {each["_id"]: each["text"] for each in _json_lines(folder / "queries.jsonl")}
     missing = [query for query in qrels if query not in queries]
     if missing:
@@ -61,6 +56,40 @@ def read_beir(folder: str | Path, split: str = "test") -> Collection:
             f"missing, such as {missing[0]!r}. Add them, or remove their judgements."
         )
     return Collection(documents, {query: queries[query] for query in qrels}, qrels)
+
+
+def read_documents(folder: str | Path) -> dict[str, str]:
+    """Reads `corpus.jsonl` or `corpus.jsonl.gz` in a folder in the layout of BEIR.
+
+    A document's title, which may be null, is prepended to its text.
+    """
+    return {
+        each["_id"]: f"{each.get('title') or ''} {each['text']}".strip()
+        for each in _json_lines(Path(folder) / "corpus.jsonl")
+    }
+
+
+def _read_qrels(path: Path) -> dict[str, dict[str, int]]:
+    qrels: dict[str, dict[str, int]] = {}
+    with open(path, encoding="utf-8", newline="") as file:
+        rows = csv.DictReader(file, delimiter="\t")
+        if not {"query-id", "corpus-id", "score"}.issubset(rows.fieldnames or ()):
+            raise ValueError(
+                f"{path} must begin with a line of the names query-id, corpus-id and score, with "
+                f"tabs between them, got {rows.fieldnames}. Add that line."
+            )
+        for row in rows:
+            try:
+                grade = float(row["score"])  # some files have 1.0
+                if not grade.is_integer():
+                    raise ValueError
+            except (TypeError, ValueError):
+                raise ValueError(
+                    f"Grades must be whole numbers, got {row['score']!r} in line {rows.line_num} "
+                    f"of {path}. Measures such as nDCG take no others."
+                ) from None
+            qrels.setdefault(row["query-id"], {})[row["corpus-id"]] = int(grade)
+    return qrels
 
 
 def _json_lines(path: Path) -> list[dict[str, str]]:
@@ -147,11 +176,15 @@ class PairBatches(SeekableAdapter):
             that nothing is masked. A pair that would clash is moved to a later batch of the epoch.
             No pair is dropped, but the last batches are smaller. If most queries share documents,
             this costs more than masking.
+        share_negatives: Make masks for scores with `sharing_negatives()`, where the hard negatives
+            of each query are negatives of all.
 
     Attributes:
         pairs: `(P, 2)` rows of query and positive document.
         negatives: `(P, k)` rows of the hard negatives of each pair, -1 for padding, or None.
             Assigning it takes effect with the next epoch. Checkpoints save it.
+        teacher_scores: `(P, 1 + k)` scores of the positive and the hard negatives of each pair, for
+            distillation, or None. Assigned and saved likewise.
     """
 
     def __init__(
@@ -163,6 +196,7 @@ class PairBatches(SeekableAdapter):
         *,
         seed: int = 0,
         avoid_clashes: bool = False,
+        share_negatives: bool = False,
     ) -> None:
         self.queries, self.documents = as_features(queries), as_features(documents)
         self.relevant = [np.asarray(rows, np.int64) for rows in relevant]
@@ -184,14 +218,16 @@ class PairBatches(SeekableAdapter):
         self.batch_size = batch_size
         self.seed = seed
         self.avoid_clashes = avoid_clashes
+        self.share_negatives = share_negatives
         self.negatives: Rows | None = None
+        self.teacher_scores: NDArray[np.float32] | None = None
         self._checksum = checksum(self.pairs)
         super().__init__(self)
         if not avoid_clashes:
             self.num_batches = -(-len(self.pairs) // batch_size)
 
     def facts(self) -> dict[str, Any]:
-        names = ("batch_size", "seed", "avoid_clashes")
+        names = ("batch_size", "seed", "avoid_clashes", "share_negatives")
         found = {name: getattr(self, name) for name in names}
         return {
             **found,
@@ -201,16 +237,21 @@ class PairBatches(SeekableAdapter):
 
     def batches(self, epoch: int, skip: int = 0) -> Iterator[Any]:
         """Yields the batches of an epoch, from batch `skip` on."""
-        negatives = self.negatives
+        negatives, teacher = self.negatives, self.teacher_scores
         for number, places in enumerate(self.order(epoch)):
             if number >= skip:
-                yield self._batch(places, negatives)
+                *parts, extras = self._batch(places, negatives)
+                if teacher is not None:
+                    extras = {**extras, "teacher_scores": teacher[places]}
+                yield *parts, extras
 
     def get_state(self) -> dict[str, Any]:
-        return {} if self.negatives is None else {"negatives": self.negatives}
+        state = {"negatives": self.negatives, "teacher_scores": self.teacher_scores}
+        return {name: value for name, value in state.items() if value is not None}
 
     def set_state(self, state: dict[str, Any]) -> None:
         self.negatives = state.get("negatives")
+        self.teacher_scores = state.get("teacher_scores")
 
     def order(self, epoch: int) -> Iterator[Rows]:
         """Yields the indices of the pairs in each batch of an epoch."""
@@ -242,7 +283,8 @@ class PairBatches(SeekableAdapter):
     def _batch(self, places: Rows, negatives: Rows | None) -> tuple[Any, ...]:
         queries, documents = self.pairs[places].T
         hard = np.empty((len(places), 0), np.int64) if negatives is None else negatives[places]
-        extras = {"relevant_mask": self._relevant_mask(queries, documents, hard)}
+        seen = np.tile(hard.reshape(-1), (len(places), 1)) if self.share_negatives else hard
+        extras = {"relevant_mask": self._relevant_mask(queries, documents, seen)}
         parts = (self.queries[queries], self.documents[documents])
         if negatives is None:
             return *parts, extras

@@ -3,9 +3,11 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import keras
 import numpy as np
 from numpy.typing import NDArray
 
+from polus.core import function
 from polus.host import to_host
 from polus.ir.data import Features, Rows
 
@@ -51,6 +53,34 @@ def encode_batches(
         else:
             vectors = list(to_host(result)[: len(rows)])
         yield rows, [each.astype("float32") for each in vectors]
+
+
+class TextEncoder:
+    """Maps N texts to an encoder's vectors `(N, E)`, and keeps nothing.
+
+    For the queries of a search: a `RepresentationStore` writes each text to the disk, and reads all
+    weights at each call to notice a change.
+
+    Args:
+        encoder: A Keras model whose code and settings don't change any more.
+        tokenizer: Maps texts to the encoder's input.
+        batch_size: The number of texts encoded at a time.
+    """
+
+    def __init__(
+        self,
+        encoder: keras.Model,
+        tokenizer: Callable[[Sequence[str]], Any],
+        batch_size: int = 64,
+    ) -> None:
+        self.encoder = encoder
+        self.tokenizer = tokenizer
+        self.batch_size = batch_size
+        self._encode = function(lambda tokens: self.encoder(tokens, training=False))
+
+    def __call__(self, texts: Sequence[str]) -> Any:
+        features = Features.of_texts(texts, self.tokenizer)
+        return stack_vectors(encode(self._encode, features, self.batch_size))
 
 
 def stack_vectors(vectors: Sequence[Vectors]) -> Any:

@@ -12,7 +12,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from polus.ir.scores import Representation
+from polus.ir.scores import Representation, without_diagonal
 from polus.types import Tensor
 
 MASKED = -1e9
@@ -66,6 +66,49 @@ class InfoNCE(RetrievalLoss):
             scale = ops.minimum(ops.exp(self.log_scale), 100.0)
         scores = ops.concatenate([positive_scores[:, None], negative_scores], axis=1) * scale
         result: Tensor = ops.mean(ops.logsumexp(scores, axis=1) - scores[:, 0])
+        return result
+
+
+class Symmetric(RetrievalLoss):
+    """The mean of a loss from queries to documents and of the same loss from documents to queries.
+
+    For a document, the other queries of the batch are the negatives (Radford et al. 2021,
+    arXiv:2103.00020, section 2.3). Hard negatives count in the first direction only.
+
+    Args:
+        loss: A loss of positive and negative scores, such as `InfoNCE()`.
+    """
+
+    def __init__(self, loss: Callable[[Any, Any], Any]) -> None:
+        self.loss = loss
+        self.trainable_variables = tuple(getattr(loss, "trainable_variables", ()))
+
+    def __call__(self, positive_scores: Tensor, negative_scores: Tensor) -> Tensor:
+        size = positive_scores.shape[0]
+        if len(positive_scores.shape) != 1 or negative_scores.shape[1] < size - 1:
+            raise ValueError(
+                "Symmetric must have scores (B,) and (B, N) with N at least B - 1, got the shapes "
+                f"{tuple(positive_scores.shape)} and {tuple(negative_scores.shape)}. Inside "
+                "Matryoshka, use Matryoshka(Symmetric(loss), ...)."
+            )
+        # The scores of the other documents, with the diagonal back in its place.
+        others = ops.reshape(negative_scores[:, : size - 1], (size - 1, size))
+        filled = ops.concatenate([ops.zeros((size - 1, 1)), others], axis=1)
+        matrix = ops.reshape(ops.append(ops.reshape(filled, (-1,)), 0.0), (size, size))
+        backward = self.loss(positive_scores, without_diagonal(ops.transpose(matrix)))
+        result: Tensor = 0.5 * (self.loss(positive_scores, negative_scores) + backward)
+        return result
+
+
+class BinaryCrossEntropy(RetrievalLoss):
+    """The cross-entropy of classifying each pair by itself, for the scores of a cross-encoder.
+
+    Nogueira and Cho 2019, arXiv:1901.04085, equation 1. The mean over all pairs that aren't masked.
+    """
+
+    def __call__(self, positive_scores: Tensor, negative_scores: Tensor) -> Tensor:
+        scores = ops.concatenate([-positive_scores[:, None], negative_scores], axis=1)
+        result: Tensor = _mean_of_unmasked(ops.softplus(scores), scores)
         return result
 
 

@@ -1,6 +1,7 @@
 """From texts to vectors: a tokenizer, encoders and trainable projections."""
 
 import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,7 @@ class TextTokenizer:
         self.max_length = max_length or settings.max_length or 256
         self.multiple = multiple
         self.prompt = _choose_prompt(folder, settings, prompt_name) if prompt is None else prompt
+        self._truncation_side = settings.truncation_side
         self._tokenizer = Tokenizer.from_file(str(file))
         self._tokenizer.no_padding()
         self._tokenizer.enable_truncation(self.max_length, direction=settings.truncation_side)
@@ -80,15 +82,32 @@ class TextTokenizer:
         self.vocab_size: int = self._tokenizer.get_vocab_size()
 
     def __call__(self, texts: Sequence[str]) -> dict[str, np.ndarray[Any, Any]]:
-        encodings = self._encode(texts)
+        tokens = self._padded(self._encode(texts))
+        return {name: tokens[name] for name in ("input_ids", "attention_mask")}
+
+    def pairs(
+        self, queries: Sequence[str], documents: Sequence[str]
+    ) -> dict[str, np.ndarray[Any, Any]]:
+        """Tokenizes each query together with a document, for a cross-encoder.
+
+        It returns `token_type_ids` too, 0 for the query and 1 for the document. A pair that is too
+        long is truncated, the longer text first. No prompt is prepended.
+        """
+        return self._padded(
+            self._tokenizer.encode_batch(list(zip(queries, documents, strict=True)))
+        )
+
+    def _padded(self, encodings: Sequence[Any]) -> dict[str, np.ndarray[Any, Any]]:
         longest = max((len(each.ids) for each in encodings), default=1)
         length = min(-(-longest // self.multiple) * self.multiple, max(self.max_length, longest))
-        ids = np.zeros((len(encodings), length), np.int32)
-        mask = np.zeros_like(ids)
+        names = ("input_ids", "attention_mask", "token_type_ids")
+        tokens = {name: np.zeros((len(encodings), length), np.int32) for name in names}
         for row, each in enumerate(encodings):
-            ids[row, : len(each.ids)] = each.ids
-            mask[row, : len(each.ids)] = 1
-        return {"input_ids": ids, "attention_mask": mask}
+            count = len(each.ids)
+            tokens["input_ids"][row, :count] = each.ids
+            tokens["attention_mask"][row, :count] = 1
+            tokens["token_type_ids"][row, :count] = each.type_ids
+        return tokens
 
     def lengths(self, texts: Sequence[str]) -> list[int]:
         """Returns the number of tokens of each text."""
@@ -97,6 +116,25 @@ class TextTokenizer:
     def _encode(self, texts: Sequence[str]) -> list[Any]:
         encodings: list[Any] = self._tokenizer.encode_batch([self.prompt + text for text in texts])
         return encodings
+
+    def save(self, folder: str | Path, pad_id: int = 0) -> None:
+        """Writes `tokenizer.json` and the files that transformers needs beside it.
+
+        Args:
+            folder: An existing folder.
+            pad_id: The id of the token for padding.
+        """
+        folder = Path(folder)
+        (folder / "tokenizer.json").write_text(self._tokenizer.to_str(), "utf-8")
+        settings = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": self.max_length,
+            "pad_token": self._tokenizer.id_to_token(pad_id),
+            "truncation_side": self._truncation_side,
+        }
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings), "utf-8")
+        length = {"max_seq_length": self.max_length, "do_lower_case": False}
+        (folder / "sentence_bert_config.json").write_text(json.dumps(length), "utf-8")
 
     @property
     def fingerprint(self) -> str:

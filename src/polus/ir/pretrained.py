@@ -2,13 +2,19 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
-Pooling = Literal["mean", "first"]
+from polus.ir.pooling import Pooling
 
-_SERVED = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute"}
-_BERT_ARGUMENTS = {
+_ROBERTA = ("roberta", "xlm-roberta", "camembert")
+_SERVED = {
+    "model_type": ("bert", *_ROBERTA),
+    "hidden_act": ("gelu",),
+    "position_embedding_type": ("absolute",),
+}
+BERT_ARGUMENTS = {
     "vocab_size": "vocab_size",
     "hidden_size": "hidden_size",
     "num_layers": "num_hidden_layers",
@@ -19,7 +25,22 @@ _BERT_ARGUMENTS = {
     "dropout": "hidden_dropout_prob",
     "epsilon": "layer_norm_eps",
 }
-_POOLING: dict[str, Pooling] = {"mean": "mean", "cls": "first"}
+_POOLING: dict[str, Pooling] = {
+    "cls": "first",
+    "max": "max",
+    "mean": "mean",
+    "mean_sqrt_len_tokens": "mean_sqrt_length",
+    "weightedmean": "weighted_mean",
+    "lasttoken": "last",
+}
+_ACTIVATIONS = {
+    "Identity": "linear",
+    "Tanh": "tanh",
+    "ReLU": "relu",
+    "GELU": "gelu",
+    "SiLU": "silu",
+    "Sigmoid": "sigmoid",
+}
 # Until version 6 of sentence-transformers: a flag for each mode, of which several could be set.
 _POOLING_FLAGS = {
     "pooling_mode_cls_token": "cls",
@@ -38,7 +59,8 @@ _PROMPTS = {"query": "", "document": ""}
 class OutputSettings(TypedDict, total=False):
     """The arguments of `BertEncoder` that say how token vectors become one vector."""
 
-    pooling: Pooling
+    pooling: Pooling | list[Pooling]
+    dense: list[dict[str, object]]
     normalize: bool
 
 
@@ -79,43 +101,106 @@ def bert_arguments(folder: Path) -> dict[str, Any]:
     differing = {
         key: config[key]
         for key, served in _SERVED.items()
-        if key in config and config[key] != served
+        if key in config and config[key] not in served
     }
     if differing:
         raise ValueError(
             f"BertEncoder must be given a model with {_SERVED}, got {differing} in {folder}. Use "
             "another Keras model as the encoder; DualEncoder takes any."
         )
-    return {ours: config[theirs] for ours, theirs in _BERT_ARGUMENTS.items()}
+    arguments = {ours: config[theirs] for ours, theirs in BERT_ARGUMENTS.items()}
+    offset = _position_offset(config)
+    arguments["max_positions"] -= offset
+    return arguments | {"position_offset": offset}
+
+
+def _position_offset(config: dict[str, Any]) -> int:
+    # RoBERTa's table of positions starts with rows that no token has, one of them for padding.
+    return int(config["pad_token_id"]) + 1 if config.get("model_type") in _ROBERTA else 0
 
 
 def output_settings(folder: Path) -> OutputSettings:
-    """Returns pooling and normalization as sentence-transformers' `modules.json` says.
+    """Returns pooling, dense layers and normalization as a folder's `modules.json` says.
 
     Returns an empty dict if there is no such file.
 
     Raises:
-        ValueError: If `BertEncoder` doesn't implement a module or one of its settings.
+        ValueError: If `BertEncoder` doesn't implement a module, its place or one of its settings.
     """
     found: OutputSettings = {}
-    for module in _modules(folder):
+    kinds = [_kind(module) for module in _modules(folder)]
+    if [_ORDER.get(kind) for kind in kinds] != sorted(_ORDER.get(kind, -1) for kind in kinds):
+        raise ValueError(
+            f"BertEncoder implements the modules {', '.join(_ORDER)}, in this order, but {folder} "
+            f"has {', '.join(module['type'] for module in _modules(folder))}. Use another Keras "
+            "model as the encoder; DualEncoder takes any."
+        )
+    for module, kind in zip(_modules(folder), kinds, strict=True):
         config = _read(folder / module["path"] / "config.json")
-        kind = _kind(module)
         if kind == "Pooling":
             found["pooling"] = _pooling(folder, config)
-        elif kind == "Normalize":
-            if config.get("module_input_name", "sentence_embedding") != "sentence_embedding":
-                raise ValueError(
-                    f"BertEncoder must normalize sentence embeddings, got {config} in {folder}."
-                )
-            found["normalize"] = True
         elif kind != "Transformer":
-            raise ValueError(
-                "BertEncoder implements the modules Transformer, Pooling and Normalize, but "
-                f"{folder} has {module['type']!r} as well. Use another Keras model as the encoder; "
-                "DualEncoder takes any."
-            )
+            names = (config.get("module_input_name"), config.get("module_output_name"))
+            if not {None, "sentence_embedding"}.issuperset(names):
+                raise ValueError(
+                    f"The module {kind} must map sentence embeddings to sentence embeddings, got "
+                    f"{config} in {folder}."
+                )
+            if kind == "Dense":
+                found["dense"] = [*found.get("dense", []), _dense(folder, config)]
+            else:
+                found["normalize"] = True
     return found
+
+
+_ORDER = {"Transformer": 0, "Pooling": 1, "Dense": 2, "Normalize": 3}
+
+
+def pooling_settings(pooling: Pooling | Sequence[Pooling], size: int) -> dict[str, object]:
+    """Returns the `config.json` of a module Pooling of token vectors of that size.
+
+    A single mode is written so that every version reads it; several need version 6 or later.
+    """
+    names = {ours: theirs for theirs, ours in _POOLING.items()}
+    if isinstance(pooling, str):
+        flags = {flag: mode == names[pooling] for flag, mode in _POOLING_FLAGS.items()}
+        return {"word_embedding_dimension": size, **flags}
+    return {"embedding_dimension": size, "pooling_mode": [names[mode] for mode in pooling]}
+
+
+def activation_name(activation: object) -> str:
+    """Returns the name of a Keras activation's class in PyTorch.
+
+    Raises:
+        ValueError: If it is none of those that `output_settings` reads.
+    """
+    for theirs, ours in _ACTIVATIONS.items():
+        if ours == activation:
+            return f"torch.nn.{theirs}"
+    raise ValueError(
+        f"A dense layer must have one of the activations {', '.join(_ACTIVATIONS.values())} to be "
+        f"saved for sentence-transformers, got {activation!r}."
+    )
+
+
+def dense_folders(folder: Path) -> list[Path]:
+    """Returns the folders of the weights of the dense layers, in order."""
+    return [folder / module["path"] for module in _modules(folder) if _kind(module) == "Dense"]
+
+
+def _dense(folder: Path, config: dict[str, Any]) -> dict[str, object]:
+    """Returns the arguments of the Keras layer that a module Dense is."""
+    activation = str(config.get("activation_function", "Tanh")).rsplit(".", 1)[-1]
+    if activation not in _ACTIVATIONS or config.get("use_residual"):
+        raise ValueError(
+            f"A module Dense must have one of the activations {', '.join(_ACTIVATIONS)} and no "
+            f"residual connection, got {config} in {folder}."
+        )
+    return {
+        "units": config["out_features"],
+        "activation": _ACTIVATIONS[activation],
+        "use_bias": config.get("bias", True),
+    }
 
 
 def text_settings(folder: Path) -> TextSettings:
@@ -137,7 +222,12 @@ def text_settings(folder: Path) -> TextSettings:
             f"TextTokenizer doesn't implement the settings {unserved} of {folder}. Write a class "
             "with __call__(texts), lengths(texts) and fingerprint."
         )
-    limits = [tokenizer.get("model_max_length"), _read(inner / "config.json").get(_POSITIONS)]
+    config = _read(inner / "config.json")
+    positions = config.get("max_position_embeddings")
+    limits = [
+        tokenizer.get("model_max_length"),
+        positions and positions - _position_offset(config),
+    ]
     known = [limit for limit in limits if limit is not None]
     sentence_transformers = _read(folder / "config_sentence_transformers.json")
     prompts = sentence_transformers.get("prompts") or {}
@@ -150,24 +240,23 @@ def text_settings(folder: Path) -> TextSettings:
     )
 
 
-_POSITIONS = "max_position_embeddings"
-
-
-def _pooling(folder: Path, config: dict[str, Any]) -> Pooling:
+def _pooling(folder: Path, config: dict[str, Any]) -> Pooling | list[Pooling]:
     modes = config.get("pooling_mode")
     if modes is None:
         modes = [mode for flag, mode in _POOLING_FLAGS.items() if config.get(flag)] or ["mean"]
     modes = [modes] if isinstance(modes, str) else modes
-    if len(modes) != 1 or modes[0] not in _POOLING:
+    unknown = [mode for mode in modes if mode not in _POOLING]
+    if unknown:
         raise ValueError(
-            f"BertEncoder implements the pooling modes {', '.join(_POOLING)}, one at a time, but "
-            f"{folder} has {', '.join(modes)}."
+            f"BertEncoder implements the pooling modes {', '.join(_POOLING)}, but {folder} has "
+            f"{', '.join(unknown)}."
         )
     if not config.get("include_prompt", True):
         raise ValueError(
             f"BertEncoder pools the tokens of prompts too, but {folder} has include_prompt=False."
         )
-    return _POOLING[modes[0]]
+    found = [_POOLING[mode] for mode in modes]
+    return found[0] if len(found) == 1 else found
 
 
 def _modules(folder: Path) -> list[dict[str, Any]]:

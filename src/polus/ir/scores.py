@@ -86,18 +86,34 @@ class InBatchScores:
     Args:
         similarity: See `Similarity`. It must broadcast over leading axes.
         name: Its name in messages.
+        share_negatives: Score each query against the hard negatives of all queries: B * k columns
+            in place of k, those of the first query first.
     """
 
-    def __init__(self, similarity: Similarity, name: str) -> None:
+    def __init__(self, similarity: Similarity, name: str, share_negatives: bool = False) -> None:
         self.similarity = similarity
         self.name = name
+        self.share_negatives = share_negatives
+
+    def sharing_negatives(self) -> "InBatchScores":
+        """Returns these scores with the hard negatives of all queries for each query.
+
+        The batches must have masks of that size: `PairBatches(..., share_negatives=True)`.
+        """
+        return InBatchScores(self.similarity, f"{self.name}.sharing_negatives()", True)
 
     def __call__(
         self, queries: Representation, positives: Representation, *negatives: Representation
     ) -> tuple[Any, Any]:
         batch = ops.cast(self.similarity(queries, positives), "float32")
         columns = [without_diagonal(batch)]
-        if negatives:
+        if negatives and self.share_negatives:
+            for each in negatives:
+                flat = keras.tree.map_structure(
+                    lambda x: ops.reshape(x, (-1, *ops.shape(x)[2:])), each
+                )
+                columns.append(ops.cast(self.similarity(queries, flat), "float32"))
+        elif negatives:
             alone = keras.tree.map_structure(lambda x: ops.expand_dims(x, 1), queries)
             columns += [
                 ops.cast(ops.squeeze(self.similarity(alone, each), 1), "float32")

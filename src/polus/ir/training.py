@@ -19,6 +19,7 @@ from polus.ir.batch import (
     flatten_negatives,
     relevant_mask,
     split_batch,
+    teacher_scores,
     unflatten_negatives,
 )
 from polus.ir.caching import GradientCache, vectors_of
@@ -276,7 +277,7 @@ class EfficientDenseRetrievalTrainer(BaseTrainer):
             if len(negative.shape) == 3:  # Matryoshka: one score for each length
                 mask = mask[..., None]
             negative = ops.where(mask, MASKED, negative)
-        teacher = [extras["teacher_scores"]] if "teacher_scores" in extras else []
+        teacher = teacher_scores(extras, negative.shape[1], num_hard_negatives)
         return positive, negative, *teacher
 
     def _cached_gradients(self, inputs: tuple[Any, ...]) -> tuple[Any, list[Any]]:

@@ -1,4 +1,4 @@
-"""The learning-rate range test: finds a learning rate for a model, its data and its optimizer.
+"""The learning-rate range test, then short trials: finds a learning rate to train with.
 
 ```python
 result = trainer.lr_finder(dataset)
@@ -27,14 +27,19 @@ from polus.lr_finder.curve import (
     valley,
 )
 from polus.lr_finder.result import LRFinderResult
-from polus.lr_finder.sweep import SweepSettings, run_range_test
+from polus.lr_finder.sweep import StepFunctions, SweepSettings, run_range_test
+from polus.lr_finder.trials import SCHEDULES, Trial, best_rate
 
 __all__ = [
     "MIN_STEPS",
+    "SCHEDULES",
     "SUGGESTIONS",
     "LRFinderResult",
+    "StepFunctions",
     "SuggestionName",
     "SweepSettings",
+    "Trial",
+    "best_rate",
     "find",
     "has_descent",
     "highest_allowed",

@@ -3,9 +3,9 @@
 import argparse
 import importlib
 import sys
-from typing import Any
+from typing import Any, get_args
 
-from polus.lr_finder import SUGGESTIONS
+from polus.lr_finder import SCHEDULES, SuggestionName
 from polus.training import BaseTrainer
 
 
@@ -22,6 +22,8 @@ def main(arguments: list[str] | None = None) -> int:
     result = trainer.lr_finder(**options)
     for method, rate in result.suggestions.items():
         print(f"{method:8} {rate:.2e}{'  (suggested)' if method == result.method else ''}")
+    for trial in result.trials:
+        print(trial)
     if result.failure_reason:
         print(f"No learning rate suggested. {result.failure_reason}", file=sys.stderr)
     result.plot(path)
@@ -45,7 +47,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--end-lr", type=float)
     parser.add_argument("--num-steps", type=int)
     parser.add_argument("--stop-factor", type=float)
-    parser.add_argument("--suggestion", choices=SUGGESTIONS)
+    parser.add_argument("--suggestion", choices=get_args(SuggestionName))
+    parser.add_argument("--max-steps", type=int, help="of all trials together")
+    parser.add_argument("--for-schedule", choices=SCHEDULES)
     return parser
 
 

@@ -173,7 +173,9 @@ def slide(rates: Array, losses: Array, interval: int = 15, threshold: float = 0.
     return float(rates[min(reached, len(equal) - 1)])
 
 
-SuggestionName = Literal["steep", "valley", "slide", "minimum"]
+SuggestionName = Literal["tried", "steep", "valley", "slide", "minimum"]
+
+# Those that read the curve alone; "tried" comes from trials.
 
 SUGGESTIONS: dict[SuggestionName, Callable[[Array, Array], float]] = {
     "steep": steep,

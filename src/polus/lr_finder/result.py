@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
@@ -23,10 +24,14 @@ from polus.lr_finder.curve import (
     remove_batch_noise,
     smooth,
 )
+from polus.lr_finder.trials import Trial, best_rate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+SHOWN_STEPS = 10  # that the drawn losses of trials are averaged over
+LABELS: dict[str, str] = {"minimum": "minimum / 10:"}  # in the picture
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -37,10 +42,11 @@ class LRFinderResult:
         rates: The learning rates of the sweep, positive and increasing, shape `(n,)`.
         losses: The unsmoothed loss of the step at each rate, shape `(n,)`. The last one may be NaN
             or infinite.
-        method: Which of `suggestions` is `suggestion`. The default was the best of four in a
-            benchmark: see docs/learning_rate.md.
+        method: Which of `suggestions` is `suggestion`. "tried" stands for "steep" where no trial
+            was judged; see docs/learning_rate.md for how often each is right.
         baseline: The losses of the same batches at a rate of zero, shape `(n,)`, used to remove the
             batch noise from the smoothed losses. None if they were not recorded.
+        trials: The short trainings at some of the rates, in the order of the rates.
 
     Raises:
         ValueError: If `method` is not the name of a suggestion.
@@ -48,11 +54,14 @@ class LRFinderResult:
 
     rates: Array
     losses: Array
-    method: SuggestionName = "steep"
+    method: SuggestionName = "tried"
     baseline: Array | None = None
+    trials: Sequence[Trial] = ()
 
     def __post_init__(self) -> None:
         check_suggestion(self.method)
+        if self.method == "tried" and best_rate(self.trials) is None:
+            object.__setattr__(self, "method", "steep")
         object.__setattr__(self, "rates", np.asarray(self.rates, np.float64))
         object.__setattr__(self, "losses", np.asarray(self.losses, np.float64))
         if self.baseline is not None:
@@ -88,10 +97,21 @@ class LRFinderResult:
         if self.failure_reason:
             return {}
         n = self._num_finite
-        return {
+        tried = best_rate(self.trials)
+        found: dict[SuggestionName, float] = {} if tried is None else {"tried": tried}
+        return found | {
             name: function(self.rates[:n], self.smoothed_losses[:n])
             for name, function in SUGGESTIONS.items()
         }
+
+    @property
+    def open_rates(self) -> tuple[float, float]:
+        """The lowest and the highest rate worth a trial.
+
+        They are a third of `minimum`, which is a thirtieth of the rate with the lowest loss, and
+        the last rate with a finite loss.
+        """
+        return self.suggestions["minimum"] / 3, float(self.rates[self._num_finite - 1])
 
     @property
     def suggestion(self) -> float:
@@ -147,14 +167,26 @@ class LRFinderResult:
             "smoothed_losses": listed(self.smoothed_losses),
             "method": self.method,
             "suggestions": self.suggestions,
+            "trials": [
+                {
+                    "rate": trial.rate,
+                    "losses": listed(trial.losses),
+                    "scores": listed(trial.scores),
+                    "errors": listed(trial.errors),
+                    "dropped_after": trial.dropped_after,
+                }
+                for trial in self.trials
+            ],
         }
 
     def __repr__(self) -> str:
         swept = f"{len(self.rates)} steps from {self.rates[0]:.1e} to {self.rates[-1]:.1e}"
         if self.failure_reason:
             return f"LRFinderResult({swept}, no suggestion: {self.failure_reason})"
+        tried = f", {len(self.trials)} rates tried" if self.trials else ""
         rest = ", ".join(f"{k}={v:.2e}" for k, v in self.suggestions.items() if k != self.method)
-        return f"LRFinderResult({swept}, suggestion={self.suggestion:.2e} ({self.method}), {rest})"
+        chosen = f"suggestion={self.suggestion:.2e} ({self.method})"
+        return f"LRFinderResult({swept}{tried}, {chosen}, {rest})"
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Figure:
         """Plots the losses, raw and smoothed, over the learning rate and marks the suggestions.
@@ -166,13 +198,23 @@ class LRFinderResult:
             path: The file to save the figure to, if any. Its suffix sets the format.
 
         Returns:
-            The figure, 800 x 400 pixels.
+            The figure, 800 x 400 pixels, or 1200 x 400 with trials.
 
         Raises:
             ImportError: If matplotlib is not installed.
         """
-        figure = new_figure("LRFinderResult.plot", height=4)
-        axes = figure.add_subplot(
+        figure = new_figure("LRFinderResult.plot", height=4, width=12 if self.trials else 8)
+        axes = figure.subplots(1, 2 if self.trials else 1, squeeze=False)[0]
+        self._plot_sweep(axes[0])
+        if self.trials:
+            self._plot_trials(axes[1])
+        figure.legend(loc="outside right upper")  # inside the axes it would hide losses
+        if path is not None:
+            figure.savefig(path)
+        return figure
+
+    def _plot_sweep(self, axes: Axes) -> None:
+        axes.set(
             xscale="log", xlabel="learning rate (log scale)", ylabel="loss", title="Range test"
         )
         axes.plot(self.rates, self.losses, ".", color="0.65", label="raw")
@@ -185,13 +227,32 @@ class LRFinderResult:
             margin = 0.15 * (np.ptp(descent) or np.ptp(known) or 1.0)
             axes.set_ylim(known.min() - margin, descent.max() + 2 * margin)
         axes.grid(alpha=0.3)
-        figure.legend(loc="outside right upper")  # inside the axes it would hide losses
-        if path is not None:
-            figure.savefig(path)
-        return figure
+
+    def _plot_trials(self, axes: Axes) -> None:
+        """Draws the running mean loss of each trial, the chosen one thick."""
+        axes.set(xlabel="step", ylabel="loss, running mean", title="Trials")
+        best = self.suggestions.get("tried")
+        means = [_running_mean(trial.losses) for trial in self.trials]
+        for number, (trial, mean) in enumerate(zip(self.trials, means, strict=True)):
+            axes.plot(
+                np.arange(1, len(mean) + 1),
+                mean,
+                color=(share := number / len(means), 0.2, 1 - share),  # from blue to red
+                linewidth=2.5 if trial.rate == best else 1.0,
+                label=f"trial {trial.rate:.1e}",
+            )
+        drawn = np.concatenate(means)
+        if len(drawn):  # scaled to a divergence, the others would look flat
+            first = max(mean[0] for mean in means if len(mean))
+            axes.set_ylim(
+                drawn.min() - 0.1 * (first - drawn.min() or 1.0), first + 0.2 * abs(first)
+            )
+        axes.grid(alpha=0.3)
 
     def _mark_suggestions(self, axes: Axes) -> None:
-        for (name, rate), marker in zip(self.suggestions.items(), "osD^", strict=False):
+        for (name, rate), marker in zip(
+            self.suggestions.items(), "*osD^"[not self.trials :], strict=False
+        ):
             chosen = name == self.method
             height = np.interp(np.log(rate), np.log(self.rates), self.smoothed_losses)
             (point,) = axes.plot(
@@ -199,15 +260,25 @@ class LRFinderResult:
                 height,
                 marker,
                 markersize=11 if chosen else 8,
-                label=f"{name} {rate:.1e}" + (" (chosen)" if chosen else ""),
+                label=f"{LABELS.get(name, name)} {rate:.1e}" + (" (chosen)" if chosen else ""),
             )
             if chosen:
                 axes.axvline(rate, color=point.get_color(), linestyle=":")
 
 
+def _running_mean(losses: Array) -> Array:
+    """Returns the mean of the last `SHOWN_STEPS` losses at each step, up to a non-finite one."""
+    total = np.cumsum(np.append(0.0, losses[np.isfinite(losses)]))
+    ends = np.arange(1, len(total))
+    starts = np.maximum(0, ends - SHOWN_STEPS)
+    mean: Array = (total[ends] - total[starts]) / (ends - starts)
+    return mean
+
+
 def check_suggestion(name: str) -> None:
     """Raises a ValueError if `name` is not the name of a suggestion."""
-    if name not in list(SUGGESTIONS):
-        hint = did_you_mean(name, SUGGESTIONS)
-        hint = hint or f"Use one of {', '.join(map(repr, SUGGESTIONS))}."
+    names = get_args(SuggestionName)
+    if name not in names:
+        hint = did_you_mean(name, names)
+        hint = hint or f"Use one of {', '.join(map(repr, names))}."
         raise ValueError(f"There is no suggestion {name!r}. {hint}")

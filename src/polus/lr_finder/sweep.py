@@ -1,18 +1,20 @@
 """The sweep of a range test: training steps at exponentially growing learning rates.
 
 The loss over the rate is flat at first, then falls, then diverges (Smith, "Cyclical Learning Rates
-for Training Neural Networks", arXiv:1506.01186, section 3.3). The sweep knows no trainer: it takes
-a function that runs a step, a reader, the optimizer, and the variables to restore afterwards.
+for Training Neural Networks", arXiv:1506.01186, section 3.3). Trials at some of the rates follow.
+The sweep knows no trainer: it takes a function that runs a step, a reader, the optimizer, and the
+variables to restore afterwards.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import math
 import numbers
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import keras
@@ -22,7 +24,6 @@ from rich.progress import Progress
 
 from polus.data import DataReader, StepBlock
 from polus.host import to_host
-from polus.learning_rate import rate_owner, schedule_of, set_rate_variable
 from polus.lr_finder.curve import (
     HALF_WIDTH,
     MIN_STEPS,
@@ -32,11 +33,17 @@ from polus.lr_finder.curve import (
     smooth,
 )
 from polus.lr_finder.result import LRFinderResult, check_suggestion
-from polus.optimizers import MultiOptimizer
+from polus.lr_finder.swept import SetRate, check_used, swept_rate
+from polus.lr_finder.trials import MAX_STATE_BYTES, SCHEDULES, Contest, Plan, plan, schedule_factor
 from polus.signals import Signals
 from polus.state import Snapshot
 
-MAX_BYTES = 2**28  # of batches kept in memory to record their baseline
+MAX_BYTES = 2**28  # of batches kept in memory, for their baseline and for the trials
+TRIAL_STEPS = 5  # of all trials together, per step of the sweep: see docs/learning_rate.md
+SHARE_OF_RUN = 10  # where the run's length is known, the trials cost at most a tenth of it
+
+
+logger = logging.getLogger("polus.lr_finder")
 
 
 @dataclass(frozen=True)
@@ -47,10 +54,24 @@ class SweepSettings:
     end_lr: float = 10.0
     num_steps: int = 100
     stop_factor: float = 4.0
-    suggestion: SuggestionName = "steep"
+    suggestion: SuggestionName = "tried"
+    max_steps: int | None = None
+    for_schedule: str | None = None
 
     def __post_init__(self) -> None:
         check_suggestion(self.suggestion)
+        if self.for_schedule not in (None, *SCHEDULES):
+            raise ValueError(
+                f"for_schedule must be None or one of {', '.join(map(repr, SCHEDULES))}, got "
+                f"{self.for_schedule!r}."
+            )
+        if self.max_steps is not None and (
+            not isinstance(self.max_steps, numbers.Integral) or self.max_steps < 0
+        ):
+            raise ValueError(
+                f"max_steps must be an integer of at least 0, got {self.max_steps!r}. 0 runs no "
+                "trials."
+            )
         for name in ("start_lr", "end_lr", "stop_factor"):
             if not isinstance(getattr(self, name), numbers.Real):
                 raise TypeError(f"{name} must be a number, got {name}={getattr(self, name)!r}.")
@@ -74,63 +95,163 @@ class SweepSettings:
         """The learning rates, evenly spaced on a log scale."""
         return np.geomspace(self.start_lr, self.end_lr, self.num_steps)
 
+    def trial_steps(self, run_steps: int | None) -> int:
+        """Returns the most steps that all trials together may run.
+
+        Args:
+            run_steps: The steps of the training that the rate is for; None if not known.
+        """
+        if self.suggestion != "tried":
+            return 0
+        if self.max_steps is not None:
+            return self.max_steps
+        steps = TRIAL_STEPS * self.num_steps
+        return steps if run_steps is None else min(steps, run_steps // SHARE_OF_RUN)
+
+
+@dataclass(frozen=True)
+class StepFunctions:
+    """What a range test runs.
+
+    Attributes:
+        run_step: Runs one training step on a block of one batch and returns its loss.
+        validate: Returns the losses of the validation batches; None without validation data.
+        run_steps: The steps of the training that the rate is for; None if not known.
+    """
+
+    run_step: Callable[[StepBlock], Any]
+    validate: Callable[[], list[float]] | None = None
+    run_steps: int | None = None
+
 
 def run_range_test(
-    run_step: Callable[[StepBlock], Any],
+    functions: StepFunctions,
     reader: DataReader,
     optimizer: keras.optimizers.Optimizer,
     variables: Sequence[Any],
     settings: SweepSettings,
 ) -> LRFinderResult:
-    """Runs the sweep and then its baseline, and restores everything that the steps changed.
+    """Runs the sweep, its baseline and the trials, and restores all that the steps changed.
 
     State is restored after an error as well. Signals are held until the step in progress is done.
+    Ctrl-C during the trials ends them, and the result has those so far.
 
     Args:
-        run_step: Runs one training step on a block of one batch and returns its loss.
+        functions: The training step and the validation.
         reader: The data, read from the start again as often as needed.
         optimizer: The optimizer whose learning rate is swept.
-        variables: All variables that the step changes, those of metrics included.
+        variables: All variables that the functions change, those of metrics included.
         settings: The rates, when to stop, and which suggestion to make.
 
     Raises:
         ValueError: If the step does not use the optimizer.
     """
-    _check_used(optimizer, variables)
+    check_used(optimizer, variables)
+    most = settings.trial_steps(functions.run_steps)
+    logger.info(
+        "The range test runs up to %d steps, and %s.",
+        2 * settings.num_steps,
+        f"then trials with up to {most}" if most else "no trials",
+    )
     with Signals() as signals:
         snapshot = Snapshot(variables)
         try:
             with (
-                _swept_rate(optimizer) as set_rate,
-                _progress(settings) as report,
-                contextlib.closing(_batches_forever(reader, signals.check)) as blocks,
+                swept_rate(optimizer) as set_rate,
+                _progress(2 * settings.num_steps + most) as report,
             ):
-
-                def loss_of(block: StepBlock, stage: str) -> float:
-                    loss = float(to_host(run_step(block)).item())
-                    report(f"{stage}, loss {loss:.4g}")
-                    signals.check()
-                    return loss
-
-                losses, kept = _sweep(loss_of, blocks, set_rate, settings)
-                # From the same weights and seeds, so that only the rate differs.
-                snapshot.restore()
-                set_rate(0.0)
-                baseline = [loss_of(block, "Baseline at rate 0") for block in kept]
+                test = _RangeTest(functions, reader, settings, signals, snapshot, set_rate, report)
+                return test.with_trials(test.curve(), most)
         finally:
             snapshot.restore()
-    return LRFinderResult(
-        settings.rates[: len(losses)],
-        np.array(losses),
-        settings.suggestion,
-        np.array(baseline) if kept else None,
-    )
+
+
+@dataclass(frozen=True)
+class _RangeTest:
+    """A range test in progress; each part of it begins at the snapshot."""
+
+    functions: StepFunctions
+    reader: DataReader
+    settings: SweepSettings
+    signals: Signals
+    snapshot: Snapshot
+    set_rate: SetRate
+    report: Callable[[str], None]
+
+    def loss_of(self, block: StepBlock, stage: str) -> float:
+        loss = float(to_host(self.functions.run_step(block)).item())
+        self.report(f"{stage}, loss {loss:.4g}")
+        self.signals.check()
+        return loss
+
+    def curve(self) -> LRFinderResult:
+        """Runs the sweep and its baseline."""
+        with contextlib.closing(_batches_forever(self.reader, self.signals.check)) as blocks:
+            losses, kept = _sweep(self.loss_of, blocks, self.set_rate, self.settings)
+        # From the same weights and seeds, so that only the rate differs.
+        self.snapshot.restore()
+        self.set_rate(0.0)
+        baseline = [self.loss_of(block, "Baseline at rate 0") for block in kept]
+        return LRFinderResult(
+            self.settings.rates[: len(losses)],
+            np.array(losses),
+            self.settings.suggestion,
+            np.array(baseline) if kept else None,
+        )
+
+    def with_trials(self, result: LRFinderResult, most: int) -> LRFinderResult:
+        """Runs the trials, with `most` steps at most, and returns the result with them."""
+        planned = _planned(result, most, self.snapshot)
+        if not planned.rates:
+            return result
+
+        def run_step(block: StepBlock, rate: float) -> float:
+            self.set_rate(rate)
+            return self.loss_of(block, f"Trial at rate {rate:.1e}")
+
+        self.snapshot.restore()
+        functions = self.functions
+        factor = schedule_factor(self.settings.for_schedule, planned, functions.run_steps)
+        contest = Contest(planned, self.snapshot, run_step, functions.validate, factor)
+        with contextlib.closing(_batches_forever(self.reader, self.signals.check)) as blocks:
+            try:
+                first = next(blocks)
+                chunk = max(1, MAX_BYTES // max(1, _num_bytes(first)))
+                contest.run(itertools.chain([first], blocks), chunk, self.reader.paused)
+            except KeyboardInterrupt:
+                if self.signals.second or not self.signals.dismiss():
+                    raise
+                logger.warning("The trials were interrupted; the result has those so far.")
+        return replace(result, method="tried", trials=tuple(contest.trials))
+
+
+def _planned(result: LRFinderResult, most: int, snapshot: Snapshot) -> Plan:
+    """Returns the trials at the rates that the curve leaves open, and logs what they cost."""
+    if result.failure_reason or not most:
+        return Plan((), ())
+    size = 4 * sum(math.prod(variable.shape) for variable in snapshot.variables)
+    trials = plan(*result.open_rates, most, MAX_STATE_BYTES // max(1, size))
+    if trials.rates:
+        logger.info(
+            "Trying %d learning rates from %.1e to %.1e, with up to %d steps.",
+            len(trials.rates),
+            trials.rates[0],
+            trials.rates[-1],
+            trials.num_steps,
+        )
+    else:
+        logger.info(
+            "No rates are tried, since %d steps do not suffice; the curve decides. Pass max_steps= "
+            "to allow more.",
+            most,
+        )
+    return trials
 
 
 def _sweep(
     loss_of: Callable[[StepBlock, str], float],
     blocks: Iterator[StepBlock],
-    set_rate: Callable[[float], Any],
+    set_rate: SetRate,
     settings: SweepSettings,
 ) -> tuple[list[float], list[StepBlock]]:
     """Returns the losses up to the divergence, and their batches if they fit in memory."""
@@ -187,67 +308,9 @@ def _batches_forever(reader: DataReader, poll: Callable[[], None]) -> Generator[
 
 
 @contextlib.contextmanager
-def _progress(settings: SweepSettings) -> Iterator[Callable[[str], None]]:
+def _progress(num_steps: int) -> Iterator[Callable[[str], None]]:
     """Shows a progress bar on a terminal and yields a function that advances it by one step."""
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=2 * settings.num_steps)
+        task = progress.add_task("", total=num_steps)
         yield lambda stage: progress.update(task, advance=1, description=stage)
-
-
-# The optimizer
-
-
-def check_optimizer(optimizer: object, use_lr_found: bool) -> None:
-    """Checks that an optimizer's learning rate can be swept and, for `use_lr_found`, be set.
-
-    Raises:
-        TypeError: If it is not an optimizer of Keras.
-        ValueError: If it has several learning rates, or one that cannot be set.
-    """
-    if not isinstance(optimizer, keras.optimizers.Optimizer):
-        raise TypeError(
-            "optimizer must be the keras.optimizers.Optimizer to sweep, one that the training step "
-            f"uses, got {optimizer!r}. Pass, for example, optimizer=trainer.optimizer."
-        )
-    if isinstance(optimizer, MultiOptimizer):
-        raise ValueError(
-            f"The optimizer {optimizer.name!r} is a MultiOptimizer, which has a learning rate for "
-            "each of its inner optimizers. Pass the one to sweep: "
-            "lr_finder(dataset, optimizer=trainer.optimizer.optimizers[0])."
-        )
-    if use_lr_found and not has_rate_variable(optimizer):
-        raise ValueError(
-            "use_lr_found=True sets the learning rate, but the optimizer's rate is a schedule and "
-            "cannot be set. Leave use_lr_found out and create a schedule from the suggestion, for "
-            "example keras.optimizers.schedules.CosineDecay(result.suggestion, decay_steps=10_000)."
-        )
-
-
-def has_rate_variable(optimizer: keras.optimizers.Optimizer) -> bool:
-    """Returns whether the learning rate is a variable, not a schedule or a callable."""
-    return isinstance(optimizer.learning_rate, keras.Variable)
-
-
-def _check_used(optimizer: keras.optimizers.Optimizer, variables: Sequence[Any]) -> None:
-    if not {id(v) for v in optimizer.variables} & {id(v) for v in variables}:
-        raise ValueError(
-            f"The training step does not use the optimizer {optimizer.name!r}, so its rate has no "
-            "effect. Pass the one to sweep: lr_finder(dataset, optimizer=trainer.d_optimizer)."
-        )
-
-
-@contextlib.contextmanager
-def _swept_rate(optimizer: keras.optimizers.Optimizer) -> Iterator[Callable[[float], Any]]:
-    """Yields a function that sets the learning rate. A schedule is put back at the end."""
-    if has_rate_variable(optimizer):
-        yield optimizer.learning_rate.assign
-        return
-    schedule = schedule_of(optimizer)
-    # With a name, so that Keras' counter of unnamed variables does not advance.
-    rate = keras.Variable(0.0, dtype="float32", trainable=False, name="swept_learning_rate")
-    set_rate_variable(optimizer, rate)
-    try:
-        yield rate.assign
-    finally:
-        rate_owner(optimizer).learning_rate = schedule  # the setter also untracks the variable

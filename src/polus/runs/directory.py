@@ -146,8 +146,11 @@ class RunDirectory(Callback):
             earlier.pop()  # that of this process
         self._has_written_facts = True
         starts = [*earlier, self._start]
-        described = describe_run(self.coordinator.run, self.coordinator.callbacks)
-        facts = {**status, **described, "starts": starts}
+        facts = {
+            **status,
+            **describe_run(self.coordinator.run, self.coordinator.callbacks),
+            "starts": starts,
+        }
         with atomic_write(path) as temporary:
             temporary.write_text(json.dumps(facts, indent=2))
 

@@ -7,13 +7,13 @@ import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import keras
 
-from polus.callbacks.base import RunView
+from polus.callbacks.base import ICallback, RunView
 from polus.callbacks.keras_callback import KerasCallback
 from polus.checkpoint.environment import describe_environment
 from polus.describe import describe
@@ -27,7 +27,7 @@ GIT_SECS = 5.0
 Json = Any
 
 
-def describe_run(run: RunView, callbacks: Iterable[object]) -> dict[str, Json]:
+def describe_run(run: RunView, callbacks: Sequence[ICallback]) -> dict[str, Json]:
     """Returns what a run is made of: its parts as Keras serializes them, and its data."""
     trainer: Any = run.trainer
     adapter = run.reader.adapter

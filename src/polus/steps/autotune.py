@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from polus.backends import backend
 
-MAX_STEPS = 256  # per call: more gain nothing, and the stacked batches take memory
+MAX_STEPS = 1024  # per call: a call of small steps is looked at once, which is to cost little
 TIMED_STEPS = 200  # the length of a run in which timing a few steps is a small part
 SMALL_STEP_SECS = 1e-3  # such steps are mostly overhead, of which a compiler removes much
 LONG_STEP_SECS = 0.02  # such steps gain little from a loop, and may lose by it

@@ -5,6 +5,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from inspect import ismethod
 from typing import Any, Protocol
 
 import keras
@@ -432,4 +433,6 @@ def _plain_parts(owner: StepOwner) -> dict[str, Any]:
 
 
 def _same_objects(parts: Sequence[Any], others: Sequence[Any]) -> bool:
-    return len(parts) == len(others) and all(a is b for a, b in zip(parts, others, strict=True))
+    # A method is another object each time it is looked up.
+    same = (a is b or (ismethod(a) and a == b) for a, b in zip(parts, others, strict=False))
+    return len(parts) == len(others) and all(same)

@@ -15,6 +15,7 @@ from keras import ops
 from polus.backends import backend
 from polus.backends.scopes import active_dry_run
 from polus.learning_rate import schedule_of
+from polus.optimizers import MultiOptimizer
 from polus.steps.compiled import as_terms
 from polus.steps.variables import StepVariables, unique
 from polus.types import Tensor
@@ -208,7 +209,7 @@ def _is_float(dtype: object) -> bool:
 
 def _rates(optimizer: Any) -> list[Tensor]:
     """Returns the learning rate if it is a number: a schedule would be computed once more."""
-    if isinstance(optimizer, keras.optimizers.MultiOptimizer):
+    if isinstance(optimizer, MultiOptimizer):
         return []
     rate = schedule_of(optimizer)
     return [rate.value] if isinstance(rate, keras.Variable) else []

@@ -1,13 +1,14 @@
 """Copies of trainers: each compiles, trains and counts for itself."""
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import keras
 
 from polus.host import to_host
 from polus.metrics import KerasMetric, OutputMetric
+from polus.optimizers import of_same_config
 from polus.state import layers_of
 from polus.steps.variables import held
 
@@ -112,7 +113,7 @@ def _copy_metric(metric: keras.metrics.Metric, memo: dict[int, Any]) -> keras.me
     return new
 
 
-def _copy_optimizer(optimizer: Any, candidates: Iterable[list[Any]], memo: dict[int, Any]) -> Any:
+def _copy_optimizer(optimizer: Any, candidates: Sequence[list[Any]], memo: dict[int, Any]) -> Any:
     """Returns an optimizer of the same configuration and state for the copied variables.
 
     Which variables it was built for, Keras doesn't tell: of the candidates the first that leads to
@@ -120,11 +121,13 @@ def _copy_optimizer(optimizer: Any, candidates: Iterable[list[Any]], memo: dict[
     """
     shapes = [tuple(variable.shape) for variable in optimizer.variables]
     for variables in candidates if optimizer.built else ():
-        new = type(optimizer).from_config(optimizer.get_config())
-        new.build([memo.get(id(variable), variable) for variable in variables])
+        copies = [memo.get(id(variable), variable) for variable in variables]
+        new = of_same_config(optimizer, list(zip(variables, copies, strict=True)))
+        new.build(copies)
         if [tuple(variable.shape) for variable in new.variables] == shapes:
             for old, own in zip(optimizer.variables, new.variables, strict=True):
                 own.assign(to_host(old))  # on JAX two variables would share an array else
                 memo.setdefault(id(old), own)
             return new
-    return type(optimizer).from_config(optimizer.get_config())
+    every = [v for variables in candidates for v in variables if id(v) in memo]
+    return of_same_config(optimizer, [(v, memo[id(v)]) for v in every])

@@ -147,16 +147,22 @@ class TrainerMethods(BaseLogger):
         end_lr: float = 10.0,
         num_steps: int = 100,
         stop_factor: float = 4.0,
-        suggestion: "SuggestionName" = "steep",
+        suggestion: "SuggestionName" = "tried",
         optimizer: keras.optimizers.Optimizer | str | None = None,
+        max_steps: int | None = None,
+        for_schedule: str | None = None,
+        validation_data: object = None,
     ) -> "LRFinderResult":
-        """Finds a learning rate by the range test, and leaves no trace on the training.
+        """Finds a learning rate by a range test and trials, and leaves no trace on the training.
 
-        Runs `num_steps` steps at rates that grow exponentially, and reads the rate to train with
-        from the curve of their losses (Smith 2015, arXiv:1506.01186). The same batches then run
-        once more at a rate of zero, which shows how hard each of them is. Afterwards weights,
+        Runs `num_steps` steps at rates that grow exponentially, and records the curve of their
+        losses (Smith 2015, arXiv:1506.01186). The same batches then run once more at a rate of
+        zero, which shows how hard each of them is. Then it trains for a while at each of the rates
+        that the curve leaves open, keeps the best one and its neighbours, half of them, and trains
+        these on (after Jamieson and Talwalkar 2016, arXiv:1502.07943). Afterwards weights,
         optimizer, metrics, generators and the dataset's shuffling are as before, also after an
-        error or Ctrl-C. No callback hears of it.
+        error or Ctrl-C; Ctrl-C during the trials ends them, and the result has those so far. No
+        callback is called.
 
         Args:
             tf_dataset: As for `train`, but not a bare iterator. It is repeated if it is shorter.
@@ -168,9 +174,18 @@ class TrainerMethods(BaseLogger):
             num_steps: The number of steps, at least 16.
             stop_factor: The sweep stops when the smoothed loss exceeds this many times its best, or
                 the loss is not finite.
-            suggestion: "steep", "valley", "slide" or "minimum": see `polus.lr_finder`.
+            suggestion: "tried", or a point of the curve, which needs no trials: "steep",
+                "valley", "slide" or "minimum". See docs/learning_rate.md.
             optimizer: The optimizer to sweep if the step uses several, or its name, such as
-                "d_optimizer". By default the trainer's own.
+                "d_optimizer". By default the trainer's own. Of a `MultiOptimizer` the highest rate
+                is swept, and the others keep their ratio to it.
+            max_steps: The training steps of all trials together at most; 0 for no trials. By
+                default 5 times `num_steps`, but at most a tenth of the run if
+                `changing_train_config` has its epochs.
+            for_schedule: "warmup_cosine" lets each trial begin as `polus.schedules.Cosine` with a
+                warm-up does; the suggestion is then its peak. By default rates are constant.
+            validation_data: Data to judge the trials by, of which 50 batches are read at most. By
+                default they are judged by their training losses.
 
         Returns:
             The curve and the suggestions: see `polus.lr_finder.LRFinderResult`.
@@ -182,10 +197,18 @@ class TrainerMethods(BaseLogger):
         from polus.lr_finder import SweepSettings, find
 
         engine = self._engine
-        settings = SweepSettings(start_lr, end_lr, num_steps, stop_factor, suggestion)
+        settings = SweepSettings(
+            start_lr, end_lr, num_steps, stop_factor, suggestion, max_steps, for_schedule
+        )
         named = optimizers_of(self) if isinstance(optimizer, str) else {}
         swept: Any = self.optimizer if optimizer is None else named.get(optimizer, optimizer)
         with engine.paused():
             return find(
-                engine.executor, engine.arguments, tf_dataset, use_lr_found, settings, swept
+                engine.executor,
+                engine.arguments,
+                tf_dataset,
+                use_lr_found,
+                settings,
+                swept,
+                validation_data,
             )

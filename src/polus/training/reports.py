@@ -9,6 +9,7 @@ import keras
 import numpy as np
 
 from polus.host import to_host
+from polus.log import logger_of
 from polus.models import describe_model, models_of
 from polus.optimizers import MultiOptimizer
 from polus.steps.variables import StepVariables, Update
@@ -24,17 +25,17 @@ def check_step(trainer: Any, variables: StepVariables) -> None:
     check_terms(variables.result, trainer.metrics, trainer.primary)
     updates = [update for update in variables.updates if update.variables]
     if not updates:
-        trainer.logger.warning(
+        logger_of(trainer).warning(
             "The step updates nothing: no optimizer has a variable to train. Is the model frozen "
             "(model.trainable = False), or was the list of trainable weights made before the "
             "layers were built?"
         )
         return
-    trainer.logger.info("Training %s.", _trained(trainer, updates))
+    logger_of(trainer).info("Training %s.", _trained(trainer, updates))
     untrained = variables.untrained
     if untrained and trainer.explicit_trainable_weights is None:
         names = ", ".join(variable.path for variable in untrained[:5])
-        trainer.logger.warning(
+        logger_of(trainer).warning(
             "%d trainable variables take part in the loss and no optimizer updates them: %s%s. "
             "To train them, pass trainable_weights=[*model.trainable_weights, "
             "*other.trainable_weights]; if they are meant to stay as they are, set "

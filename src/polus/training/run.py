@@ -168,9 +168,9 @@ class Run(BaseLogger):
     def _log_stop(self) -> None:
         if self.stopping:
             self.logger.info(
-                "Training was stopped after %d of %d epochs: %s.",
+                "Training was stopped after %d %s: %s.",
                 self.epoch,
-                self.epochs,
+                "epochs" if self.open_ended else f"of {self.epochs} epochs",
                 self.stop_reason or "early_stop was set",
             )
 

@@ -1,0 +1,214 @@
+"""Cross-encoders: a model reads a query and a document together, and scores the pair.
+
+Slower than vectors, which are computed once per document, a cross-encoder reranks what a search has
+found, and its scores teach a dual encoder (`losses.MarginMSE`, `losses.TeacherKL`).
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+from numpy.typing import NDArray
+
+from polus.core import function
+from polus.ir.batch import flatten_negatives, unflatten_negatives
+from polus.ir.bert import BertEncoder
+from polus.ir.data import Features, Rows
+from polus.ir.encoding import encode
+from polus.ir.evaluation import Run
+from polus.ir.losses import MASKED
+from polus.ir.models import TextTokenizer
+from polus.ir.tensors import CheckpointTensors
+from polus.training import BaseTrainer
+
+
+def load_cross_encoder(folder: str | Path, **overrides: Any) -> BertEncoder:
+    """Loads a `BertForSequenceClassification` with one label, which maps pairs to `(B, 1)`.
+
+    Its score is the logit, without a sigmoid. For one to train from an encoder's weights, use
+    `BertEncoder.from_pretrained(folder, pooling="first", normalize=False, dense=[{"units": 1}])`.
+
+    Args:
+        folder: A folder that transformers has saved.
+        overrides: Arguments of `BertEncoder`, such as `dropout=0.0`.
+
+    Raises:
+        ValueError: If the model isn't such a model.
+    """
+    tensors = CheckpointTensors(Path(folder))
+    heads = [tensors.of("dense", name) for name in ("bert.pooler.dense", "classifier")]
+    (hidden, labels) = (head[0].shape[1] for head in heads)
+    if labels != 1:
+        raise ValueError(f"A cross-encoder must have one label, got {labels} in {folder}.")
+    model = BertEncoder.from_pretrained(
+        folder,
+        pooling="first",
+        normalize=False,
+        dense=[{"units": hidden, "activation": "tanh"}, {"units": 1}],
+        **overrides,
+    )
+    for layer, values in zip(model.dense, heads, strict=True):
+        layer.set_weights(values)
+    return model
+
+
+class PairScorer:
+    """Scores pairs of texts with a cross-encoder, in inference mode.
+
+    Called with N queries and N documents, it returns `(N,)` float32.
+
+    Args:
+        model: Maps `tokenizer.pairs(queries, documents)` to `(B, 1)`.
+        tokenizer: The model's tokenizer.
+        batch_size: The number of pairs scored at a time.
+    """
+
+    def __init__(self, model: keras.Model, tokenizer: TextTokenizer, batch_size: int = 64) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.batch_size = batch_size
+        self._score = function(lambda tokens: self.model(tokens, training=False))
+
+    def __call__(self, queries: Sequence[str], documents: Sequence[str]) -> NDArray[np.float32]:
+        if len(queries) != len(documents):
+            raise ValueError(
+                f"A scorer needs as many queries as documents, got {len(queries)} and "
+                f"{len(documents)}."
+            )
+        # By length, which saves most of the padding.
+        order = np.argsort([len(a) + len(b) for a, b in zip(queries, documents, strict=True)])
+        pairs = Features(
+            lambda rows: self.tokenizer.pairs(
+                [queries[order[row]] for row in rows], [documents[order[row]] for row in rows]
+            ),
+            len(queries),
+        )
+        scores = np.empty(len(queries), np.float32)
+        scores[order] = [each[0] for each in encode(self._score, pairs, self.batch_size)]
+        return scores
+
+
+def rerank(
+    run: Run,
+    queries: Mapping[str, str],
+    documents: Mapping[str, str],
+    score: Callable[[Sequence[str], Sequence[str]], Iterable[float]],
+    depth: int = 100,
+) -> dict[str, dict[str, float]]:
+    """Returns a run of the best documents of each query, scored anew, the best first.
+
+    Args:
+        run: What a search has found.
+        queries: `{id: text}`.
+        documents: `{id: text}`.
+        score: A `PairScorer`, or any function of N queries and N documents to N scores.
+        depth: How many documents of each query are scored; the others are left out.
+    """
+    kept = {
+        query: sorted(found, key=lambda document: -found[document])[:depth]
+        for query, found in run.items()
+    }
+    pairs = [(query, document) for query, found in kept.items() for document in found]
+    scores = score([queries[query] for query, _ in pairs], [documents[each] for _, each in pairs])
+    reranked: dict[str, dict[str, float]] = {query: {} for query in run}
+    for (query, document), value in zip(pairs, scores, strict=True):
+        reranked[query][document] = float(value)
+    return {
+        query: dict(sorted(found.items(), key=lambda item: -item[1]))
+        for query, found in reranked.items()
+    }
+
+
+def score_candidates(
+    pairs: Rows,
+    negatives: Rows,
+    queries: Sequence[str],
+    documents: Sequence[str],
+    score: Callable[[Sequence[str], Sequence[str]], Iterable[float]],
+) -> NDArray[np.float32]:
+    """Returns the scores of pairs and their hard negatives, `(P, 1 + k)`, the positive first.
+
+    They are what `PairBatches.teacher_scores` takes. Padding (-1) has `losses.MASKED`.
+
+    Args:
+        pairs: `PairBatches.pairs`, `(P, 2)`.
+        negatives: `PairBatches.negatives`, `(P, k)`.
+        queries: The texts of the queries, by row.
+        documents: The texts of the documents, by row.
+        score: A `PairScorer`, or any such function.
+    """
+    rows = np.concatenate([pairs[:, 1:], negatives], axis=1)
+    place, column = np.nonzero(rows >= 0)
+    scores = np.full(rows.shape, MASKED, np.float32)
+    scores[place, column] = np.fromiter(
+        score(
+            [queries[row] for row in pairs[place, 0]],
+            [documents[row] for row in rows[place, column]],
+        ),
+        np.float32,
+        len(place),
+    )
+    return scores
+
+
+def drop_false_negatives(negatives: Rows, scores: NDArray[np.float32], margin: float = 0.0) -> Rows:
+    """Returns negatives, with padding for those that score above the positive less a margin.
+
+    Args:
+        negatives: `(P, k)` rows.
+        scores: `(P, 1 + k)`, as `score_candidates` returns them.
+        margin: In units of the scores.
+    """
+    return np.where(scores[:, 1:] > scores[:, :1] - margin, -1, negatives)
+
+
+class CrossEncoderTrainer(BaseTrainer):
+    """Trains a cross-encoder on batches of candidates, of which the first is relevant.
+
+    A batch is `(tokens,)` or `(tokens, extras)`: a dict of tensors `(B, 1 + n, L)`, for each query
+    its relevant document, then n that aren't. `candidate_tokens` makes one. Losses are those of
+    `polus.ir.losses`: `InfoNCE(1.0)` is the listwise one, `BinaryCrossEntropy()` takes each pair
+    by itself.
+
+    Args: as for `BaseTrainer`; `model` maps tokens `(N, L)` to `(N, 1)`.
+    """
+
+    def forward_with_grads(self, tokens: Any, *_: Any) -> Any:
+        """Returns the scores of the relevant documents `(B,)` and of the others `(B, n)`."""
+        return self._scores(tokens, training=True)
+
+    def evaluation_step(self, tokens: Any, *_: Any) -> Any:
+        """Returns the same, in inference mode, as `metric_samples` does."""
+        return self.metric_samples(*self._scores(tokens, training=False))
+
+    def metric_samples(self, *outputs: Any) -> tuple[Any, ...]:
+        """Returns `(y_true, y_pred)` of a classification: the relevant document is class 0."""
+        positive, negative = outputs
+        scores = ops.concatenate([positive[:, None], negative], axis=1)
+        return ops.zeros_like(scores[:, 0], dtype="int32"), scores
+
+    def _scores(self, tokens: Any, training: bool) -> tuple[Any, Any]:
+        flat, shape = flatten_negatives(tokens)
+        scores = ops.cast(self.model(flat, training=training)[:, 0], "float32")
+        scores = unflatten_negatives(scores, shape)
+        return scores[:, 0], scores[:, 1:]
+
+
+def candidate_tokens(
+    tokenizer: TextTokenizer, queries: Sequence[str], candidates: Sequence[Sequence[str]]
+) -> dict[str, NDArray[np.int32]]:
+    """Tokenizes each query with each of its documents, to a batch for `CrossEncoderTrainer`.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        queries: B texts.
+        candidates: For each of them 1 + n texts, the relevant one first.
+    """
+    (count,) = {len(each) for each in candidates}
+    repeated = [query for query in queries for _ in range(count)]
+    flat = [document for each in candidates for document in each]
+    tokens = tokenizer.pairs(repeated, flat)
+    return {name: value.reshape(-1, count, value.shape[1]) for name, value in tokens.items()}

