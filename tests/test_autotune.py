@@ -118,6 +118,16 @@ def test_each_batch_shape_is_compiled_once():
     assert again == (0 if backend.COMPILES else 3 * len(shapes))
 
 
+@pytest.mark.skipif(keras.config.backend() != "jax", reason="others trace in their own way")
+@pytest.mark.parametrize("arguments", [{}, {"steps_per_execution": 1}, {"on_nonfinite": "ignore"}])
+def test_jax_traces_a_step_once_per_shape_and_once_to_see_its_variables(arguments):
+    trainer = make_trainer(Traced, keras.layers.Dropout(0.3), keras.layers.BatchNormalization())
+    trainer.train(BATCHES[:1], 1, **arguments)
+    assert trainer.runs == 2
+    trainer.train([(X[:4], Y[:4])], 1, **arguments)
+    assert trainer.runs == 3
+
+
 def test_many_batch_shapes_warn_once(caplog):
     shapes = [(X[:n], Y[:n]) for n in range(3, 14)]
     with caplog.at_level(logging.WARNING, "polus"):

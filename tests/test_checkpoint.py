@@ -899,8 +899,8 @@ def test_validation_after_the_last_step_keeps_its_compiler(tmp_path, monkeypatch
                 raise Killed
             self.coordinator.trainer.evaluate(data())
 
-    def program(step, unpack=None, many=False, jit_compile=None, held=False):
-        return made(step, unpack, many, None, held)  # compiling takes PyTorch ten seconds
+    def program(step, unpack=None, many=False, jit_compile=None, *others):
+        return made(step, unpack, many, None, *others)  # compiling takes PyTorch ten seconds
 
     polus.core.set_jit_compile("auto")
     made = backend.program

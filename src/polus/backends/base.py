@@ -14,6 +14,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
 Unpack = Callable[[Any], Any]
+Known = tuple[Sequence[Any], Sequence[Any]]
 Held = list[tuple[Any, Any]]
 
 
@@ -128,6 +129,7 @@ class Backend(Protocol):
         many: bool = False,
         jit_compile: bool | None = None,
         held: bool = False,
+        known: Known | None = None,
     ) -> Callable[..., Any]:
         """Compiles a step, or a loop over many steps.
 
@@ -140,6 +142,8 @@ class Backend(Protocol):
                 and of other outputs the last step's.
             jit_compile: The compiler setting; None for the backend's own.
             held: Whether what `hold` returned before a call is there after it.
+            known: The variables that the step assigns, and those that it only reads, if a dry run
+                has shown them: JAX then traces the step once less.
         """
         ...
 

@@ -11,7 +11,7 @@ import keras
 import numpy as np
 
 from polus.backends import jax_distribution
-from polus.backends.base import TensorFlowDataset, Unpack, as_arguments
+from polus.backends.base import Known, TensorFlowDataset, Unpack, as_arguments
 from polus.backends.jax_programs import (
     Function,
     MissedVariablesError,
@@ -205,13 +205,14 @@ def program(
     many: bool = False,
     jit_compile: bool | None = None,
     held: bool = False,
+    known: Known | None = None,
 ) -> Callable[..., Any]:
     """Compiles a step, or a loop over many; see `Backend`.
 
     `jit_compile=False` runs it eagerly, operation by operation, to debug it.
     """
     if jit_compile is not False:
-        return Steps(step, unpack, held) if many else Step(step, unpack, held)
+        return (Steps if many else Step)(step, unpack, held, known)
 
     def single(*arguments: Any) -> Any:
         if unpack is not None:

@@ -17,7 +17,7 @@ import keras
 import numpy as np
 
 from polus.backends import jax_distribution
-from polus.backends.base import as_arguments
+from polus.backends.base import Known, as_arguments
 from polus.backends.scopes import DryRun, VariableRecorder, current_scope
 from polus.types import Tensor
 
@@ -70,8 +70,12 @@ class Stateful:
                 if not optimizer.built:
                     optimizer.build(variables)
                     scope.record_assigned(optimizer.variables)
-        self.assigned = list(scope.assigned.values())
-        self.read = [v for key, v in scope.read.items() if key not in scope.assigned]
+        assigned = list(scope.assigned.values())
+        self.know(assigned, [v for key, v in scope.read.items() if key not in scope.assigned])
+
+    def know(self, assigned: Sequence[Any], read: Sequence[Any]) -> None:
+        """Sets the variables of the function."""
+        self.assigned, self.read = list(assigned), list(read)
         self._last = [None] * len(self.assigned)
 
     def call(self, *arguments: Any) -> Tree:
@@ -148,10 +152,13 @@ class Program:
 
     Args:
         held: Whether the values that variables have before a call stay there after it.
+        known: The variables that the function assigns, and those that it only reads, if somebody
+            has looked before.
     """
 
-    def __init__(self, held: bool = False) -> None:
+    def __init__(self, held: bool = False, known: Known | None = None) -> None:
         self.donated = () if held else (0,)
+        self.known = known
         self.compiled: dict[Any, tuple[Stateful, Callable[..., Any]]] = {}
 
     def traced(self, arguments: Arguments) -> tuple[Callable[..., Tree], Sequence[Any]]:
@@ -170,9 +177,13 @@ class Program:
         if program is None:
             fn, sample = self.traced(arguments)
             stateful = Stateful(fn)
+            known = self.known is not None
+            if self.known is not None:
+                stateful.know(*self.known)
             while True:
-                with stateful.finding_variables():
-                    jax.eval_shape(functools.partial(stateful.call), *sample)
+                if not known:
+                    with stateful.finding_variables():
+                        jax.eval_shape(functools.partial(stateful.call), *sample)
                 # Traced here, and not inside the program: so few frames are around the user's code.
                 pure = jax.jit(functools.partial(stateful.pure), inline=True)
                 values = [v.value for v in stateful.assigned], [v.value for v in stateful.read]
@@ -180,7 +191,10 @@ class Program:
                     outputs, _ = jax.eval_shape(pure, *values, *sample)
                     break
                 except MissedVariablesError:
-                    stateful.look_closer()
+                    if not known:
+                        stateful.look_closer()
+                    known = False  # with other arguments it may use others
+            self.known = stateful.assigned, stateful.read  # a new shape is traced once
             layouts = jax_distribution.output_shardings(values[0])
             whole = jax.jit(
                 self.whole(pure, outputs, arguments), donate_argnums=self.donated, **layouts
@@ -226,8 +240,9 @@ class Step(Program):
         step: Callable[..., Tree],
         unpack: Callable[[Any], Any] | None,
         held: bool = False,
+        known: Known | None = None,
     ) -> None:
-        super().__init__(held)
+        super().__init__(held, known)
         self.step = step
         self.unpack = unpack
 

@@ -8,7 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from polus.backends import tensorflow_distribution
-from polus.backends.base import TensorFlowDataset, Unpack, as_arguments
+from polus.backends.base import Known, TensorFlowDataset, Unpack, as_arguments
 from polus.backends.placement import Placement
 from polus.backends.scopes import BackendVariable, DryRun, current_scope
 from polus.backends.tensorflow_blocks import GraphBlocks, padded
@@ -149,6 +149,7 @@ def program(
     many: bool = False,
     jit_compile: bool | None = None,
     held: bool = False,
+    known: Known | None = None,
 ) -> Callable[..., Any]:
     """Compiles a step to a graph, or many steps to one with a loop; see `Backend`.
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from polus.backends import torch_distribution
-from polus.backends.base import TensorFlowDataset, Unpack, as_arguments
+from polus.backends.base import Known, TensorFlowDataset, Unpack, as_arguments
 from polus.backends.placement import Placement
 from polus.backends.scopes import BackendVariable, DryRun
 from polus.backends.torch_compile import compiled, gradient_depth
@@ -178,6 +178,7 @@ def program(
     many: bool = False,
     jit_compile: bool | None = None,
     held: bool = False,
+    known: Known | None = None,
 ) -> Callable[..., Any]:
     """Compiles a step where that is asked for; see `Backend`. Many steps are a Python loop.
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from polus.backends import backend
-from polus.backends.base import as_arguments
+from polus.backends.base import Known, as_arguments
 from polus.backends.placement import Placement, ReplicaState
 from polus.data.blocks import StepBlock
 from polus.steps.autotune import Timing
@@ -35,6 +35,7 @@ class CompiledStep:
         jit_compile: The compiler setting of programs made from now on; None for the backend's own.
         eager: Whether the step runs as it is written, operation by operation.
         held: Whether what `backend.hold` returned before a call is there after it.
+        known: The variables that the step assigns, and those that it only reads, if known.
 
     Attributes:
         step: The step.
@@ -52,11 +53,13 @@ class CompiledStep:
         jit_compile: bool | None = None,
         eager: bool = False,
         held: bool = False,
+        known: Known | None = None,
     ) -> None:
         self.step = step
         self.placement = placement
         self.eager = eager
         self.held = held
+        self.known = known
         self.jit_compile = jit_compile
         self.steps_per_execution = 1
         self.pace = Pace(fixed=placement.count > 1)  # processes must not follow their clocks
@@ -78,7 +81,7 @@ class CompiledStep:
                 program = backend.eager_program(self.step, block.unpack)
             else:
                 program = backend.program(
-                    self.step, block.unpack, many, self.jit_compile, self.held
+                    self.step, block.unpack, many, self.jit_compile, self.held, self.known
                 )
             program = self.placement.program(program, block.batch_size, self._state)
             self._programs[key] = program

@@ -234,9 +234,13 @@ class StepExecutor:
         variables: StepVariables,
         jit_compile: bool | None,
         held: bool = False,
+        more: Sequence[Any] = (),
     ) -> CompiledStep:
         state = replica_state(self.owner, variables)
-        return CompiledStep(step, self._placement, state, jit_compile, self.run_eagerly, held)
+        known = variables.known(more)
+        return CompiledStep(
+            step, self._placement, state, jit_compile, self.run_eagerly, held, known
+        )
 
     def guard(self, limit: int, gates: bool) -> Guard:
         """Returns a guard of the step; see there."""
@@ -246,10 +250,12 @@ class StepExecutor:
         optimizers = optimizers_of(self.owner).values()
         return Guard(self.variables, metrics, optimizers, self.owner.primary, limit, agree, gates)
 
-    def compiled(self, step: Callable[..., Any], jit_compile: bool | None) -> CompiledStep:
-        """Compiles a step that uses the variables of this one."""
+    def compiled(
+        self, step: Callable[..., Any], jit_compile: bool | None, more: Sequence[Any] = ()
+    ) -> CompiledStep:
+        """Compiles a step that uses the variables of this one, and assigns some more."""
         assert self.variables is not None  # the step was prepared
-        return self._compiled(step, self.variables, jit_compile)
+        return self._compiled(step, self.variables, jit_compile, more=more)
 
     def state_variables(self) -> list[keras.Variable]:
         """Returns all variables of a run, in an order that is the same in each process.

@@ -34,7 +34,9 @@ class Prepared(Protocol):
     variables: StepVariables | None
 
     def guard(self, limit: int, gates: bool) -> Guard: ...
-    def compiled(self, step: Callable[..., Any], jit_compile: bool | None) -> CompiledStep: ...
+    def compiled(
+        self, step: Callable[..., Any], jit_compile: bool | None, more: Sequence[Any] = ()
+    ) -> CompiledStep: ...
 
 
 class GuardedSteps:
@@ -143,7 +145,8 @@ class GuardedSteps:
         if key not in self._steps:
             guard = self.executor.guard(self.limit, gates)
             step = guard.wrap(self.executor.step, self.bad, detail)
-            self._steps[key] = self.executor.compiled(step, self.step.jit_compile)
+            more = [*guard.assigned, self.bad]
+            self._steps[key] = self.executor.compiled(step, self.step.jit_compile, more)
         return self._steps[key]
 
 

@@ -68,6 +68,12 @@ class StepVariables:
             result=seen.result,
         )
 
+    def known(self, more: Iterable[Any] = ()) -> tuple[Variables, Variables]:
+        """Returns the variables that the step assigns, and `more`, and those it only reads."""
+        assigned = unique([*self.assigned, *more])
+        ids = set(map(id, assigned))
+        return assigned, [v for v in self.used if id(v) not in ids]
+
     @property
     def untrained(self) -> Variables:
         """The trainable variables that gradients reach and no optimizer updates."""
