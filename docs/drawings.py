@@ -18,6 +18,7 @@ STATIC = ROOT / "docs" / "_static"
 LAYERS = [
     ["ir"],
     ["training", "lr_finder"],
+    ["runs", ""],
     ["checkpoint", "callbacks"],
     ["steps", ""],
     ["data", "metrics", "core", "history"],
@@ -28,6 +29,7 @@ ROLES = {
     "ir": "retrieval",
     "training": "trainers, the run, the loop",
     "lr_finder": "range test",
+    "runs": "run directories",
     "checkpoint": "save and resume",
     "callbacks": "what runs between steps",
     "steps": "one compiled step",
@@ -82,15 +84,19 @@ def without_detours(edges: list[tuple[str, str]]) -> list[tuple[str, str]]:
 
 def architecture(edges: list[tuple[str, str]]) -> Figure:
     """Draws the packages in layers, with an arrow from each to those that it imports."""
-    figure = Figure(figsize=(8, 6.4), layout="constrained")
-    ax = figure.add_subplot(xlim=(0, 8), ylim=(-0.2, 6.2))
+    figure = Figure(figsize=(8, 7.4), layout="constrained")
+    ax = figure.add_subplot(xlim=(0, 8), ylim=(-1.3, 6.2))
     ax.axis("off")
     place = {}
     for row, names in enumerate(LAYERS):
         for column, name in enumerate(names):
             place[name] = (8 * (column + 0.5) / len(names), 5.7 - 1.1 * row)
     for user, used in without_detours(edges):
+        (x, top), (below, bottom) = place[user], place[used]
+        around = x == below and top - bottom > 1.2  # the boxes between
+        bend = "arc3,rad=0.55" if around else "arc3"
         arrow = {"arrowstyle": "-|>", "color": "0.45", "shrinkA": 18, "shrinkB": 20}
+        arrow["connectionstyle"] = bend
         ax.annotate("", place[used], place[user], arrowprops=arrow, zorder=0)
     del place[""]  # an empty place
     for name, (x, y) in place.items():
