@@ -33,7 +33,8 @@ def join() -> None:
 
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        torch.distributed.init_process_group()
+        if not torch.distributed.is_initialized():  # a launcher such as Ray Train has done it
+            torch.distributed.init_process_group()
     elif keras.backend.backend() == "jax":
         if "KERAS_DISTRIBUTION_NUM_PROCESSES" in os.environ:
             keras.distribution.initialize()  # several processes
