@@ -257,6 +257,17 @@ def test_repr_is_a_table():
     assert len(repr(long).splitlines()) == 13
 
 
+def test_notebooks_show_a_table_and_a_picture():
+    history = recorded()
+    history.end_epoch(1, {"loss": 0.3, "a < b": 0.75})
+    shown = history._repr_html_()
+    assert "<p>History of 2 epochs, 4 steps</p>" in shown
+    assert "<th>a &lt; b</th>" in shown
+    assert "<td>0.75</td>" in shown
+    assert "<table>" not in History()._repr_html_()
+    assert history.plot()._repr_png_().startswith(b"\x89PNG")
+
+
 def test_plot_draws_losses_above_metrics(tmp_path):
     figure = recorded().plot(tmp_path / "run.png")
     assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")

@@ -100,6 +100,8 @@ def test_tried_stands_for_steep_without_trials():
     assert (tried.method, tried.suggestion) == ("tried", 0.02)
     assert tried.to_dict()["trials"][0]["losses"] == [1.0, 1.1]
     assert "1 rates tried" in repr(tried)
+    assert "<th>rate tried</th>" in tried._repr_html_()
+    assert "(chosen)" in tried._repr_html_()
 
 
 def test_trials_train_as_a_loop_does_and_find_the_rate():

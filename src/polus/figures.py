@@ -1,6 +1,8 @@
 """Figures drawn with matplotlib but without pyplot, so that no display is needed."""
 
+import io
 from collections.abc import Iterable, Mapping, Sequence
+from html import escape
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,7 +35,32 @@ def new_figure(user: str, height: float, width: float = 8) -> "Figure":
         raise ImportError(
             f"{user} requires matplotlib. Install it with `pip install matplotlib`."
         ) from error
-    return Figure(figsize=(width, height), dpi=100, layout="constrained")
+
+    class Picture(Figure):
+        def _repr_png_(self) -> bytes:
+            """Shows the figure in a notebook, which knows only those of pyplot."""
+            png = io.BytesIO()
+            self.savefig(png, format="png")
+            return png.getvalue()
+
+    return Picture(figsize=(width, height), dpi=100, layout="constrained")
+
+
+def html_table(title: str, columns: Mapping[str, Sequence[str]], omitted: bool = False) -> str:
+    """Returns a table for a notebook.
+
+    Args:
+        title: What stands above it.
+        columns: Names and cells.
+        omitted: Whether a row of dots says that earlier rows are left out.
+    """
+    rows = list(zip(*columns.values(), strict=True))
+    if omitted:
+        rows.insert(0, ("...",) * len(columns))
+    head = "".join(f"<th>{escape(name)}</th>" for name in columns)
+    body = "".join(f"<tr>{''.join(f'<td>{escape(c)}</td>' for c in row)}</tr>" for row in rows)
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f"<p>{escape(title)}</p>{table if rows else ''}"
 
 
 def history_figure(

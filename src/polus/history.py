@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from polus.figures import Line, history_figure
+from polus.figures import Line, history_figure, html_table
 from polus.host import to_host
 
 if TYPE_CHECKING:
@@ -211,28 +211,33 @@ class History:
         return figure
 
     def __repr__(self) -> str:
-        self._read(len(self._unread))
-        epochs, num_steps = self.epochs, self._table.num_rows
-        title = (
-            f"History of {len(epochs)} epoch{'s' * (len(epochs) != 1)}, "
-            f"{num_steps} step{'s' * (num_steps != 1)}"
-        )
-        columns = {
-            name: [_short(value) for value in values] for name, values in self.to_dict().items()
-        }
+        title, columns, omitted = self._shown()
         widths = {name: max(len(name), 6, *map(len, cells)) for name, cells in columns.items()}
         widths |= {"epoch": 5} if "epoch" in widths else {}
-        shown = range(max(0, len(epochs) - 10), len(epochs))
+        rows = [tuple(columns), *zip(*columns.values(), strict=True)]
         lines = [
-            "  ".join(cell.rjust(widths[name]) for name, cell in row)
-            for row in [
-                [(name, name) for name in columns],
-                *([(name, cells[i]) for name, cells in columns.items()] for i in shown),
-            ]
+            "  ".join(cell.rjust(width) for cell, width in zip(row, widths.values(), strict=True))
+            for row in rows
         ]
-        if shown.start:
+        if omitted:
             lines.insert(1, "  ...")
-        return "\n".join([title, *lines] if epochs else [title])
+        return "\n".join([title, *lines] if columns else [title])
+
+    def _repr_html_(self) -> str:
+        """Shows the table in a notebook."""
+        return html_table(*self._shown())
+
+    def _shown(self) -> tuple[str, dict[str, list[str]], bool]:
+        """Returns a title, the cells of the last epochs by name, and whether some are left out."""
+        self._read(len(self._unread))
+        num_epochs, num_steps = len(self.epochs), self._table.num_rows
+        title = (
+            f"History of {num_epochs} epoch{'s' * (num_epochs != 1)}, "
+            f"{num_steps} step{'s' * (num_steps != 1)}"
+        )
+        columns = self.to_dict() if num_epochs else {}
+        shown = {name: [_short(v) for v in values[-10:]] for name, values in columns.items()}
+        return title, shown, num_epochs > 10
 
     # Saved in a checkpoint.
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
-from polus.figures import new_figure
+from polus.figures import html_table, new_figure
 from polus.host import did_you_mean
 from polus.lr_finder.curve import (
     MIN_STEPS,
@@ -187,6 +187,23 @@ class LRFinderResult:
         rest = ", ".join(f"{k}={v:.2e}" for k, v in self.suggestions.items() if k != self.method)
         chosen = f"suggestion={self.suggestion:.2e} ({self.method})"
         return f"LRFinderResult({swept}{tried}, {chosen}, {rest})"
+
+    def _repr_html_(self) -> str:
+        """Shows the suggestions, and the trials, in a notebook."""
+        if self.failure_reason:
+            return html_table(repr(self), {})
+        names = [f"{name} (chosen)" if name == self.method else name for name in self.suggestions]
+        suggested = {
+            "suggestion": names,
+            "rate": [f"{rate:.2e}" for rate in self.suggestions.values()],
+        }
+        tried = {
+            "rate tried": [f"{trial.rate:.2e}" for trial in self.trials],
+            "steps": [str(len(trial.losses)) for trial in self.trials],
+            "last loss": ["".join(f"{x:.4g}" for x in trial.losses[-1:]) for trial in self.trials],
+        }
+        shown = html_table(f"Range test of {len(self.rates)} steps", suggested)
+        return shown + (html_table("Trials", tried) if self.trials else "")
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Figure:
         """Plots the losses, raw and smoothed, over the learning rate and marks the suggestions.
