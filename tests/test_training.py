@@ -63,16 +63,20 @@ def test_same_weights_as_fit(case, jit_compile_off):
             model.add(keras.layers.BatchNormalization())
         return model
 
+    def optimizer():
+        # A bias in front of a normalization has no gradient, and Adam would blow up its rounding.
+        return keras.optimizers.SGD(0.1) if case == "batch_norm" else keras.optimizers.Adam(1e-2)
+
     weights = (np.linspace(0, 2, 80).astype("float32"),) if case == "weighted" else ()
     theirs = make(built=True)
-    theirs.compile(keras.optimizers.Adam(1e-2), CROSS_ENTROPY, jit_compile=jit_compile_off)
+    theirs.compile(optimizer(), CROSS_ENTROPY, jit_compile=jit_compile_off)
     expected = theirs.fit(
         X, Y, 16, 3, shuffle=False, verbose=0, sample_weight=weights[0] if weights else None
     )
     data = polus.data.from_arrays((X, Y, *weights), 16, shuffle=False)
     for built in (True, False):
         ours = make(built)
-        history = make_trainer(ours).train(data, epochs=3)
+        history = ClassifierTrainer(ours, optimizer(), CROSS_ENTROPY).train(data, epochs=3)
         for mine, other in zip(ours.get_weights(), theirs.get_weights(), strict=True):
             np.testing.assert_allclose(mine, other, rtol=1e-4, atol=1e-6)
         np.testing.assert_allclose(history.to_dict()["loss"], expected.history["loss"], rtol=1e-4)
