@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter, deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -92,8 +93,14 @@ def main(backends: list[str]) -> int:
         take = queue.popleft if lane == "left" else queue.pop
         while queue:
             part = take()
+            began = time.perf_counter()
             part.run(folder, lane)
             ended.append(part)
+            print(
+                f"{part.backend}, {len(part.files)} files: {line(part.count)} "
+                f"in {time.perf_counter() - began:.0f} s",
+                flush=True,
+            )
             suite = suites[part.backend]
             if sum(other.backend == part.backend for other in ended) == len(suite):
                 logs = "\n".join(other.log for other in suite)
