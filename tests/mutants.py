@@ -143,7 +143,7 @@ MUTANTS = [
         "\n",
         "test_runs.py crashed",
     ),
-    Mutant("runs/history_file.py", "values[:count] for", "values for", "test_runs.py crashed"),
+    Mutant("runs/history_file.py", "values[:count] for", "values for", "test_runs.py within"),
     # The step.
     Mutant(
         "steps/finish.py",

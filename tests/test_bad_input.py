@@ -76,21 +76,6 @@ def batch(*parts):
     return train([parts])
 
 
-class Subclassed(keras.Model):
-    """A model that doesn't know its output's shape before it was called."""
-
-    def __init__(self):
-        super().__init__()
-        self.dense = keras.layers.Dense(3)
-
-    def call(self, x):
-        return self.dense(x)
-
-
-def subclassed(batches):
-    return ClassifierTrainer(Subclassed(), opt(), CE).train(batches, 1)
-
-
 def heard(*callbacks):
     return train(callbacks=list(callbacks))
 
@@ -460,12 +445,6 @@ DATASETS = [
     ("train([*BATCHES, (X, Y + 1)])", ValueError, "Batch 3 of epoch 1 has the label 3"),
     ("train(from_arrays((X, Y + 1), 8))", ValueError, "has the label 3, and the model has 3 out"),
     ("train(BATCHES, train_map_f=lambda b: (b[0], b[1] - 1))", ValueError, "has the label -1"),
-    ("subclassed([(X, Y), (X, Y + 1)])", ValueError, "Batch 2 of epoch 1 has the label 3"),
-    (
-        "subclassed([(X, Y + 1)])",
-        (ValueError, IndexError),  # PyTorch's loss raises before
-        "The first batch has the label 3|Target 3 is out of bounds",
-    ),
     ("from_arrays(X)", TypeError, "batch_size"),
     ("from_arrays(batch_size=8)", TypeError, "arrays"),
     ("from_arrays((X, Y), 0)", ValueError, "batch_size must be a positive integer, got 0"),

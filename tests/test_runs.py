@@ -160,6 +160,15 @@ def test_an_own_trainer_without_validation_keeps_no_best_model(tmp_path):
 
 
 @pytest.mark.once
+def test_a_process_that_starts_within_recorded_steps_replaces_the_rest_of_them(tmp_path):
+    for start, losses in ((0, [4.0, 3.0, 2.0, 1.0]), (2, [2.5])):
+        file = HistoryFile(tmp_path / "history.jsonl", 0, start)
+        file.add_steps(0, start, {"loss": np.array(losses, np.float32)})
+        file.close()
+    assert read_history(tmp_path).steps["loss"].tolist() == [4.0, 3.0, 2.5]
+
+
+@pytest.mark.once
 def test_values_that_json_has_no_numbers_for(tmp_path):
     file = HistoryFile(tmp_path / "history.jsonl", 0, 0)
     values = np.array([0.1, np.nan, np.inf, -np.inf], np.float32)

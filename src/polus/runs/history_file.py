@@ -72,21 +72,22 @@ def read_history(path: str | os.PathLike[str]) -> History:
 
     Raises:
         OSError: If there is no such file.
-        ValueError: If a line is none of a record's; the message says which.
+        ValueError: If a line is not an entry of a record; the message says which.
     """
     path = Path(path)
     path = path / NAME if path.is_dir() else path
     with open_regular(path) as file:
-        lines = file.read().split(b"\n")[
-            :-1
-        ]  # behind the last line break is nothing, or half of one
+        *lines, _ = file.read().split(b"\n")  # behind the last one is nothing, or half a line
     entries: list[tuple[str, Any]] = []
     for number, line in enumerate(lines, 1):
         try:
             ((kind, entry),) = json.loads(line).items()
-            entries = _started(entries, entry) if kind == "start" else [*entries, (kind, entry)]
+            if kind == "start":
+                entries = _started(entries, entry)
+            else:
+                entries.append((kind, entry))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path}: line {number} is none of a record's ({error!r}).") from error
+            raise ValueError(f"{path}: line {number} is not an entry of a record ({error!r}).") from error
     return _history(entries)
 
 
