@@ -87,7 +87,9 @@ def read_history(path: str | os.PathLike[str]) -> History:
             else:
                 entries.append((kind, entry))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path}: line {number} is not an entry of a record ({error!r}).") from error
+            raise ValueError(
+                f"{path}: line {number} is not an entry of a record ({error!r})."
+            ) from error
     return _history(entries)
 
 
