@@ -26,6 +26,7 @@ MODULES = {
     "lr_finder",
     "metrics",
     "optimizers",
+    "report",
     "runs",
     "schedules",
     "training",

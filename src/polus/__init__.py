@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from polus import lr_finder as lr_finder
     from polus import metrics as metrics
     from polus import optimizers as optimizers
+    from polus import report as report
     from polus import runs as runs
     from polus import schedules as schedules
     from polus import training as training
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     from polus.metrics import IConfusionMatrix as IConfusionMatrix
     from polus.metrics import IMetric as IMetric
     from polus.metrics import MacroF1Score as MacroF1Score
+    from polus.report import write_report as write_report
     from polus.training import BaseTrainer as BaseTrainer
     from polus.training import ClassifierTrainer as ClassifierTrainer
 
@@ -94,6 +96,7 @@ _NAMES = {
     "ir": (),
     "lr_finder": (),
     "optimizers": (),
+    "report": ("write_report",),
     "runs": (),
     "schedules": (),
     "metrics": ("Accuracy", "IConfusionMatrix", "IMetric", "MacroF1Score"),

@@ -26,15 +26,11 @@ from polus.steps.compiled import CompiledStep, as_terms
 from polus.steps.executor import StepExecutor
 from polus.steps.finite import Flags
 from polus.training.config import TrainConfig
-from polus.training.epoch_logs import EpochRecord, weighted_means
+from polus.training.epoch_logs import EpochRecord, Spent, weighted_means
 from polus.training.nonfinite import STOPPED, NonFiniteSteps, non_finite_error, sizes_of
 from polus.training.parts import TrainerParts
 from polus.training.processes import check_same_batch, check_same_programs
-from polus.training.reports import (
-    stays_ended,
-    warn_of_missing_steps,
-    warn_of_unsaved,
-)
+from polus.training.reports import stays_ended, warn_of_missing_steps, warn_of_unsaved
 from polus.training.run_state import Settings, check_state, data_state, use_own_generators
 from polus.training.status import TRANSITIONS, RunStatus
 from polus.training_state import (
@@ -200,7 +196,7 @@ class Run(BaseLogger):
         if self.status in (RunStatus.CREATED, RunStatus.RESTORED):
             begin_schedules(self.trainer, known, self.status is RunStatus.RESTORED)
         data = self.reader.epoch(self.epoch, start=self.step)
-        self.epoch_record.begin(self.step, self.reader.waited_secs, self.non_finite.skipped)
+        self.epoch_record.begin(self.step, self._spent())
         if not resumed:
             self.batch_sizes, self.logs = array("i"), {}
             self.callbacks.shared_dict["epoch_logs"] = self.logs
@@ -239,6 +235,7 @@ class Run(BaseLogger):
         if block.count == 1:
             self.callbacks.on_train_batch_begin()
         program, arguments = self.guarded.program(block)
+        self.epoch_record.calls(program, self.reader.waited_secs)
         self._began = time.perf_counter()
         return program, arguments
 
@@ -253,6 +250,7 @@ class Run(BaseLogger):
         """
         self.compiled.pace.observe(block.count, outputs, self._began)
         outputs = self.guarded.checked(block, outputs)
+        self.epoch_record.called()
         finite = self.guarded.finite
         count = self.non_finite.count(block, finite)
         terms = as_terms(outputs, self.trainer.primary)
@@ -292,8 +290,7 @@ class Run(BaseLogger):
             self.steps = self.steps or self.step
         metrics = {metric.name: metric.evaluate() for metric in self.metrics}
         means = weighted_means(self.history, self.epoch, self.batch_sizes, self.logger)
-        waited, skipped = self.reader.waited_secs, self.non_finite.skipped
-        record = self.epoch_record.end(self.trainer, self.batch_sizes, waited, skipped)
+        record = self.epoch_record.end(self.trainer, self.batch_sizes, self._spent())
         self.history.add_record(self.epoch, record)
         rates = rates_of(self.trainer) | (record if self.config.record else {})
         self.logs.update(means | metrics | rates | self.history.validation_logs(self.epoch))
@@ -305,6 +302,9 @@ class Run(BaseLogger):
         self.epoch, self.step = self.epoch + 1, 0
         self._agree()
         self.callbacks.on_boundary()
+
+    def _spent(self) -> Spent:
+        return Spent(self.reader.waited_secs, self.callbacks.secs, self.non_finite.skipped)
 
     def validated(self, name: str, results: dict[str, Any]) -> None:
         """Records the results of a validation on the set `name`, after the last step that ran."""
