@@ -33,7 +33,18 @@ def differences(runs: Sequence[LoadedRun]) -> dict[str, list[str]]:
 
 
 def flattened(value: Any, path: str = "") -> dict[str, str]:
-    """Returns JSON values as path -> text. A list of plain values is one text."""
+    """Returns JSON values as path -> text.
+
+    A list of plain values is one text. An object that Keras serialized is the name of its class,
+    with the entries of its configuration below.
+    """
+    if isinstance(value, dict) and {"class_name", "config"} <= value.keys():
+        name, module = str(value["class_name"]), str(value.get("module") or "keras")
+        name = name if module.split(".")[0] == "keras" else f"{module}.{name}"
+        own = value["config"]
+        if not isinstance(own, dict):  # that of a function is its name
+            return {path: short(f"{name} {own}")}
+        return {path: short(name)} | (flattened(own, path) if own else {})
     if isinstance(value, dict) and value:
         parts = {f"{path}.{name}" if path else str(name): each for name, each in value.items()}
     elif isinstance(value, list) and any(isinstance(each, dict | list) for each in value):

@@ -125,11 +125,12 @@ class Drawn:
 
     def embedded(self) -> tuple[str, dict[str, str]]:
         """Returns the scripts of the page, and the element of each chart by its key."""
-        library = Resources(mode="inline", components=["bokeh"]).render_js()
+        library = Resources(mode="inline", components=["bokeh"], log_level="warn")
+        scripts = library.render_js()
         if not self.figures:
             return "", {}
         script, elements = components(self.figures)
-        return f"{library}\n{script}", dict(elements)
+        return f"{scripts}\n{script}", dict(elements)
 
 
 def _figure(**arguments: Any) -> Any:

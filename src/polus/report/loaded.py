@@ -84,6 +84,17 @@ class LoadedRun:
         lines = self.history.metric_lines()
         return {name: line for name, line in lines.items() if name not in measured}
 
+    def epoch_values(self) -> dict[str, list[float]]:
+        """Returns the finite values that each term and metric had in the logs of epochs."""
+        measured = {name for row in self.history.record for name in row}
+        values: dict[str, list[float]] = {}
+        for row in self.history.epochs:
+            for name, value in row.items():
+                number = isinstance(value, int | float) and np.isfinite(value)
+                if number and name not in measured | {"epoch"}:
+                    values.setdefault(name, []).append(value)
+        return values
+
     def rates(self) -> dict[str, Line]:
         """Returns the learning rates: at most one a second, and that at the end of each epoch."""
         points: list[tuple[int, float, dict[str, float]]] = []

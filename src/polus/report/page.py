@@ -15,6 +15,7 @@ from polus.report.loaded import SHARES, LoadedRun
 Array = np.ndarray[Any, Any]
 
 DASHES = {"solid": "", "dashed": "6 4", "dotted": "2 3", "dashdot": "6 3 2 3"}
+SCORES = ("class", "precision", "recall", "F1", "labels")
 MAX_ROWS = 60  # of a table; the others can be unfolded
 # Nothing is loaded, whatever a name or a library asks for.
 POLICY = (
@@ -102,12 +103,13 @@ def _of_several(runs: Sequence[LoadedRun]) -> tuple[str, list[str], Drawn]:
     names = [run.name for run in runs]
     changed = differences(runs)
     rows = [[path, *texts] for path, texts in changed.items()]
+    kind = "whole" if len(runs) == 2 else "many"
     sections = [
         f"<h1>{len(runs)} runs</h1>",
         "<h2>Differences of their configurations</h2>",
-        _table(["", *names], rows) if rows else "<p>They have none.</p>",
+        _table(["", *names], rows, kind, MAX_ROWS) if rows else "<p>They have none.</p>",
         "<h2>Results</h2>",
-        _table(["", *names], _results(runs), numbers=True),
+        _table(["", *names], _results(runs), f"{kind} numbers"),
         "<h2>Curves</h2>",
         _grid(cards),
     ]
@@ -166,7 +168,7 @@ def _started(run: LoadedRun) -> list[str]:
 
 
 def _results(runs: Sequence[LoadedRun]) -> list[list[str]]:
-    """Returns the rows of a table: the last and the best value of each metric, speed, time."""
+    """Returns the rows of a table: each metric's last value (and its range), speed, time."""
     rows: dict[str, list[str]] = {}
 
     def put(name: str, i: int, value: object) -> None:
@@ -176,14 +178,8 @@ def _results(runs: Sequence[LoadedRun]) -> list[list[str]]:
         put("status", i, run.status)
         put("steps", i, f"{len(next(iter(run.terms().values()), ())):,}")
         put("time", i, _duration(run.total_secs()))
-        for name, values in (run.history.epochs[-1] if run.history.epochs else {}).items():
-            measured = {key for row in run.history.record for key in row}
-            if name not in measured | {"epoch"} and isinstance(values, int | float):
-                put(f"{name}, last", i, f"{values:.5g}")
-        for name, (_, y) in run.metrics().items():
-            known = [value for value in y if np.isfinite(value)]
-            if known:
-                put(f"{name}, lowest and highest", i, f"{min(known):.5g} to {max(known):.5g}")
+        for name, values in run.epoch_values().items():
+            put(name, i, f"{values[-1]:.4g} ({min(values):.4g} to {max(values):.4g})")
         for part, secs in run.shares().items():
             put(f"seconds: {part}", i, f"{sum(secs):.3g}")
     return [[name, *cells] for name, cells in rows.items()]
@@ -201,21 +197,17 @@ def _settings_table(known: Mapping[str, str]) -> str:
     rows = [[path, text] for path, text in known.items() if text not in ("null", "")]
     of_parts = [row for row in rows if not row[0].startswith("models.")]
     of_models = [row for row in rows if row[0].startswith("models.")]
-    models = (
-        f"<details><summary>Models</summary>{_table(['', ''], of_models, fold=False)}</details>"
-    )
-    return _table(["", ""], of_parts, fold=False) + (models if of_models else "")
+    models = f"<details><summary>Models</summary>{_table([], of_models, 'whole')}</details>"
+    return _table([], of_parts, "whole") + (models if of_models else "")
 
 
 def _table(
-    head: Sequence[str], rows: Sequence[Sequence[str]], numbers: bool = False, fold: bool = True
+    head: Sequence[str], rows: Sequence[Sequence[str]], kind: str, most: int | None = None
 ) -> str:
-    first, rest = (rows[:MAX_ROWS], rows[MAX_ROWS:]) if fold else (rows, [])
-    kind = "whole" if len(head) <= 3 else ""
-    classes = f"{kind} numbers" if numbers else kind
-    shown = f'<div class="scroll"><table class="{classes}">{_rows(head, first)}</table></div>'
-    if rest:
-        folded = f'<div class="scroll"><table class="{classes}">{_rows(head, rest)}</table></div>'
+    """Returns a table of a kind that style.css knows; rows beyond `most` can be unfolded."""
+    shown = f'<div class="scroll"><table class="{kind}">{_rows(head, rows[:most])}</table></div>'
+    if most is not None and (rest := rows[most:]):
+        folded = _table(head, rest, kind)
         shown += f"<details><summary>{len(rest)} more</summary>{folded}</details>"
     return shown
 
@@ -257,7 +249,8 @@ def _shares_card(key: str, title: str) -> str:
     entries = [_entry(color, part) for part, color in zip(SHARES, SHARE_COLORS, strict=True)]
     return (
         f'<section class="card"><h3>{escape(title)}</h3>'
-        f'<ul class="legend">{"".join(entries)}</ul><div class="lines">{_place(key)}</div></section>'
+        f'<ul class="legend">{"".join(entries)}</ul>'
+        f'<div class="lines">{_place(key)}</div></section>'
     )
 
 
@@ -275,7 +268,7 @@ def _confusions(run: LoadedRun, drawn: Drawn, key: str, prefix: str = "") -> lis
     for i, (name, matrix) in enumerate(run.record.confusions.items()):
         drawn.confusion(f"{key}{i}", matrix)
         title = f"{prefix}newest validation on {name}"
-        scores = _table(["class", "precision", "recall", "F1", "labels"], scores_of(matrix), True)
+        scores = _table(SCORES, scores_of(matrix), "numbers")
         picture = f"<div>{_place(f'{key}{i}')}</div>"
         cards = [
             f'<section class="card"><h3>{heading}</h3>{content}</section>'
