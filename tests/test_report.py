@@ -39,6 +39,24 @@ FLAGS = [
     "--virtual-time-budget=5000",
     "--enable-logging=stderr",
 ]
+# Moves the mouse over the middle of each chart, and puts the texts that appear into the title.
+HOVER = """<script>setTimeout(() => {
+for (const view of Bokeh.index.roots.filter(root => root.model.type == "Figure")) {
+  const target = view.canvas_view.events_el, box = target.getBoundingClientRect();
+  const place = {clientX: box.left + box.width / 2, clientY: box.top + box.height / 2};
+  const mouse = {...place, isPrimary: true, pointerType: "mouse", bubbles: true, composed: true};
+  for (const kind of ["pointerover", "pointermove"])
+    target.dispatchEvent(new PointerEvent(kind, mouse));
+}
+setTimeout(() => {
+  const texts = [];
+  const walk = node => {
+    if (node.matches?.(".bk-tooltip-row-value")) texts.push(node.textContent.trim());
+    [...node.children, ...(node.shadowRoot?.children ?? [])].forEach(walk);
+  };
+  walk(document.body);
+  if (document.title != "hacked") document.title = texts.join(" | ");
+}, 500)}, 1500)</script></body>"""
 HOSTILE = "</script><img src=x onerror=\"document.title='hacked'\">"
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(24, 3)).astype("float32")
@@ -360,26 +378,29 @@ def test_a_missing_library_is_named(tmp_path, monkeypatch):
 @pytest.mark.once
 @needs_chromium
 def test_a_page_opens_in_a_browser_and_hostile_names_are_text(tmp_path):
-    write_run(tmp_path / "run")
-    file = HistoryFile(tmp_path / "run" / "history.jsonl", 2, 0)
-    file.add_steps(2, 0, {"loss": [0.5, 0.4], HOSTILE: [1.0, 2.0]})
-    validation = Validation(2, 1, HOSTILE, {"loss": 0.5, HOSTILE: 0.25})
+    file = HistoryFile(tmp_path / "run" / "history.jsonl", 0, 0)
+    file.add_steps(0, 0, {"loss": [0.5, 0.5, 0.5], HOSTILE: [1.0, 2.0, 3.0]})
+    validation = Validation(0, 2, HOSTILE, {"loss": 0.5, HOSTILE: 0.25})
     file.add_validation(validation, np.eye(2, dtype=int))
-    file.end_epoch(2, {HOSTILE: 1.0}, {}, 3.0)
+    file.end_epoch(0, {"accuracy": 1.0}, {"secs": 1.0, "steps_per_sec": 3.0}, 2.0)
     file.close()
     facts = {"status": HOSTILE, "exception": HOSTILE, "models": {HOSTILE: {"name": HOSTILE}}}
     facts["starts"] = [{"time": HOSTILE, "command": [HOSTILE]}]
     (tmp_path / "run" / "run.json").write_text(json.dumps(facts))
-    for runs in ([tmp_path / "run"], [tmp_path / "run", tmp_path / "run"]):
+    shutil.copytree(tmp_path / "run", tmp_path / "other")
+    for runs in ([tmp_path / "run"], [tmp_path / "run", tmp_path / "other"]):
         path = write_report(runs, tmp_path / "page.html")
         assert "<img" not in re.sub(r"<script.*?</script>", "", path.read_text(), flags=re.DOTALL)
+        path.write_text(path.read_text().replace("</body>", HOVER))
         document, console = browse(path)
         assert not console
-        assert "hacked" not in re.findall(r"<title>(.*?)</title>", document)[0]
+        title = html.unescape(re.findall(r"<title>(.*?)</title>", document)[0])
+        assert "0.5" in title.split(" | ")
+        assert (HOSTILE if len(runs) == 1 else f"other: {HOSTILE}") in title.split(" | ")
         assert "<img" not in re.sub(r"<script.*?</script>", "", document, flags=re.DOTALL)
         # Bokeh fills its elements when it has drawn.
         places = re.findall(r'data-root-id="[^"]*"[^>]*>(.{5})', document)
-        assert len(places) >= 7
+        assert len(places) >= 6
         assert set(places) == {"<div "}
 
 
