@@ -47,6 +47,8 @@ class Drawn:
         kind = "log" if chart.logarithmic else "linear"
         fig = _figure(y_axis_type=kind, x_axis_label="step", y_axis_label=chart.unit, **shared)
         self._x_range = fig.x_range
+        if not chart.logarithmic:
+            fig.yaxis.formatter.power_limit_low = -5  # 0.005 rather than 5.000e-3
         hovered = [_draw(fig, curve) for curve in chart.curves]
         tips = [("", "$name"), ("step", "@x{0,0}"), ("value", "@value{%.5g}")]
         formats: Any = {"@value": "printf"}
@@ -54,8 +56,8 @@ class Drawn:
         fig.add_tools(tool)
         if len(self.epoch_ends):
             ends = ColumnDataSource({"x": np.asarray(self.epoch_ends) + 0.5})
-            style = {"line_color": "#888888", "line_dash": "dotted", "level": "underlay"}
-            fig.vspan("x", source=ends, **style)
+            style = {"line_color": "#888888", "line_dash": "dotted", "line_alpha": 0.7}
+            fig.vspan("x", source=ends, level="underlay", **style)
         if len(restarts):
             source = ColumnDataSource({"x": np.asarray(restarts) + 0.5})
             marks = fig.vspan("x", source=source, line_color="#d62728", line_dash="dashed")
