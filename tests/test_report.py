@@ -25,6 +25,7 @@ from polus.report.__main__ import main
 from polus.runs import read_history
 from polus.runs.history_file import HistoryFile, read_record
 from polus.training import ClassifierTrainer
+from polus.training.epoch_logs import EpochRecord, Spent
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = [
@@ -331,6 +332,34 @@ def test_training_writes_the_report_with_the_confusion_matrix(tmp_path):
     assert history.record[1]["compile_secs"] == 0
 
 
+@pytest.mark.once
+def test_the_first_call_of_a_program_and_what_precedes_it_count_as_compiling():
+    times = iter([10.0, 13.0, 15.0, 16.0, 20.0, 21.0, 29.0, 30.0, 31.0, 32.0])
+    record = EpochRecord(clock=lambda: next(times))
+    one, other = object(), object()
+    record.begin(0, Spent())  # at 10
+    record.calls(one, waited_secs=1.0)  # at 13: 2 seconds for the trace
+    record.called()  # at 15: 2 more
+    record.calls(one, waited_secs=1.0)  # at 16; known, so the clock is not read again
+    record.called()
+    record.calls(other, waited_secs=1.5)  # at 20
+    record.called()  # at 21: 1 more
+    row = record.end(make_trainer(), [4, 4, 4], Spent(1.5, 0.5, 0))  # at 29
+    parts = row["secs"], row["compile_secs"], row["waited_secs"], row["callback_secs"]
+    assert parts == (19.0, 5.0, 1.5, 0.5)
+    record.begin(0, Spent(1.5, 0.5, 0))  # at 30
+    record.calls(one, waited_secs=1.5)
+    assert record.end(make_trainer(), [4], Spent(1.5, 0.5, 0))["compile_secs"] == 0
+
+
+@pytest.mark.once
+def test_a_report_loads_no_backend(tmp_path):
+    write_run(tmp_path)
+    code = "import sys; from polus.report.__main__ import main; main(sys.argv[1:])"
+    code += "; assert 'keras' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, capture_output=True)
+
+
 def test_a_crashed_run_leaves_its_report_and_raises_its_error(tmp_path):
     with pytest.raises(RuntimeError, match="a crash"):
         train(tmp_path, Crash())
@@ -408,8 +437,9 @@ def test_a_page_opens_in_a_browser_and_hostile_names_are_text(tmp_path):
 @pytest.mark.once
 @needs_chromium
 def test_a_page_fits_a_phone(tmp_path):
-    write_run(tmp_path / "run", note="a" * 500, other=["/" + "b" * 90] * 5)
-    path = write_report(tmp_path / "run")
+    run = tmp_path / ("run" * 30)
+    write_run(run, note="a" * 500, exception="e" * 200, starts=[{"command": ["c" * 200]}])
+    path = write_report(run)
     frame = tmp_path / "frame.html"
     # Chromium has a least width of its window, a frame has none.
     frame.write_text(
