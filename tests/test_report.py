@@ -152,7 +152,7 @@ def test_numbers_in_the_page_are_those_of_the_history(tmp_path):
     assert curves["accuracy", "accuracy"]["y"].tolist() == [0.9, 0.9]
     assert curves["accuracy", "val_accuracy"]["y"].tolist() == [0.75, 0.75]
     assert set(curves["learning rate", "learning_rate"]["y"].tolist()) == {0.1}
-    times = curves["milliseconds", "time per step"]
+    times = curves["milliseconds", "mean of the epoch"]
     np.testing.assert_allclose(times["y"], [800 / 150, 800 / 150])
     parts = {name: column["secs"] for (label, name), column in curves.items() if "%" in label}
     np.testing.assert_allclose(parts["waiting for data"], [0.1, 0.1])

@@ -129,9 +129,8 @@ def charts_of(run: LoadedRun) -> list[Chart]:
         add(title_of(metric), metric, of_line(name, line, 0, dash))
     for name, line in run.rates().items():
         add("learning rate", name, of_line(name, line, 0))
-    times = run.step_times()
-    if times[0]:
-        add("time per step", "", of_line("time per step", times, 0))
+    for name, line in run.step_times().items():
+        add("time per step", name, of_line(name, line, 0))
     return [_chart(title, groups[title]) for title in _ordered(groups)]
 
 
@@ -150,8 +149,9 @@ def charts_of_several(runs: Sequence[LoadedRun]) -> list[Chart]:
             groups.setdefault(metric, []).append(of_line(f"{run.name}: {name}", line, i, dash))
         for name, line in run.rates().items():
             groups.setdefault(name, []).append(of_line(run.name, line, i))
-        if (times := run.step_times())[0]:
-            groups.setdefault("time per step", []).append(of_line(run.name, times, i))
+        for dash, (name, line) in zip(("solid", "dashed"), run.step_times().items(), strict=False):
+            curve = of_line(f"{run.name}: {name}", line, i, dash)
+            groups.setdefault("time per step", []).append(curve)
     return [_chart(title, groups[title]) for title in _ordered(groups)]
 
 

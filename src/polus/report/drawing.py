@@ -5,7 +5,14 @@ from typing import Any
 
 import numpy as np
 from bokeh.embed import components
-from bokeh.models import ColumnDataSource, FactorRange, HoverTool, LinearColorMapper, Tool
+from bokeh.models import (
+    ColumnDataSource,
+    FactorRange,
+    HoverTool,
+    LinearColorMapper,
+    NumeralTickFormatter,
+    Tool,
+)
 from bokeh.palettes import Category10_10
 from bokeh.plotting import figure
 from bokeh.resources import Resources
@@ -47,6 +54,7 @@ class Drawn:
         kind = "log" if chart.logarithmic else "linear"
         fig = _figure(y_axis_type=kind, x_axis_label="step", y_axis_label=chart.unit, **shared)
         self._x_range = fig.x_range
+        fig.xaxis.formatter = NumeralTickFormatter(format="0.[00]a")  # 200k
         if not chart.logarithmic:
             fig.yaxis.formatter.power_limit_low = -5  # 0.005 rather than 5.000e-3
         hovered = [_draw(fig, curve) for curve in chart.curves]

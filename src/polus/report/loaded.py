@@ -110,20 +110,23 @@ class LoadedRun:
                 y.append(rate)
         return lines
 
-    def step_times(self) -> Line:
-        """Returns the milliseconds of a step: within epochs by the second, then of each epoch."""
-        points: list[tuple[int, float]] = []
+    def step_times(self) -> dict[str, Line]:
+        """Returns the milliseconds of a step: within epochs by the second, and of each epoch."""
+        lines: dict[str, Line] = {}
         moments = self.record.moments
         for before, after in itertools.pairwise(moments):
             steps = after.step - before.step
             if before[:2] == after[:2] and steps > 0:
                 place = self.history.position(after.epoch, after.step)
-                points.append((place, 1000 * (after.secs - before.secs) / steps))
+                x, y = lines.setdefault("within epochs", ([], []))
+                x.append(place)
+                y.append(1000 * (after.secs - before.secs) / steps)
         for row in self.history.record:
             if row.get("steps_per_sec"):
-                points.append((self.history.position(row["epoch"]), 1000 / row["steps_per_sec"]))
-        points.sort()
-        return [x for x, _ in points], [y for _, y in points]
+                x, y = lines.setdefault("mean of the epoch", ([], []))
+                x.append(self.history.position(row["epoch"]))
+                y.append(1000 / row["steps_per_sec"])
+        return lines
 
     def shares(self) -> dict[str, list[float]]:
         """Returns where the time of each epoch in `history.record` went: seconds by part."""
