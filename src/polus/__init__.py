@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from polus.core import function as function
     from polus.core import gather as gather
     from polus.core import get_jit_compile as get_jit_compile
+    from polus.core import profile as profile
     from polus.core import set_deterministic as set_deterministic
     from polus.core import set_jit_compile as set_jit_compile
     from polus.core import value_and_grad as value_and_grad
@@ -86,6 +87,7 @@ _NAMES = {
         "function",
         "gather",
         "get_jit_compile",
+        "profile",
         "set_deterministic",
         "set_jit_compile",
         "value_and_grad",
