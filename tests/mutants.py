@@ -188,7 +188,7 @@ MUTANTS = [
         "steps/compiled.py",
         "block.unpack, many, self.placement",
         "block.unpack, self.placement",
-        TUNE + "as_many_steps and arrays",
+        TUNE + "programs_of_their_own",
     ),
     # Autotuning.
     Mutant(

@@ -321,6 +321,24 @@ def test_calls_take_some_milliseconds_once_a_few_were_timed(secs, monkeypatch):
     assert calls[-1] == pytest.approx(max(1, 0.04 / secs), rel=0.01)
 
 
+def test_a_batch_alone_and_many_at_a_time_have_programs_of_their_own():
+    def losses(*capacities):
+        trainer = make_trainer()
+        executor_of(trainer).prepare(BATCHES[0])
+        step = CompiledStep(executor_of(trainer).step, Placement(), ReplicaState())
+        found = []
+        for capacity in capacities:
+            data = DataReader(as_adapter(from_arrays((X, Y), 8, shuffle=False))).epoch(0)
+            with contextlib.closing(data.blocks(capacity)) as blocks:
+                for block in blocks:
+                    assert (block.capacity > 1) == (capacity > 1)
+                    rows = np.asarray(to_host(step(block)["loss"])).reshape(-1)
+                    found += rows[: block.count].tolist()
+        return found
+
+    np.testing.assert_allclose(losses(1, 5, 1), losses(1, 1, 1), rtol=1e-6)
+
+
 @pytest.mark.parametrize("kind", ["batches", "arrays", "arrays with a smaller last batch"])
 def test_the_pace_changes_no_bit(kind):
     def losses(steps):
