@@ -1,13 +1,14 @@
 """A shuffled order that takes no memory: row i is computed where it is read."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 CHUNK = 2**16  # places that are computed at once
 ROUNDS = 8
 
-Places = np.ndarray[tuple[int], np.dtype[np.uint64]]
+Places = np.ndarray[Any, np.dtype[np.uint64]]
 
 
 class Permutation:
@@ -26,19 +27,19 @@ class Permutation:
             their order.
     """
 
-    def __init__(self, size: int, keys: Sequence[np.uint64] = ()) -> None:
+    def __init__(self, size: int, keys: Sequence[np.uint64] | Places = ()) -> None:
         self.size = size
         self.keys = keys
         self.dtype = np.int32 if size <= 2**31 else np.int64
         bits = max(2, (size - 1).bit_length())
         self._widths = bits - bits // 2, bits // 2
         self._first = 0
-        self._chunk = np.zeros(0, self.dtype)
+        self._chunk: np.ndarray[Any, Any] = np.zeros(0, self.dtype)
 
     def __len__(self) -> int:
         return self.size
 
-    def __getitem__(self, places: slice) -> np.ndarray[tuple[int], np.dtype[np.signedinteger]]:
+    def __getitem__(self, places: slice) -> np.ndarray[Any, Any]:
         """Returns the numbers at some places that follow each other."""
         start, stop, _ = places.indices(self.size)
         if start < self._first or stop > self._first + len(self._chunk):
