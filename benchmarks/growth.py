@@ -111,10 +111,9 @@ def checkpoint(count: int) -> Case:
     trainer.train(data, epochs=1)
     folder = tempfile.mkdtemp()
     atexit.register(shutil.rmtree, folder)
+    # The first one makes Keras import TensorFlow, if it is there.
     saves = [[polus.Checkpoint(f"{folder}/{name}")] for name in ("first", "second")]
-    trainer.train(
-        data, epochs=1, callbacks=saves[0]
-    )  # here Keras imports TensorFlow if it is there
+    trainer.train(data, epochs=1, callbacks=saves[0])
     return lambda: trainer.train(data, epochs=1, callbacks=saves[1]), 1
 
 
