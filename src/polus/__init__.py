@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from polus.core import profile as profile
     from polus.core import set_deterministic as set_deterministic
     from polus.core import set_jit_compile as set_jit_compile
+    from polus.core import set_tuning_cache as set_tuning_cache
     from polus.core import value_and_grad as value_and_grad
     from polus.data import from_arrays as from_arrays
     from polus.data import with_iterator_state as with_iterator_state
@@ -90,6 +91,7 @@ _NAMES = {
         "profile",
         "set_deterministic",
         "set_jit_compile",
+        "set_tuning_cache",
         "value_and_grad",
     ),
     "data": ("from_arrays", "with_iterator_state"),

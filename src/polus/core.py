@@ -6,6 +6,7 @@ import inspect
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar, overload
 
 import keras
@@ -19,6 +20,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 JitMode = bool | Literal["auto"]
 _jit: dict[str, JitMode] = {"mode": "auto", "timed": True}
+_tuning_cache: dict[str, Path | None] = {}
 logger = logging.getLogger("polus.core")
 
 
@@ -95,6 +97,28 @@ def profile(folder: str | os.PathLike[str]) -> Iterator[None]:
 def times_ways() -> bool:
     """Returns whether Polus times ways to run a step: until `set_deterministic` is called."""
     return _jit["timed"] is True
+
+
+def set_tuning_cache(path: str | os.PathLike[str] | None) -> None:
+    """Sets the file that keeps how long steps took, for the next program to measure nothing again.
+
+    `train` times ways to run a step where the run is long enough to win that back. What it measured
+    serves all steps of the same kind on this machine: layers, optimizers, shapes and code alike,
+    and the same versions. It changes how fast a run is, and may change roundings, as measuring
+    does. A resumed run uses the choices of its checkpoint.
+
+    Args:
+        path: A file; `polus/tuning.json` in the user's cache folder unless set (`$XDG_CACHE_HOME`,
+            or `~/.cache`). None: nothing is kept, and each trainer measures for itself.
+    """
+    _tuning_cache["path"] = None if path is None else Path(path).expanduser().absolute()
+
+
+def get_tuning_cache() -> Path | None:
+    """Returns the file of `set_tuning_cache`."""
+    if "path" not in _tuning_cache:
+        set_tuning_cache(Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "polus/tuning.json"))
+    return _tuning_cache["path"]
 
 
 @overload
