@@ -180,7 +180,11 @@ def read_facts(directory: Path) -> dict[str, Any]:
         facts = json.loads((directory / "run.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return facts if isinstance(facts, dict) else {}
+    if not isinstance(facts, dict):
+        return {}
+    starts = facts.get("starts")
+    facts["starts"] = [s for s in starts if isinstance(s, dict)] if isinstance(starts, list) else []
+    return facts
 
 
 def load_runs(directories: list[str | os.PathLike[str]]) -> list[LoadedRun]:

@@ -153,9 +153,9 @@ def _started(run: LoadedRun) -> list[str]:
     """Returns when, where and by what each process of a run was started."""
     lines = []
     for start in run.facts.get("starts", []):
-        environment, git = start.get("environment", {}), start.get("git")
-        parts = [start.get("time", ""), short(start.get("command", []))]
-        if git:
+        environment, git = start.get("environment") or {}, start.get("git")
+        parts = [str(start.get("time", "")), short(start.get("command", []))]
+        if isinstance(git, dict):
             clean = "" if git.get("clean") else " with changes"
             parts.append(f"git {str(git.get('commit'))[:12]}{clean}")
         versions = [

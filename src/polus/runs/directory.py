@@ -104,6 +104,8 @@ class RunDirectory(Callback):
 
     def on_validation_end(self, results: dict[str, Any]) -> None:
         """Keeps the confusion matrix of the first metric that has one."""
+        if not self._first:
+            return
         found = [metric.evaluated for metric in self._confusion_metrics()]
         self._confusions.append(next((matrix for matrix in found if matrix is not None), None))
 
