@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from polus import data as data
     from polus import errors as errors
     from polus import history as history
+    from polus import hpo as hpo
     from polus import ir as ir
     from polus import lr_finder as lr_finder
     from polus import metrics as metrics
@@ -91,6 +92,7 @@ _NAMES = {
     "data": ("from_arrays", "with_iterator_state"),
     "errors": ("NonFiniteError",),
     "history": ("History",),
+    "hpo": (),
     "ir": (),
     "lr_finder": (),
     "optimizers": (),

@@ -44,6 +44,10 @@ class TrainerMethods(BaseLogger):
         check_names(dict(arguments))
         self._engine.arguments |= one_transform(dict(arguments))
 
+    def kept_train_config(self) -> dict[str, Any]:
+        """Returns the arguments of `train` that `changing_train_config` has kept."""
+        return dict(self._engine.arguments)
+
     def traced_output_shape(self) -> tuple[int | None, ...] | None:
         """Returns the shape of the model's output when a step was last traced; None before that."""
         return self._engine.output_shape
