@@ -28,6 +28,7 @@ RNG = np.random.default_rng(0)
 X = RNG.normal(size=(16, 3)).astype("float32")
 Y = X @ np.float32([[1.0], [-2.0], [0.5]])
 EPOCHS = 4
+cleared = []
 ROOT = Path(__file__).parent.parent
 DATABASE = "sqlite:///runs/search.db"
 
@@ -35,6 +36,9 @@ DATABASE = "sqlite:///runs/search.db"
 @pytest.fixture(autouse=True)
 def _in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    if keras.backend.backend() == "jax":  # else each trial compiles every operation anew
+        monkeypatch.setattr("jax.clear_caches", lambda: cleared.append(1))
+        cleared.clear()
     yield
     gc.collect()  # closes the connections of studies
 
@@ -69,7 +73,7 @@ def make_trainer(trial):
 
 
 def search(make=make_trainer, n_trials=3, **arguments):
-    quick = {"run_eagerly": True, "storage": None}
+    quick = {"run_eagerly": keras.backend.backend() != "jax", "storage": None}
     arguments = {"epochs": EPOCHS, "seed": 0, **quick, **arguments}
     return hpo.search(make, n_trials, **arguments)
 
@@ -314,6 +318,7 @@ def test_no_trial_is_kept_in_memory():
     gc.collect()
     assert not any(reference() for reference in references)
     assert len(set(counts)) == 1
+    assert len(cleared) == 4 * (keras.backend.backend() == "jax")
 
 
 @pytest.mark.once
@@ -355,6 +360,17 @@ def test_the_last_value_and_the_highest():
     best = keras.models.load_model("runs/b/trial_0000/best.keras")
     error = np.mean((keras.ops.convert_to_numpy(best(X)) - Y) ** 2)
     assert error == pytest.approx(high.best_value, rel=1e-4)
+
+
+@pytest.mark.once
+def test_no_trial_begins_after_the_timeout():
+    def make(trial):
+        now.append(now[-1] + 10)
+        raise optuna.TrialPruned
+
+    now = [0.0]
+    study = search(make, 9, timeout_secs=25, clock=lambda: now[-1])
+    assert len(study.trials) == 3
 
 
 @pytest.mark.once

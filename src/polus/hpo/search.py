@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from os import PathLike
@@ -51,6 +52,8 @@ def search(
     pruner: optuna.pruners.BasePruner | None = None,
     catch: Errors = (),
     seed: int | None = None,
+    timeout_secs: float | None = None,
+    clock: Callable[[], float] = time.monotonic,
     **arguments: Unpack[TrainArguments],
 ) -> optuna.Study:
     """Trains a trainer for each of some trials, and returns the study with their values.
@@ -79,6 +82,8 @@ def search(
             exhausted memory, always do.
         seed: Seeds each trial, and the default sampler, so that another search of the same seed
             suggests and trains the same.
+        timeout_secs: The seconds after which no further trial begins.
+        clock: Returns the time in seconds.
         arguments: Arguments of `train` for all trials. With callbacks of their own, make them in
             `make_trainer`.
 
@@ -89,11 +94,10 @@ def search(
         ValueError, TypeError: For arguments that make no search.
     """
     check_count("n_trials", n_trials)
-    if value not in ("best", "last"):
-        raise ValueError(f'value must be "best" or "last", got {value!r}.')
     check_names(arguments)
-    direction = _direction(metric, direction)
-    folder = Path("runs") / study_name if directory is None else Path(directory)
+    best = _direction(metric, direction)
+    settings = _Settings(make_trainer, dict(arguments), metric, value, catch, seed)
+    folder = (Path("runs") / study_name if directory is None else Path(directory)).absolute()
     make_folder(folder)
     kept = _opened(storage)
     study = optuna.create_study(
@@ -101,19 +105,13 @@ def search(
         sampler=sampler,
         pruner=pruner,
         study_name=study_name,
-        direction=direction,
+        direction=best,
         load_if_exists=True,
     )
-    errors = catch if isinstance(catch, tuple) else (catch,)
-    trials = _Trials(study, kept, folder.absolute(), None if sampler is not None else seed)
-    settings = _Settings(make_trainer, dict(arguments), metric, value, errors, seed)
-    while (claimed := trials.claim(n_trials)) is not None:
-        try:
-            _run(claimed, settings)
-        finally:
-            claimed.lock.release()
-            with atomic_write(folder / "report.md") as temporary:
-                temporary.write_text(report(study))
+    trials = _Trials(study, kept, folder, None if sampler is not None else seed)
+    ends = math.inf if timeout_secs is None else clock() + timeout_secs
+    while clock() < ends and (claimed := trials.claim(n_trials)) is not None:
+        _run(claimed, settings)
     return study
 
 
@@ -150,8 +148,12 @@ class _Settings:
     arguments: dict[str, Any]
     metric: str
     value: str
-    catch: tuple[type[Exception], ...]
+    catch: Errors
     seed: int | None
+
+    def __post_init__(self) -> None:
+        if self.value not in ("best", "last"):
+            raise ValueError(f'value must be "best" or "last", got {self.value!r}.')
 
 
 @dataclass(frozen=True)
@@ -245,7 +247,7 @@ def _run(claimed: _Claimed, settings: _Settings) -> None:
     except Exception as error:
         _tell(claimed, State.FAIL, why=f"{type(error).__name__}: {error}")
         refused = claimed.was_killed and isinstance(error, CheckpointError)
-        caught = isinstance(error, (NonFiniteError, *settings.catch))
+        caught = isinstance(error, (NonFiniteError, settings.catch))
         if not (caught or refused or is_out_of_memory(error)):
             raise
     except BaseException:  # Ctrl-C, or a signal after which the run was saved
@@ -256,6 +258,8 @@ def _run(claimed: _Claimed, settings: _Settings) -> None:
         raise
     finally:
         free_memory()
+        claimed.lock.release()
+        _write(claimed.directory.parent / "report.md", report(trial.study))
 
 
 def _train(claimed: _Claimed, settings: _Settings) -> tuple[float, bool]:
@@ -319,5 +323,9 @@ def _tell(
 def _write_params(claimed: _Claimed, facts: dict[str, Any]) -> None:
     """Writes a trial's parameters, and how it stands, into its folder."""
     facts = {"number": claimed.trial.number, **facts, "params": claimed.trial.params}
-    with atomic_write(claimed.directory / "params.json") as temporary:
-        temporary.write_text(json.dumps(facts, indent=2))
+    _write(claimed.directory / "params.json", json.dumps(facts, indent=2))
+
+
+def _write(path: Path, text: str) -> None:
+    with atomic_write(path) as temporary:
+        temporary.write_text(text)
