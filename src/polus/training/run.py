@@ -30,11 +30,7 @@ from polus.training.epoch_logs import EpochRecord, weighted_means
 from polus.training.nonfinite import STOPPED, NonFiniteSteps, non_finite_error, sizes_of
 from polus.training.parts import TrainerParts
 from polus.training.processes import check_same_batch, check_same_programs
-from polus.training.reports import (
-    stays_ended,
-    warn_of_missing_steps,
-    warn_of_unsaved,
-)
+from polus.training.reports import stays_ended, warn_of_missing_steps, warn_of_unsaved
 from polus.training.run_state import Settings, check_state, data_state, use_own_generators
 from polus.training.status import TRANSITIONS, RunStatus
 from polus.training_state import (
@@ -243,7 +239,7 @@ class Run(BaseLogger):
         return program, arguments
 
     def record(self, block: StepBlock, outputs: object) -> Any:
-        """Records the steps of a block, and tells the callbacks.
+        """Records the steps of a block, tells the callbacks, and handles signals.
 
         Returns:
             What the steps returned, on the device.
@@ -271,6 +267,7 @@ class Run(BaseLogger):
             self._judge(block, steps, finite)
         self._agree()
         self.callbacks.on_boundary()
+        self.handle_signals()
         return outputs
 
     def _judge(self, block: StepBlock, steps: range, finite: Flags) -> None:
@@ -285,7 +282,7 @@ class Run(BaseLogger):
             raise non_finite_error(self.guarded, block, len(steps) - 1, place, terms)
 
     def close_epoch(self) -> None:
-        """Ends an epoch: its logs, the callbacks, and the next one begins."""
+        """Ends an epoch: its logs, the callbacks, signals; the next one begins."""
         if not self.stopping:
             warn_of_missing_steps(self.logger, self.step, self.reader.steps, self.epoch)
         if not self.open_ended:
@@ -305,6 +302,7 @@ class Run(BaseLogger):
         self.epoch, self.step = self.epoch + 1, 0
         self._agree()
         self.callbacks.on_boundary()
+        self.handle_signals()
 
     def validated(self, name: str, results: dict[str, Any]) -> None:
         """Records the results of a validation on the set `name`, after the last step that ran."""
