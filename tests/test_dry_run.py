@@ -176,6 +176,17 @@ def _first(dataset):
 
 
 @pytest.mark.once
+def test_overfitting_leaves_the_later_epochs_of_a_loader_as_they_are():
+    torch = pytest.importorskip("torch")
+    generator = torch.Generator().manual_seed(0)
+    rows = list(zip(X, Y, strict=True))
+    loader = torch.utils.data.DataLoader(rows, 4, shuffle=True, generator=generator)
+    before = generator.get_state()
+    make_trainer().train(loader, 1, overfit_batches=2)
+    assert torch.equal(generator.get_state(), before)
+
+
+@pytest.mark.once
 def test_overfitting_takes_a_dataset_and_a_count():
     with pytest.raises(ValueError, match="overfit_batches must be a positive integer, got 0"):
         make_trainer().train(data(), 1, overfit_batches=0)
@@ -249,5 +260,6 @@ def test_a_session_skips_or_raises_at_values_that_are_not_finite():
     for old, new in zip(before, trainer.model.get_weights(), strict=True):
         np.testing.assert_array_equal(old, new)
     assert run.history.record[0]["skipped_steps"] == 1
-    with pytest.raises(NonFiniteError), trainer.session() as run:
-        run.step(bad, Y[:4])
+    for policy in ({}, {"on_nonfinite": "skip", "max_skips": 1}):
+        with pytest.raises(NonFiniteError), trainer.session(**policy) as run:
+            run.step(bad, Y[:4])
