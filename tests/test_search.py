@@ -154,7 +154,7 @@ def test_a_search_of_the_same_seed_suggests_and_trains_the_same():
 
 def test_an_interrupted_search_continues_within_its_trial():
     whole = search(study_name="whole")
-    interrupts, trained = [True], []
+    trained = []
 
     def interrupt():
         if interrupts.pop():
@@ -165,17 +165,21 @@ def test_an_interrupted_search_continues_within_its_trial():
             trained.append((self.coordinator.run.trainer.trial, epoch))
 
     def make(trial):
+        if trial.number == 2 and interrupts.pop():
+            raise KeyboardInterrupt
         rate = trial.suggest_float("rate", 1e-3, 0.3, log=True)
         trainer = regression(rate, Count(), *[At(1, interrupt)] * (trial.number == 1))
         trainer.trial = trial.number
         return trainer
 
-    interrupts = [False, True]
+    interrupts = [False, True, True]
     with pytest.raises(SystemExit) as ended:
         search(make, storage=DATABASE)
     assert ended.value.code == 128 + signal.SIGINT
     study = optuna.load_study(study_name="search", storage=DATABASE)
     assert [t.state for t in study.trials] == [State.COMPLETE, State.RUNNING]
+    with pytest.raises(KeyboardInterrupt):
+        search(make, storage=DATABASE)
     study = search(make, storage=DATABASE)
     assert_same_outcomes(study, whole)
     assert trained == [(trial, epoch) for trial in range(3) for epoch in range(EPOCHS)]

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from polus.callbacks import LossSmoothCallback as LossSmoothCallback
     from polus.callbacks import Phase as Phase
     from polus.callbacks import SaveModelCallback as SaveModelCallback
+    from polus.callbacks import TensorBoardLog as TensorBoardLog
     from polus.callbacks import TimeLimit as TimeLimit
     from polus.callbacks import TimerCallback as TimerCallback
     from polus.callbacks import Unfreeze as Unfreeze
@@ -74,6 +75,7 @@ _NAMES = {
         "LossSmoothCallback",
         "Phase",
         "SaveModelCallback",
+        "TensorBoardLog",
         "TimeLimit",
         "TimerCallback",
         "Unfreeze",

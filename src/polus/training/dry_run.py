@@ -7,7 +7,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from polus.callbacks import SaveModelCallback, ValidationDataCallback
+from polus.callbacks import SaveModelCallback, TensorBoardLog, ValidationDataCallback
 from polus.data import DataReader
 from polus.data.isolated import isolated_copy
 from polus.history import History
@@ -75,7 +75,7 @@ def _callbacks(config: TrainConfig) -> tuple[list[Any], list[Any]]:
     from polus.checkpoint import Checkpoint
     from polus.runs import RunDirectory
 
-    writers = (Checkpoint, RunDirectory, SaveModelCallback, *KERAS_WRITERS)
+    writers = (Checkpoint, RunDirectory, SaveModelCallback, TensorBoardLog, *KERAS_WRITERS)
     called, left_out = [], []
     for callback in config.callbacks:
         if isinstance(callback, writers):
