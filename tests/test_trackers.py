@@ -75,6 +75,33 @@ def test_a_resumed_run_replaces_what_was_written_after_its_checkpoint(tmp_path):
     assert len(list((tmp_path / "board").iterdir())) == 2
 
 
+@pytest.mark.filterwarnings("ignore")  # those of these libraries
+def test_weights_and_biases_offline(tmp_path):
+    wandb = pytest.importorskip("wandb")
+    from wandb.integration.keras import WandbMetricsLogger
+
+    run = wandb.init(project="polus", mode="offline", dir=tmp_path)
+    history = train(WandbMetricsLogger(log_freq=1))
+    summary = dict(run.summary)
+    run.finish()
+    for name in ("loss", "accuracy", "val_loss", "val_accuracy"):
+        assert summary[f"epoch/{name}"] == pytest.approx(history.epochs[-1][name], rel=1e-6)
+    assert summary["batch/batch_step"] == 11
+    assert list(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_mlflow_offline(tmp_path):
+    mlflow = pytest.importorskip("mlflow")
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    with mlflow.start_run() as run:
+        history = train(mlflow.keras.MlflowCallback())
+    client = mlflow.MlflowClient()
+    for name in ("loss", "accuracy", "val_loss", "val_accuracy"):
+        values = [each.value for each in client.get_metric_history(run.info.run_id, name)]
+        assert values == pytest.approx([logs[name] for logs in history.epochs], rel=1e-6)
+
+
 @pytest.mark.once
 def test_without_tensorboard_the_message_says_how_to_install_it():
     code = "import sys; sys.modules['tensorboard'] = None; import polus; polus.TensorBoardLog('a')"
