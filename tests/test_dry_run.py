@@ -112,6 +112,40 @@ def test_a_dry_run_of_a_run_directory_writes_nothing_and_undoes_phases(tmp_path)
     assert not trainer.model.trainable_variables
 
 
+class Rows:
+    """Makes batches between steps, and knows where it stands."""
+
+    def __init__(self):
+        self.made = 0
+
+    def __call__(self, trainer):
+        self.made += 1
+        return X[:4] + self.made, Y[:4]
+
+    def get_state(self):
+        return {"made": self.made}
+
+    def set_state(self, state):
+        self.made = state["made"]
+
+
+class NoData(BaseTrainer):
+    def train_step(self):
+        variable = self.model.trainable_weights[0]
+        return self.minimize(lambda: keras.ops.sum(variable**2), [variable], self.optimizer)
+
+
+def test_a_dry_run_of_live_data_and_without_data():
+    trainer, rows = make_trainer(), Rows()
+    history = trainer.train(live(rows), 3, steps=9, dry_run=True)
+    assert (len(history.steps["loss"]), rows.made) == (2, 0)
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
+    before = model.get_weights()
+    history = NoData(model, keras.optimizers.SGD(0.1)).train(steps=5, dry_run=True)
+    assert len(history.steps["loss"]) == 2
+    np.testing.assert_array_equal(model.get_weights()[0], before[0])
+
+
 def test_an_error_in_a_dry_run_is_raised_and_leaves_no_trace():
     class Fails(Callback):
         def on_epoch_end(self, epoch):

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from polus import NonFiniteError, hpo
-from polus.callbacks import Callback, ValidationDataCallback
+from polus.callbacks import Callback, Phase, ValidationDataCallback
 from polus.checkpoint import Checkpoint
 from polus.data import from_arrays
 from polus.training import BaseTrainer
@@ -185,6 +185,23 @@ def test_an_interrupted_search_continues_within_its_trial():
     assert trained == [(trial, epoch) for trial in range(3) for epoch in range(EPOCHS)]
     assert len(search(make, storage=DATABASE).trials) == 3, "nothing is left to do"
     assert len(search(make, 4, storage=DATABASE).trials) == 4
+
+
+def test_a_trial_killed_before_its_first_checkpoint_begins_anew():
+    def interrupt():
+        if interrupts.pop():
+            raise KeyboardInterrupt
+
+    def make(trial):
+        ends = At(1, interrupt)
+        ends.phase = Phase.SAVE  # after the epoch was reported
+        return regression(0.1, ends)
+
+    interrupts, storage = [False, True], optuna.storages.InMemoryStorage()
+    with pytest.raises(KeyboardInterrupt):
+        search(make, 1, storage=storage)
+    (trial,) = search(make, 1, storage=storage).trials
+    assert (trial.state, len(trial.intermediate_values)) == (State.COMPLETE, EPOCHS)
 
 
 def make_shared(trial, kills=False):
