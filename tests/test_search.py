@@ -310,6 +310,11 @@ def test_a_diverging_trial_fails():
     study = search(lambda trial: regression([np.inf, 0.1][trial.number]), 2)
     assert [t.state for t in study.trials] == [State.FAIL, State.COMPLETE]
     assert study.trials[0].user_attrs["why"].startswith("NonFiniteError")
+    (trial,) = search(
+        lambda trial: regression(np.inf), 1, study_name="b", on_nonfinite="ignore"
+    ).trials
+    why = "NonFiniteError: The trial has no value: val_loss is not finite."
+    assert (trial.state, trial.user_attrs["why"]) == (State.FAIL, why)
     assert Path("runs/search/trial_0000/log.txt").exists()
 
 

@@ -240,8 +240,8 @@ def _run(claimed: _Claimed, settings: _Settings) -> None:
     trial = claimed.trial
     logger.info("Trial %d %s.", trial.number, "goes on" if claimed.was_killed else "begins")
     try:
-        value, pruned = _train(claimed, settings)
-        _tell(claimed, State.PRUNED if pruned else State.COMPLETE, None if pruned else value)
+        value = _train(claimed, settings)
+        _tell(claimed, State.PRUNED if value is None else State.COMPLETE, value)
     except optuna.TrialPruned as reason:
         _tell(claimed, State.PRUNED, why=str(reason))
     except Exception as error:
@@ -262,8 +262,8 @@ def _run(claimed: _Claimed, settings: _Settings) -> None:
         _write(claimed.directory.parent / "report.md", report(trial.study))
 
 
-def _train(claimed: _Claimed, settings: _Settings) -> tuple[float, bool]:
-    """Trains a trial. Returns its value, and whether it was pruned."""
+def _train(claimed: _Claimed, settings: _Settings) -> float | None:
+    """Trains a trial. Returns its value; None if it was pruned."""
     trial = claimed.trial
     if settings.seed is not None:
         keras.utils.set_random_seed(_trial_seed(settings.seed, trial.number))
@@ -280,19 +280,23 @@ def _train(claimed: _Claimed, settings: _Settings) -> tuple[float, bool]:
     saving = RunDirectory(claimed.directory, settings.metric, "max" if highest else "min")
     arguments |= {"callbacks": [*callbacks, saving], "run_dir": claimed.directory}
     history = trainer.train(**arguments)
-    pruned = any(isinstance(each, ReportTrial) and each.pruned for each in callbacks)
-    return _value(history, settings, highest), pruned
+    if any(isinstance(each, ReportTrial) and each.pruned for each in callbacks):
+        return None
+    return _value(history, settings, highest)
 
 
 def _value(history: History, settings: _Settings, highest: bool) -> float:
     """Returns the value of a trial: its metric's in the best epoch, or in the last one."""
     metric = settings.metric
     values = [float(logs[metric]) for logs in history.epochs if metric in logs]
-    numbers = [value for value in values if not math.isnan(value)]
-    if not numbers:
-        what = "is NaN in each epoch" if values else "was never measured"
-        raise ValueError(f"The trial has no value: {metric} {what}.")
-    return values[-1] if settings.value == "last" else (max if highest else min)(numbers)
+    if not values:
+        raise ValueError(f"The trial has no value: {metric} was never measured.")
+    numbers = [value for value in values if math.isfinite(value)]
+    best = (max if highest else min)(numbers, default=math.nan)
+    value = values[-1] if settings.value == "last" else best
+    if not math.isfinite(value):
+        raise NonFiniteError(f"The trial has no value: {metric} is not finite.")
+    return value
 
 
 def _tell(

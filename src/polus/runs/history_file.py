@@ -51,8 +51,8 @@ class HistoryFile:
 
     def end_epoch(self, epoch: int, logs: Mapping[str, Any], record: Mapping[str, Any]) -> None:
         """Adds the logs of an epoch, and how it went."""
-        values = {name: _listed(value) for name, value in logs.items()}
-        self._write("epoch", {"epoch": epoch, "logs": values, "record": dict(record)})
+        values, how = ({n: _listed(v) for n, v in each.items()} for each in (logs, record))
+        self._write("epoch", {"epoch": epoch, "logs": values, "record": how})
 
     def close(self) -> None:
         """Closes the file, whose content is on the disk then."""
@@ -105,7 +105,7 @@ def _history(entries: Sequence[tuple[str, Any]]) -> History:
         else:
             logs = {name: _array(value) for name, value in entry["logs"].items()}
             history.end_epoch(entry["epoch"], logs)
-            record = {n: v for n, v in entry["record"].items() if n != "epoch"}
+            record = {n: _array(v) for n, v in entry["record"].items() if n != "epoch"}
             history.add_record(entry["epoch"], record)
     return history
 
