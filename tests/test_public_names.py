@@ -22,6 +22,7 @@ MODULES = {
     "data",
     "errors",
     "history",
+    "hpo",
     "ir",
     "lr_finder",
     "metrics",

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from polus import data as data
     from polus import errors as errors
     from polus import history as history
+    from polus import hpo as hpo
     from polus import ir as ir
     from polus import lr_finder as lr_finder
     from polus import metrics as metrics
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from polus.callbacks import LossSmoothCallback as LossSmoothCallback
     from polus.callbacks import Phase as Phase
     from polus.callbacks import SaveModelCallback as SaveModelCallback
+    from polus.callbacks import TensorBoardLog as TensorBoardLog
     from polus.callbacks import TimeLimit as TimeLimit
     from polus.callbacks import TimerCallback as TimerCallback
     from polus.callbacks import Unfreeze as Unfreeze
@@ -77,6 +79,7 @@ _NAMES = {
         "LossSmoothCallback",
         "Phase",
         "SaveModelCallback",
+        "TensorBoardLog",
         "TimeLimit",
         "TimerCallback",
         "Unfreeze",
@@ -97,6 +100,7 @@ _NAMES = {
     "data": ("from_arrays", "with_iterator_state"),
     "errors": ("NonFiniteError",),
     "history": ("History",),
+    "hpo": (),
     "ir": (),
     "lr_finder": (),
     "optimizers": (),

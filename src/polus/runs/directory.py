@@ -11,7 +11,7 @@ from itertools import zip_longest
 from typing import Any
 
 from polus.callbacks.base import Callback, Phase
-from polus.callbacks.monitor import Monitor
+from polus.callbacks.monitor import Mode, Monitor
 from polus.checkpoint import Checkpoint
 from polus.files import atomic_write, check_directory, make_folder
 from polus.history import Validation
@@ -46,16 +46,26 @@ class RunDirectory(Callback):
 
     Args:
         directory: The folder.
+        monitor: The name in the logs of what makes a model the best one. By default the loss of a
+            validation set, or its first metric.
+        mode: `"min"`, `"max"` or `"auto"`; see `polus.callbacks.monitor.Monitor`.
         clock: Returns the time in seconds.
     """
 
     phase = Phase.SAVE  # when the others have added their values
 
     def __init__(
-        self, directory: str | os.PathLike[str], clock: Callable[[], float] = time.monotonic
+        self,
+        directory: str | os.PathLike[str],
+        monitor: str | None = None,
+        mode: Mode = "auto",
+        *,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         super().__init__()
         self.directory = check_directory(directory, "run_dir")
+        self.monitor = monitor
+        self.mode = mode
         self.clock = clock
         self.best: dict[str, float | None] = {}
         self._file: HistoryFile | None = None
@@ -203,10 +213,10 @@ class RunDirectory(Callback):
     # ------------------------------------------------------------------ the best model
 
     def _save_best(self) -> None:
-        name = self._monitored()
+        name = self.monitor or self._monitored()
         if name is None:
             return
-        monitor = Monitor(name)
+        monitor = Monitor(name, self.mode)
         monitor.best = self.best.get(name)
         value = monitor.value(self.coordinator)
         if value is None or not monitor.improved(value):
@@ -259,4 +269,6 @@ def with_run_dir(arguments: dict[str, Any]) -> dict[str, Any]:
     if not saving:
         saves = Checkpoint(folder, every_secs=SECS_BETWEEN_SAVES, every_epochs=None)
         callbacks.append(saves)
-    return {**arguments, "callbacks": [*callbacks, RunDirectory(directory)], "resume": folder}
+    if not any(isinstance(callback, RunDirectory) for callback in callbacks):
+        callbacks.append(RunDirectory(directory))
+    return {**arguments, "callbacks": callbacks, "resume": folder}

@@ -72,8 +72,8 @@ class HistoryFile:
         self, epoch: int, logs: Mapping[str, Any], record: Mapping[str, Any], secs: float
     ) -> None:
         """Adds the logs of an epoch, how it went, and when it ended, in seconds of this process."""
-        values = {name: _listed(value) for name, value in logs.items()}
-        entry = {"epoch": epoch, "logs": values, "record": dict(record), "secs": secs}
+        values, how = ({n: _listed(v) for n, v in each.items()} for each in (logs, record))
+        entry = {"epoch": epoch, "logs": values, "record": how, "secs": secs}
         self._write("epoch", entry)
 
     def close(self) -> None:
@@ -182,7 +182,7 @@ def _record(entries: Sequence[tuple[str, Any]], starts: list[tuple[int, int]]) -
         else:
             logs = {name: _array(value) for name, value in entry["logs"].items()}
             history.end_epoch(entry["epoch"], logs)
-            measured = {n: v for n, v in entry["record"].items() if n != "epoch"}
+            measured = {n: _array(v) for n, v in entry["record"].items() if n != "epoch"}
             history.add_record(entry["epoch"], measured)
             if "secs" in entry:
                 record.epoch_ends.append((entry["process"], entry["epoch"], entry["secs"]))

@@ -240,7 +240,7 @@ class Run(BaseLogger):
         return program, arguments
 
     def record(self, block: StepBlock, outputs: object) -> Any:
-        """Records the steps of a block, and tells the callbacks.
+        """Records the steps of a block, tells the callbacks, and handles signals.
 
         Returns:
             What the steps returned, on the device.
@@ -269,6 +269,7 @@ class Run(BaseLogger):
             self._judge(block, steps, finite)
         self._agree()
         self.callbacks.on_boundary()
+        self.handle_signals()
         return outputs
 
     def _judge(self, block: StepBlock, steps: range, finite: Flags) -> None:
@@ -283,7 +284,7 @@ class Run(BaseLogger):
             raise non_finite_error(self.guarded, block, len(steps) - 1, place, terms)
 
     def close_epoch(self) -> None:
-        """Ends an epoch: its logs, the callbacks, and the next one begins."""
+        """Ends an epoch: its logs, the callbacks, signals; the next one begins."""
         if not self.stopping:
             warn_of_missing_steps(self.logger, self.step, self.reader.steps, self.epoch)
         if not self.open_ended:
@@ -302,6 +303,7 @@ class Run(BaseLogger):
         self.epoch, self.step = self.epoch + 1, 0
         self._agree()
         self.callbacks.on_boundary()
+        self.handle_signals()
 
     def _spent(self) -> Spent:
         return Spent(self.reader.waited_secs, self.callbacks.secs, self.non_finite.skipped)
