@@ -22,11 +22,13 @@ class ReplicaState:
         summed: Those of metrics: what each replica has added is summed.
         averaged: Float variables that no optimizer updates, such as moving statistics.
         seeds: The states of Keras' seed generators, from which each replica draws its own numbers.
+        optimizers: Those that the step may call.
     """
 
     summed: Sequence[keras.Variable] = ()
     averaged: Sequence[Stateful] = ()
     seeds: Sequence[keras.Variable] = ()
+    optimizers: Sequence[keras.optimizers.Optimizer] = ()
 
 
 class Placement:
@@ -96,6 +98,10 @@ class Placement:
         return table
 
     # ------------------------------------------------------------------ steps
+
+    def step(self, step: Program, size: int, state: ReplicaState) -> Program:
+        """Returns `step`, to be compiled for batches of `size`, over the devices of a process."""
+        return step
 
     def program(self, program: Program, size: int, state: ReplicaState) -> Program:
         """Returns `program`, which runs steps on batches of `size`, over all devices."""

@@ -9,6 +9,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from polus.host import to_host
 from polus.masks import mask_of
 from polus.metrics.base import PER_OUTPUT, IMetric, kind
 from polus.types import Tensor
@@ -204,7 +205,7 @@ class IConfusionMatrix(IMetric):
         return ops.convert_to_tensor(value)
 
     def evaluate(self) -> Any:
-        invalid, batch = int(self.num_invalid), int(self.num_valid_batches)
+        invalid, batch = int(to_host(self.num_invalid)), int(to_host(self.num_valid_batches))
         value = super().evaluate()
         if invalid:
             labels = f"{invalid} invalid label{'s' * (invalid != 1)}"
