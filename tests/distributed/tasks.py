@@ -218,6 +218,53 @@ def gan(engine):
     return summary(history, generator, critic)
 
 
+@task
+def penalized(engine):
+    """Losses minimized together, a penalty on gradients by inputs, an optimizer called by hand."""
+    import keras
+    from keras import ops
+
+    from polus import core
+    from polus.data import from_arrays
+    from polus.training import BaseTrainer
+
+    class Penalized(BaseTrainer):
+        def __init__(self, generator, critic, other):
+            super().__init__(generator, keras.optimizers.Adam(0.01), lambda loss: loss)
+            self.critic, self.other = critic, other
+            self.critic_optimizer = keras.optimizers.SGD(0.1)
+            self.other_optimizer = keras.optimizers.SGD(0.1, global_clipnorm=0.2)
+
+        def train_step(self, z, x):
+            def losses():
+                fake = self.model(z)
+                _, (slope,) = core.value_and_grad(lambda x: ops.sum(self.critic(x)), [], inputs=[x])
+                penalty = ops.mean(ops.square(ops.norm(slope, axis=1) - 1))
+                apart = ops.mean(ops.softplus(self.critic(fake)) + ops.softplus(-self.critic(x)))
+                fooled = ops.mean(ops.softplus(-self.critic(fake)))
+                return {"loss": fooled, "critic": apart + 10 * penalty}
+
+            weights = self.other.trainable_variables
+            other, gradients = core.value_and_grad(
+                lambda: keras.losses.MeanSquaredError()(z, self.other(x)), weights
+            )
+            self.other_optimizer.apply(gradients, weights)
+            groups = {
+                "loss": (self.model.trainable_weights, self.optimizer),
+                "critic": (self.critic.trainable_weights, self.critic_optimizer),
+            }
+            return self.minimize_together(losses, groups) | {"other": other}
+
+    generator = model_of(dense(16, "tanh"), dense(20), size=8)
+    critic = model_of(dense(16, "tanh"), dense(1), seed=6)
+    other = model_of(dense(8), seed=7)
+    z = np.random.default_rng(3).normal(size=(90, 8)).astype("float32")
+    trainer = Penalized(generator, critic, other)
+    trainer.other_optimizer.build(other.trainable_variables)
+    history = trainer.train(from_arrays((z, X[:90]), 16), 2, steps_per_execution=2)
+    return summary(history, generator, critic, other)
+
+
 class Columns:
     """The documents of a retrieval batch: positives close to the queries, two hard negatives."""
 
@@ -287,6 +334,50 @@ def normalized(engine):
     trainer = classifier(keras.layers.BatchNormalization(), optimizer=optimizer)
     history = trainer.train(arrays(), 3)
     return summary(history, trainer.model) | {"evaluated": trainer.evaluate(arrays(shuffle=False))}
+
+
+@task
+def rows(engine):
+    """How many rows of a batch of 16 a step is traced with."""
+    import keras
+
+    seen = []
+
+    class Sees(type(classifier())):
+        def forward_without_grads(self, x, y):
+            seen.append(int(x.shape[0]))
+            return x, y
+
+    parts = classifier(metrics=[keras.metrics.SparseCategoricalAccuracy("accuracy")])
+    trainer = Sees(parts.model, parts.optimizer, parts.loss, metrics=parts.metrics)
+    trainer.train(arrays(), 1, steps_per_execution=2)
+    trainer.evaluate(arrays())
+    return {"rows": seen}
+
+
+@task
+def synchronized(engine):
+    """Batch norm over the rows of all replicas, where the engine has it."""
+    import keras
+
+    one = isinstance(engine, OneDevice)
+    trainer = classifier(keras.layers.BatchNormalization(synchronized=not one))
+    return summary(trainer.train(arrays(), 3), trainer.model)
+
+
+@task
+def skipped(engine):
+    """A batch that is not finite in one replica changes nothing in any."""
+    import keras
+
+    x = X.copy()
+    x[70] = np.nan
+    from polus.data import from_arrays
+
+    trainer = classifier(metrics=[keras.metrics.SparseCategoricalAccuracy("accuracy")])
+    data = from_arrays((x, Y), 16, shuffle=False)
+    history = trainer.train(data, 2, on_nonfinite="skip", steps_per_execution=3)
+    return summary(history, trainer.model)
 
 
 @task
@@ -582,7 +673,36 @@ class JaxProcesses:
         self.index, self.replicas, self.folder = index, count, folder
 
 
-ENGINES = {"torch": TorchProcesses, "jax": JaxProcesses}
+class Mirrored:
+    """One process with two replicas, on two devices made of one processor."""
+
+    is_global, can_be_alone, index, replicas = False, True, 0, 1
+
+    def __init__(self, index, count, port, folder):
+        import tensorflow as tf
+
+        self.folder = folder
+        tf.config.threading.set_intra_op_parallelism_threads(1)
+        (cpu,) = tf.config.list_physical_devices("CPU")
+        two = [tf.config.LogicalDeviceConfiguration()] * 2
+        tf.config.set_logical_device_configuration(cpu, two)
+        self.strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+        self._enter()
+
+    def _enter(self):
+        self._scope = contextlib.ExitStack()
+        self._scope.enter_context(self.strategy.scope())
+
+    @contextlib.contextmanager
+    def alone(self):
+        self._scope.close()
+        try:
+            yield self.index == 0
+        finally:
+            self._enter()
+
+
+ENGINES = {"torch": TorchProcesses, "jax": JaxProcesses, "mirrored": Mirrored}
 
 
 def main(name, index, count, port, folder, *names):
