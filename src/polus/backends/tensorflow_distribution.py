@@ -10,15 +10,27 @@ replicas runs whole in each of them, which is right for any loss.
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
-from polus.backends.placement import Placement, Program, ReplicaState, Stateful
+from polus.backends.placement import (
+    LOST_PROCESS,
+    BackendStack,
+    Placement,
+    Program,
+    ReplicaState,
+    Stateful,
+    own_part,
+)
 from polus.backends.scopes import BackendVariable, current_scope
 from polus.backends.tensorflow_replica import (
+    SUM,
     OwnVariables,
     Replica,
     current,
@@ -28,6 +40,10 @@ from polus.backends.tensorflow_replica import (
     own_state,
 )
 from polus.types import Tensor
+
+LOST = (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.DeadlineExceededError)
+# How TensorFlow merges what metrics add up, where it is read.
+_SUM = tf.VariableAggregation.SUM
 
 
 class Replicas(Placement):
@@ -41,10 +57,6 @@ class Replicas(Placement):
         self.strategy = strategy
         self.name = f"tf.distribute.{type(strategy).__name__}"
         self.replicas = int(strategy.num_replicas_in_sync)
-        self.local_replicas = len(strategy.extended.worker_devices)
-        self.count = self.replicas // self.local_replicas
-        resolver = strategy.cluster_resolver
-        self.index = 0 if self.count == 1 else int(resolver.task_id)
 
     def compilers(self, mode: bool | str, candidates: Sequence[bool]) -> tuple[bool, ...]:
         if mode is True:
@@ -106,6 +118,101 @@ class Replicas(Placement):
             _check_distributed(variable, self.name)
 
 
+class Workers(Replicas):
+    """The replicas of several processes, each with one or more of them."""
+
+    def __init__(self, strategy: Any) -> None:
+        super().__init__(strategy)
+        self.count = self.replicas // len(strategy.extended.worker_devices)
+        resolver = strategy.cluster_resolver
+        has_chief = "chief" in resolver.cluster_spec().jobs and resolver.task_type != "chief"
+        self.index = int(resolver.task_id) + has_chief
+
+    # ------------------------------------------------------------------ batches
+
+    def place(self, array: Tensor, size: int) -> Tensor:
+        return own_part(self, array, 0, size)
+
+    def stack(
+        self, rows: Sequence[Tensor], capacity: int, size: int, stack: BackendStack
+    ) -> Tensor:
+        return stack([own_part(self, row, 0, size) for row in rows], capacity)
+
+    def place_rows(self, table: Tensor) -> Tensor:
+        return own_part(self, table, 1, table.shape[1])
+
+    def program(self, program: Program, size: int, state: ReplicaState) -> Program:
+        def run(*arguments: Any) -> Any:
+            with _lost_processes_explained():
+                return program(*arguments)
+
+        return run
+
+    # ------------------------------------------------------------------ agreement
+
+    def agreed(self, values: Sequence[float]) -> list[float]:
+        return [float(value) for value in self._table(values)[0]]
+
+    def largest(self, values: Sequence[float]) -> list[float]:
+        return [float(value) for value in self._table(values).max(axis=0)]
+
+    def by_itself(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        # The scope of the strategy, in which each new variable is sent to all, is the thread's.
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(function, *arguments).result()
+
+    def broadcast(self, variables: Iterable[Stateful]) -> None:
+        variables = list(variables)
+        super().broadcast(variables)
+        for dtype in (tf.float64, tf.int64):
+            # What metrics add up is each process's own.
+            kept = [v for v in variables if v.value.dtype.is_floating == dtype.is_floating]
+            kept = [v for v in kept if v.value.aggregation != _SUM]
+            if not kept:
+                continue
+            parts = [tf.reshape(tf.cast(v.value, dtype), [-1]) for v in kept]
+            whole = tf.concat(parts, 0)
+            first = _sums(self.strategy)(whole if self.is_first else tf.zeros_like(whole))
+            sizes = [part.shape[0] for part in parts]
+            for variable, value in zip(kept, tf.split(first, sizes), strict=True):
+                variable.assign(tf.cast(tf.reshape(value, variable.shape), variable.value.dtype))
+
+    def _table(self, values: Sequence[float]) -> Any:
+        """Returns the numbers of all processes, a row for each."""
+        table = np.zeros((self.count, len(values)))
+        table[self.index] = values
+        with _lost_processes_explained():
+            return _sums(self.strategy)(tf.constant(table)).numpy()
+
+
+@contextlib.contextmanager
+def _lost_processes_explained() -> Iterator[None]:
+    """Adds to an error of a collective call what it means for a run."""
+    try:
+        yield
+    except LOST as error:
+        error.add_note(LOST_PROCESS)
+        raise
+
+
+@functools.cache
+def _sums(strategy: Any) -> Callable[[Any], Any]:
+    """Returns a function that sums a tensor over the processes of a strategy."""
+
+    def own(tensor: Any) -> Any:
+        context = tf.distribute.get_replica_context()
+        number = int(tf.get_static_value(context.replica_id_in_sync_group))
+        counts = number % len(strategy.extended.worker_devices) == 0  # once for each process
+        # On the replica's device: an argument of the function is on none.
+        return context.all_reduce(SUM, tf.identity(tensor) if counts else tf.zeros_like(tensor))
+
+    @tf.function(autograph=False, reduce_retracing=True)
+    def summed(tensor: Any) -> Any:
+        return strategy.experimental_local_results(strategy.run(own, (tensor,)))[0]
+
+    return summed
+
+
 def active() -> Placement:
     """Returns where steps run now.
 
@@ -117,12 +224,14 @@ def active() -> Placement:
     if not tf.distribute.has_strategy():
         return OneDevice()
     strategy = tf.distribute.get_strategy()
+    if isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+        return Workers(strategy)
     if isinstance(strategy, tf.distribute.MirroredStrategy):
         return Replicas(strategy)
     raise NotImplementedError(
         f"tf.distribute.{type(strategy).__name__} is active, and Polus trains under "
-        "tf.distribute.MirroredStrategy only. Use it, or leave out the strategy to train on one "
-        "device."
+        "tf.distribute.MirroredStrategy and MultiWorkerMirroredStrategy. Use one of them, or leave "
+        "out the strategy to train on one device."
     )
 
 
@@ -205,6 +314,3 @@ def assign(variable: Any, value: Any) -> None:
     for i, copy in enumerate(own_variables(held)):
         whole = placement.is_first and i == 0
         copy.assign(tf.cast(value, copy.dtype) if whole else tf.zeros(copy.shape, copy.dtype))
-
-
-_SUM = tf.VariableAggregation.SUM

@@ -54,7 +54,7 @@ class Replica(tf.distribute.ReplicaContext):
         if self.context is None:
             return tensor
         with self.context:
-            return self.context.all_reduce(op, tensor)
+            return self.context.all_reduce(op, tf.nest.map_structure(tf.identity, tensor))
 
     def gathered(self, tensor: Any, axis: int = 0) -> Any:
         """Returns the rows of all replicas, each of which has a part of their gradient."""
@@ -62,8 +62,8 @@ class Replica(tf.distribute.ReplicaContext):
 
         @tf.custom_gradient
         def gather(own: Any) -> Any:
-            with self.context:
-                rows = self.context.all_gather(own, axis)
+            with self.context:  # on the replica's device: an argument of a function is on none
+                rows = self.context.all_gather(tf.identity(own), axis)
 
             def gradient(upstream: Any) -> Any:
                 total = self.reduced(SUM, upstream)
