@@ -22,6 +22,8 @@ RNG = np.random.default_rng(0)
 X = RNG.normal(size=(96, 20)).astype("float32")
 Y = (X @ RNG.normal(size=(20, 5))).argmax(1).astype("int32")
 TASKS = {}
+# On TensorFlow, tested on the replicas of one process only; and what they don't have.
+COSTLY = ["clipped", "penalized", "cached", "synchronized", "swept", "sharded"]
 
 
 def task(fn):
@@ -559,19 +561,24 @@ def resumed(engine):
         )
         return summary(history, trainer.model)
 
-    uninterrupted = train(folder=engine.folder / "others")
-    result = {"uninterrupted": uninterrupted}
-    try:
-        train(Kill())
-    except SystemExit as end:
-        result["code"] = end.code
-    result["saved"] = len(list(folder.glob("*-*")))
+    def killed(folder):
+        try:
+            train(Kill(), folder=folder)
+        except SystemExit as end:
+            return {"code": end.code, "saved": len(list(folder.glob("*-*")))}
+
+    result = {"uninterrupted": train(folder=engine.folder / "others")}
+    result |= killed(folder)
     if engine.can_be_alone:
         with engine.alone() as runs:
             if runs:
                 with contextlib.suppress(KeyboardInterrupt):
                     train(Break())
     result["resumed"] = train()
+    result["same"] = result["resumed"]
+    if engine.can_be_alone:  # else it was resumed on the same number of devices
+        killed(engine.folder / "same")
+        result["same"] = train(folder=engine.folder / "same")
     return result
 
 

@@ -146,7 +146,7 @@ class Placement:
         """Logs how many variables are sharded, if the engine shards any."""
 
 
-def own_part(placement: Placement, array: Any, axis: int, size: int) -> Any:
+def own_part(placement: Placement, array: Tensor, axis: int, size: int) -> Tensor:
     """Returns a process's part of an array with an axis of `size` examples; others as they are."""
     shape = getattr(array, "shape", ())
     if not placement.divides(size) or len(shape) <= axis or shape[axis] != size:

@@ -206,11 +206,11 @@ def _sums(strategy: Any) -> Callable[[Any], Any]:
         # On the replica's device: an argument of the function is on none.
         return context.all_reduce(SUM, tf.identity(tensor) if counts else tf.zeros_like(tensor))
 
-    @tf.function(autograph=False, reduce_retracing=True)
     def summed(tensor: Any) -> Any:
         return strategy.experimental_local_results(strategy.run(own, (tensor,)))[0]
 
-    return summed
+    compiled: Callable[[Any], Any] = tf.function(summed, autograph=False, reduce_retracing=True)
+    return compiled
 
 
 def active() -> Placement:
