@@ -138,6 +138,31 @@ def uneven(engine):
 
 
 @task
+def embedded(engine):
+    """Gradients of rows that were looked up several times; decayed and averaged weights."""
+    import keras
+
+    from polus.data import from_arrays
+    from polus.training import ClassifierTrainer
+
+    rng = np.random.default_rng(0)
+    embedding = keras.layers.Embedding(30, 8, embeddings_initializer="zeros")
+    model = keras.Sequential([keras.Input((7,), dtype="int32"), embedding])
+    model.add(keras.layers.GlobalAveragePooling1D())
+    model.add(dense(5))
+    for variable in model.trainable_variables:
+        variable.assign(rng.normal(size=variable.shape) * 0.3)
+    optimizer = keras.optimizers.AdamW(
+        0.01, weight_decay=0.1, use_ema=True, ema_momentum=0.9, ema_overwrite_frequency=4
+    )
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    words = rng.integers(0, 30, size=(90, 7)).astype("int32")
+    data = from_arrays((words, Y[:90]), 16)
+    history = ClassifierTrainer(model, optimizer, loss).train(data, 2, steps_per_execution=2)
+    return summary(history, model)
+
+
+@task
 def accumulated(engine):
     """An optimizer that updates at every second step."""
     import keras

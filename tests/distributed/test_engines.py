@@ -152,7 +152,17 @@ def without_secs(result):
     return {name: value for name, value in result.items() if name != "secs"}
 
 
-EQUAL = ["plain", "clipped", "uneven", "accumulated", "scaled", "gan", "penalized", "skipped"]
+EQUAL = [
+    "plain",
+    "clipped",
+    "uneven",
+    "accumulated",
+    "scaled",
+    "gan",
+    "penalized",
+    "skipped",
+    "embedded",
+]
 EQUAL += ["retrieval", "cached", "swept", "predicted"]
 
 # ---------------------------------------------------------------------- processes

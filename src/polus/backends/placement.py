@@ -28,12 +28,14 @@ class ReplicaState:
         averaged: Float variables that no optimizer updates, such as moving statistics.
         seeds: The states of Keras' seed generators, from which each replica draws its own numbers.
         optimizers: Those that the step may call.
+        variables: All that the step uses.
     """
 
     summed: Sequence[keras.Variable] = ()
     averaged: Sequence[Stateful] = ()
     seeds: Sequence[keras.Variable] = ()
     optimizers: Sequence[keras.optimizers.Optimizer] = ()
+    variables: Sequence[Stateful] = ()
 
 
 class Placement:

@@ -74,7 +74,7 @@ class Replicas(Placement):
         def own(*batch: Any) -> Any:
             context = tf.distribute.get_replica_context()
             replica = Replica(self, self.strategy, context, whole)
-            with replica, OwnVariables(replica):
+            with replica, OwnVariables(replica, state.variables):
                 with own_state(replica, state):
                     outputs = step(*own_rows(replica, batch))
                 return merged(replica, outputs, state)

@@ -7,7 +7,7 @@ what it means on one device.
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -58,7 +58,7 @@ class Replica(tf.distribute.ReplicaContext):
 
     def gathered(self, tensor: Any, axis: int = 0) -> Any:
         """Returns the rows of all replicas, each of which has a part of their gradient."""
-        size = tensor.shape[axis]
+        size = tf.shape(tensor)[axis] if tensor.shape[axis] is None else tensor.shape[axis]
 
         @tf.custom_gradient
         def gather(own: Any) -> Any:
@@ -70,7 +70,7 @@ class Replica(tf.distribute.ReplicaContext):
                 return tf.gather(total, tf.range(size) + self.number * size, axis=axis)
 
             shape = own.shape.as_list()
-            shape[axis] = size * self.placement.replicas
+            shape[axis] = None if shape[axis] is None else size * self.placement.replicas
             rows.set_shape(shape)
             return rows, gradient
 
@@ -93,18 +93,26 @@ class Replica(tf.distribute.ReplicaContext):
 
 
 class OwnVariables(keras.StatelessScope):
-    """A scope in which Keras' variables are the copies that one replica has."""
+    """A scope in which Keras' variables are the copies that one replica has.
 
-    def __init__(self, replica: Replica) -> None:
+    Args:
+        replica: The replica.
+        variables: Those that the step is known to use. Where Keras casts what is read for mixed
+            precision, the copies of a variable are not found any more.
+    """
+
+    def __init__(self, replica: Replica, variables: Iterable[keras.Variable]) -> None:
         super().__init__(collect_losses=True, initialize_variables=False)
         self.replica = replica
+        self.copies = {id(variable): own_copy(variable, replica) for variable in variables}
 
     def get_current_value(self, variable: keras.Variable) -> Any:
-        return own_copy(variable, self.replica)
+        copy = self.copies.get(id(variable))
+        return own_copy(variable, self.replica) if copy is None else copy
 
     def add_update(self, update: tuple[Any, Any]) -> None:
         variable, value = update
-        copy = own_copy(variable, self.replica)
+        copy = self.get_current_value(variable)
         copy.assign(tf.cast(value, copy.dtype))
 
 
@@ -231,6 +239,27 @@ def averaged(replica: Replica | None, gradients: list[Any]) -> list[Any]:
     """Returns the means of gradients over the replicas; the same list where there is only one."""
     if replica is None:
         return gradients
-    found = [tf.convert_to_tensor(g) for g in gradients if g is not None]
-    means = iter(replica.reduced(MEAN, found) if found else [])
-    return [None if g is None else next(means) for g in gradients]
+    found: list[Any] = [_dense(g) for g in gradients]
+    dense = [i for i, g in enumerate(found) if tf.is_tensor(g) and not _is_sparse(g)]
+    means = replica.reduced(MEAN, [found[i] for i in dense]) if dense else []
+    for i, mean in zip(dense, means, strict=True):
+        found[i] = mean
+    return [_all_slices(replica, g) if _is_sparse(g) else g for g in found]
+
+
+def _is_sparse(gradient: Any) -> bool:
+    return isinstance(gradient, tf.IndexedSlices)
+
+
+def _dense(gradient: Any) -> Any:
+    """Returns a gradient as a tensor, slices only where TensorFlow can gather those of others."""
+    keeps = gradient is None or (_is_sparse(gradient) and not tf.executing_eagerly())
+    return gradient if keeps else tf.convert_to_tensor(gradient)
+
+
+def _all_slices(replica: Replica, slices: Any) -> Any:
+    """Returns the slices of all replicas: as many as one device has of the batch."""
+    if replica.whole:
+        return slices
+    values, indices = (replica.gathered(part) for part in (slices.values, slices.indices))
+    return tf.IndexedSlices(values / replica.placement.replicas, indices, slices.dense_shape)

@@ -166,7 +166,8 @@ def replica_state(owner: MetricsOwner, variables: StepVariables) -> ReplicaState
         elif keras.backend.is_float_dtype(variable.dtype):
             averaged.append(variable)
     optimizers = [*optimizers_of(owner).values(), *(u.optimizer for u in variables.updates)]
-    return ReplicaState(summed, averaged, seeds, optimizers)
+    every = unique([*variables.used, *variables.assigned])
+    return ReplicaState(summed, averaged, seeds, optimizers, every)
 
 
 def plain_attributes(owner: object, ignored: Iterable[str] = ()) -> dict[str, Any]:
