@@ -560,8 +560,11 @@ def stopped(engine):
 @task
 def resumed(engine):
     """A signal to one process saves and ends all; then one device continues, then several again."""
+    import keras
+
     from polus.callbacks import Callback
     from polus.checkpoint import Checkpoint
+    from polus.metrics import MacroF1Score
 
     folder = engine.folder / "checkpoints"
 
@@ -578,7 +581,9 @@ def resumed(engine):
                 raise KeyboardInterrupt
 
     def train(*callbacks, folder=folder):
-        trainer = classifier()
+        # Counts, of which a checkpoint in the middle of an epoch has those of all replicas.
+        metrics = [keras.metrics.SparseCategoricalAccuracy("accuracy"), MacroF1Score(5)]
+        trainer = classifier(metrics=metrics)
         checkpoint = Checkpoint(folder, every_steps=4, every_secs=1000)
         callbacks = [checkpoint, *callbacks]
         history = trainer.train(
