@@ -193,8 +193,20 @@ MUTANTS = [
     # Autotuning.
     Mutant(
         "steps/autotune.py",
-        "min(known, key=self.secs.__getitem__)",
-        "max(known, key=self.secs.__getitem__)",
+        "(0.0 if tuning in self.compiled else compile_secs)",
+        "0.0",
+        "test_tuning_cache.py short_run",
+    ),
+    Mutant(
+        "steps/tuning_cache.py",
+        "signature_of(example),",
+        "None,",
+        "test_tuning_cache.py another_kind",
+    ),
+    Mutant(
+        "steps/autotune.py",
+        "min(known, key=lambda",
+        "max(known, key=lambda",
         TUNE + "win_that_back",
     ),
     Mutant(

@@ -304,6 +304,20 @@ def test_batches_of_many_lengths_are_timed_once(monkeypatch):
     assert len(asked) == len(set(asked)) == 2
 
 
+def test_a_call_that_another_program_disturbed_does_not_make_a_step_long(monkeypatch):
+    now, pauses = [0.0], [1.0, 0.03]  # the first call compiles, the second has to wait
+
+    def call(step, block, count):
+        now[0] += pauses.pop(0) if pauses else 1e-5 * count
+
+    monkeypatch.setattr(CompiledStep, "_call", call)
+    monkeypatch.setattr(polus.steps.compiled.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(backend, "wait", lambda outputs: None)
+    step = CompiledStep(lambda: 0, Placement(), ReplicaState())
+    timing = step.time(SimpleNamespace(count=1000))
+    assert timing == pytest.approx((1e-5, 1.0))
+
+
 # ---------------------------------------------------------------------- the pace
 
 

@@ -52,7 +52,7 @@ class StepVariables:
     assigned: Variables
     differentiated: Variables
     updates: list[Update]
-    num_updates: int
+    num_decisions: int
     result: Any
 
     @classmethod
@@ -65,7 +65,7 @@ class StepVariables:
             assigned=unique([*seen.assigned.values(), *updated, *seen.backend_variables]),
             differentiated=unique(seen.differentiated),
             updates=updates,
-            num_updates=len(seen.updates),
+            num_decisions=seen.num_decisions,
             result=seen.result,
         )
 
