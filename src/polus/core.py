@@ -281,7 +281,7 @@ def gather(tensor: Tensor) -> Tensor:
     """Returns the rows of a tensor from all replicas that share a batch, in the batch's order.
 
     A step that compares examples with each other, such as a loss with in-batch negatives, needs all
-    rows of the batch. Where each replica runs the step on its own rows (PyTorch processes), this
+    rows of the batch. Where each replica runs the step on its own rows (PyTorch, TensorFlow), this
     concatenates them along the first axis; gradients flow back to each replica's own. Where a step
     sees the whole batch (one device, JAX), it returns the tensor itself. All replicas have to call
     it.

@@ -212,6 +212,10 @@ class Backend(Protocol):
         """Returns the rows `indices` of `array`, which are within its bounds."""
         ...
 
+    def assign(self, variable: keras.Variable | BackendVariable, value: Any) -> None:
+        """Gives a variable a value that `copy`, `view` or `hold` returned, on all devices."""
+        ...
+
     def copy(self, variable: keras.Variable | BackendVariable) -> Tensor:
         """Returns a copy of a variable's value that later steps leave alone."""
         ...

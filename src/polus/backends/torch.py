@@ -334,6 +334,11 @@ def take(array: Tensor, indices: Tensor) -> Tensor:
     return array[indices]
 
 
+def assign(variable: keras.Variable | BackendVariable, value: Any) -> None:
+    """Gives a variable a value that was read of it."""
+    variable.assign(value)
+
+
 def copy(variable: keras.Variable | BackendVariable) -> Tensor:
     """Returns a copy of a variable's value that later steps leave alone."""
     copied: Tensor = variable.value.detach().clone()

@@ -212,7 +212,7 @@ class IConfusionMatrix(IMetric):
         return ops.convert_to_tensor(value)
 
     def evaluate(self) -> Any:
-        invalid, batch = int(self.num_invalid), int(self.num_valid_batches)
+        invalid, batch = int(to_host(self.num_invalid)), int(to_host(self.num_valid_batches))
         if self.num_classes <= MAX_KEPT_CLASSES:
             self.evaluated = np.array(to_host(self.confusion_matrix))  # the variable is reset
         value = super().evaluate()

@@ -78,11 +78,12 @@ class CompiledStep:
         key = (self.jit_compile, block.unpack, many, self.placement.divides(block.batch_size))
         program = self._programs.get(key)
         if program is None:
+            step = self.placement.step(self.step, block.batch_size, self._state)
             if self.eager:
-                program = backend.eager_program(self.step, block.unpack)
+                program = backend.eager_program(step, block.unpack)
             else:
                 program = backend.program(
-                    self.step, block.unpack, many, self.jit_compile, self.held, self.known
+                    step, block.unpack, many, self.jit_compile, self.held, self.known
                 )
             program = self.placement.program(program, block.batch_size, self._state)
             self._programs[key] = program

@@ -247,7 +247,7 @@ class StepExecutor:
         """Returns a guard of the step; see there."""
         assert self.variables is not None  # the step was prepared
         metrics = [v for metric in self.fed_metrics for v in metric.variables]
-        agree = self._placement.gather if self._placement.count > 1 else None
+        agree = self._placement.gather if self._placement.replicas > 1 else None
         optimizers = optimizers_of(self.owner).values()
         return Guard(self.variables, metrics, optimizers, self.owner.primary, limit, agree, gates)
 
@@ -283,7 +283,8 @@ class StepExecutor:
         if self._update is None:
             # What every process is given it computes whole: a size that is no batch's.
             state = replica_state(self.owner, self.prepare(inputs))
-            self._update = self._placement.program(function(self.step), 1, state)
+            step = function(self._placement.step(self.step, 1, state))
+            self._update = self._placement.program(step, 1, state)
         return self._update(*inputs)
 
     def single_step(self, kept: bool) -> CompiledStep:
