@@ -30,7 +30,7 @@ from polus.training.epoch_logs import EpochRecord, Spent, weighted_means
 from polus.training.nonfinite import STOPPED, NonFiniteSteps, non_finite_error, sizes_of
 from polus.training.parts import TrainerParts
 from polus.training.processes import check_same_batch, check_same_programs
-from polus.training.reports import stays_ended, warn_of_missing_steps, warn_of_unsaved
+from polus.training.reports import log_stop, stays_ended, warn_of_missing_steps, warn_of_unsaved
 from polus.training.run_state import Settings, check_state, data_state, use_own_generators
 from polus.training.status import TRANSITIONS, RunStatus
 from polus.training_state import (
@@ -155,20 +155,13 @@ class Run(BaseLogger):
                 raise
             else:
                 self._move(RunStatus.STOPPED if self.stopping else RunStatus.COMPLETED)
-                self._log_stop()
+                if self.stopping:
+                    epochs = None if self.open_ended else self.epochs
+                    log_stop(self.logger, self.epoch, epochs, self.stop_reason)
             finally:
                 if (error := self.callbacks.on_train_end()) is not None:
                     self.status = RunStatus.FAILED
                     raise error
-
-    def _log_stop(self) -> None:
-        if self.stopping:
-            self.logger.info(
-                "Training was stopped after %d %s: %s.",
-                self.epoch,
-                "epochs" if self.open_ended else f"of {self.epochs} epochs",
-                self.stop_reason or "early_stop was set",
-            )
 
     @property
     def finished(self) -> bool:
