@@ -152,6 +152,7 @@ def test_numbers_in_the_page_are_those_of_the_history(tmp_path):
     assert curves["accuracy", "accuracy"]["y"].tolist() == [0.9, 0.9]
     assert curves["accuracy", "val_accuracy"]["y"].tolist() == [0.75, 0.75]
     assert set(curves["learning rate", "learning_rate"]["y"].tolist()) == {0.1}
+    assert '"default_span": 0.2' in json.dumps(documents(page))  # of a constant rate
     times = curves["milliseconds", "mean of the epoch"]
     np.testing.assert_allclose(times["y"], [800 / 150, 800 / 150])
     parts = {name: column["secs"] for (label, name), column in curves.items() if "%" in label}

@@ -49,23 +49,19 @@ class Chart(NamedTuple):
         title: What stands above it.
         unit: What stands beside its y axis.
         curves: Its lines.
-        note: A sentence below the title.
         wide: Whether it takes the whole width of the page.
     """
 
     title: str
     unit: str
     curves: list[Curve]
-    note: str = ""
     wide: bool = False
 
-    @property
-    def logarithmic(self) -> bool:
-        """Whether the values span more than two orders of magnitude."""
+    def bounds(self) -> tuple[float, float]:
+        """Returns the smallest and the largest finite value; zeros if there is none."""
         known = [curve.y[np.isfinite(curve.y)] for curve in self.curves]
-        values = np.concatenate([np.ones(0), *known])
-        positive = len(values) > 0 and values.min() > 0
-        return bool(positive and values.max() > 100 * values.min())
+        values = np.concatenate([np.zeros(0), *known])
+        return (float(values.min()), float(values.max())) if len(values) else (0.0, 0.0)
 
 
 def of_steps(name: str, values: Array, color: int, points: int, band: bool = True) -> Curve:
@@ -73,14 +69,9 @@ def of_steps(name: str, values: Array, color: int, points: int, band: bool = Tru
     x, mean, low, high = binned(values, points)
     average = moving_average(mean)
     if len(x) == len(values):
-        band_of: tuple[Array | None, Array | None] = (None, None)
         mean = np.where(np.isfinite(values), values, np.nan)  # as precise as they were recorded
-    else:
-        band_of = (low, high)
-    dots = len(x) == 1
-    if not band:
-        band_of = (None, None)
-    return Curve(name, color, "solid", x, average, mean, *band_of, dots=dots)
+    curve = Curve(name, color, "solid", x, average, mean, dots=len(x) == 1)
+    return curve._replace(low=low, high=high) if band and len(x) < len(values) else curve
 
 
 def of_line(name: str, line: Line, color: int, dash: str = "solid") -> Curve:

@@ -51,11 +51,16 @@ class Drawn:
             skips: Steps that were skipped, marked on the first curve.
         """
         shared = {} if self._x_range is None else {"x_range": self._x_range}
-        kind = "log" if chart.logarithmic else "linear"
+        low, high = chart.bounds()
+        kind = "log" if low > 0 and high > 100 * low else "linear"
         fig = _figure(y_axis_type=kind, x_axis_label="step", y_axis_label=chart.unit, **shared)
         self._x_range = fig.x_range
         fig.xaxis.formatter = NumeralTickFormatter(format="0.[00]a")  # 200k
-        if not chart.logarithmic:
+        if low == high != 0:
+            fig.y_range.default_span = 2 * abs(
+                low
+            )  # else a rate of 0.001 would lie between -1 and 1
+        if kind == "linear":
             fig.yaxis.formatter.power_limit_low = -5  # 0.005 rather than 5.000e-3
         hovered = [_draw(fig, curve) for curve in chart.curves]
         tips = [("", "$name"), ("step", "@x{0,0}"), ("value", "@value{%.5g}")]

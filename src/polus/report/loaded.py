@@ -86,12 +86,12 @@ class LoadedRun:
 
     def epoch_values(self) -> dict[str, list[float]]:
         """Returns the finite values that each term and metric had in the logs of epochs."""
-        measured = {name for row in self.history.record for name in row}
+        left_out = {"epoch", *(name for row in self.history.record for name in row)}
         values: dict[str, list[float]] = {}
         for row in self.history.epochs:
             for name, value in row.items():
                 number = isinstance(value, int | float) and np.isfinite(value)
-                if number and name not in measured | {"epoch"}:
+                if number and name not in left_out:
                     values.setdefault(name, []).append(value)
         return values
 
