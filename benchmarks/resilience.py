@@ -3,6 +3,7 @@
     python benchmarks/resilience.py                                # writes the tables
     python benchmarks/resilience.py --backend jax --source arrays  # measures a single row
     python benchmarks/resilience.py --results FILE                 # continues after an interruption
+    python benchmarks/resilience.py --processes 2 --source arrays --only kills
 
 For each data source one run trains without interruption. A second run is started repeatedly, and
 its process is killed with SIGKILL at a random moment, every second time while it writes a
@@ -10,6 +11,9 @@ checkpoint. After eight kills it may finish. The benchmark compares, bit by bit,
 step that any of these processes ran, and at the end all losses, weights, validation results and
 the states of the callbacks. The model has dropout, batch norm, and Adam with a schedule and
 gradient accumulation.
+
+With `--processes 2`, two processes train one model: one of them, chosen at random, is killed, and
+what a launcher does follows: the other one is ended, and both are started again.
 
 The cost of saving is the number of steps per second with and without a save in every hundred steps,
 and the time that a save blocks the loop. Keras' BackupAndRestore is measured for comparison and, on
@@ -19,6 +23,7 @@ disappears in it.
 """
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import importlib.util
@@ -26,6 +31,7 @@ import itertools
 import json
 import os
 import random
+import socket
 import statistics
 import subprocess
 import sys
@@ -101,6 +107,31 @@ def dataset_of_library(source: str, examples: list[dict[str, Any]]) -> Any:
 def pair(batch: dict[str, Any]) -> tuple[Any, Any]:
     """Returns the batch of a library, a dict, as the step takes it."""
     return batch["x"], batch["y"]
+
+
+def join(index: int, count: int, port: int) -> contextlib.AbstractContextManager[object]:
+    """Makes this process one of several, which train in the scope that is returned."""
+    backend = os.environ["KERAS_BACKEND"]
+    if backend == "tensorflow":
+        workers = [f"localhost:{port + i}" for i in range(count)]
+        task = {"type": "worker", "index": index}
+        os.environ["TF_CONFIG"] = json.dumps({"cluster": {"worker": workers}, "task": task})
+        import tensorflow as tf
+
+        return tf.distribute.MultiWorkerMirroredStrategy().scope()
+    if backend == "jax":
+        import jax
+        import keras
+
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        keras.distribution.initialize(f"localhost:{port}", count, index)
+        keras.distribution.set_distribution(keras.distribution.DataParallel())
+    else:
+        import torch
+
+        address = f"tcp://localhost:{port}"
+        torch.distributed.init_process_group("gloo", address, rank=index, world_size=count)
+    return contextlib.nullcontext()
 
 
 def child(source: str, folder: Path, result: Path, log: Path) -> None:
@@ -194,40 +225,63 @@ def child(source: str, folder: Path, result: Path, log: Path) -> None:
 # ---------------------------------------------------------------------- the kills
 
 
-def start(backend: str, source: str, folder: Path) -> subprocess.Popen[bytes]:
-    """Starts a process of a run."""
+Processes = list[subprocess.Popen[bytes]]
+
+
+def start(backend: str, source: str, folder: Path, count: int) -> Processes:
+    """Starts the processes of a run."""
     command = [sys.executable, __file__, "--backend", backend, "--source", source]
+    command += ["--child", str(folder)]
     environment = os.environ | {"KERAS_BACKEND": backend}
-    return subprocess.Popen(
-        [*command, "--child", str(folder)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=(folder / "stderr").open("ab"),
-    )
+    port = str(free_port(count))
+    return [
+        subprocess.Popen(
+            [*command, *(["--join", str(i), str(count), port] if count > 1 else [])],
+            env=environment,
+            stdout=subprocess.PIPE if i == 0 else subprocess.DEVNULL,
+            stderr=(folder / "stderr").open("ab"),
+        )
+        for i in range(count)
+    ]
 
 
-def survive(backend: str, source: str, most_kills: int) -> dict[str, int]:
+def free_port(count: int) -> int:
+    """Returns the first of `count` ports that are free, one after the other."""
+    while True:
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError, OverflowError):
+            first = stack.enter_context(socket.socket())
+            first.bind(("localhost", 0))
+            port = int(first.getsockname()[1])
+            for i in range(1, count):
+                stack.enter_context(socket.socket()).bind(("localhost", port + i))
+            return port
+
+
+def survive(backend: str, source: str, most_kills: int, count: int) -> dict[str, int]:
     """Kills a run repeatedly and counts what is identical to an uninterrupted one."""
     with tempfile.TemporaryDirectory() as temporary:
         whole, parts = Path(temporary) / "whole", Path(temporary) / "parts"
         for folder in (whole, parts):
             folder.mkdir()
-        finish(start(backend, source, whole), whole)
+        finish(start(backend, source, whole, count), whole)
         expected = dict(read_log(whole))
         kills = in_save = 0
         while not (parts / "result").exists():
-            process = start(backend, source, parts)
-            assert process.stdout is not None
+            processes = start(backend, source, parts, count)
+            output = processes[0].stdout
+            assert output is not None
+            killed = False
             for _ in range(random.randrange(1, MAX_BLOCKS) if kills < most_kills else 10**9):
-                if not process.stdout.readline():
+                if not output.readline():
                     break
             else:
-                kill(process, parts)
-            if process.wait() == -9:
+                killed = kill(processes, parts)
+            if killed:
+                end(processes)
                 kills += 1
                 in_save += any(parts.glob("checkpoints/.tmp-*"))
-            elif process.returncode:
-                raise SystemExit((parts / "stderr").read_text())
+            else:
+                finish(processes, parts)
         ran = read_log(parts)
         first, second = (json.loads((folder / "result").read_text()) for folder in (whole, parts))
         return {
@@ -240,19 +294,34 @@ def survive(backend: str, source: str, most_kills: int) -> dict[str, int]:
         }
 
 
-def kill(process: subprocess.Popen[bytes], folder: Path) -> None:
-    """Kills a process at a random moment within two blocks; half the time during a save."""
+def kill(processes: Processes, folder: Path) -> bool:
+    """Kills a process at a random moment within two blocks; half the time during a save.
+
+    Returns:
+        Whether it was still running.
+    """
     time.sleep(random.uniform(0, 2 * PAUSE_SECS))
+    process = random.choice(processes)
     saving = random.random() < 0.5
     while saving and process.poll() is None and not any(folder.glob("checkpoints/.tmp-*")):
         time.sleep(0.0005)
     process.kill()
+    return process.wait() == -9
 
 
-def finish(process: subprocess.Popen[bytes], folder: Path) -> None:
-    """Waits for a process to finish."""
-    process.communicate()
-    if process.returncode:
+def end(processes: Processes) -> None:
+    """Ends the processes that are left, as a launcher does."""
+    time.sleep(random.uniform(0, 10 * PAUSE_SECS) if len(processes) > 1 else 0)
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def finish(processes: Processes, folder: Path) -> None:
+    """Waits for the processes to finish."""
+    for process in processes:
+        process.communicate()
+    if any(process.returncode for process in processes):
         raise SystemExit((folder / "stderr").read_text())
 
 
@@ -438,12 +507,17 @@ def main() -> None:
         type=Path,
         help="a file to append each result to; results that it contains are not measured again",
     )
+    parser.add_argument("--processes", type=int, default=1, help="that train one model")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--join", nargs=3, type=int, help=argparse.SUPPRESS)
     parser.add_argument("--costs", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        folder = options.child
-        child(options.source[0], folder / "checkpoints", folder / "result", folder / "log")
+        folder, index = options.child, options.join[0] if options.join else 0
+        with join(*options.join) if options.join else contextlib.nullcontext():
+            others = f"-{index}" if index else ""  # only those of the first process are compared
+            files = folder / f"result{others}", folder / f"log{others}"
+            child(options.source[0], folder / "checkpoints", *files)
         return
     if options.costs:
         print(json.dumps(costs(options.costs[0], int(options.costs[1]))))
@@ -455,8 +529,9 @@ def main() -> None:
         if options.only != "costs":
             rows = []
             for backend, source in itertools.product(backends, options.source or SOURCES):
-                run = functools.partial(survive, backend, source, options.kills)
-                rows.append((backend, source, measured(results, [backend, source], run)))
+                several = [options.processes] if options.processes > 1 else []
+                run = functools.partial(survive, backend, source, options.kills, options.processes)
+                rows.append((backend, source, measured(results, [backend, source, *several], run)))
             tables.append(survival_table(rows))
         if options.only != "kills":
             costly = []

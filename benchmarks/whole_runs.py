@@ -88,7 +88,7 @@ def polus(
 ) -> float:
     import keras
 
-    from polus.core import set_jit_compile
+    from polus.core import set_jit_compile, set_tuning_cache
     from polus.data import from_arrays
     from polus.training import ClassifierTrainer
 
@@ -103,6 +103,7 @@ def polus(
     elif kind == "list":
         data = list(data())
     set_jit_compile(jit)
+    set_tuning_cache(None)
     began = time.perf_counter()
     trainer = ClassifierTrainer(model, *rest)
     history = trainer.train(data, epochs=epochs, steps_per_execution=per_execution)

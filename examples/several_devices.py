@@ -1,9 +1,10 @@
 """Trains a classifier of handwritten digits on all devices there are.
 
-Only `join` differs from a program for one device. JAX uses all devices of the machine from one
-process, PyTorch takes a process for each:
+Only `join` differs from a program for one device. JAX and TensorFlow use all devices of the machine
+from one process, PyTorch takes a process for each:
 
 KERAS_BACKEND=jax python examples/several_devices.py
+KERAS_BACKEND=tensorflow python examples/several_devices.py
 KERAS_BACKEND=torch torchrun --nproc-per-node 2 examples/several_devices.py
 
 Without GPUs, JAX makes two devices of a processor with
@@ -12,6 +13,7 @@ docs/several_devices.md.
 """
 
 import argparse
+import contextlib
 import os
 from pathlib import Path
 
@@ -26,8 +28,11 @@ from polus.metrics import Accuracy
 from polus.training import ClassifierTrainer
 
 
-def join() -> None:
-    """Tells the backend which devices there are. Before any model is made."""
+def join() -> contextlib.AbstractContextManager[object]:
+    """Tells the backend which devices there are. The model is made and trained in what it returns.
+
+    Only TensorFlow has a scope. The others need the call before any model is made.
+    """
     if keras.backend.backend() == "torch" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         import torch
 
@@ -40,13 +45,24 @@ def join() -> None:
             keras.distribution.initialize()  # several processes
         if len(keras.distribution.list_devices()) > 1:
             keras.distribution.set_distribution(keras.distribution.DataParallel())
+    elif keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        if "TF_CONFIG" in os.environ:  # several processes
+            return tf.distribute.MultiWorkerMirroredStrategy().scope()
+        if len(tf.config.list_physical_devices("GPU")) > 1:
+            return tf.distribute.MirroredStrategy().scope()
+    return contextlib.nullcontext()
 
 
 def main(epochs: int = 10, runs: Path = Path("runs")) -> float:
     """Returns the accuracy on held-out digits."""
-    join()
+    with join():
+        return train(epochs, runs / "several_devices")
+
+
+def train(epochs: int, folder: Path) -> float:
     keras.utils.set_random_seed(0)  # the same in all processes
-    folder = runs / "several_devices"
     folder.mkdir(parents=True, exist_ok=True)
     images, labels = load_digits(return_X_y=True)
     split = train_test_split(images.astype("float32") / 16, labels.astype("int32"), random_state=0)

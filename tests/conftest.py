@@ -50,6 +50,14 @@ def _seeds():
 
 
 @pytest.fixture(autouse=True)
+def _no_tuning_cache():
+    """No test runs as another one has found to be fast."""
+    from polus.core import set_tuning_cache
+
+    set_tuning_cache(None)
+
+
+@pytest.fixture(autouse=True)
 def _quick_data(monkeypatch):
     """On a busy machine too no block of a test is cut short for its data being slow."""
     from polus.data import blocks

@@ -188,13 +188,25 @@ MUTANTS = [
         "steps/compiled.py",
         "block.unpack, many, self.placement",
         "block.unpack, self.placement",
-        TUNE + "as_many_steps and arrays",
+        TUNE + "programs_of_their_own",
     ),
     # Autotuning.
     Mutant(
         "steps/autotune.py",
-        "min(known, key=self.secs.__getitem__)",
-        "max(known, key=self.secs.__getitem__)",
+        "(0.0 if tuning in self.compiled else compile_secs)",
+        "0.0",
+        "test_tuning_cache.py short_run",
+    ),
+    Mutant(
+        "steps/tuning_cache.py",
+        "signature_of(example),",
+        "None,",
+        "test_tuning_cache.py another_kind",
+    ),
+    Mutant(
+        "steps/autotune.py",
+        "min(known, key=lambda",
+        "max(known, key=lambda",
         TUNE + "win_that_back",
     ),
     Mutant(

@@ -304,6 +304,20 @@ def test_batches_of_many_lengths_are_timed_once(monkeypatch):
     assert len(asked) == len(set(asked)) == 2
 
 
+def test_a_call_that_another_program_disturbed_does_not_make_a_step_long(monkeypatch):
+    now, pauses = [0.0], [1.0, 0.03]  # the first call compiles, the second has to wait
+
+    def call(step, block, count):
+        now[0] += pauses.pop(0) if pauses else 1e-5 * count
+
+    monkeypatch.setattr(CompiledStep, "_call", call)
+    monkeypatch.setattr(polus.steps.compiled.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(backend, "wait", lambda outputs: None)
+    step = CompiledStep(lambda: 0, Placement(), ReplicaState())
+    timing = step.time(SimpleNamespace(count=1000))
+    assert timing == pytest.approx((1e-5, 1.0))
+
+
 # ---------------------------------------------------------------------- the pace
 
 
@@ -319,6 +333,24 @@ def test_calls_take_some_milliseconds_once_a_few_were_timed(secs, monkeypatch):
         pace.observe(calls[-1], None, began)
     assert calls[0] == calls[1] == 2
     assert calls[-1] == pytest.approx(max(1, 0.04 / secs), rel=0.01)
+
+
+def test_a_batch_alone_and_many_at_a_time_have_programs_of_their_own():
+    def losses(*capacities):
+        trainer = make_trainer()
+        executor_of(trainer).prepare(BATCHES[0])
+        step = CompiledStep(executor_of(trainer).step, Placement(), ReplicaState())
+        found = []
+        for capacity in capacities:
+            data = DataReader(as_adapter(from_arrays((X, Y), 8, shuffle=False))).epoch(0)
+            with contextlib.closing(data.blocks(capacity)) as blocks:
+                for block in blocks:
+                    assert (block.capacity > 1) == (capacity > 1)
+                    rows = np.asarray(to_host(step(block)["loss"])).reshape(-1)
+                    found += rows[: block.count].tolist()
+        return found
+
+    np.testing.assert_allclose(losses(1, 5, 1), losses(1, 1, 1), rtol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["batches", "arrays", "arrays with a smaller last batch"])

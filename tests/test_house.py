@@ -26,6 +26,7 @@ UNAVOIDABLE = {
     "loader._iterator",  # the workers of a DataLoader, which can't be copied
     "getattr(callback, '_should_trace', False)",  # whether Keras' TensorBoard profiles a batch
     "getattr(getattr(metric, 'metric', metric), '_direction', None)",  # which way is better
+    "each._distribution_strategy",  # the strategy whose variables an optimizer updates
     "owner._learning_rate",  # the schedule itself; Keras' property returns its present value
 }
 

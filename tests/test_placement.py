@@ -29,8 +29,26 @@ def make_trainer(**kwargs) -> ClassifierTrainer:
 def tensorflow_strategy(tmp_path, monkeypatch):
     import tensorflow as tf
 
+    with tf.distribute.OneDeviceStrategy("CPU:0").scope():
+        yield
+
+
+@contextlib.contextmanager
+def mirrored():
+    import tensorflow as tf
+
     with tf.distribute.MirroredStrategy(["CPU:0"]).scope():
         yield
+
+
+@contextlib.contextmanager
+def tensorflow_xla(tmp_path, monkeypatch):
+    core.set_jit_compile(True)
+    try:
+        with mirrored():
+            yield
+    finally:
+        core.set_jit_compile("auto")
 
 
 @contextlib.contextmanager
@@ -85,7 +103,10 @@ def process_group(tmp_path, monkeypatch):
 
 
 REFUSED = {
-    "tensorflow": [(tensorflow_strategy, "MirroredStrategy is active")],
+    "tensorflow": [
+        (tensorflow_strategy, r"OneDeviceStrategy is active.*MirroredStrategy"),
+        (tensorflow_xla, r"set_jit_compile\(False\)"),
+    ],
     "jax": [
         (jax_processes_without_distribution, r"set_distribution\(keras.distribution.DataParallel"),
         (jax_data_of_each_process, "leave out auto_shard_dataset"),
@@ -105,6 +126,40 @@ def test_what_is_not_served_raises(engine, message, tmp_path, monkeypatch):
         with pytest.raises((NotImplementedError, RuntimeError), match=message):
             trainer.train(from_arrays((X, Y), 16), 1)
         np.testing.assert_array_equal(trainer.model.get_weights()[0], weights[0])
+
+
+@pytest.mark.skipif(NAME != "tensorflow", reason="strategies of TensorFlow")
+def test_scopes_around_a_part_raise():
+    """One device would be trained, or each replica would assign the same variable."""
+    data = from_arrays((X, Y), 16)
+    with mirrored():
+        trainer = make_trainer()
+    with pytest.raises(RuntimeError, match=r"called outside of it.*strategy\.scope\(\)"):
+        trainer.train(data, 1)
+    outside = make_trainer()
+    with mirrored(), pytest.raises(RuntimeError, match=r"outside of the scope.*MirroredStrategy"):
+        outside.train(data, 1)
+
+
+@pytest.mark.skipif(NAME != "tensorflow", reason="strategies of TensorFlow")
+@pytest.mark.parametrize("kind", ["global generator", "variable"])
+def test_state_without_a_copy_on_each_device_raises(kind):
+    import tensorflow as tf
+
+    variable = tf.Variable(0.0)
+
+    class Stateful(ClassifierTrainer):
+        def forward_without_grads(self, x, y):
+            if kind == "variable":
+                return x + variable.assign_add(1.0), y
+            return x + keras.random.normal((4,)), y
+
+    with mirrored():
+        parts = make_trainer()
+        trainer = Stateful(parts.model, parts.optimizer, parts.loss)
+        message = {"variable": "a variable of TensorFlow itself", "global generator": "SeedGen"}
+        with pytest.raises((NotImplementedError, RuntimeError), match=message[kind]):
+            trainer.train(from_arrays((X, Y), 16), 1)
 
 
 @pytest.mark.skipif(NAME != "torch", reason="wrappers of PyTorch")

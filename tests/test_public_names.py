@@ -27,6 +27,7 @@ MODULES = {
     "lr_finder",
     "metrics",
     "optimizers",
+    "report",
     "runs",
     "schedules",
     "training",

@@ -433,7 +433,7 @@ def test_a_dry_run_reports_variables_and_updates_and_changes_nothing():
         dry_run = active_dry_run()
         total.assign_add(ops.sum(x))
         for optimizer, weights in ((sgd, [a]), (adam, [b]), (adam, [a, b])):
-            dry_run.record_update(optimizer, weights)
+            dry_run.record_updates((optimizer, weights))
         with VariableRecorder(outer=current_scope()):
             assert active_dry_run() is dry_run
         return total + a * b

@@ -135,6 +135,7 @@ def test_trials_are_those_of_a_loop_by_hand(tmp_path):
             trial.intermediate_values
         )
         assert not (folder / "checkpoints").exists()
+    assert not list(Path("runs").rglob("report.html"))
     best = keras.models.load_model(Path(ours.best_trial.user_attrs["run_dir"]) / "best.keras")
     error = np.mean((keras.ops.convert_to_numpy(best(X)) - Y) ** 2)
     assert error == pytest.approx(ours.best_value, rel=1e-4)

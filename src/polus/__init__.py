@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from polus import lr_finder as lr_finder
     from polus import metrics as metrics
     from polus import optimizers as optimizers
+    from polus import report as report
     from polus import runs as runs
     from polus import schedules as schedules
     from polus import training as training
@@ -45,8 +46,10 @@ if TYPE_CHECKING:
     from polus.core import function as function
     from polus.core import gather as gather
     from polus.core import get_jit_compile as get_jit_compile
+    from polus.core import profile as profile
     from polus.core import set_deterministic as set_deterministic
     from polus.core import set_jit_compile as set_jit_compile
+    from polus.core import set_tuning_cache as set_tuning_cache
     from polus.core import value_and_grad as value_and_grad
     from polus.data import from_arrays as from_arrays
     from polus.data import with_iterator_state as with_iterator_state
@@ -56,6 +59,7 @@ if TYPE_CHECKING:
     from polus.metrics import IConfusionMatrix as IConfusionMatrix
     from polus.metrics import IMetric as IMetric
     from polus.metrics import MacroF1Score as MacroF1Score
+    from polus.report import write_report as write_report
     from polus.training import BaseTrainer as BaseTrainer
     from polus.training import ClassifierTrainer as ClassifierTrainer
 
@@ -87,8 +91,10 @@ _NAMES = {
         "function",
         "gather",
         "get_jit_compile",
+        "profile",
         "set_deterministic",
         "set_jit_compile",
+        "set_tuning_cache",
         "value_and_grad",
     ),
     "data": ("from_arrays", "with_iterator_state"),
@@ -98,6 +104,7 @@ _NAMES = {
     "ir": (),
     "lr_finder": (),
     "optimizers": (),
+    "report": ("write_report",),
     "runs": (),
     "schedules": (),
     "metrics": ("Accuracy", "IConfusionMatrix", "IMetric", "MacroF1Score"),

@@ -1,14 +1,18 @@
 """The compiler setting, and the three functions that reach the backend."""
 
+import contextlib
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar, overload
 
 import keras
 
 from polus.backends import backend
+from polus.files import check_directory, make_folder
 from polus.log import BaseLogger as BaseLogger
 from polus.types import Tensor
 
@@ -16,6 +20,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 JitMode = bool | Literal["auto"]
 _jit: dict[str, JitMode] = {"mode": "auto", "timed": True}
+_tuning_cache: dict[str, Path | None] = {}
 logger = logging.getLogger("polus.core")
 
 
@@ -64,9 +69,56 @@ def set_deterministic(seed: int) -> None:
         logger.warning("set_deterministic: %s", doubt)
 
 
+@contextlib.contextmanager
+def profile(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Writes a trace of what runs in its body, by the backend's own profiler.
+
+    Logs how to open the trace. A trace of a minute may take gigabytes: run some steps.
+
+    ```python
+    with polus.profile("runs/a/trace"):
+        trainer.train(data, epochs=1, steps=50)
+    ```
+
+    Args:
+        folder: Where the trace is written; made if it is missing.
+
+    Raises:
+        ValueError: If a file is in the way.
+    """
+    path = check_directory(folder, "folder")
+    make_folder(path)
+    context, how = backend.profile(str(path))
+    with context:
+        yield
+    logger.info("The trace is in %s: %s.", path, how)
+
+
 def times_ways() -> bool:
     """Returns whether Polus times ways to run a step: until `set_deterministic` is called."""
     return _jit["timed"] is True
+
+
+def set_tuning_cache(path: str | os.PathLike[str] | None) -> None:
+    """Sets the file that keeps how long steps took, for the next program to measure nothing again.
+
+    `train` times ways to run a step where the run is long enough to win that back. What it measured
+    serves all steps of the same kind on this machine: layers, optimizers, shapes and code alike,
+    and the same versions. It changes how fast a run is, and may change roundings, as measuring
+    does. A resumed run uses the choices of its checkpoint.
+
+    Args:
+        path: A file; `polus/tuning.json` in the user's cache folder unless set (`$XDG_CACHE_HOME`,
+            or `~/.cache`). None: nothing is kept, and each trainer measures for itself.
+    """
+    _tuning_cache["path"] = None if path is None else Path(path).expanduser().absolute()
+
+
+def get_tuning_cache() -> Path | None:
+    """Returns the file of `set_tuning_cache`."""
+    if "path" not in _tuning_cache:
+        set_tuning_cache(Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "polus/tuning.json"))
+    return _tuning_cache["path"]
 
 
 @overload
@@ -229,7 +281,7 @@ def gather(tensor: Tensor) -> Tensor:
     """Returns the rows of a tensor from all replicas that share a batch, in the batch's order.
 
     A step that compares examples with each other, such as a loss with in-batch negatives, needs all
-    rows of the batch. Where each replica runs the step on its own rows (PyTorch processes), this
+    rows of the batch. Where each replica runs the step on its own rows (PyTorch, TensorFlow), this
     concatenates them along the first axis; gradients flow back to each replica's own. Where a step
     sees the whole batch (one device, JAX), it returns the tensor itself. All replicas have to call
     it.

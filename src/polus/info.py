@@ -14,13 +14,14 @@ from typing import Any
 import keras
 
 from polus.backends import backend
-from polus.checkpoint.environment import FLAGS, processor
 from polus.core import get_jit_compile
+from polus.environment import FLAGS, processor
 
 BACKENDS = {"tensorflow": "tensorflow", "jax": "jax", "torch": "torch"}
 # What is missing for a feature, by the package that it needs.
 OPTIONAL = {
     "matplotlib": "history.plot",
+    "bokeh": "report.html of a run",
     "pandas": "history.to_frame",
     "ir_measures": "polus.ir: evaluation",
     "tokenizers": "polus.ir: pretrained encoders",

@@ -27,7 +27,7 @@ class Snapshot:
     def restore(self) -> None:
         """Restores everything. May be called more than once."""
         for variable, value in zip(self.variables, self.values, strict=True):
-            variable.assign(value)
+            backend.assign(variable, value)
         set_random_state(self.random)
 
 

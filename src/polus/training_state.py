@@ -92,7 +92,7 @@ def check_variables(saved: Sequence[Tree], variables: Variables, same_backend: b
 def restore_variables(saved: Sequence[Tree], variables: Variables) -> None:
     """Assigns the values of `variables_state`; call `check_variables` before."""
     for variable, state in zip(variables, saved, strict=True):
-        variable.assign(state["value"])
+        backend.assign(variable, state["value"])
 
 
 def without_learning_rates(

@@ -22,6 +22,8 @@ RNG = np.random.default_rng(0)
 X = RNG.normal(size=(96, 20)).astype("float32")
 Y = (X @ RNG.normal(size=(20, 5))).argmax(1).astype("int32")
 TASKS = {}
+# On TensorFlow, tested on the replicas of one process only; and what they don't have.
+COSTLY = ["clipped", "penalized", "cached", "synchronized", "swept", "sharded"]
 
 
 def task(fn):
@@ -136,6 +138,31 @@ def uneven(engine):
 
 
 @task
+def embedded(engine):
+    """Gradients of rows that were looked up several times; decayed and averaged weights."""
+    import keras
+
+    from polus.data import from_arrays
+    from polus.training import ClassifierTrainer
+
+    rng = np.random.default_rng(0)
+    embedding = keras.layers.Embedding(30, 8, embeddings_initializer="zeros")
+    model = keras.Sequential([keras.Input((7,), dtype="int32"), embedding])
+    model.add(keras.layers.GlobalAveragePooling1D())
+    model.add(dense(5))
+    for variable in model.trainable_variables:
+        variable.assign(rng.normal(size=variable.shape) * 0.3)
+    optimizer = keras.optimizers.AdamW(
+        0.01, weight_decay=0.1, use_ema=True, ema_momentum=0.9, ema_overwrite_frequency=4
+    )
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    words = rng.integers(0, 30, size=(90, 7)).astype("int32")
+    data = from_arrays((words, Y[:90]), 16)
+    history = ClassifierTrainer(model, optimizer, loss).train(data, 2, steps_per_execution=2)
+    return summary(history, model)
+
+
+@task
 def accumulated(engine):
     """An optimizer that updates at every second step."""
     import keras
@@ -218,6 +245,53 @@ def gan(engine):
     return summary(history, generator, critic)
 
 
+@task
+def penalized(engine):
+    """Losses minimized together, a penalty on gradients by inputs, an optimizer called by hand."""
+    import keras
+    from keras import ops
+
+    from polus import core
+    from polus.data import from_arrays
+    from polus.training import BaseTrainer
+
+    class Penalized(BaseTrainer):
+        def __init__(self, generator, critic, other):
+            super().__init__(generator, keras.optimizers.Adam(0.01), lambda loss: loss)
+            self.critic, self.other = critic, other
+            self.critic_optimizer = keras.optimizers.SGD(0.1)
+            self.other_optimizer = keras.optimizers.SGD(0.1, global_clipnorm=0.2)
+
+        def train_step(self, z, x):
+            def losses():
+                fake = self.model(z)
+                _, (slope,) = core.value_and_grad(lambda x: ops.sum(self.critic(x)), [], inputs=[x])
+                penalty = ops.mean(ops.square(ops.norm(slope, axis=1) - 1))
+                apart = ops.mean(ops.softplus(self.critic(fake)) + ops.softplus(-self.critic(x)))
+                fooled = ops.mean(ops.softplus(-self.critic(fake)))
+                return {"loss": fooled, "critic": apart + 10 * penalty}
+
+            weights = self.other.trainable_variables
+            other, gradients = core.value_and_grad(
+                lambda: keras.losses.MeanSquaredError()(z, self.other(x)), weights
+            )
+            self.other_optimizer.apply(gradients, weights)
+            groups = {
+                "loss": (self.model.trainable_weights, self.optimizer),
+                "critic": (self.critic.trainable_weights, self.critic_optimizer),
+            }
+            return self.minimize_together(losses, groups) | {"other": other}
+
+    generator = model_of(dense(16, "tanh"), dense(20), size=8)
+    critic = model_of(dense(16, "tanh"), dense(1), seed=6)
+    other = model_of(dense(8), seed=7)
+    z = np.random.default_rng(3).normal(size=(90, 8)).astype("float32")
+    trainer = Penalized(generator, critic, other)
+    trainer.other_optimizer.build(other.trainable_variables)
+    history = trainer.train(from_arrays((z, X[:90]), 16), 2, steps_per_execution=2)
+    return summary(history, generator, critic, other)
+
+
 class Columns:
     """The documents of a retrieval batch: positives close to the queries, two hard negatives."""
 
@@ -287,6 +361,50 @@ def normalized(engine):
     trainer = classifier(keras.layers.BatchNormalization(), optimizer=optimizer)
     history = trainer.train(arrays(), 3)
     return summary(history, trainer.model) | {"evaluated": trainer.evaluate(arrays(shuffle=False))}
+
+
+@task
+def rows(engine):
+    """How many rows of a batch of 16 a step is traced with."""
+    import keras
+
+    seen = []
+
+    class Sees(type(classifier())):
+        def forward_without_grads(self, x, y):
+            seen.append(int(x.shape[0]))
+            return x, y
+
+    parts = classifier(metrics=[keras.metrics.SparseCategoricalAccuracy("accuracy")])
+    trainer = Sees(parts.model, parts.optimizer, parts.loss, metrics=parts.metrics)
+    trainer.train(arrays(), 1, steps_per_execution=2)
+    trainer.evaluate(arrays())
+    return {"rows": seen}
+
+
+@task
+def synchronized(engine):
+    """Batch norm over the rows of all replicas, where the engine has it."""
+    import keras
+
+    one = isinstance(engine, OneDevice)
+    trainer = classifier(keras.layers.BatchNormalization(synchronized=not one))
+    return summary(trainer.train(arrays(), 3), trainer.model)
+
+
+@task
+def skipped(engine):
+    """A batch that is not finite in one replica changes nothing in any."""
+    import keras
+
+    x = X.copy()
+    x[70] = np.nan
+    from polus.data import from_arrays
+
+    trainer = classifier(metrics=[keras.metrics.SparseCategoricalAccuracy("accuracy")])
+    data = from_arrays((x, Y), 16, shuffle=False)
+    history = trainer.train(data, 2, on_nonfinite="skip", steps_per_execution=3)
+    return summary(history, trainer.model)
 
 
 @task
@@ -416,6 +534,7 @@ def written(engine):
         ConsoleLogCallback(Console(file=output)),
         SaveModelCallback("end", folder / "model.keras"),
         keras.callbacks.CSVLogger(folder / "log.csv"),
+        keras.callbacks.ModelCheckpoint(folder / "keras.keras"),
     ]
     classifier().train(arrays(), 1, callbacks)
     logging.disable(logging.WARNING)
@@ -441,8 +560,11 @@ def stopped(engine):
 @task
 def resumed(engine):
     """A signal to one process saves and ends all; then one device continues, then several again."""
+    import keras
+
     from polus.callbacks import Callback
     from polus.checkpoint import Checkpoint
+    from polus.metrics import MacroF1Score
 
     folder = engine.folder / "checkpoints"
 
@@ -459,7 +581,9 @@ def resumed(engine):
                 raise KeyboardInterrupt
 
     def train(*callbacks, folder=folder):
-        trainer = classifier()
+        # Counts, of which a checkpoint in the middle of an epoch has those of all replicas.
+        metrics = [keras.metrics.SparseCategoricalAccuracy("accuracy"), MacroF1Score(5)]
+        trainer = classifier(metrics=metrics)
         checkpoint = Checkpoint(folder, every_steps=4, every_secs=1000)
         callbacks = [checkpoint, *callbacks]
         history = trainer.train(
@@ -467,19 +591,24 @@ def resumed(engine):
         )
         return summary(history, trainer.model)
 
-    uninterrupted = train(folder=engine.folder / "others")
-    result = {"uninterrupted": uninterrupted}
-    try:
-        train(Kill())
-    except SystemExit as end:
-        result["code"] = end.code
-    result["saved"] = len(list(folder.glob("*-*")))
+    def killed(folder):
+        try:
+            train(Kill(), folder=folder)
+        except SystemExit as end:
+            return {"code": end.code, "saved": len(list(folder.glob("*-*")))}
+
+    result = {"uninterrupted": train(folder=engine.folder / "others")}
+    result |= killed(folder)
     if engine.can_be_alone:
         with engine.alone() as runs:
             if runs:
                 with contextlib.suppress(KeyboardInterrupt):
                     train(Break())
     result["resumed"] = train()
+    result["same"] = result["resumed"]
+    if engine.can_be_alone:  # else it was resumed on the same number of devices
+        killed(engine.folder / "same")
+        result["same"] = train(folder=engine.folder / "same")
     return result
 
 
@@ -513,11 +642,12 @@ def sharded(engine):
 @task
 def lost(engine):
     """A process that ends ends the others. The last task: nobody goes on after it."""
+    trainer = classifier()
     if engine.index:
         return {}
     try:
-        classifier().train(arrays(), 3)
-    except RuntimeError as error:
+        trainer.train(arrays(), 3)
+    except Exception as error:  # each engine has a class of its own
         return {"notes": error.__notes__}
 
 
@@ -582,7 +712,58 @@ class JaxProcesses:
         self.index, self.replicas, self.folder = index, count, folder
 
 
-ENGINES = {"torch": TorchProcesses, "jax": JaxProcesses}
+class Mirrored:
+    """One process with two replicas, on two devices made of one processor."""
+
+    is_global, can_be_alone, index, replicas = False, True, 0, 1
+
+    def __init__(self, index, count, port, folder):
+        import tensorflow as tf
+
+        self.folder = folder
+        tf.config.threading.set_intra_op_parallelism_threads(1)
+        (cpu,) = tf.config.list_physical_devices("CPU")
+        two = [tf.config.LogicalDeviceConfiguration()] * 2
+        tf.config.set_logical_device_configuration(cpu, two)
+        self.strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+        self._enter()
+
+    def _enter(self):
+        self._scope = contextlib.ExitStack()
+        self._scope.enter_context(self.strategy.scope())
+
+    @contextlib.contextmanager
+    def alone(self):
+        self._scope.close()
+        try:
+            yield self.index == 0
+        finally:
+            self._enter()
+
+
+class Workers(Mirrored):
+    """Two processes with a replica each."""
+
+    def __init__(self, index, count, port, folder):
+        workers = [f"localhost:{int(port) + i}" for i in range(count)]
+        task = {"cluster": {"worker": workers}, "task": {"type": "worker", "index": index}}
+        os.environ["TF_CONFIG"] = json.dumps(task)
+        import tensorflow as tf
+
+        tf.config.threading.set_intra_op_parallelism_threads(1)
+        self.index, self.replicas, self.folder = index, count, folder
+        ring = tf.distribute.experimental.CommunicationImplementation.RING
+        options = tf.distribute.experimental.CommunicationOptions(implementation=ring)
+        self.strategy = tf.distribute.MultiWorkerMirroredStrategy(communication_options=options)
+        self._enter()
+
+
+ENGINES = {
+    "torch": TorchProcesses,
+    "jax": JaxProcesses,
+    "mirrored": Mirrored,
+    "tensorflow": Workers,
+}
 
 
 def main(name, index, count, port, folder, *names):

@@ -22,9 +22,11 @@ TIMEOUT_SECS = 280  # a minute on two idle cores
 # JAX's processes compute what its devices in one process do, which is tested here as well.
 ON_PROCESSES = {
     "jax": ["plain", "dropped", "refused", "stopped", "resumed", "sharded"],
-    "torch": [name for name in tasks.TASKS if name != "sharded"],
-    "tensorflow": [],
+    "torch": [name for name in tasks.TASKS if name not in ("sharded", "synchronized")],
+    "tensorflow": [name for name in tasks.TASKS if name not in tasks.COSTLY],
 }[NAME]
+ELSEWHERE = ["refused", "sharded", "lost", "written"]  # what needs several processes
+ON_REPLICAS = [name for name in tasks.TASKS if name not in ELSEWHERE]
 
 
 class JaxDevices:
@@ -119,6 +121,13 @@ def run_processes(engine: str, folder: str, names: list[str], count: int = 2) ->
 
 
 @pytest.fixture(scope="module")
+def replicas():
+    """The results of one process with two replicas, by task."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield run_processes("mirrored", folder, ON_REPLICAS, count=1)[0]
+
+
+@pytest.fixture(scope="module")
 def reference():
     """Returns the result of a task on one device, computed once."""
     known = {}
@@ -143,7 +152,17 @@ def without_secs(result):
     return {name: value for name, value in result.items() if name != "secs"}
 
 
-EQUAL = ["plain", "clipped", "uneven", "accumulated", "scaled", "gan"]
+EQUAL = [
+    "plain",
+    "clipped",
+    "uneven",
+    "accumulated",
+    "scaled",
+    "gan",
+    "penalized",
+    "skipped",
+    "embedded",
+]
 EQUAL += ["retrieval", "cached", "swept", "predicted"]
 
 # ---------------------------------------------------------------------- processes
@@ -157,6 +176,13 @@ def on_processes(name):
 def test_processes_give_the_numbers_of_one_device(name, processes, reference):
     for results in processes:
         assert_same(without_secs(results[name]), reference(name))
+
+
+@on_processes("rows")
+def test_each_process_computes_its_rows(processes):
+    for results in processes:
+        whole, *traced = results["rows"]["rows"]
+        assert (whole, set(traced)) == (16, {8})  # the dry run, and the steps
 
 
 @on_processes("normalized")
@@ -207,8 +233,7 @@ def test_a_signal_to_one_process_ends_all_and_they_resume(processes, reference):
         assert run["code"] == 128 + 15
         assert run["saved"] == 1
         resumed, uninterrupted = run["resumed"], run["uninterrupted"]
-        if NAME == "jax":  # on the same number of devices all the way
-            assert resumed == uninterrupted
+        assert run["same"] == uninterrupted  # every bit on the same number of devices
         assert_same(resumed["steps"], uninterrupted["steps"])
         assert_same(resumed["sizes"], uninterrupted["sizes"])
         assert_same(resumed["steps"]["loss"], expected["steps"]["loss"])
@@ -244,10 +269,56 @@ def test_a_lost_process_ends_the_others(processes):
 @on_processes("written")
 def test_the_first_process_writes(processes):
     first, second = (results["written"] for results in processes)
-    assert first["files"] == ["log.csv", "model.keras"]
+    assert first["files"] == ["keras.keras", "log.csv", "model.keras"]
     assert "epoch 1/1" in first["lines"]
     assert first["logged"] == ["INFO"]
     assert (second["files"], second["lines"], second["logged"]) == ([], "", [])
+
+
+# ---------------------------------------------------------------------- TensorFlow's replicas
+
+
+on_tensorflow = pytest.mark.skipif(NAME != "tensorflow", reason="replicas of TensorFlow")
+
+
+@on_tensorflow
+@pytest.mark.parametrize("name", [*EQUAL, "synchronized", "data_kinds"])
+def test_replicas_give_the_numbers_of_one_device(name, replicas, reference):
+    assert_same(without_secs(replicas[name]), reference(name))
+
+
+@on_tensorflow
+def test_each_replica_computes_its_rows(replicas):
+    """Were the batch replicated, the numbers would be right, and each device would do all."""
+    whole, *traced = replicas["rows"]["rows"]
+    assert whole == 16  # the dry run
+    assert set(traced) == {8}
+
+
+@on_tensorflow
+def test_batch_norm_in_replicas(replicas, reference):
+    """Each replica normalizes its own rows, and the moving statistics are those of all."""
+    losses = replicas["normalized"]["steps"]["loss"]
+    assert_same(losses[0], sliced_batch_norm_loss())
+    assert abs(losses[-1] - reference("normalized")["steps"]["loss"][-1]) > 1e-3
+
+
+@on_tensorflow
+def test_each_row_of_a_batch_has_its_own_dropout_mask_in_replicas(replicas, reference):
+    assert replicas["dropped"]["masks"] == 16
+    # What a checkpoint saves knows nothing of the replicas.
+    assert replicas["dropped"]["seed"] == reference("dropped")["seed"]
+
+
+@on_tensorflow
+def test_replicas_stop_and_resume(replicas, reference):
+    assert replicas["stopped"]["steps"] == 4
+    run = replicas["resumed"]
+    assert (run["code"], run["saved"]) == (128 + 15, 1)
+    assert run["same"] == run["uninterrupted"]  # every bit on the same number of devices
+    assert_same(run["resumed"]["steps"], run["uninterrupted"]["steps"])
+    assert_same(run["resumed"]["sizes"], run["uninterrupted"]["sizes"])
+    assert_same(run["resumed"]["steps"]["loss"], reference("plain")["steps"]["loss"])
 
 
 # ---------------------------------------------------------------------- JAX's devices

@@ -1,6 +1,7 @@
 """What the three backends have in common."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, ParamSpec, Protocol, TypeVar
 
 import keras
@@ -211,6 +212,10 @@ class Backend(Protocol):
         """Returns the rows `indices` of `array`, which are within its bounds."""
         ...
 
+    def assign(self, variable: keras.Variable | BackendVariable, value: Any) -> None:
+        """Gives a variable a value that `copy`, `view` or `hold` returned, on all devices."""
+        ...
+
     def copy(self, variable: keras.Variable | BackendVariable) -> Tensor:
         """Returns a copy of a variable's value that later steps leave alone."""
         ...
@@ -252,6 +257,10 @@ class Backend(Protocol):
 
     def set_deterministic(self) -> list[str]:
         """Makes operations compute the same bits in each run. Returns what can't be promised."""
+        ...
+
+    def profile(self, folder: str) -> tuple[AbstractContextManager[Any], str]:
+        """Returns what writes a trace of its body into a folder, and how to open the trace."""
         ...
 
     def placement(self) -> Placement:

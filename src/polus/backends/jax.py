@@ -3,6 +3,7 @@
 import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, ParamSpec, TypeVar
 
 import jax
@@ -352,6 +353,11 @@ def take(array: Tensor, indices: Tensor) -> Tensor:
     return taken
 
 
+def assign(variable: keras.Variable | BackendVariable, value: Any) -> None:
+    """Gives a variable a value that was read of it."""
+    variable.assign(value)
+
+
 def copy(variable: keras.Variable | BackendVariable) -> Tensor:
     """Returns a copy of a variable's value that later steps leave alone."""
     return copied(variable.value)
@@ -403,6 +409,12 @@ def set_deterministic() -> list[str]:
     if jax.default_backend() == "gpu" and flag not in os.environ.get("XLA_FLAGS", ""):
         return [f"On a GPU, start the program with XLA_FLAGS={flag}, or sums may differ."]
     return []
+
+
+def profile(folder: str) -> tuple[AbstractContextManager[Any], str]:
+    """Returns what writes a trace of its body into a folder, and how to open the trace."""
+    how = "open perfetto_trace.json.gz in https://ui.perfetto.dev"
+    return jax.profiler.trace(folder, create_perfetto_trace=True), how
 
 
 def placement() -> Placement:

@@ -9,6 +9,11 @@ import keras
 from polus.backends.scopes import BackendVariable
 from polus.types import Tensor
 
+LOST_PROCESS = (
+    "Another process of this run has ended, or did not answer in time, and no step runs without "
+    "it. Its own output says why. Start the program again: with train(..., resume=folder) it "
+    "continues from its newest checkpoint."
+)
 Program = Callable[..., Any]
 BackendStack = Callable[[Sequence[Tensor], int], Tensor]
 Stateful: TypeAlias = keras.Variable | BackendVariable
@@ -22,11 +27,15 @@ class ReplicaState:
         summed: Those of metrics: what each replica has added is summed.
         averaged: Float variables that no optimizer updates, such as moving statistics.
         seeds: The states of Keras' seed generators, from which each replica draws its own numbers.
+        optimizers: Those that the step may call.
+        variables: All that the step uses.
     """
 
     summed: Sequence[keras.Variable] = ()
     averaged: Sequence[Stateful] = ()
     seeds: Sequence[keras.Variable] = ()
+    optimizers: Sequence[keras.optimizers.Optimizer] = ()
+    variables: Sequence[Stateful] = ()
 
 
 class Placement:
@@ -97,6 +106,10 @@ class Placement:
 
     # ------------------------------------------------------------------ steps
 
+    def step(self, step: Program, size: int, state: ReplicaState) -> Program:
+        """Returns `step`, to be compiled for batches of `size`, over the devices of a process."""
+        return step
+
     def program(self, program: Program, size: int, state: ReplicaState) -> Program:
         """Returns `program`, which runs steps on batches of `size`, over all devices."""
         return program
@@ -124,11 +137,25 @@ class Placement:
         """Returns the largest of each number over the processes. All processes must call it."""
         return list(values)
 
+    def by_itself(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Calls a function of one process: the variables that it makes are not shared."""
+        return function(*arguments)
+
     def broadcast(self, variables: Iterable[Stateful]) -> None:
         """Gives each process the values that process 0 has."""
 
     def report_layouts(self, variables: Sequence[keras.Variable]) -> None:
         """Logs how many variables are sharded, if the engine shards any."""
+
+
+def own_part(placement: Placement, array: Tensor, axis: int, size: int) -> Tensor:
+    """Returns a process's part of an array with an axis of `size` examples; others as they are."""
+    shape = getattr(array, "shape", ())
+    if not placement.divides(size) or len(shape) <= axis or shape[axis] != size:
+        return array
+    part = size // placement.count
+    own = slice(placement.index * part, (placement.index + 1) * part)
+    return array[(slice(None),) * axis + (own,)]
 
 
 def check_same(placement: Placement, value: float, message: str) -> None:

@@ -123,6 +123,7 @@ class DryRun(VariableRecorder):
 
     Attributes:
         updates: Each optimizer with the variables that it would have updated, in order.
+        num_decisions: How often updates were made, of which several may go together.
         backend_variables: The backend's own variables that were used.
         differentiated: The variables that were read where gradients flow.
         result: What the function returned: tensors, or descriptions of them.
@@ -137,6 +138,7 @@ class DryRun(VariableRecorder):
     ) -> None:
         super().__init__(values, outer, copies, initialize_variables)
         self.updates: list[tuple[keras.optimizers.Optimizer, list[keras.Variable]]] = []
+        self.num_decisions = 0
         self.backend_variables: list[BackendVariable] = []
         self.differentiated: list[keras.Variable] = []
         self.result: Any = None
@@ -166,16 +168,18 @@ class DryRun(VariableRecorder):
         """All variables of Keras in first-use order, then `backend_variables`."""
         return [*super().variables, *self.backend_variables]
 
-    def record_update(
-        self, optimizer: keras.optimizers.Optimizer, variables: Sequence[keras.Variable]
+    def record_updates(
+        self, *updates: tuple[keras.optimizers.Optimizer, Sequence[keras.Variable]]
     ) -> None:
-        """Notes an update of `variables` by `optimizer` in place of carrying it out."""
-        self.updates.append((optimizer, list(variables)))
-        self.record_assigned(variables)
-        if optimizer.built:
-            self.record_assigned(optimizer.variables)
-        for variable in getattr(schedule_of(optimizer), "variables", ()):
-            self.get_current_value(variable)
+        """Notes updates that are made together, in place of carrying them out."""
+        self.num_decisions += 1
+        for optimizer, variables in updates:
+            self.updates.append((optimizer, list(variables)))
+            self.record_assigned(variables)
+            if optimizer.built:
+                self.record_assigned(optimizer.variables)
+            for variable in getattr(schedule_of(optimizer), "variables", ()):
+                self.get_current_value(variable)
 
     def record_scratch(self, variables: Iterable[keras.Variable]) -> None:
         """Marks variables that a step overwrites before it reads them.

@@ -1,6 +1,7 @@
 """TensorFlow: `tf.function`, with XLA where it is asked for. Variables are captured as usual."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, ParamSpec, TypeVar
 
 import keras
@@ -13,6 +14,7 @@ from polus.backends.placement import Placement
 from polus.backends.scopes import BackendVariable, DryRun, current_scope
 from polus.backends.tensorflow_blocks import GraphBlocks, padded
 from polus.backends.tensorflow_loops import first_batch, loop_of, only_step, row_at, row_specs
+from polus.backends.tensorflow_replica import averaged, current, differentiating
 from polus.types import Tensor
 
 Tree = Any
@@ -94,14 +96,14 @@ def value_and_grad(
     # TensorFlow orders the reads in here before an update that follows. One of ours between the
     # value and the update took its own away (its graph optimizer drops the one for the other, then
     # folds ours).
-    with tf.GradientTape() as tape:
+    with differentiating() as replica, tf.GradientTape() as tape:
         tape.watch(inputs)
         result = fn(*inputs)
         value = result if loss is None else loss(result)
     gradients = tape.gradient(value, [*(variable.value for variable in variables), *inputs])
     by_inputs = gradients[len(variables) :]
     gradients = [g if v.trainable else None for g, v in zip(gradients, variables, strict=False)]
-    gradients += by_inputs
+    gradients = averaged(replica, gradients) + by_inputs  # inputs are each replica's own
     if not sparse:
         gradients = [g if g is None else tf.convert_to_tensor(g) for g in gradients]
         # All of them before any is used: for an optimizer that is called by hand, the tie that
@@ -117,16 +119,15 @@ def values_and_grads(
     losses: Callable[[R], Sequence[Tensor]],
 ) -> tuple[R, list[list[Tensor | None]]]:
     """Returns `fn()` and the gradients of several losses, each by its group; see `Backend`."""
-    with tf.GradientTape(persistent=True) as tape:
+    with differentiating() as replica, tf.GradientTape(persistent=True) as tape:
         result = fn()
         values = losses(result)
     gradients: list[list[Tensor | None]] = []
     for value, variables in zip(values, groups, strict=True):
         found = tape.gradient(value, [variable.value for variable in variables])
         found = [None if g is None else tf.convert_to_tensor(g) for g in found]
-        gradients.append(
-            [g if v.trainable else None for g, v in zip(found, variables, strict=True)]
-        )
+        found = [g if v.trainable else None for g, v in zip(found, variables, strict=True)]
+        gradients.append(averaged(replica, found))
     # All of them before any update: see `value_and_grad`.
     with tf.control_dependencies([g for group in gradients for g in group if g is not None]):
         same = [[None if g is None else tf.identity(g) for g in group] for group in gradients]
@@ -137,7 +138,7 @@ def value_and_input_grad(
     fn: Callable[..., Tensor], inputs: Sequence[Tensor]
 ) -> tuple[Tensor, list[Tensor]]:
     """Returns `fn(*inputs)` and its gradients with respect to the inputs; see `Backend`."""
-    with tf.GradientTape() as tape:
+    with differentiating(), tf.GradientTape() as tape:
         tape.watch(inputs)
         value = fn(*inputs)
     return value, tape.gradient(value, inputs, unconnected_gradients=tf.UnconnectedGradients.ZERO)
@@ -194,6 +195,11 @@ def eager_program(step: Callable[..., object], unpack: Unpack | None = None) -> 
 
 def repeat(fn: Callable[[Any], R], count: int, rows: object) -> R:
     """Applies `fn` to each row and stacks what it returns, inside a step; see `Backend`."""
+    if current() is not None:
+        # Replicas meet in gradients, which they can't inside of a loop in the graph.
+        results = [_read_out(fn(row_at(rows, i))) for i in range(count)]
+        joined: R = tf.nest.map_structure(lambda *each: tf.stack(each), *results)
+        return joined
 
     def one(*arguments: Any) -> Tree:
         return _read_out(fn(*arguments))
@@ -211,18 +217,19 @@ def trace(fn: Callable[..., object], args: Sequence[object], eager: bool = False
     `tf.random.Generator`. With `eager`, the values are real ones, and only Keras' are found.
     """
     if eager:
-        with DryRun() as dry_run:
+        with DryRun() as dry_run, tensorflow_distribution.dry_run():
             dry_run.result = fn(*tf.nest.map_structure(_tensor, tuple(args)))
         return dry_run
 
     def call(*inputs: Any) -> Tree:
         return dry_run.returned(fn(*inputs))
 
-    with DryRun() as dry_run:
+    with DryRun() as dry_run, tensorflow_distribution.dry_run():
         graph = tf.function(call, autograph=False).get_concrete_function(
             *tf.nest.map_structure(_tensor, args)
         )
-    of_keras = {id(variable.value) for variable in dry_run.variables}
+    copies = tensorflow_distribution.own_variables
+    of_keras = {id(copy) for each in dry_run.variables for copy in copies(each.value)}
     others = {id(v.handle): v for v in graph.variables if id(v) not in of_keras}
     # The captured inputs are in first-use order; the graph's own list of variables has none.
     captured = [others[id(t)] for t in graph.captured_inputs if id(t) in others]
@@ -323,6 +330,11 @@ def take(array: Tensor, indices: Tensor) -> Tensor:
     return rows
 
 
+def assign(variable: keras.Variable | BackendVariable, value: Any) -> None:
+    """Gives a variable a value that was read of it, on all devices."""
+    tensorflow_distribution.assign(variable, value)
+
+
 def copy(variable: keras.Variable | BackendVariable) -> Tensor:
     """Returns a copy of a variable's value that later steps leave alone."""
     copied: Tensor = tf.identity(variable.value)
@@ -379,6 +391,12 @@ def set_deterministic() -> list[str]:
     """Makes operations compute the same bits in each run. Returns what can't be promised."""
     tf.config.experimental.enable_op_determinism()
     return []
+
+
+def profile(folder: str) -> tuple[AbstractContextManager[Any], str]:
+    """Returns what writes a trace of its body into a folder, and how to open the trace."""
+    how = f"pip install tensorboard tensorboard-plugin-profile, then: tensorboard --logdir {folder}"
+    return tf.profiler.experimental.Profile(folder), how
 
 
 def placement() -> Placement:

@@ -17,7 +17,15 @@ import keras
 import torch
 import torch.distributed as dist
 
-from polus.backends.placement import BackendStack, Placement, Program, ReplicaState, Stateful
+from polus.backends.placement import (
+    LOST_PROCESS,
+    BackendStack,
+    Placement,
+    Program,
+    ReplicaState,
+    Stateful,
+    own_part,
+)
 from polus.backends.scopes import current_scope
 from polus.types import Tensor
 
@@ -42,11 +50,7 @@ def _lost_processes_explained() -> Iterator[None]:
         yield
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error):
-            error.add_note(
-                "Another process of this run has ended, or did not answer in time, and no step "
-                "runs without it. Its own output says why. Start the program again: with "
-                "train(..., resume=folder) it continues from its newest checkpoint."
-            )
+            error.add_note(LOST_PROCESS)
         raise
 
 
@@ -79,24 +83,15 @@ class ProcessGroup(OneProcess):
     # ------------------------------------------------------------------ batches
 
     def place(self, array: Tensor, size: int) -> Tensor:
-        return self._own(array, 0, size)
+        return own_part(self, array, 0, size)
 
     def stack(
         self, rows: Sequence[Tensor], capacity: int, size: int, stack: BackendStack
     ) -> Tensor:
-        return stack([self._own(row, 0, size) for row in rows], capacity)
+        return stack([own_part(self, row, 0, size) for row in rows], capacity)
 
     def place_rows(self, table: Tensor) -> Tensor:
-        return self._own(table, 1, table.shape[1])
-
-    def _own(self, array: Tensor, axis: int, size: int) -> Tensor:
-        """Returns this process's part of an array with an axis of examples; others as they are."""
-        shape = getattr(array, "shape", ())
-        if not self.divides(size) or len(shape) <= axis or shape[axis] != size:
-            return array
-        part = size // self.count
-        own = slice(self.index * part, (self.index + 1) * part)
-        return array[(slice(None),) * axis + (own,)]
+        return own_part(self, table, 1, table.shape[1])
 
     # ------------------------------------------------------------------ steps
 
@@ -164,7 +159,7 @@ class ProcessGroup(OneProcess):
         return rows.to(own.dtype)
 
     def own_rows(self, tensor: Tensor) -> Tensor:
-        return tensor if self.parts == 1 else self._own(tensor, 0, tensor.shape[0])
+        return tensor if self.parts == 1 else own_part(self, tensor, 0, tensor.shape[0])
 
     # ------------------------------------------------------------------ agreement
 

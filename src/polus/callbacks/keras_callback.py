@@ -1,6 +1,7 @@
 """Adapts Keras callbacks, so that they work as they do in `fit`."""
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from polus.backends.placement import Placement
 from polus.callbacks.base import Callback, RunView
 from polus.callbacks.monitor import improving_direction
 from polus.host import to_host
@@ -69,7 +71,7 @@ class KerasCallback(Callback):
         super().__init__()
         self.optimizer = optimizer
         self.callback = callback
-        self.called = callback
+        self.called: Any = callback
         self.has_batch_events = any(_overridden(callback, event) for event in BATCH_EVENTS)
         self.only_counts = self.has_batch_events and _only_counts_batches(callback)
         self.every_steps = 1 if self.has_batch_events and not self.only_counts else None
@@ -109,8 +111,8 @@ class KerasCallback(Callback):
                 "BackupAndRestore restores one process only, and the others would start from the "
                 "beginning. Use polus.checkpoint.Checkpoint(folder) with train(resume=folder)."
             )
-        if not placement.is_first and isinstance(self.callback, WRITERS):
-            self.called = keras.callbacks.Callback()  # does nothing
+        if placement.count > 1 and isinstance(self.callback, WRITERS):
+            self.called = _Writer(self.callback, placement)
 
     def on_epoch_begin(self, epoch: int) -> None:
         if self is self.fit.first:
@@ -383,6 +385,20 @@ def _may_replace(present: Any, value: Any) -> bool:
     kinds: tuple[Any, ...] = (bool | int | float | np.generic, np.ndarray, list | tuple, dict)
     alike = any(isinstance(present, kind) and isinstance(value, kind) for kind in kinds)
     return alike or present is None or value is None
+
+
+class _Writer:
+    """A callback that writes files, called in the first of several processes only."""
+
+    def __init__(self, callback: keras.callbacks.Callback, placement: Placement) -> None:
+        self.callback = callback
+        self.placement = placement
+
+    def __getattr__(self, event: str) -> Any:
+        method = getattr(self.callback, event)
+        if not self.placement.is_first:
+            return lambda *arguments: None
+        return functools.partial(self.placement.by_itself, method)
 
 
 def _overridden(callback: keras.callbacks.Callback, event: str) -> bool:

@@ -127,18 +127,16 @@ class SaveModelCallback(Callback):
             self._save(self.coordinator.run.epoch - 1)
 
     def _save(self, epoch: int) -> list[Path]:
-        paths = []
+        paths, placement = [], self.coordinator.run.placement
         for name, model in self._models().items():
             path = Path(self.path.format(epoch=epoch + 1, model=name))
             paths.append(path)
-            if not self.coordinator.run.placement.is_first:
+            if not placement.is_first:
                 continue
+            save = model.save if self.path.endswith(".keras") else model.save_weights
             with atomic_write(path) as temporary:
-                if self.path.endswith(".keras"):
-                    model.save(temporary)
-                else:
-                    model.save_weights(temporary)
-        if self.coordinator.run.placement.is_first:
+                placement.by_itself(save, temporary)
+        if placement.is_first:
             self._remove_old(epoch)
         return paths
 

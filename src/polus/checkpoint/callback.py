@@ -16,8 +16,8 @@ import numpy as np
 
 from polus.backends.placement import Placement
 from polus.callbacks.base import Callback, Coordinator
-from polus.checkpoint.environment import describe_environment
 from polus.checkpoint.store import CheckpointError, Store
+from polus.environment import describe_environment
 from polus.state_tree import Array, FlatState, flatten_state
 from polus.training_state import allocate_buffers
 

@@ -9,9 +9,9 @@ import keras
 
 from polus.backends.placement import check_same
 from polus.callbacks.base import RunView
-from polus.checkpoint.environment import describe_environment, warn_of_changes
 from polus.checkpoint.store import CheckpointError, Store
 from polus.configuration import ChangedError
+from polus.environment import describe_environment, warn_of_changes
 from polus.errors import AnotherRunError, RefusedStateError
 
 logger = logging.getLogger("polus.checkpoint")

@@ -8,6 +8,9 @@ import keras
 import numpy as np
 
 from polus.data.batches import arrays_of, columns_without_numbers, is_frame, map_arrays
+from polus.data.permutation import ROUNDS, Permutation
+
+MAX_SORTED = 2**20  # examples; the order of more takes long to sort, and much memory
 
 
 def from_arrays(
@@ -27,7 +30,8 @@ def from_arrays(
     The order is the same on every backend and platform. The order of an epoch sorts the raw 64-bit
     outputs of a Philox generator with the key (seed, epoch) (Salmon et al. 2011, "Parallel random
     numbers: as easy as 1, 2, 3"), so that any epoch's order is known without running the earlier
-    ones.
+    ones. Above 2**20 examples eight such outputs are the round keys of a permutation that computes
+    each place when it is read (`polus.data.permutation`): an epoch of any length begins at once.
 
     Args:
         arrays: An array, or a structure of arrays with an equal first axis: the examples. A tuple
@@ -91,21 +95,24 @@ class ArrayDataset:
         self.shuffle = shuffle
         self.seed = int(seed)
         self.drop_remainder = drop_remainder
-        self.on_device = sum(leaf.nbytes for leaf in leaves) <= device_bytes
+        fits = self.num_examples <= 2**31  # the numbers of rows there have 32 bits
+        self.on_device = fits and sum(leaf.nbytes for leaf in leaves) <= device_bytes
 
     def __len__(self) -> int:
         """Returns the number of batches per epoch."""
         whole, rest = divmod(self.num_examples, self.batch_size)
         return whole + (rest > 0 and not self.drop_remainder)
 
-    def order(self, epoch: int) -> np.ndarray[Any, Any]:
-        """Returns the examples' indices in the order of an epoch: (num_examples,), int32."""
+    def order(self, epoch: int) -> np.ndarray[Any, Any] | Permutation:
+        """Returns the examples' indices in the order of an epoch; slices of it are integers."""
         if not self.shuffle:
-            return np.arange(self.num_examples, dtype=np.int32)
+            return Permutation(self.num_examples)
         # NumPy keeps raw outputs and a stable sort the same in every version and on every platform,
         # which it does not promise for Generator.permutation.
-        key = np.array([self.seed, epoch], np.uint64)
-        raw = np.random.Philox(key=key).random_raw(self.num_examples)
+        philox = np.random.Philox(key=np.array([self.seed, epoch], np.uint64))
+        if self.num_examples > MAX_SORTED:
+            return Permutation(self.num_examples, philox.random_raw(ROUNDS))
+        raw = philox.random_raw(self.num_examples)
         return np.argsort(raw, kind="stable").astype(np.int32)
 
     def rows(self, epoch: int, skip: int = 0) -> Iterator[np.ndarray[Any, Any]]:

@@ -390,7 +390,9 @@ class EpochReader:
             reader.check_arrays()
             number = reader.first_epoch + self.number
             return reader.device_examples.blocks(number, start, limit, capacity, pace)
-        graph = backend.graph_blocks(self._raw_batches) if reader.transform is None else None
+        # Of several processes each takes its part, on the host, and none may follow its clock.
+        in_graph = reader.transform is None and reader.placement.count == 1
+        graph = backend.graph_blocks(self._raw_batches) if in_graph else None
         if graph is not None:
             batches = GraphSource(graph, self._read, self._first, handle_signals, self._see_read)
             return Grouping(batches, limit, capacity, reader.placement, pace).blocks(start)

@@ -283,7 +283,9 @@ def _train(claimed: _Claimed, settings: _Settings) -> float | None:
     if not any(isinstance(callback, ReportTrial) for callback in callbacks):
         callbacks.append(ReportTrial(trial, settings.metric))
     highest = trial.study.direction == optuna.study.StudyDirection.MAXIMIZE
-    saving = RunDirectory(claimed.directory, settings.metric, "max" if highest else "min")
+    mode: Literal["max", "min"] = "max" if highest else "min"
+    # Its report would take a second and a megabyte: it can be written for those of interest.
+    saving = RunDirectory(claimed.directory, settings.metric, mode, report=False)
     arguments |= {"callbacks": [*callbacks, saving], "run_dir": claimed.directory}
     history = trainer.train(**arguments)
     if any(isinstance(each, ReportTrial) and each.pruned for each in callbacks):

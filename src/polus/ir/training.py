@@ -216,7 +216,7 @@ class EfficientDenseRetrievalTrainer(BaseTrainer):
             penalty, by_weights = backend.value_and_grad(lambda: sum(self.model.losses), weights)
             gradients = [_plus(a, b) for a, b in zip(gradients, by_weights, strict=True)]
             loss = loss + penalty
-        apply_gradients(self.optimizer, gradients, weights, self.post_process_grads)
+        apply_gradients([(self.optimizer, gradients, weights)], self.post_process_grads)
         self.step_counter.assign_add(1)
         return loss
 

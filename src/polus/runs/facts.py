@@ -15,8 +15,8 @@ import keras
 
 from polus.callbacks.base import ICallback, RunView
 from polus.callbacks.keras_callback import KerasCallback
-from polus.checkpoint.environment import describe_environment
 from polus.describe import describe
+from polus.environment import describe_environment
 from polus.host import to_host
 from polus.models import models_of
 from polus.optimizers import optimizers_of

@@ -74,23 +74,47 @@ class Limits:
 
 
 @dataclass
-class Autotuner:
-    """Chooses the configuration of one step, and keeps what it measured for later runs.
+class Timings:
+    """What was measured of steps of one kind.
 
     Attributes:
-        secs: Seconds per step of each configuration timed so far.
-        compile_secs: The longest compilation so far.
+        costs: The cost of each configuration timed so far.
+        failed: The configurations that can't be compiled.
+        save: Keeps them for other programs.
+    """
+
+    costs: dict[Tuning, Timing] = field(default_factory=dict)
+    failed: set[Tuning] = field(default_factory=set)
+    save: Callable[[], None] = lambda: None
+
+    @property
+    def tried(self) -> set[Tuning]:
+        """The configurations of which all is known."""
+        return {*self.costs, *self.failed}
+
+    @property
+    def compile_secs(self) -> float:
+        """The longest compilation so far."""
+        return max((cost.compile_secs for cost in self.costs.values()), default=0.0)
+
+
+@dataclass
+class Autotuner:
+    """Chooses the configuration of one step.
+
+    Attributes:
+        timings: What was measured of it, by this tuner or by others of steps of the same kind.
+        compiled: The configurations that the step was compiled in.
         tuned: Whether nothing is left to time for runs that allow about `max_steps` per call.
         max_steps: The steps per call that the run allowed when it was tuned.
         tuning: The newest choice.
     """
 
-    secs: dict[Tuning, float] = field(default_factory=dict)
-    compile_secs: float = 0.0
+    timings: Timings = field(default_factory=Timings)
+    compiled: set[Tuning] = field(default_factory=set)
     tuned: bool = False
     max_steps: int = MAX_STEPS
     tuning: Tuning | None = None
-    failed: set[Tuning] = field(default_factory=set)
 
     def __call__(
         self,
@@ -123,69 +147,77 @@ class Autotuner:
         undone: Callable[[], AbstractContextManager[object]],
     ) -> Tuning:
         self.max_steps = min(limits.max_steps, MAX_STEPS)
-        tunings = [tuning for tuning in limits.tunings() if tuning not in self.failed]
+        tunings = [t for t in limits.tunings() if t not in self.timings.failed]
         self.tuned = len(tunings) == 1
         timed = TIMED_STEPS <= limits.total_steps < math.inf
         if len(tunings) > 1 and timed and self._worth_timing(tunings, limits):
             with undone():
                 self._time(tunings, limits, time_step)
-        known = [tuning for tuning in tunings if tuning in self.secs]
-        return min(known, key=self.secs.__getitem__) if known else tunings[0]
+            self.timings.save()
+        known = [tuning for tuning in tunings if tuning in self.timings.costs]
+        steps = limits.total_steps if limits.total_steps < math.inf else TIMED_STEPS
+        choice = min(known, key=lambda t: self._secs(t, steps)) if known else tunings[0]
+        self.compiled.add(choice)
+        return choice
+
+    def _secs(self, tuning: Tuning, steps: float) -> float:
+        """Returns how long a run takes, compiling included where that is not done yet."""
+        secs, compile_secs = self.timings.costs[tuning]
+        return secs * steps + (0.0 if tuning in self.compiled else compile_secs)
 
     def _worth_timing(self, tunings: Sequence[Tuning], limits: Limits) -> bool:
-        return tunings[0] not in self.secs or any(
+        return tunings[0] not in self.timings.costs or any(
             self._pays_off(tuning, tunings[0], limits) for tuning in tunings[1:]
         )
 
     def _pays_off(self, tuning: Tuning, usual: Tuning, limits: Limits) -> bool:
         """Returns whether the run is long enough to try this instead of the usual way."""
-        if tuning in self.secs or tuning in self.failed:
+        if tuning in self.timings.tried:
             return False
-        secs = self.secs[usual]
+        secs, compile_secs = self.timings.costs[usual].secs, self.timings.compile_secs
         if tuning.jit_compile == usual.jit_compile:
             worth = secs > LONG_STEP_SECS
-            return worth and limits.total_steps * secs > 10 * self.compile_secs
+            return worth and limits.total_steps * secs > 10 * compile_secs
         least = limits.long_run_secs.get(bool(tuning.jit_compile), 0.0)
         if secs < SMALL_STEP_SECS:
             least /= 10
-        return limits.total_steps * secs > max(least, 10 * self.compile_secs)
+        return limits.total_steps * secs > max(least, 10 * compile_secs)
 
     def _time(
         self, tunings: Sequence[Tuning], limits: Limits, time_step: Callable[[Tuning], Timing]
     ) -> None:
-        usual, total = tunings[0], 0.0
-        if usual not in self.secs:
+        costs, usual, total = self.timings.costs, tunings[0], 0.0
+        if usual not in costs:
             total += self._time_one(usual, time_step)
         self.tuned = True
         for tuning in tunings[1:]:
             if not self._pays_off(tuning, usual, limits):
-                self.tuned &= tuning in self.secs or tuning in self.failed
+                self.tuned &= tuning in self.timings.tried
                 continue
             try:
                 total += self._time_one(tuning, time_step)
             except Exception as error:
-                self.failed.add(tuning)
+                self.timings.failed.add(tuning)
                 logger.warning(
                     "jit_compile=%s can't compile this step%s: %s",
                     tuning.jit_compile,
                     " in a loop" * (tuning.steps_per_execution > 1),
                     (str(error).strip() or repr(error)).splitlines()[0],
                 )
-        fastest = sorted((t for t in tunings if t in self.secs), key=self.secs.__getitem__)
+        fastest = sorted((t for t in tunings if t in costs), key=lambda t: costs[t].secs)
         if len(fastest) < 2:
             return  # there was no choice
         logger.info(
             "Timed %d ways to run a step in %.1f s; fastest: %s.",
             len(fastest),
             total,
-            "; then ".join(f"{describe(t)} ({_speed(self.secs[t])})" for t in fastest),
+            "; then ".join(f"{describe(t)} ({_speed(costs[t].secs)})" for t in fastest),
         )
 
     def _time_one(self, tuning: Tuning, time_step: Callable[[Tuning], Timing]) -> float:
         """Times a configuration, and returns how long that took."""
-        timing = time_step(tuning)
-        self.secs[tuning] = timing.secs
-        self.compile_secs = max(self.compile_secs, timing.compile_secs)
+        timing = self.timings.costs[tuning] = time_step(tuning)
+        self.compiled.add(tuning)
         return timing.compile_secs + timing.secs
 
 

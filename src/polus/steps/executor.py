@@ -18,7 +18,7 @@ from polus.data.batches import batch_size_of
 from polus.metrics import IMetric, kept_has_samples
 from polus.optimizers import optimizers_of
 from polus.state import Snapshot, layers_of
-from polus.steps.autotune import Autotuner, Limits, Timing, Tuning, Way
+from polus.steps.autotune import Autotuner, Limits, Timing, Timings, Tuning, Way
 from polus.steps.compiled import CompiledStep
 from polus.steps.finish import array_terms, finished_step
 from polus.steps.finite import GuardedSteps
@@ -27,6 +27,7 @@ from polus.steps.norms import with_norms
 from polus.steps.pace import Pace
 from polus.steps.progress import Progress
 from polus.steps.sizes import kinds_of, num_bytes, num_state_bytes, warn_of_whole_batches
+from polus.steps.tuning_cache import active_cache, kind_of_step
 from polus.steps.variables import (
     MetricsOwner,
     StepVariables,
@@ -246,7 +247,7 @@ class StepExecutor:
         """Returns a guard of the step; see there."""
         assert self.variables is not None  # the step was prepared
         metrics = [v for metric in self.fed_metrics for v in metric.variables]
-        agree = self._placement.gather if self._placement.count > 1 else None
+        agree = self._placement.gather if self._placement.replicas > 1 else None
         optimizers = optimizers_of(self.owner).values()
         return Guard(self.variables, metrics, optimizers, self.owner.primary, limit, agree, gates)
 
@@ -282,7 +283,8 @@ class StepExecutor:
         if self._update is None:
             # What every process is given it computes whole: a size that is no batch's.
             state = replica_state(self.owner, self.prepare(inputs))
-            self._update = self._placement.program(function(self.step), 1, state)
+            step = function(self._placement.step(self.step, 1, state))
+            self._update = self._placement.program(step, 1, state)
         return self._update(*inputs)
 
     def single_step(self, kept: bool) -> CompiledStep:
@@ -324,7 +326,7 @@ class StepExecutor:
         tuned = self._steps.get(kept)
         if tuned is None:
             step = self._compiled(self.step, self.variables, _fixed_mode(), held)
-            tuned = self._steps[kept] = TunedStep(step)
+            tuned = self._steps[kept] = TunedStep(step, Autotuner(self._timings(data, kept)))
             warn_of_whole_batches(self._placement, batch_size_of(data.example))
             saved = self._saved_tunings.get(str(kept))
             if saved is not None and saved[0] in modes:  # else of another number of devices
@@ -342,9 +344,17 @@ class StepExecutor:
         tuned.step.jit_compile, tuned.step.steps_per_execution = self.tuning
         if steps_per_execution is not None or self._placement.count > 1:
             tuned.step.pace = Pace(fixed=True)
-        elif (secs := tuned.tuner.secs.get(self.tuning)) is not None:
-            tuned.step.pace = Pace(secs)
+        elif (cost := tuned.tuner.timings.costs.get(self.tuning)) is not None:
+            tuned.step.pace = Pace(cost.secs)
         return tuned.step
+
+    def _timings(self, data: EpochReader, settings: tuple[Any, ...]) -> Timings:
+        """Returns what steps of this kind took; of several processes each would know another."""
+        cache = active_cache()
+        if cache is None or self._placement.count > 1 or self.variables is None:
+            return Timings()
+        settings = (*settings, self._placement.replicas)
+        return cache.timings(kind_of_step(self.owner, self.variables, data.example, settings))
 
     def _ways(self, modes: Sequence[bool]) -> list[Way]:
         """Returns the ways to run the step that are worth considering, the usual one first."""

@@ -20,7 +20,7 @@ def finished_step(
 ) -> Callable[..., Any]:
     """Returns a step that also does what the user's step leaves to Polus.
 
-    Of several processes, each has its own rows of what the step returns: all get those of all.
+    Of several replicas, each has its own rows of what the step returns: all get those of all.
 
     Args:
         step: The step as its user wrote it.
@@ -32,7 +32,7 @@ def finished_step(
     gather = placement.gather
     counts = id(counter) in seen.assigned
     averages = [a for a in averages_of(owner) if id(a.count) not in seen.assigned]
-    arrays = array_terms(seen.result) if placement.count > 1 else set()
+    arrays = array_terms(seen.result) if placement.replicas > 1 else set()
     if counts and not averages and not arrays:
         return step
 

@@ -105,7 +105,7 @@ class GuardedSteps:
                 return outputs
             self.trusting = False  # what happened once is likely to happen again
             for variable, value in self._held:
-                variable.assign(value)
+                backend.assign(variable, value)
             self._held = None
             program, arguments = self._guarded(False).program(block)
             outputs = program(*arguments)

@@ -1,35 +1,25 @@
 """Keeps a step that is not finite from changing anything; decided inside the compiled step.
 
 The step assigns, and at its end every variable gets back the value that it had unless all was
-finite. Where a single batch runs per call, and the step has one update, that update waits for the
+finite. Where a single batch runs per call, and the step minimizes once, the updates wait for all
 gradients instead: no copy of weights and slots is needed.
 """
 
-import threading
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Self
+from typing import Any
 
 import keras
 from keras import ops
 
 from polus.backends import backend
-from polus.backends.scopes import active_dry_run
 from polus.learning_rate import schedule_of
 from polus.optimizers import MultiOptimizer
 from polus.steps.compiled import as_terms
 from polus.steps.variables import StepVariables, unique
+from polus.steps.watching import Watching
 from polus.types import Tensor
 
 Step = Callable[..., Any]
-
-
-class _Local(threading.local):
-    """The watch of the step that this thread runs or traces."""
-
-    watch: "Watch | None" = None
-
-
-_local = _Local()
 
 
 class Guard:
@@ -42,7 +32,7 @@ class Guard:
         primary: The name of the term that is the loss.
         limit: After how many consecutive steps that were not finite no step changes anything.
         agree: Returns the rows that all replicas have of a tensor.
-        gates: Whether a single update waits for its gradients.
+        gates: Whether the updates of a step that minimizes once wait for its gradients.
 
     Attributes:
         checked: The variables that have to be finite.
@@ -70,11 +60,11 @@ class Guard:
         terms = as_terms(variables.result, primary)
         scalars = [n for n, v in terms.items() if not len(getattr(v, "shape", ()))]
         self.monitored_names = ["loss"] if "loss" in scalars else scalars
-        self.gates = gates and variables.num_updates == 1 and not by_hand
+        self.gates = gates and variables.num_decisions == 1 and not by_hand
         self.kept = self.assigned
         if self.gates:
-            (update,) = variables.updates
-            gated = {id(v) for v in (*update.variables, *update.optimizer.variables)}
+            updated = [v for u in variables.updates for v in (*u.variables, *u.optimizer.variables)]
+            gated = set(map(id, updated))
             self.kept = [v for v in self.assigned if id(v) not in gated]
 
     def wrap(self, step: Step, bad: keras.Variable, detail: bool = False) -> Step:
@@ -104,7 +94,7 @@ class Guard:
         return [terms[name] for name in self.monitored_names]
 
 
-class Watch:
+class Watch(Watching):
     """Collects what a step computes that has to be finite, while the step runs or is traced.
 
     Args:
@@ -113,42 +103,40 @@ class Watch:
     """
 
     def __init__(self, guard: Guard, bad: keras.Variable) -> None:
+        super().__init__()
         self.guard = guard
         self.bad = bad
-        self.trace = backend.trace_id()
         self.gradients: dict[str, Tensor] = {}
         self._values: list[Any] = []
         self._decided: Any = None
-
-    def __enter__(self) -> Self:
-        self._outer, _local.watch = _local.watch, self
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        _local.watch = self._outer
 
     def see(
         self,
         optimizer: keras.optimizers.Optimizer,
         gradients: Sequence[Tensor | None],
         variables: Sequence[keras.Variable],
-        loss: Tensor | None,
-    ) -> Tensor | None:
-        """Adds an update, and returns whether it may be applied; None if it is undone afterwards.
+    ) -> None:
+        """Adds an update.
 
         Args:
             optimizer: The optimizer. The gradients of a scaled loss may overflow: it skips these.
             gradients: The gradients that it gets.
             variables: Their variables.
-            loss: The loss, unscaled.
         """
         found = zip(variables, gradients, strict=True)
         known = {v.path: gradient for v, gradient in found if gradient is not None}
         self.gradients |= known
-        self._values += [] if loss is None else [loss]
         if not isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
             self._values.append(backend.total(list(known.values())))
             self._values += _rates(optimizer)
+
+    def decide(self, loss: Tensor | None) -> Tensor | None:
+        """Returns whether the updates may be applied; None if they are undone afterwards.
+
+        Args:
+            loss: The loss, unscaled.
+        """
+        self._values += [] if loss is None else [loss]
         if not self.guard.gates:
             return None
         self._decided = self._all_finite()
@@ -176,14 +164,6 @@ class Watch:
         if self.guard.agree is not None:
             finite = ops.all(self.guard.agree(ops.reshape(finite, (1,))))
         return finite  # type: ignore[no-any-return]
-
-
-def active_watch() -> Watch | None:
-    """Returns the watch of the step that runs; None in a dry run and in a nested trace."""
-    watch = _local.watch
-    if watch is None or active_dry_run() is not None or watch.trace != backend.trace_id():
-        return None
-    return watch
 
 
 def _updated_by_hand(variables: StepVariables, optimizers: Iterable[Any]) -> list[keras.Variable]:

@@ -1,31 +1,20 @@
 """Gradient norms of a step, returned among its terms."""
 
-import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Self
+from typing import Any
 
 import keras
 from keras import ops
 
-from polus.backends import backend
-from polus.backends.scopes import active_dry_run
 from polus.steps.compiled import as_terms
+from polus.steps.watching import Watching
 from polus.types import Tensor
 
 NORM, CLIPPED = "gradient_norm", "clipped_gradient_norm"
 CLIPS = ("clipnorm", "global_clipnorm", "clipvalue")
 
 
-class _Local(threading.local):
-    """The norms of the step that this thread runs or traces."""
-
-    norms: "GradientNorms | None" = None
-
-
-_local = _Local()
-
-
-class GradientNorms:
+class GradientNorms(Watching):
     """Collects the global norms of the gradients that optimizers get, while a step runs.
 
     Args:
@@ -36,16 +25,9 @@ class GradientNorms:
     """
 
     def __init__(self, names: Mapping[int, str]) -> None:
+        super().__init__()
         self.names = names
         self.terms: dict[str, Tensor] = {}
-        self.trace = backend.trace_id()
-
-    def __enter__(self) -> Self:
-        self._outer, _local.norms = _local.norms, self
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        _local.norms = self._outer
 
     def see(
         self,
@@ -91,14 +73,6 @@ def with_norms(step: Callable[..., Any], names: Mapping[int, str]) -> Callable[.
         return {**norms.terms, **as_terms(result)} if norms.terms else result
 
     return measured
-
-
-def active_norms() -> GradientNorms | None:
-    """Returns what collects the norms of the step that runs; None if nothing does."""
-    norms = _local.norms
-    if norms is None or active_dry_run() is not None or norms.trace != backend.trace_id():
-        return None
-    return norms
 
 
 def _squares(gradients: Sequence[Tensor | None]) -> list[Any]:

@@ -7,35 +7,47 @@ import keras
 from keras import ops
 
 from polus.backends import backend
-from polus.steps.guard import active_watch
-from polus.steps.norms import active_norms
+from polus.steps.guard import Watch
+from polus.steps.norms import GradientNorms
+from polus.types import Tensor
 
 Gradients = list[Any]
+Update = tuple[keras.optimizers.Optimizer, Sequence[Any], Sequence[keras.Variable]]
 PostProcess = Callable[[Gradients], Gradients]
 
 
 def apply_gradients(
-    optimizer: keras.optimizers.Optimizer,
-    gradients: Sequence[Any],
-    variables: Sequence[keras.Variable],
+    updates: Sequence[Update],
     post_process_grads: PostProcess | None = None,
     scaled: bool = False,
     loss: Any = None,
 ) -> None:
-    """Updates variables by their gradients.
+    """Updates variables by their gradients: all of the updates, or none if a guard says so.
 
     Args:
-        optimizer: The optimizer. It is built if it is not.
-        gradients: One gradient per variable; None for a variable without one.
-        variables: The variables to update.
-        post_process_grads: Takes and returns the list of gradients, unscaled.
-        scaled: Whether the gradients are those of a scaled loss, as the optimizer expects them.
-        loss: The loss that was minimized, unscaled, which has to be finite.
+        updates: For each update the optimizer, which is built if it is not, one gradient per
+            variable, None for a variable without one, and the variables.
+        post_process_grads: Takes and returns the list of an update's gradients, unscaled.
+        scaled: Whether the gradients are those of a scaled loss, as the optimizers expect them.
+        loss: The loss that was minimized, or the sum of several, unscaled. It has to be finite.
 
     Raises:
         ValueError: If `post_process_grads` returns another number of gradients.
     """
-    gradients = taken = list(gradients)
+    watch = Watch.active()
+    given = [_processed(update, post_process_grads, scaled) for update in updates]
+    if watch is not None:
+        for (optimizer, _, variables), gradients in zip(updates, given, strict=True):
+            watch.see(optimizer, gradients, variables)
+    finite = None if watch is None else watch.decide(loss)
+    for (optimizer, _, variables), gradients in zip(updates, given, strict=True):
+        _apply(optimizer, gradients, variables, finite)
+
+
+def _processed(update: Update, post_process_grads: PostProcess | None, scaled: bool) -> Gradients:
+    """Returns the gradients that the optimizer of an update gets."""
+    optimizer, taken, variables = update
+    gradients = taken = list(taken)
     if post_process_grads is not None:
         if scaled:
             gradients = _times(gradients, 1 / optimizer.scale_loss(ops.ones(())))
@@ -44,10 +56,17 @@ def apply_gradients(
         gradients = _times(gradients, optimizer.scale_loss(ops.ones(())))
     if not optimizer.built:
         optimizer.build(variables)
-    if (norms := active_norms()) is not None:
+    if (norms := GradientNorms.active()) is not None:
         norms.see(optimizer, taken, gradients, scaled, post_process_grads is not None)
-    watch = active_watch()
-    finite = None if watch is None else watch.see(optimizer, gradients, variables, loss)
+    return gradients
+
+
+def _apply(
+    optimizer: keras.optimizers.Optimizer,
+    gradients: Gradients,
+    variables: Sequence[keras.Variable],
+    finite: Tensor | None,
+) -> None:
     try:
         backend.apply_gradients(optimizer, gradients, variables, finite)
     except (ValueError, KeyError) as error:

@@ -10,6 +10,7 @@ import keras
 from polus.backends.placement import ReplicaState
 from polus.backends.scopes import DryRun
 from polus.metrics import IMetric, as_metric
+from polus.optimizers import optimizers_of
 from polus.state import layers_of
 
 Variables = list[keras.Variable]
@@ -51,7 +52,7 @@ class StepVariables:
     assigned: Variables
     differentiated: Variables
     updates: list[Update]
-    num_updates: int
+    num_decisions: int
     result: Any
 
     @classmethod
@@ -64,7 +65,7 @@ class StepVariables:
             assigned=unique([*seen.assigned.values(), *updated, *seen.backend_variables]),
             differentiated=unique(seen.differentiated),
             updates=updates,
-            num_updates=len(seen.updates),
+            num_decisions=seen.num_decisions,
             result=seen.result,
         )
 
@@ -164,7 +165,9 @@ def replica_state(owner: MetricsOwner, variables: StepVariables) -> ReplicaState
             seeds.append(variable)
         elif keras.backend.is_float_dtype(variable.dtype):
             averaged.append(variable)
-    return ReplicaState(summed, averaged, seeds)
+    optimizers = [*optimizers_of(owner).values(), *(u.optimizer for u in variables.updates)]
+    every = unique([*variables.used, *variables.assigned])
+    return ReplicaState(summed, averaged, seeds, optimizers, every)
 
 
 def plain_attributes(owner: object, ignored: Iterable[str] = ()) -> dict[str, Any]:

@@ -173,6 +173,12 @@ def warn_of_non_finite(logger: logging.Logger, columns: Mapping[str, Any], epoch
             )
 
 
+def log_stop(logger: logging.Logger, epoch: int, epochs: int | None, reason: str) -> None:
+    """Reports that a run was stopped after some of its epochs, if their number is known."""
+    of = "epochs" if epochs is None else f"of {epochs} epochs"
+    logger.info("Training was stopped after %d %s: %s.", epoch, of, reason or "early_stop was set")
+
+
 def warn_of_missing_steps(
     logger: logging.Logger, count: int, wanted: int | None, epoch: int
 ) -> None:

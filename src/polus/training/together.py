@@ -27,8 +27,7 @@ def minimize_together(
         with dry_run.differentiating():
             result = losses_fn()
         _scalars(result, chosen)
-        for name, variables in chosen.items():
-            dry_run.record_update(optimizers[name], variables)
+        dry_run.record_updates(*((optimizers[n], variables) for n, variables in chosen.items()))
         return result
 
     def scaled_losses(result: object) -> list[Any]:
@@ -36,9 +35,11 @@ def minimize_together(
         return [optimizers[n].scale_loss(v) for n, v in zip(chosen, values, strict=True)]
 
     result, gradients = backend.values_and_grads(losses_fn, list(chosen.values()), scaled_losses)
+    updates = []
     for (name, variables), found in zip(chosen.items(), gradients, strict=True):
         check_connected(found, variables)
-        apply_gradients(optimizers[name], found, variables, post_process_grads, scaled=True)
+        updates.append((optimizers[name], found, variables))
+    apply_gradients(updates, post_process_grads, True, sum(_scalars(result, chosen)))
     return result
 
 

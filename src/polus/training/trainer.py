@@ -275,7 +275,7 @@ class BaseTrainer(TrainerMethods):
             with dry_run.differentiating():
                 result = loss_fn()
             checks.scalar_loss(result)
-            dry_run.record_update(optimizer, unique(variables))
+            dry_run.record_updates((optimizer, unique(variables)))
             return result
         variables = unique(variables)
         if not variables:
@@ -289,7 +289,7 @@ class BaseTrainer(TrainerMethods):
         result, gradients = backend.value_and_grad(loss_fn, variables, scaled_loss, sparse)
         checks.check_connected(gradients, variables)
         loss = checks.scalar_loss(result)
-        apply_gradients(optimizer, gradients, variables, self.post_process_grads, True, loss)
+        apply_gradients([(optimizer, gradients, variables)], self.post_process_grads, True, loss)
         return result
 
     def step_parts(self) -> list[Any]:

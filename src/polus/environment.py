@@ -1,4 +1,4 @@
-"""The environment of a run: what its bits depend on besides its steps."""
+"""The environment of a run: what its bits, and its speed, depend on besides its steps."""
 
 import importlib.metadata
 import logging
@@ -34,10 +34,17 @@ def describe_environment(model: keras.Model, steps_per_execution: int | None) ->
         "dtype policies": sorted({layer.dtype_policy.name for layer in layers_of(model)}),
         "jit_compile": get_jit_compile(),
         "steps_per_execution": steps_per_execution,
+        "replicas": backend.placement().replicas,
+        **describe_machine(),
+    }
+
+
+def describe_machine() -> dict[str, Any]:
+    """Returns the processor and the devices, versions, and variables that libraries read."""
+    return {
         "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
         "processor": processor(),
         **backend.describe(),
-        "replicas": backend.placement().replicas,
         "system": platform.platform(),
         **_versions(),
         **{name: os.environ[name] for name in sorted(os.environ) if FLAGS.fullmatch(name)},
