@@ -99,15 +99,16 @@ def search(
     settings = _Settings(make_trainer, dict(arguments), metric, value, catch, seed)
     folder = (Path("runs") / study_name if directory is None else Path(directory)).absolute()
     make_folder(folder)
-    kept = _opened(storage)
-    study = optuna.create_study(
-        storage=kept,
-        sampler=sampler,
-        pruner=pruner,
-        study_name=study_name,
-        direction=best,
-        load_if_exists=True,
-    )
+    with _locked(folder):  # or two processes that begin at once would both make the tables
+        kept = _opened(storage)
+        study = optuna.create_study(
+            storage=kept,
+            sampler=sampler,
+            pruner=pruner,
+            study_name=study_name,
+            direction=best,
+            load_if_exists=True,
+        )
     trials = _Trials(study, kept, folder, None if sampler is not None else seed)
     ends = math.inf if timeout_secs is None else clock() + timeout_secs
     while clock() < ends and (claimed := trials.claim(n_trials)) is not None:
@@ -126,6 +127,11 @@ def _direction(metric: str, direction: str | None) -> Direction:
     raise ValueError(
         f'direction must be "minimize" or "maximize" for the metric {metric!r}, got {direction!r}.'
     )
+
+
+def _locked(folder: Path) -> filelock.BaseFileLock:
+    """Returns the lock under which processes open the study and claim trials."""
+    return filelock.FileLock(folder / "search.lock")
 
 
 def _opened(storage: str | optuna.storages.BaseStorage | None) -> optuna.storages.BaseStorage:
@@ -184,7 +190,7 @@ class _Trials:
 
     def claim(self, n_trials: int) -> _Claimed | None:
         """Returns a trial that was killed, else a new one; None if there are enough."""
-        with filelock.FileLock(self.directory / "search.lock"):
+        with _locked(self.directory):
             trials = self.study.get_trials(deepcopy=False)
             for each in trials:
                 if each.state == State.RUNNING and (claimed := self._killed(each.number)):
