@@ -481,6 +481,10 @@ def data_kinds(engine):
         "generator": lambda: iter(batches),
         "PyDataset": Sequence(),
     }
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        kinds["tf.data"] = tf.data.Dataset.from_tensor_slices((X[:90], rows)).batch(16)
     counts = {}
     for kind, dataset in kinds.items():
         trainer = Trainer(
