@@ -83,6 +83,16 @@ def test_transfer(capsys):
     assert "predictions are right" in capsys.readouterr().out
 
 
+def test_search(tmp_path, capsys):
+    pytest.importorskip("optuna")
+    scores = load("search").main(secs=600, epochs=1, trials=2, runs=tmp_path)
+    assert scores.keys() == {"demo", "best"}
+    printed = capsys.readouterr().out
+    assert "| 0     | complete |" in printed
+    assert "demo: trial 0" in printed
+    assert (tmp_path / "search" / "trial_0001" / "best.keras").stat().st_size
+
+
 def test_several_devices(tmp_path, capsys):
     """On the two fake devices of JAX, and on one elsewhere."""
     try:

@@ -173,12 +173,13 @@ def test_values_that_json_has_no_numbers_for(tmp_path):
     file = HistoryFile(tmp_path / "history.jsonl", 0, 0)
     values = np.array([0.1, np.nan, np.inf, -np.inf], np.float32)
     file.add_steps(0, 0, {"loss": values})
-    file.end_epoch(0, {"loss": float("nan"), "matrix": np.eye(2)}, {"secs": 1.5})
+    file.end_epoch(0, {"loss": float("nan"), "matrix": np.eye(2)}, {"secs": np.inf}, 2.0)
     file.close()
     history: History = read_history(tmp_path)
     np.testing.assert_array_equal(history.steps["loss"], values)
     assert np.isnan(history.epochs[0]["loss"])
     np.testing.assert_array_equal(history.epochs[0]["matrix"], np.eye(2))
+    assert history.record[0]["secs"] == np.inf
     for line in (tmp_path / "history.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=pytest.fail)
 

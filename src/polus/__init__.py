@@ -15,10 +15,12 @@ if TYPE_CHECKING:
     from polus import data as data
     from polus import errors as errors
     from polus import history as history
+    from polus import hpo as hpo
     from polus import ir as ir
     from polus import lr_finder as lr_finder
     from polus import metrics as metrics
     from polus import optimizers as optimizers
+    from polus import report as report
     from polus import runs as runs
     from polus import schedules as schedules
     from polus import training as training
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from polus.callbacks import LossSmoothCallback as LossSmoothCallback
     from polus.callbacks import Phase as Phase
     from polus.callbacks import SaveModelCallback as SaveModelCallback
+    from polus.callbacks import TensorBoardLog as TensorBoardLog
     from polus.callbacks import TimeLimit as TimeLimit
     from polus.callbacks import TimerCallback as TimerCallback
     from polus.callbacks import Unfreeze as Unfreeze
@@ -43,6 +46,7 @@ if TYPE_CHECKING:
     from polus.core import function as function
     from polus.core import gather as gather
     from polus.core import get_jit_compile as get_jit_compile
+    from polus.core import profile as profile
     from polus.core import set_deterministic as set_deterministic
     from polus.core import set_jit_compile as set_jit_compile
     from polus.core import set_tuning_cache as set_tuning_cache
@@ -55,6 +59,7 @@ if TYPE_CHECKING:
     from polus.metrics import IConfusionMatrix as IConfusionMatrix
     from polus.metrics import IMetric as IMetric
     from polus.metrics import MacroF1Score as MacroF1Score
+    from polus.report import write_report as write_report
     from polus.training import BaseTrainer as BaseTrainer
     from polus.training import ClassifierTrainer as ClassifierTrainer
 
@@ -74,6 +79,7 @@ _NAMES = {
         "LossSmoothCallback",
         "Phase",
         "SaveModelCallback",
+        "TensorBoardLog",
         "TimeLimit",
         "TimerCallback",
         "Unfreeze",
@@ -85,6 +91,7 @@ _NAMES = {
         "function",
         "gather",
         "get_jit_compile",
+        "profile",
         "set_deterministic",
         "set_jit_compile",
         "set_tuning_cache",
@@ -93,9 +100,11 @@ _NAMES = {
     "data": ("from_arrays", "with_iterator_state"),
     "errors": ("NonFiniteError",),
     "history": ("History",),
+    "hpo": (),
     "ir": (),
     "lr_finder": (),
     "optimizers": (),
+    "report": ("write_report",),
     "runs": (),
     "schedules": (),
     "metrics": ("Accuracy", "IConfusionMatrix", "IMetric", "MacroF1Score"),

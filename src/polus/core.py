@@ -1,16 +1,18 @@
 """The compiler setting, and the three functions that reach the backend."""
 
+import contextlib
 import functools
 import inspect
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar, overload
 
 import keras
 
 from polus.backends import backend
+from polus.files import check_directory, make_folder
 from polus.log import BaseLogger as BaseLogger
 from polus.types import Tensor
 
@@ -65,6 +67,31 @@ def set_deterministic(seed: int) -> None:
     _jit["timed"] = False
     for doubt in backend.set_deterministic():
         logger.warning("set_deterministic: %s", doubt)
+
+
+@contextlib.contextmanager
+def profile(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Writes a trace of what runs in its body, by the backend's own profiler.
+
+    Logs how to open the trace. A trace of a minute may take gigabytes: run some steps.
+
+    ```python
+    with polus.profile("runs/a/trace"):
+        trainer.train(data, epochs=1, steps=50)
+    ```
+
+    Args:
+        folder: Where the trace is written; made if it is missing.
+
+    Raises:
+        ValueError: If a file is in the way.
+    """
+    path = check_directory(folder, "folder")
+    make_folder(path)
+    context, how = backend.profile(str(path))
+    with context:
+        yield
+    logger.info("The trace is in %s: %s.", path, how)
 
 
 def times_ways() -> bool:

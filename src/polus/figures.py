@@ -101,8 +101,8 @@ def history_figure(
 def _draw_steps(ax: "Axes", terms: Mapping[str, Array]) -> None:
     drawn = [np.ones(0)]
     for name, values in terms.items():
-        x, mean, low, high = _binned(values)
-        average = _moving_average(mean)
+        x, mean, low, high = binned(values, MAX_POINTS)
+        average = moving_average(mean)
         marker = "o" if len(x) == 1 else ""
         (line,) = ax.plot(x, average, linewidth=1.8, label=name, marker=marker)
         if len(x) == len(values):
@@ -115,12 +115,12 @@ def _draw_steps(ax: "Axes", terms: Mapping[str, Array]) -> None:
         ax.set_yscale("log")
 
 
-def _binned(values: Array) -> tuple[Array, Array, Array, Array]:
-    """Returns at most `MAX_POINTS` steps, with the mean, minimum and maximum of the values there.
+def binned(values: Array, max_points: int) -> tuple[Array, Array, Array, Array]:
+    """Returns at most `max_points` steps, with the mean, minimum and maximum of the values there.
 
     Only finite values count; a bin without any is NaN.
     """
-    size = -(-len(values) // MAX_POINTS)
+    size = -(-len(values) // max_points)
     starts = np.arange(0, len(values), size)
     finite = np.isfinite(values)
     known = np.where(finite, values, np.nan)
@@ -131,7 +131,7 @@ def _binned(values: Array) -> tuple[Array, Array, Array, Array]:
     return starts + (1 + size) / 2, mean, low, high
 
 
-def _moving_average(values: Array) -> Array:
+def moving_average(values: Array) -> Array:
     """Returns the mean of the finite values in a window of a fiftieth of the whole around each."""
     window = np.ones(2 * (len(values) // 100) + 1)
     finite = np.isfinite(values)

@@ -38,8 +38,10 @@ class History:
     - `epochs`: the logs of each epoch, validations included, as a list of dicts;
     - `validations`: each validation, of which an epoch may have several;
     - `record`: how each epoch of this process went, as a list of dicts: every optimizer's learning
-      rate, `skipped_steps`, `secs`, `steps_per_sec`, `examples_per_sec` and `waited_secs`, the time
-      that the loop waited for data. A checkpoint does not keep it;
+      rate, `skipped_steps`, `secs`, `steps_per_sec`, `examples_per_sec`, and of `secs` those that
+      the loop waited for data, `waited_secs`, those that callbacks took between steps,
+      `callback_secs`, and `compile_secs`: the trace of the step, its tuning and the first call of
+      each program. A checkpoint does not keep it;
     - `to_dict`, `to_frame`, `plot`: the same as columns, as a pandas data frame, as a figure.
 
     A step takes 4 bytes for each float32 term and 8 for each float64 term, up to half as much again
@@ -204,7 +206,7 @@ class History:
             raise ValueError("There is nothing to plot: no step has been recorded yet.")
         sets = dict.fromkeys(validation.name for validation in self.validations)
         figure = history_figure(
-            self._table.terms(), self._metric_lines(), sets, self._table.epoch_ends()
+            self._table.terms(), self.metric_lines(), sets, self._table.epoch_ends()
         )
         if path is not None:
             figure.savefig(path)
@@ -268,8 +270,19 @@ class History:
         for epoch, first_step, logs in entries:
             self._table.append(epoch, first_step, logs)
 
-    def _metric_lines(self) -> dict[str, Line]:
+    def position(self, epoch: int, step: float = float("inf")) -> int:
+        """Returns the number of recorded steps up to one of an epoch, or up to the epoch's end."""
+        self._read(len(self._unread))
+        return self._table.position(epoch, step)
+
+    def epoch_ends(self) -> list[int]:
+        """Returns the number of recorded steps up to the end of each epoch but the last."""
+        self._read(len(self._unread))
+        return self._table.epoch_ends()
+
+    def metric_lines(self) -> dict[str, Line]:
         """Returns name -> (steps since the start, values) of metrics and validations."""
+        self._read(len(self._unread))
         table, terms, recorded = self._table, self._table.terms(), self._table.epochs()
         validations = [
             (table.position(epoch, step), f"{name}_{metric}", value)

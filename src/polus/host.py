@@ -9,7 +9,9 @@ import numpy as np
 
 def to_host(value: object) -> np.ndarray[Any, Any]:
     """Returns a tensor, variable, number or array-like as a NumPy array. Waits for the device."""
-    import keras  # here, so that a misspelled name of `polus` does not load it for its hint
+    if isinstance(value, np.ndarray | np.generic | int | float | list):
+        return np.asarray(value)
+    import keras  # here: a misspelled name of `polus`, or a record to read, does not load it
 
     # Keras reads what NumPy cannot, such as a bfloat16 tensor of PyTorch.
     if keras.ops.is_tensor(value) or isinstance(value, keras.Variable):

@@ -21,6 +21,7 @@ BACKENDS = {"tensorflow": "tensorflow", "jax": "jax", "torch": "torch"}
 # What is missing for a feature, by the package that it needs.
 OPTIONAL = {
     "matplotlib": "history.plot",
+    "bokeh": "report.html of a run",
     "pandas": "history.to_frame",
     "ir_measures": "polus.ir: evaluation",
     "tokenizers": "polus.ir: pretrained encoders",

@@ -79,8 +79,13 @@ def only_warnings() -> Iterator[None]:
 
 
 class _Console(logging.Handler):
-    """Writes to the current `sys.stderr`, which a progress bar may have replaced."""
+    """Writes to the current `sys.stderr`, which a progress bar may have replaced.
+
+    A notebook shows that in red, so it gets only warnings there.
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
         if not logging.getLogger().handlers:  # else the program's own handlers show it
-            print(self.format(record), file=sys.stderr)
+            notebook = type(sys.stdout).__module__.startswith("ipykernel")
+            calm = notebook and record.levelno < logging.WARNING
+            print(self.format(record), file=sys.stdout if calm else sys.stderr)

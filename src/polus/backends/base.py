@@ -1,6 +1,7 @@
 """What the three backends have in common."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, ParamSpec, Protocol, TypeVar
 
 import keras
@@ -256,6 +257,10 @@ class Backend(Protocol):
 
     def set_deterministic(self) -> list[str]:
         """Makes operations compute the same bits in each run. Returns what can't be promised."""
+        ...
+
+    def profile(self, folder: str) -> tuple[AbstractContextManager[Any], str]:
+        """Returns what writes a trace of its body into a folder, and how to open the trace."""
         ...
 
     def placement(self) -> Placement:

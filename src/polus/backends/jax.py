@@ -3,6 +3,7 @@
 import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, ParamSpec, TypeVar
 
 import jax
@@ -408,6 +409,12 @@ def set_deterministic() -> list[str]:
     if jax.default_backend() == "gpu" and flag not in os.environ.get("XLA_FLAGS", ""):
         return [f"On a GPU, start the program with XLA_FLAGS={flag}, or sums may differ."]
     return []
+
+
+def profile(folder: str) -> tuple[AbstractContextManager[Any], str]:
+    """Returns what writes a trace of its body into a folder, and how to open the trace."""
+    how = "open perfetto_trace.json.gz in https://ui.perfetto.dev"
+    return jax.profiler.trace(folder, create_perfetto_trace=True), how
 
 
 def placement() -> Placement:

@@ -1,6 +1,7 @@
 """TensorFlow: `tf.function`, with XLA where it is asked for. Variables are captured as usual."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, ParamSpec, TypeVar
 
 import keras
@@ -390,6 +391,12 @@ def set_deterministic() -> list[str]:
     """Makes operations compute the same bits in each run. Returns what can't be promised."""
     tf.config.experimental.enable_op_determinism()
     return []
+
+
+def profile(folder: str) -> tuple[AbstractContextManager[Any], str]:
+    """Returns what writes a trace of its body into a folder, and how to open the trace."""
+    how = f"pip install tensorboard tensorboard-plugin-profile, then: tensorboard --logdir {folder}"
+    return tf.profiler.experimental.Profile(folder), how
 
 
 def placement() -> Placement:

@@ -5,6 +5,7 @@ import operator
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, ParamSpec, TypeVar
 
 import keras
@@ -397,6 +398,13 @@ def set_deterministic() -> list[str]:
     if torch.cuda.is_available() and "CUBLAS_WORKSPACE_CONFIG" not in os.environ:
         return ["On a GPU, start the program with CUBLAS_WORKSPACE_CONFIG=:4096:8, or it raises."]
     return []
+
+
+def profile(folder: str) -> tuple[AbstractContextManager[Any], str]:
+    """Returns what writes a trace of its body into a folder, and how to open the trace."""
+    write = torch.profiler.tensorboard_trace_handler(folder)
+    how = "open its .pt.trace.json in https://ui.perfetto.dev"
+    return torch.profiler.profile(on_trace_ready=write), how
 
 
 def placement() -> Placement:

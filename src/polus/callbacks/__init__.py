@@ -8,6 +8,7 @@ from polus.callbacks.keras_callback import KerasCallback
 from polus.callbacks.rates import LearningRateScheduler
 from polus.callbacks.save_model import SaveModelCallback
 from polus.callbacks.smooth import LossSmoothCallback
+from polus.callbacks.tensorboard import TensorBoardLog
 from polus.callbacks.time_limit import TimeLimit
 from polus.callbacks.timer import TimerCallback
 from polus.callbacks.unfreeze import Unfreeze
@@ -24,6 +25,7 @@ __all__ = [
     "LossSmoothCallback",
     "Phase",
     "SaveModelCallback",
+    "TensorBoardLog",
     "TimeLimit",
     "TimerCallback",
     "Unfreeze",

@@ -1,9 +1,9 @@
-"""Training progress: a bar in a terminal, plain lines elsewhere."""
+"""Training progress: a bar in a terminal, a table in a notebook, plain lines elsewhere."""
 
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
@@ -14,6 +14,9 @@ from polus.callbacks.base import Callback, Phase
 from polus.callbacks.checks import check_callable
 from polus.callbacks.smooth import LossSmoothCallback
 
+if TYPE_CHECKING:
+    from polus.callbacks.notebook import NotebookTable
+
 REFRESH_SECS = 0.2  # losses are read from the device only at a refresh
 LINE_SECS = 30.0  # without a terminal, a long epoch prints a line this often
 
@@ -22,9 +25,9 @@ class ConsoleLogCallback(Callback):
     """Shows the loss, steps and examples per second, and the remaining time of the whole run.
 
     The smoothed loss is shown as well if a `LossSmoothCallback` is among the callbacks. A terminal
-    shows a bar for the current epoch and keeps one line per finished epoch; other outputs get only
-    the lines. A summary at the end reports the speed and, if it was noticeable, the time spent
-    waiting for data.
+    shows a bar for the current epoch and keeps one line per finished epoch; a notebook shows a bar
+    and a table, which it updates in place; other outputs get only the lines. A summary at the end
+    reports the speed and, if it was noticeable, the time spent waiting for data.
 
     Args:
         console: The console to write to; standard output by default.
@@ -43,6 +46,7 @@ class ConsoleLogCallback(Callback):
         self.console = console
         self.clock = clock
         self._progress: Progress | None = None
+        self._table: NotebookTable | None = None
 
     def on_train_begin(self) -> None:
         silent = not self.coordinator.run.placement.is_first
@@ -55,7 +59,13 @@ class ConsoleLogCallback(Callback):
         self._smooth = next(
             (c for c in self.coordinator.callbacks if isinstance(c, LossSmoothCallback)), None
         )
-        if self._out.is_terminal:
+        self._shows_bar = self._out.is_terminal
+        if self._out.is_jupyter and self.console is None and not silent:
+            from polus.callbacks.notebook import NotebookTable
+
+            self._table, self._shows_bar = NotebookTable(), True
+            self._table.show("preparing the first step")
+        elif self._out.is_terminal:
             self._progress = Progress(
                 TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=20, table_column=Column(no_wrap=True)),
@@ -97,7 +107,7 @@ class ConsoleLogCallback(Callback):
             np.asarray(next(iter(run.step_logs.values())))
             now = self.clock()
             self._first = (now, self._steps, self._examples)
-        if now - self._shown < (REFRESH_SECS if self._progress is not None else LINE_SECS):
+        if now - self._shown < (REFRESH_SECS if self._shows_bar else LINE_SECS):
             return
         self._shown = now
         report = [f"{name} {np.asarray(values)[-1]:.4g}" for name, values in run.step_logs.items()]
@@ -106,25 +116,36 @@ class ConsoleLogCallback(Callback):
         if rates := self._rates(now):
             report.append(rates)
         total = f"/{run.steps}" if run.steps else ""
-        if self._progress is None:
-            self._print(f"  step {steps.stop}{total}  {'  '.join(report)}")
-            return
-        self._progress.update(
-            self._task,
-            description=self._title(epoch),
-            total=run.steps,
-            completed=steps.stop,
-            left=self._left(now),
-            report=f"{steps.stop}{total}  {'  '.join(report)}",
-            refresh=True,
-        )
+        self._show(epoch, steps.stop, f"{steps.stop}{total}  {'  '.join(report)}", self._left(now))
+
+    def _show(self, epoch: int, step: int, report: str, left: str) -> None:
+        steps, title = self.coordinator.run.steps, self._title(epoch)
+        if self._table is not None:
+            self._table.show(f"{title}  {report}  {left and left + ' left'}", step, steps)
+        elif self._progress is not None:
+            self._progress.update(
+                self._task,
+                description=title,
+                total=steps,
+                completed=step,
+                left=left,
+                report=report,
+                refresh=True,
+            )
+        else:
+            self._print(f"  step {report}")
 
     def on_epoch_end(self, epoch: int) -> None:
         run = self.coordinator.run
         self._epochs += 1
         seconds = self.clock() - self._epoch_began
-        values = "  ".join(f"{name} {_short(value)}" for name, value in run.logs.items())
-        self._print(f"{self._title(epoch)}  {values}  {seconds:.1f} s")
+        values = {name: _short(value) for name, value in run.logs.items()}
+        if self._table is not None:
+            self._table.add({"epoch": str(epoch + 1), **values, "time": f"{seconds:.1f} s"})
+            self._table.show(self._title(epoch), run.step, run.steps)
+            return
+        line = "  ".join(f"{name} {value}" for name, value in values.items())
+        self._print(f"{self._title(epoch)}  {line}  {seconds:.1f} s")
 
     def on_train_end(self) -> None:
         if self._progress is not None:
@@ -143,7 +164,11 @@ class ConsoleLogCallback(Callback):
         if waited >= max(1.0, 0.05 * seconds):
             share = waited / seconds
             summary += f"; input-bound: {share:.0%} of the time was spent waiting for data"
-        self._print(summary)
+        if self._table is not None:
+            self._table.show(summary)
+            self._table = None
+        else:
+            self._print(summary)
 
     def _print(self, line: str) -> None:
         # Names may contain brackets. A terminal breaks lines between words, a file never.

@@ -1,6 +1,7 @@
 """Delivers the events of a run to its callbacks."""
 
 import sys
+import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -24,6 +25,7 @@ class CallbackCoordinator(BaseLogger):
         run: The run.
         shared_dict: What callbacks tell each other: `"smooth_loss"`, `"validation"` (set name ->
             metric name -> list of values), `"epoch_logs"`.
+        secs: How long the callbacks took between steps so far, validations included.
     """
 
     def __init__(self, callbacks: Iterable[Any], run: RunView) -> None:
@@ -35,6 +37,7 @@ class CallbackCoordinator(BaseLogger):
         for callback in self.callbacks:
             callback.add_coordinator(self)
         self._begun: list[ICallback] = []
+        self.secs = 0.0
 
     @property
     def trainer(self) -> TrainerView:
@@ -98,17 +101,20 @@ class CallbackCoordinator(BaseLogger):
             callback.on_train_batch_begin(self.run.epoch, self.run.step)
 
     def on_steps_end(self, steps: range, losses: DeviceValues | None) -> None:
+        began = time.perf_counter()
         for callback in self.callbacks:
             callback.on_steps_end(self.run.epoch, steps, losses)
+        self.secs += time.perf_counter() - began
 
     def on_boundary(self) -> None:
         """Lets each callback save, also if an earlier one ends the program."""
-        ended = None
+        ended, began = None, time.perf_counter()
         for callback in self.callbacks:
             try:
                 callback.on_boundary()
             except SystemExit as exit_:
                 ended = ended or exit_
+        self.secs += time.perf_counter() - began
         if ended is not None:
             raise ended
 

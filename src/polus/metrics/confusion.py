@@ -14,6 +14,8 @@ from polus.masks import mask_of
 from polus.metrics.base import PER_OUTPUT, IMetric, kind
 from polus.types import Tensor
 
+MAX_KEPT_CLASSES = 100
+
 
 class IConfusionMatrix(IMetric):
     """A metric that is a function of the confusion matrix.
@@ -51,6 +53,10 @@ class IConfusionMatrix(IMetric):
             be outside 0 to C - 1.
         name: The name in logs.
 
+    Attributes:
+        evaluated: The matrix of the last `evaluate`; None if there was none or it has more than 100
+            classes.
+
     Raises:
         ValueError: Immediately for shapes that are not in the table; in `evaluate` for labels
             outside 0 to C - 1, which a compiled step can count but not report (`result` is NaN).
@@ -76,6 +82,7 @@ class IConfusionMatrix(IMetric):
         self.num_classes = num_classes
         self.ignore_class = ignore_class
         self.is_weighted = False  # whether there was a batch with weights
+        self.evaluated: np.ndarray[Any, Any] | None = None
         shape = (num_classes, num_classes)
         # "int" is int64 on TensorFlow, which does not put int32 on a GPU, and int32 elsewhere.
         self.counts = self.add_variable(shape, "zeros", dtype="int", name="confusion_matrix")
@@ -206,6 +213,8 @@ class IConfusionMatrix(IMetric):
 
     def evaluate(self) -> Any:
         invalid, batch = int(to_host(self.num_invalid)), int(to_host(self.num_valid_batches))
+        if self.num_classes <= MAX_KEPT_CLASSES:
+            self.evaluated = np.array(to_host(self.confusion_matrix))  # the variable is reset
         value = super().evaluate()
         if invalid:
             labels = f"{invalid} invalid label{'s' * (invalid != 1)}"

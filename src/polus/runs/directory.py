@@ -1,20 +1,24 @@
 """The folder of a run, with all that it leaves behind."""
 
 import contextlib
+import importlib.util
 import json
 import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 from polus.callbacks.base import Callback, Phase
-from polus.callbacks.monitor import Monitor
+from polus.callbacks.monitor import Mode, Monitor
 from polus.checkpoint import Checkpoint
 from polus.files import atomic_write, check_directory, make_folder
 from polus.history import Validation
 from polus.host import DeviceValues
+from polus.metrics import IConfusionMatrix
 from polus.models import models_of
+from polus.optimizers import rates_of
 from polus.runs.facts import describe_run, describe_start
 from polus.runs.history_file import NAME, HistoryFile
 
@@ -34,6 +38,7 @@ class RunDirectory(Callback):
       how the run ended; and for each process that began or continued it the command line, the git
       commit and whether its tree was clean, versions, devices and checksums of the generators.
     - `log.txt`: Polus' messages.
+    - `report.html`: all of it as a page, at the end, if Bokeh is installed: see `polus.report`.
     - `best.keras`: the model with the best loss of a validation set, or its best first metric;
       `best_<name>.keras` of each of several.
 
@@ -41,24 +46,35 @@ class RunDirectory(Callback):
 
     Args:
         directory: The folder.
+        monitor: The name in the logs of what makes a model the best one. By default the loss of a
+            validation set, or its first metric.
+        mode: `"min"`, `"max"` or `"auto"`; see `polus.callbacks.monitor.Monitor`.
         clock: Returns the time in seconds.
     """
 
     phase = Phase.SAVE  # when the others have added their values
 
     def __init__(
-        self, directory: str | os.PathLike[str], clock: Callable[[], float] = time.monotonic
+        self,
+        directory: str | os.PathLike[str],
+        monitor: str | None = None,
+        mode: Mode = "auto",
+        *,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         super().__init__()
         self.directory = check_directory(directory, "run_dir")
+        self.monitor = monitor
+        self.mode = mode
         self.clock = clock
         self.best: dict[str, float | None] = {}
         self._file: HistoryFile | None = None
 
     def on_train_begin(self) -> None:
         """Begins to log into the folder."""
-        self._unwritten: list[tuple[int, int, Mapping[str, DeviceValues]]] = []
-        self._written = self.clock()
+        self._unwritten: list[tuple[int, int, Mapping[str, DeviceValues], list[int]]] = []
+        self._confusions: list[Any] = []  # of the validations that are not written yet
+        self._began = self._written = self.clock()
         self._validations = len(self.coordinator.run.history.validations)
         self._has_written_facts = False
         self._heard = (0, 0)
@@ -77,20 +93,45 @@ class RunDirectory(Callback):
         """Writes the steps of the last second, if it is over."""
         if not self._first:
             return
-        run = self.coordinator.run
-        if self._file is None:
-            self._open(epoch, steps.start)
-        self._unwritten.append((epoch, steps.start, run.step_logs))
+        file = self._file or self._open(epoch, steps.start)
+        self._add(epoch, steps)
         self._heard = epoch, steps.stop
         if self.clock() - self._written >= SECS_BETWEEN_WRITES:
             self._flush()
+            rates = rates_of(self.coordinator.trainer, always=True)
+            file.add_moment(epoch, steps[-1], self._written - self._began, rates)
 
-    def _open(self, epoch: int, step: int) -> None:
+    def _add(self, epoch: int, steps: range) -> None:
+        run = self.coordinator.run
+        sizes = run.batch_sizes[steps.start : steps.stop]
+        skipped = [step for step in steps if not run.batch_sizes[step]] if 0 in sizes else []
+        self._unwritten.append((epoch, steps.start, run.step_logs, skipped))
+
+    def on_validation_begin(self) -> None:
+        """Forgets the confusion matrices of training."""
+        for metric in self._confusion_metrics():
+            metric.evaluated = None
+
+    def on_validation_end(self, results: dict[str, Any]) -> None:
+        """Keeps the confusion matrix of the first metric that has one."""
+        if not self._first:
+            return
+        found = [metric.evaluated for metric in self._confusion_metrics()]
+        self._confusions.append(next((matrix for matrix in found if matrix is not None), None))
+
+    def _confusion_metrics(self) -> list[IConfusionMatrix]:
+        trainer = self.coordinator.trainer
+        some = trainer.validation_metrics
+        metrics = trainer.metrics if some is None else some
+        return [metric for metric in metrics if isinstance(metric, IConfusionMatrix)]
+
+    def _open(self, epoch: int, step: int) -> HistoryFile:
         self._file = HistoryFile(self.directory / NAME, epoch, step)
         # What a checkpoint knew stands there already.
         places = [(v.epoch, v.step) for v in self.coordinator.run.history.validations]
         self._validations = sum(place < (epoch, step) for place in places)
         self._write_facts({"status": "running"})
+        return self._file
 
     def on_epoch_end(self, epoch: int) -> None:
         """Writes the epoch, and the model if it is the best one."""
@@ -99,7 +140,7 @@ class RunDirectory(Callback):
         run = self.coordinator.run
         self._flush()
         record = run.history.record[-1] if run.history.record else {}
-        self._file.end_epoch(epoch, run.logs, record)
+        self._file.end_epoch(epoch, run.logs, record, self.clock() - self._began)
         self._save_best()
 
     def on_train_end(self) -> None:
@@ -113,7 +154,7 @@ class RunDirectory(Callback):
             first_step = run.step - len(newest)
             if self._file is None:
                 self._open(run.epoch, first_step)
-            self._unwritten.append((run.epoch, first_step, run.step_logs))
+            self._add(run.epoch, range(first_step, run.step))
         if self._file is None:
             return
         self._flush()
@@ -125,16 +166,31 @@ class RunDirectory(Callback):
             kind = "interrupted" if run.signals.pending is not None else "failed"
             facts |= {"status": kind, "exception": repr(run.exception)}
         self._write_facts(facts)
+        self._write_report()
+
+    def _write_report(self) -> None:
+        """Writes `report.html`; a run does not fail because its picture does."""
+        if importlib.util.find_spec("bokeh") is None:
+            self.logger.info("No report.html: it requires Bokeh. Install it: pip install bokeh")
+            return
+        from polus.report import write_report  # which reads what is written here
+
+        try:
+            write_report(self.directory)
+        except Exception as error:
+            self.logger.warning("report.html can't be written: %r", error)
 
     def _flush(self) -> None:
         """Writes the steps and validations that are not in the file yet."""
         assert self._file is not None
-        for epoch, first_step, terms in self._unwritten:
-            self._file.add_steps(epoch, first_step, terms)
-        validations: list[Validation] = self.coordinator.run.history.validations
-        for validation in validations[self._validations :]:
-            self._file.add_validation(validation)
-        self._unwritten, self._validations = [], len(validations)
+        run = self.coordinator.run
+        for epoch, first_step, terms, skipped in self._unwritten:
+            self._file.add_steps(epoch, first_step, terms, skipped)
+        new: list[Validation] = run.history.validations[self._validations :]
+        for validation, confusion in zip_longest(new, self._confusions[: len(new)]):
+            self._file.add_validation(validation, confusion)
+        self._validations += len(new)
+        self._unwritten, self._confusions = [], self._confusions[len(new) :]
         self._written = self.clock()
 
     def _write_facts(self, status: dict[str, Any]) -> None:
@@ -157,10 +213,10 @@ class RunDirectory(Callback):
     # ------------------------------------------------------------------ the best model
 
     def _save_best(self) -> None:
-        name = self._monitored()
+        name = self.monitor or self._monitored()
         if name is None:
             return
-        monitor = Monitor(name)
+        monitor = Monitor(name, self.mode)
         monitor.best = self.best.get(name)
         value = monitor.value(self.coordinator)
         if value is None or not monitor.improved(value):
@@ -213,4 +269,6 @@ def with_run_dir(arguments: dict[str, Any]) -> dict[str, Any]:
     if not saving:
         saves = Checkpoint(folder, every_secs=SECS_BETWEEN_SAVES, every_epochs=None)
         callbacks.append(saves)
-    return {**arguments, "callbacks": [*callbacks, RunDirectory(directory)], "resume": folder}
+    if not any(isinstance(callback, RunDirectory) for callback in callbacks):
+        callbacks.append(RunDirectory(directory))
+    return {**arguments, "callbacks": callbacks, "resume": folder}

@@ -2,18 +2,21 @@
 
     {"steps": {"epoch": 0, "first_step": 0, "terms": {"loss": [0.9, 0.5]}}}
     {"validation": {"epoch": 0, "step": 1, "name": "val", "results": {"macro_f1": 0.8}}}
-    {"epoch": {"epoch": 0, "logs": {"loss": 0.7}, "record": {"learning_rate": 0.001}}}
+    {"epoch": {"epoch": 0, "logs": {"loss": 0.7}, "record": {"secs": 2.1}, "secs": 3.0}}
+    {"moment": {"epoch": 0, "step": 1, "secs": 2.5, "rates": {"learning_rate": 0.001}}}
     {"start": {"epoch": 0, "step": 1}}
 
-A process begins with "start": it runs the steps from there on, again if they stand above. JSON has
-no NaN and no infinity, so these are the texts "nan", "inf" and "-inf".
+A process begins with "start": it runs the steps from there on, again if they stand above. "moment"
+tells when a step was done, in "secs" of its process, and the learning rates then. "steps" lists
+its skipped steps as "skipped", and "validation" may have a matrix "confusion", whose rows are the
+true classes. JSON has no NaN and no infinity, so these are the texts "nan", "inf" and "-inf".
 """
 
 import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
@@ -22,6 +25,8 @@ from polus.history import History, Validation
 from polus.host import to_host
 
 NAME = "history.jsonl"
+
+Array = np.ndarray[Any, Any]
 
 
 class HistoryFile:
@@ -39,20 +44,37 @@ class HistoryFile:
         self._file: IO[str] = path.open("a", encoding="utf-8")
         self._write("start", {"epoch": epoch, "step": step})
 
-    def add_steps(self, epoch: int, first_step: int, terms: Mapping[str, Sequence[float]]) -> None:
-        """Adds consecutive steps; reads their terms from the device."""
+    def add_steps(
+        self,
+        epoch: int,
+        first_step: int,
+        terms: Mapping[str, Sequence[float]],
+        skipped: Sequence[int] = (),
+    ) -> None:
+        """Adds consecutive steps, and which of them were skipped; reads terms from the device."""
         lists = {name: _listed(values) for name, values in terms.items()}
-        self._write("steps", {"epoch": epoch, "first_step": first_step, "terms": lists})
+        entry: dict[str, Any] = {"epoch": epoch, "first_step": first_step, "terms": lists}
+        self._write("steps", entry | ({"skipped": list(skipped)} if skipped else {}))
 
-    def add_validation(self, validation: Validation) -> None:
-        """Adds a validation."""
+    def add_validation(self, validation: Validation, confusion: Any = None) -> None:
+        """Adds a validation, with the confusion matrix if there is one."""
         results = {name: _listed(value) for name, value in validation.results.items()}
-        self._write("validation", {**validation._asdict(), "results": results})
+        entry = {**validation._asdict(), "results": results}
+        more = {} if confusion is None else {"confusion": _listed(confusion)}
+        self._write("validation", entry | more)
 
-    def end_epoch(self, epoch: int, logs: Mapping[str, Any], record: Mapping[str, Any]) -> None:
-        """Adds the logs of an epoch, and how it went."""
-        values = {name: _listed(value) for name, value in logs.items()}
-        self._write("epoch", {"epoch": epoch, "logs": values, "record": dict(record)})
+    def add_moment(self, epoch: int, step: int, secs: float, rates: Mapping[str, float]) -> None:
+        """Adds when a step was done, in seconds of this process, and the learning rates then."""
+        known = {name: _listed(rate) for name, rate in rates.items()}
+        self._write("moment", {"epoch": epoch, "step": step, "secs": secs, "rates": known})
+
+    def end_epoch(
+        self, epoch: int, logs: Mapping[str, Any], record: Mapping[str, Any], secs: float
+    ) -> None:
+        """Adds the logs of an epoch, how it went, and when it ended, in seconds of this process."""
+        values, how = ({n: _listed(v) for n, v in each.items()} for each in (logs, record))
+        entry = {"epoch": epoch, "logs": values, "record": how, "secs": secs}
+        self._write("epoch", entry)
 
     def close(self) -> None:
         """Closes the file, whose content is on the disk then."""
@@ -62,6 +84,45 @@ class HistoryFile:
     def _write(self, kind: str, entry: dict[str, Any]) -> None:
         self._file.write(json.dumps({kind: entry}, allow_nan=False) + "\n")
         self._file.flush()
+
+
+class Moment(NamedTuple):
+    """When a step was done.
+
+    Attributes:
+        process: The number of the process that ran it, from 0.
+        epoch: Its epoch.
+        step: Its number in the epoch.
+        secs: Seconds since the process began to train.
+        rates: The learning rate of each optimizer.
+    """
+
+    process: int
+    epoch: int
+    step: int
+    secs: float
+    rates: dict[str, float]
+
+
+class RunRecord(NamedTuple):
+    """All that `history.jsonl` tells.
+
+    Attributes:
+        history: The record of the steps that count.
+        starts: Epoch and step from which each process ran.
+        skipped: Epoch and step of each update that was skipped.
+        moments: When steps were done.
+        epoch_ends: When epochs ended, after their validations: the process, the epoch, its seconds.
+        confusions: Name of a validation set -> the confusion matrix of its newest validation, whose
+            rows are the true classes.
+    """
+
+    history: History
+    starts: list[tuple[int, int]]
+    skipped: list[tuple[int, int]]
+    moments: list[Moment]
+    epoch_ends: list[tuple[int, int, float]]
+    confusions: dict[str, Array]
 
 
 def read_history(path: str | os.PathLike[str]) -> History:
@@ -74,40 +135,58 @@ def read_history(path: str | os.PathLike[str]) -> History:
         OSError: If there is no such file.
         ValueError: If a line is not an entry of a record; the message says which.
     """
+    return read_record(path).history
+
+
+def read_record(path: str | os.PathLike[str]) -> RunRecord:
+    """Returns all that is recorded of a run; see `read_history`."""
     path = Path(path)
     path = path / NAME if path.is_dir() else path
     with open_regular(path) as file:
         *lines, _ = file.read().split(b"\n")  # behind the last one is nothing, or half a line
     entries: list[tuple[str, Any]] = []
+    starts: list[tuple[int, int]] = []
     for number, line in enumerate(lines, 1):
         try:
             ((kind, entry),) = json.loads(line).items()
             if kind == "start":
                 entries = _started(entries, entry)
+                starts.append((entry["epoch"], entry["step"]))
+            elif kind in ("moment", "epoch"):
+                entries.append((kind, {**entry, "process": len(starts) - 1}))
             else:
                 entries.append((kind, entry))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{path}: line {number} is not an entry of a record ({error!r})."
             ) from error
-    return _history(entries)
+    return _record(entries, starts)
 
 
-def _history(entries: Sequence[tuple[str, Any]]) -> History:
-    history = History()
+def _record(entries: Sequence[tuple[str, Any]], starts: list[tuple[int, int]]) -> RunRecord:
+    record = RunRecord(History(), starts, [], [], [], {})
+    history = record.history
     for kind, entry in entries:
         if kind == "steps":
             terms = {name: _array(values) for name, values in entry["terms"].items()}
             history.add_steps(entry["epoch"], entry["first_step"], terms)
+            record.skipped.extend((entry["epoch"], step) for step in entry.get("skipped", ()))
         elif kind == "validation":
             results = {name: _array(value) for name, value in entry["results"].items()}
             history.add_validation(entry["epoch"], entry["step"], entry["name"], results)
+            if "confusion" in entry:
+                record.confusions[entry["name"]] = _array(entry["confusion"])
+        elif kind == "moment":
+            rates = {name: _array(rate) for name, rate in entry["rates"].items()}
+            record.moments.append(Moment(**{**entry, "rates": rates}))
         else:
             logs = {name: _array(value) for name, value in entry["logs"].items()}
             history.end_epoch(entry["epoch"], logs)
-            record = {n: v for n, v in entry["record"].items() if n != "epoch"}
-            history.add_record(entry["epoch"], record)
-    return history
+            measured = {n: _array(v) for n, v in entry["record"].items() if n != "epoch"}
+            history.add_record(entry["epoch"], measured)
+            if "secs" in entry:
+                record.epoch_ends.append((entry["process"], entry["epoch"], entry["secs"]))
+    return record
 
 
 def _started(entries: list[tuple[str, Any]], start: Mapping[str, int]) -> list[tuple[str, Any]]:
@@ -120,8 +199,9 @@ def _started(entries: list[tuple[str, Any]], start: Mapping[str, int]) -> list[t
             if first < place:
                 count = place[1] - first[1] if first[0] == place[0] else None
                 terms = {name: values[:count] for name, values in entry["terms"].items()}
-                kept.append((kind, {**entry, "terms": terms}))
-        elif kind == "validation":
+                skipped = [s for s in entry.get("skipped", ()) if (first[0], s) < place]
+                kept.append((kind, {**entry, "terms": terms, "skipped": skipped}))
+        elif kind in ("validation", "moment"):
             if (entry["epoch"], entry["step"]) < place:
                 kept.append((kind, entry))
         elif entry["epoch"] < place[0]:

@@ -1,6 +1,7 @@
 """The arguments of `train`, given at once or kept for a later call."""
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from os import PathLike
@@ -14,6 +15,7 @@ from polus.callbacks.base import ICallback, KerasCallbackLike
 from polus.callbacks.coordinator import checked_list
 from polus.callbacks.time_limit import TimeLimit
 from polus.data import DataAdapter, DataReader, NoDataAdapter, as_adapter
+from polus.data.first_batches import first_batches
 from polus.data.prefetch import PREFETCH
 from polus.files import check_directory
 from polus.host import did_you_mean, to_host
@@ -49,6 +51,8 @@ class TrainArguments(TypedDict, total=False):
     max_skips: int
     record: bool
     run_dir: str | PathLike[str]
+    dry_run: bool
+    overfit_batches: int
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,8 @@ class TrainConfig:
     max_skips: int = MAX_SKIPS
     record: bool = False
     run_dir: Path | None = None
+    dry_run: bool = False
+    overfit_batches: int | None = None
 
     @classmethod
     def checked(cls, arguments: dict[str, Any]) -> Self:
@@ -91,8 +97,11 @@ class TrainConfig:
                     + " A run without data needs steps."
                     * (name == "tf_dataset")
                 )
-        for name in ("epochs", "steps", "steps_per_execution", "max_skips"):
+        for name in ("epochs", "steps", "steps_per_execution", "max_skips", "overfit_batches"):
             check_count(name, given.get(name))
+        if given.get("overfit_batches") is not None:
+            count = min(given["overfit_batches"], given.get("steps") or sys.maxsize)
+            given |= {"dataset": first_batches(given["dataset"], count), "steps": None}
         _check_learning_rate(given.get("learning_rate"))
         if not (given.get("transform") is None or callable(given["transform"])):
             raise TypeError(
@@ -141,7 +150,7 @@ def _reading(adapter: DataAdapter, given: dict[str, Any]) -> dict[str, Any]:
             f"Live data are made between two steps, so steps_per_execution can't be {at_once}. "
             "Leave it out."
         )
-    for name in ("run_eagerly", "record"):
+    for name in ("run_eagerly", "record", "dry_run"):
         if given.get(name) not in (None, True, False):
             raise ValueError(f"{name} must be True or False, got {given[name]!r}.")
     prefetch = 0 if adapter.live or isinstance(adapter, NoDataAdapter) else int(prefetch)
@@ -164,6 +173,19 @@ def one_transform(arguments: dict[str, Any]) -> dict[str, Any]:
             )
         given["custom_data_transform_f"] = given.pop("train_map_f")
     return given
+
+
+def given_arguments(names: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the arguments of a call of `train` that were given.
+
+    Args:
+        names: The local variables of the call: its arguments, `self`, and `unknown` ones.
+
+    Raises:
+        TypeError: For unknown ones.
+    """
+    check_names(names["unknown"])
+    return one_transform({n: each for n, each in names.items() if n not in ("self", "unknown")})
 
 
 def check_names(arguments: Mapping[str, Any]) -> None:
@@ -202,6 +224,8 @@ def check_count(name: str, value: object) -> None:
     """Raises ValueError if an optional argument is not a positive integer."""
     if value is None:
         return
+    if isinstance(value, np.ndarray):
+        raise TypeError(f"{name} must be a positive integer, got an array. {OF_FIT['y']}")
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
         raise ValueError(f"{name} must be a positive integer, got {value!r}.")
 

@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from polus.history import History
 from polus.optimizers import rates_of
@@ -27,6 +28,20 @@ def weighted_means(
     return history.epoch_means(epoch, batch_sizes)
 
 
+class Spent(NamedTuple):
+    """Where the time of a run went so far, and how many steps were skipped.
+
+    Attributes:
+        waited_secs: How long the loop waited for data.
+        callback_secs: How long callbacks took between steps.
+        skipped_steps: How many steps were skipped.
+    """
+
+    waited_secs: float = 0.0
+    callback_secs: float = 0.0
+    skipped_steps: int = 0
+
+
 class EpochRecord:
     """Measures how the epochs of a run go.
 
@@ -36,38 +51,56 @@ class EpochRecord:
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self.clock = clock
-        self._began = self._waited = 0.0
-        self._first = self._skipped = 0
+        self._began = self._called = self._compiled = 0.0
+        self._first = 0
+        self._before = Spent()
+        self._programs: list[object] = []  # those that were called
 
-    def begin(self, step: int, waited_secs: float, skipped: int) -> None:
-        """Begins an epoch, or continues one.
+    def begin(self, step: int, spent: Spent) -> None:
+        """Begins an epoch, or continues one, at its next step."""
+        self._began, self._compiled = self.clock(), 0.0
+        self._first, self._before = step, spent
+        self._calls = 0
 
-        Args:
-            step: Its next step.
-            waited_secs: How long the loop has waited for data so far.
-            skipped: How many steps of the run were skipped.
+    def calls(self, program: object, waited_secs: float) -> None:
+        """Notes that a program is about to be called, and how long was waited for data so far.
+
+        The first call of a program compiles it. What comes before the first call of an epoch are
+        the trace of the step and its tuning, if these are due.
         """
-        self._began, self._waited = self.clock(), waited_secs
-        self._first, self._skipped = step, skipped
+        self._called = self.clock()
+        self._compiles = not any(program is known for known in self._programs)
+        self._calls += 1
+        if self._compiles:
+            self._programs.append(program)
+            if self._calls == 1:
+                waited = waited_secs - self._before.waited_secs
+                self._compiled += max(self._called - self._began - waited, 0.0)
 
-    def end(
-        self, owner: object, sizes: Sequence[int], waited_secs: float, skipped: int
-    ) -> dict[str, float]:
-        """Returns learning rates, speed, waiting time and skipped steps since the beginning.
+    def called(self) -> None:
+        """Notes that the call is over."""
+        if self._compiles:
+            self._compiled += self.clock() - self._called
+
+    def end(self, owner: object, sizes: Sequence[int], spent: Spent) -> dict[str, float]:
+        """Returns learning rates, skipped steps, speed, and where the time went.
 
         Args:
             owner: The trainer.
             sizes: The number of examples of each step of the epoch.
-            waited_secs: How long the loop has waited for data so far.
-            skipped: How many steps of the run were skipped.
+            spent: What the run has spent so far.
         """
         secs = max(self.clock() - self._began, 1e-9)
         steps = sizes[self._first :]
+        since = [now - before for now, before in zip(spent, self._before, strict=True)]
+        waited, in_callbacks, skipped = since
         return {
             **rates_of(owner, always=True),
-            "skipped_steps": skipped - self._skipped,
+            "skipped_steps": int(skipped),
             "secs": secs,
             "steps_per_sec": len(steps) / secs,
             "examples_per_sec": sum(steps) / secs,
-            "waited_secs": waited_secs - self._waited,
+            "waited_secs": waited,
+            "callback_secs": in_callbacks,
+            "compile_secs": self._compiled,
         }

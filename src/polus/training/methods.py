@@ -8,12 +8,16 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import keras
 
+from polus.average import Average, weights_for
 from polus.callbacks.base import ICallback, KerasCallbackLike
 from polus.log import BaseLogger
 from polus.optimizers import optimizers_of
 from polus.training.config import TrainArguments, check_names, one_transform
 from polus.training.engine import Engine
+from polus.training.evaluation import evaluate
+from polus.training.nonfinite import Policy
 from polus.training.prediction import predict
+from polus.training.reports import summarize
 from polus.training.session import Session, open_session
 from polus.training.together import minimize_together
 
@@ -44,6 +48,21 @@ class TrainerMethods(BaseLogger):
         check_names(dict(arguments))
         self._engine.arguments |= one_transform(dict(arguments))
 
+    def kept_train_config(self) -> dict[str, Any]:
+        """Returns the arguments of `train` that `changing_train_config` has kept."""
+        return dict(self._engine.arguments)
+
+    def summary(self, print_fn: Callable[[str], object] = print) -> None:
+        """Prints models, optimizers, what they train, the loss and the metrics, as a table.
+
+        What each optimizer trains is known once a step was traced: after `build_on(batch)`,
+        `train(..., dry_run=True)` or the first step.
+
+        Args:
+            print_fn: Takes the table.
+        """
+        print_fn(summarize(self, self._engine.executor.variables))
+
     def traced_output_shape(self) -> tuple[int | None, ...] | None:
         """Returns the shape of the model's output when a step was last traced; None before that."""
         return self._engine.output_shape
@@ -54,6 +73,9 @@ class TrainerMethods(BaseLogger):
         *,
         resume: str | PathLike[str] | None = None,
         learning_rate: float | None = None,
+        on_nonfinite: Policy | None = None,
+        max_skips: int | None = None,
+        run_dir: str | PathLike[str] | None = None,
     ) -> contextlib.AbstractContextManager[Session]:
         """Begins a run whose loop is your own, with callbacks, history and checkpoints as `train`.
 
@@ -72,8 +94,18 @@ class TrainerMethods(BaseLogger):
             resume: A folder of checkpoints to continue from and to save to, as for `train`. The
                 block then begins at `run.epoch`, after `run.num_steps` steps of it.
             learning_rate: As for `train`.
+            on_nonfinite: As for `train`.
+            max_skips: As for `train`.
+            run_dir: As for `train`; instead of `resume`.
         """
-        given = one_transform({"resume": resume, "learning_rate": learning_rate})
+        given = {
+            "resume": resume,
+            "learning_rate": learning_rate,
+            "on_nonfinite": on_nonfinite,
+            "max_skips": max_skips,
+            "run_dir": run_dir,
+        }
+        given = {name: value for name, value in given.items() if value is not None}
         trainer: Any = self
         start = functools.partial(self._engine.running, trainer)
         return open_session(start, callbacks, given)
@@ -114,6 +146,35 @@ class TrainerMethods(BaseLogger):
         By default it returns the prediction for the first part of a batch.
         """
         return self.predicted(self.model(inputs[0], training=False))
+
+    def evaluate(
+        self,
+        dataset: object,
+        custom_data_transform_f: Callable[[Any], Any] | None = None,
+        steps: int | None = None,
+        *,
+        model: "keras.Model | Average | None" = None,
+    ) -> dict[str, Any]:
+        """Evaluates the trainer's metrics over a dataset, and its loss if it has one.
+
+        Runs in inference mode. Training is not disturbed: its metrics, the state of layers and all
+        random generators are as before, in the middle of an epoch too.
+
+        Args:
+            dataset: As for `train`.
+            custom_data_transform_f: A Python function applied to each batch.
+            steps: The number of batches at most.
+            model: An `Average`, or a model of the same architecture, whose weights are evaluated in
+                place of the model's own.
+
+        Returns:
+            Metric names and values, and "loss" and its terms (where `evaluation_loss` returns
+            one), weighted by the number of examples.
+        """
+        weights = () if model is None else weights_for(self.model, model)
+        with self._engine.paused():
+            executor = self._engine.executor
+            return evaluate(executor, dataset, custom_data_transform_f, steps, weights)
 
     def predict(
         self,

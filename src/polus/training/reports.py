@@ -10,8 +10,8 @@ import numpy as np
 
 from polus.host import to_host
 from polus.log import logger_of
-from polus.models import describe_model, models_of
-from polus.optimizers import MultiOptimizer
+from polus.models import describe_model, models_of, named_parts
+from polus.optimizers import MultiOptimizer, optimizers_of
 from polus.steps.variables import StepVariables, Update
 from polus.training.checks import check_terms
 
@@ -99,6 +99,40 @@ def describe_trainer(trainer: Any) -> str:
     return f"{type(trainer).__name__}({described})"
 
 
+def summarize(trainer: Any, variables: StepVariables | None) -> str:
+    """Returns a trainer's parts as a table, and what each optimizer trains.
+
+    Args:
+        trainer: The trainer.
+        variables: What a trace of its step has seen; None before that.
+    """
+    models = {**models_of(trainer.model)}
+    others = {n: p for n, p in named_parts(trainer) if isinstance(p, keras.Model)}
+    known = {id(model) for model in (trainer.model, *models.values())}
+    models |= {name: model for name, model in others.items() if id(model) not in known}
+    updates = [] if variables is None else [each for each in variables.updates if each.variables]
+    updated = {id(variable) for update in updates for variable in update.variables}
+    rows = [(type(trainer).__name__, keras.backend.backend(), "")]
+    for name, model in models.items():
+        trained = [v for v in model.trainable_variables if id(v) in updated]
+        size = _counted(model.weights, "variable") if model.built else "not built yet"
+        rows.append((name, type(model).__name__, size + _share(trained, variables)))
+    for name, optimizer in optimizers_of(trainer).items():
+        own = [v for update in updates if update.optimizer is optimizer for v in update.variables]
+        trains = "known after a step" if variables is None else _counted(own, "variable")
+        rows.append((name, _optimizer(optimizer), f"trains {trains}"))
+    rows += [("loss", shown, "") for shown in _loss(trainer.loss).values()]
+    for name in ("metrics", "validation_metrics"):
+        rows.append((name, ", ".join(m.name for m in getattr(trainer, name) or ()), ""))
+    shown = [row for row in rows if any(row[1:])]
+    widths = [max(len(row[i]) for row in shown) for i in range(2)]
+    return "\n".join(f"{a:{widths[0]}}  {b:{widths[1]}}  {c}".rstrip() for a, b, c in shown)
+
+
+def _share(trained: Sequence[keras.Variable], variables: StepVariables | None) -> str:
+    return "" if variables is None else f", trained: {_counted(trained, 'variable')}"
+
+
 def _loss(loss: Any) -> dict[str, str]:
     return {} if loss is None else {"loss": getattr(loss, "__name__", type(loss).__name__)}
 
@@ -137,6 +171,12 @@ def warn_of_non_finite(logger: logging.Logger, columns: Mapping[str, Any], epoch
                 epoch + 1,
                 losses[bad[0]],
             )
+
+
+def log_stop(logger: logging.Logger, epoch: int, epochs: int | None, reason: str) -> None:
+    """Reports that a run was stopped after some of its epochs, if their number is known."""
+    of = "epochs" if epochs is None else f"of {epochs} epochs"
+    logger.info("Training was stopped after %d %s: %s.", epoch, of, reason or "early_stop was set")
 
 
 def warn_of_missing_steps(

@@ -26,15 +26,11 @@ from polus.steps.compiled import CompiledStep, as_terms
 from polus.steps.executor import StepExecutor
 from polus.steps.finite import Flags
 from polus.training.config import TrainConfig
-from polus.training.epoch_logs import EpochRecord, weighted_means
+from polus.training.epoch_logs import EpochRecord, Spent, weighted_means
 from polus.training.nonfinite import STOPPED, NonFiniteSteps, non_finite_error, sizes_of
 from polus.training.parts import TrainerParts
 from polus.training.processes import check_same_batch, check_same_programs
-from polus.training.reports import (
-    stays_ended,
-    warn_of_missing_steps,
-    warn_of_unsaved,
-)
+from polus.training.reports import log_stop, stays_ended, warn_of_missing_steps, warn_of_unsaved
 from polus.training.run_state import Settings, check_state, data_state, use_own_generators
 from polus.training.status import TRANSITIONS, RunStatus
 from polus.training_state import (
@@ -159,20 +155,13 @@ class Run(BaseLogger):
                 raise
             else:
                 self._move(RunStatus.STOPPED if self.stopping else RunStatus.COMPLETED)
-                self._log_stop()
+                if self.stopping:
+                    epochs = None if self.open_ended else self.epochs
+                    log_stop(self.logger, self.epoch, epochs, self.stop_reason)
             finally:
                 if (error := self.callbacks.on_train_end()) is not None:
                     self.status = RunStatus.FAILED
                     raise error
-
-    def _log_stop(self) -> None:
-        if self.stopping:
-            self.logger.info(
-                "Training was stopped after %d %s: %s.",
-                self.epoch,
-                "epochs" if self.open_ended else f"of {self.epochs} epochs",
-                self.stop_reason or "early_stop was set",
-            )
 
     @property
     def finished(self) -> bool:
@@ -200,7 +189,7 @@ class Run(BaseLogger):
         if self.status in (RunStatus.CREATED, RunStatus.RESTORED):
             begin_schedules(self.trainer, known, self.status is RunStatus.RESTORED)
         data = self.reader.epoch(self.epoch, start=self.step)
-        self.epoch_record.begin(self.step, self.reader.waited_secs, self.non_finite.skipped)
+        self.epoch_record.begin(self.step, self._spent())
         if not resumed:
             self.batch_sizes, self.logs = array("i"), {}
             self.callbacks.shared_dict["epoch_logs"] = self.logs
@@ -239,11 +228,12 @@ class Run(BaseLogger):
         if block.count == 1:
             self.callbacks.on_train_batch_begin()
         program, arguments = self.guarded.program(block)
+        self.epoch_record.calls(program, self.reader.waited_secs)
         self._began = time.perf_counter()
         return program, arguments
 
     def record(self, block: StepBlock, outputs: object) -> Any:
-        """Records the steps of a block, and tells the callbacks.
+        """Records the steps of a block, tells the callbacks, and handles signals.
 
         Returns:
             What the steps returned, on the device.
@@ -253,6 +243,7 @@ class Run(BaseLogger):
         """
         self.compiled.pace.observe(block.count, outputs, self._began)
         outputs = self.guarded.checked(block, outputs)
+        self.epoch_record.called()
         finite = self.guarded.finite
         count = self.non_finite.count(block, finite)
         terms = as_terms(outputs, self.trainer.primary)
@@ -271,6 +262,7 @@ class Run(BaseLogger):
             self._judge(block, steps, finite)
         self._agree()
         self.callbacks.on_boundary()
+        self.handle_signals()
         return outputs
 
     def _judge(self, block: StepBlock, steps: range, finite: Flags) -> None:
@@ -285,15 +277,14 @@ class Run(BaseLogger):
             raise non_finite_error(self.guarded, block, len(steps) - 1, place, terms)
 
     def close_epoch(self) -> None:
-        """Ends an epoch: its logs, the callbacks, and the next one begins."""
+        """Ends an epoch: its logs, the callbacks, signals; the next one begins."""
         if not self.stopping:
             warn_of_missing_steps(self.logger, self.step, self.reader.steps, self.epoch)
         if not self.open_ended:
             self.steps = self.steps or self.step
         metrics = {metric.name: metric.evaluate() for metric in self.metrics}
         means = weighted_means(self.history, self.epoch, self.batch_sizes, self.logger)
-        waited, skipped = self.reader.waited_secs, self.non_finite.skipped
-        record = self.epoch_record.end(self.trainer, self.batch_sizes, waited, skipped)
+        record = self.epoch_record.end(self.trainer, self.batch_sizes, self._spent())
         self.history.add_record(self.epoch, record)
         rates = rates_of(self.trainer) | (record if self.config.record else {})
         self.logs.update(means | metrics | rates | self.history.validation_logs(self.epoch))
@@ -305,6 +296,10 @@ class Run(BaseLogger):
         self.epoch, self.step = self.epoch + 1, 0
         self._agree()
         self.callbacks.on_boundary()
+        self.handle_signals()
+
+    def _spent(self) -> Spent:
+        return Spent(self.reader.waited_secs, self.callbacks.secs, self.non_finite.skipped)
 
     def validated(self, name: str, results: dict[str, Any]) -> None:
         """Records the results of a validation on the set `name`, after the last step that ran."""

@@ -80,9 +80,7 @@ class Session:
             self._blocks = run.blocks(data)
         block = next(self._blocks)
         program, arguments = run.begin(block)
-        outputs = run.record(block, program(*arguments))
-        run.handle_signals()
-        return outputs
+        return run.record(block, program(*arguments))
 
     def end_epoch(self, **logs: Any) -> dict[str, Any]:
         """Ends an epoch: its metrics, means, callbacks.
@@ -102,7 +100,6 @@ class Session:
         blocks.close()
         self.run.logs.update({name: to_host(value).tolist() for name, value in logs.items()})
         self.run.close_epoch()
-        self.run.handle_signals()
         return self.run.logs
 
     def close(self) -> None:

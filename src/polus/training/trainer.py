@@ -1,13 +1,14 @@
 """The trainer: one step, described by its user, and the loop."""
 
 import contextlib
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from typing import Any, Literal, Never, Self, TypeVar
 
 import keras
 
-from polus.average import Average, averages_of, weights_for
+from polus.average import averages_of
 from polus.backends import backend
 from polus.backends.base import as_arguments
 from polus.backends.scopes import active_dry_run
@@ -19,10 +20,10 @@ from polus.steps.progress import ProgressVariable
 from polus.steps.update import apply_gradients
 from polus.steps.variables import StepVariables, unique
 from polus.training import checks
-from polus.training.config import TrainConfig, check_names, one_transform
+from polus.training.config import TrainConfig, given_arguments
 from polus.training.copies import deep_copy, shallow_copy
+from polus.training.dry_run import dry_run as rehearse
 from polus.training.engine import CompiledMethod, Engine
-from polus.training.evaluation import evaluate
 from polus.training.methods import TrainerMethods
 from polus.training.nonfinite import Policy
 from polus.training.reports import check_step, describe_trainer
@@ -342,6 +343,8 @@ class BaseTrainer(TrainerMethods):
         max_skips: int | None = None,
         record: bool | None = None,
         run_dir: str | PathLike[str] | None = None,
+        dry_run: bool | None = None,
+        overfit_batches: int | None = None,
         **unknown: Never,
     ) -> History:
         """Trains for some epochs.
@@ -382,6 +385,11 @@ class BaseTrainer(TrainerMethods):
                 `gradient_norm` and, if gradients are clipped, `clipped_gradient_norm`.
             run_dir: The folder of this run: its checkpoints, from which it continues if it has any,
                 its record, parts, messages and best model. See `polus.runs.RunDirectory`.
+            dry_run: Whether to run only two steps and a validation of two batches, with every
+                callback but those that write files. Then models, optimizers, random state and data
+                are as before, and the log says what was seen.
+            overfit_batches: Trains on the first n batches only, the same ones in each epoch. A step
+                that works brings their loss close to zero.
             unknown: Raises, and says what to write instead of an argument of `fit`.
 
         Returns:
@@ -390,9 +398,9 @@ class BaseTrainer(TrainerMethods):
         Raises:
             ValueError, TypeError: If it can't train with these arguments; the message says why.
         """
-        given = {n: value for n, value in locals().items() if n not in ("self", "unknown")}
-        check_names(unknown)
-        arguments = self._engine.arguments | one_transform(given)
+        arguments = self._engine.arguments | given_arguments(locals())
+        if arguments.get("dry_run"):
+            return rehearse(copied := copy.copy(self), copied._engine, arguments)
         with self._engine.running(self, TrainConfig.checked(arguments)) as run:
             while not run.finished:
                 data = run.open_epoch()
@@ -401,42 +409,11 @@ class BaseTrainer(TrainerMethods):
                     for block in blocks:  # some batches of equal shape
                         program, args = run.begin(block)  # signals wait until the record
                         run.record(block, program(*args))  # one compiled call, a step per batch
-                        run.handle_signals()
                         if run.stopping:
                             break
                 run.close_epoch()
-                run.handle_signals()
             run.executor.finalize()
             return run.history
-
-    def evaluate(
-        self,
-        dataset: object,
-        custom_data_transform_f: Callable[[Any], Any] | None = None,
-        steps: int | None = None,
-        *,
-        model: "keras.Model | Average | None" = None,
-    ) -> dict[str, Any]:
-        """Evaluates the trainer's metrics over a dataset, and its loss if it has one.
-
-        Runs in inference mode. Training is not disturbed: its metrics, the state of layers and all
-        random generators are as before, in the middle of an epoch too.
-
-        Args:
-            dataset: As for `train`.
-            custom_data_transform_f: A Python function applied to each batch.
-            steps: The number of batches at most.
-            model: An `Average`, or a model of the same architecture, whose weights are evaluated in
-                place of the model's own.
-
-        Returns:
-            Metric names and values, and "loss" and its terms (where `evaluation_loss` returns
-            one), weighted by the number of examples.
-        """
-        weights = () if model is None else weights_for(self.model, model)
-        with self._engine.paused():
-            executor = self._engine.executor
-            return evaluate(executor, dataset, custom_data_transform_f, steps, weights)
 
     def __copy__(self) -> Self:
         """Returns a trainer of the same parts, with an engine and a step counter of its own."""
