@@ -142,6 +142,17 @@ def test_scopes_around_a_part_raise():
 
 
 @pytest.mark.skipif(NAME != "tensorflow", reason="strategies of TensorFlow")
+def test_distributed_datasets_raise():
+    import tensorflow as tf
+
+    strategy = tf.distribute.MirroredStrategy(["CPU:0"])
+    whole = tf.data.Dataset.from_tensor_slices((X, Y)).batch(16)
+    data = strategy.experimental_distribute_dataset(whole)
+    with strategy.scope(), pytest.raises(TypeError, match=r"Pass the tf.data.Dataset of whole"):
+        make_trainer().train(data, 1)
+
+
+@pytest.mark.skipif(NAME != "tensorflow", reason="strategies of TensorFlow")
 @pytest.mark.parametrize("kind", ["global generator", "variable"])
 def test_state_without_a_copy_on_each_device_raises(kind):
     import tensorflow as tf
