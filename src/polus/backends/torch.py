@@ -391,6 +391,11 @@ def describe() -> dict[str, Any]:
     return {"devices": names, "threads": torch.get_num_threads()}
 
 
+def peak_device_bytes() -> int | None:
+    """Returns the most memory of its device that the process had; None if it has none."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+
+
 def set_deterministic() -> list[str]:
     """Makes operations compute the same bits in each run. Returns what can't be promised."""
     torch.use_deterministic_algorithms(True)
