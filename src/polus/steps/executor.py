@@ -102,7 +102,7 @@ class StepExecutor:
     ) -> None:
         self.owner = owner
         self.get_step = get_step
-        self.step = get_step()
+        self.step = self._finished = get_step()
         self.evaluation_step = evaluation
         self.example: tuple[Any, ...] | None = None
         self.variables: StepVariables | None = None
@@ -201,6 +201,7 @@ class StepExecutor:
             )
             if not any(is_built(layer) for layer in unbuilt) and all(w for _, w in seen.updates):
                 break
+        self._finished = self.step
         if self.norms:
             names = {id(o): name for name, o in optimizers_of(self.owner).items()}
             self.step = with_norms(self.step, names, self.norms == "variables")
@@ -284,7 +285,7 @@ class StepExecutor:
         if self._update is None:
             # What every process is given it computes whole: a size that is no batch's.
             state = replica_state(self.owner, self.prepare(inputs))
-            step = function(self._placement.step(self.step, 1, state))
+            step = function(self._placement.step(self._finished, 1, state))
             self._update = self._placement.program(step, 1, state)
         return self._update(*inputs)
 

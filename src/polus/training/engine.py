@@ -87,7 +87,8 @@ class Engine:
         finally:
             self.run = before
             self.executor.set_run_eagerly(eager)
-            self.executor.set_norms(before is not None and before.config.record)
+            if before is not None:  # else the next run is likely to be like this one
+                self.executor.set_norms(before.config.record)
             # A run that was resumed has also trained the data's epochs before its checkpoint.
             self.epochs += run.reader.first_epoch - first + run.epoch
         if not run.open_ended:
