@@ -12,6 +12,7 @@ from keras import ops
 from rich.console import Console
 
 from polus.lr_finder import LRFinderResult, Trial, best_rate
+from polus.lr_finder.result import LRFinderResult
 from polus.lr_finder.trials import plan
 from polus.optimizers import MultiOptimizer, layerwise, optimizers_of
 from polus.schedules import Cosine
@@ -268,3 +269,16 @@ def test_layerwise_rates_are_swept_by_one_factor():
 def test_invalid_arguments_of_trials_raise(arguments, seen):
     with pytest.raises(ValueError, match=seen):
         Parabola(keras.optimizers.SGD()).lr_finder(ONES, **arguments)
+
+
+@pytest.mark.once
+def test_trials_reach_down_to_where_the_loss_fell_fastest():
+    """As with normalized outputs: after a steep descent the loss still falls a little, and on."""
+    rates = np.geomspace(1e-5, 10, 100)
+    losses = 3 - 2 / (1 + (3e-3 / rates) ** 2) - 0.05 * np.log10(rates)
+    result = LRFinderResult(rates, losses)
+    assert result.suggestions["minimum"] > 0.5
+    assert result.open_rates[0] == result.suggestions["steep"] < 1e-2
+    falls_to_the_end = plan(*result.open_rates, 500, 100)
+    assert falls_to_the_end.rates[0] < 1e-2
+    assert falls_to_the_end.rates[-1] == pytest.approx(10)

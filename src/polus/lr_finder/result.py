@@ -108,10 +108,12 @@ class LRFinderResult:
     def open_rates(self) -> tuple[float, float]:
         """The lowest and the highest rate worth a trial.
 
-        They are a third of `minimum`, which is a thirtieth of the rate with the lowest loss, and
-        the last rate with a finite loss.
+        They are a third of `minimum`, which is a thirtieth of the rate with the lowest loss, or
+        `steep` if that is lower, and the last rate with a finite loss. Where outputs are normalized
+        the loss may fall up to rates far above the best one.
         """
-        return self.suggestions["minimum"] / 3, float(self.rates[self._num_finite - 1])
+        lowest = min(self.suggestions["minimum"] / 3, self.suggestions["steep"])
+        return lowest, float(self.rates[self._num_finite - 1])
 
     @property
     def suggestion(self) -> float:
