@@ -12,7 +12,6 @@ from keras import ops
 from rich.console import Console
 
 from polus.lr_finder import LRFinderResult, Trial, best_rate
-from polus.lr_finder.result import LRFinderResult
 from polus.lr_finder.trials import plan
 from polus.optimizers import MultiOptimizer, layerwise, optimizers_of
 from polus.schedules import Cosine
