@@ -38,3 +38,26 @@ def test_the_source_distribution_holds_what_the_tests_read(tmp_path, monkeypatch
     assert not any(name.startswith((".venv", ".ci", "runs")) for name in names)
     assert "](docs/" not in metadata
     assert "Project-URL: Source, https://" in metadata
+
+
+def test_a_release_says_what_is_missing(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(ROOT)
+    import release
+
+    (tmp_path / "src" / "polus").mkdir(parents=True)
+    (tmp_path / "src" / "polus" / "__init__.py").write_text('__version__ = "0.2.0.dev0"\n')
+    (tmp_path / "CHANGELOG.md").write_text("## [Unreleased]\n")
+    (tmp_path / "pyproject.toml").write_text('repository = "https://repository.invalid/polus"\n')
+    monkeypatch.setattr(release, "ROOT", tmp_path)
+    monkeypatch.setattr(release, "git", lambda *a: " M file" if a[0] == "status" else "v0.2.0")
+    assert len(list(release.problems("0.2.0"))) == 5
+    monkeypatch.setattr(release.sys, "argv", ["release.py", "0.2.0", "--facts"])
+    assert release.main() == 1
+    assert "no section `## [0.2.0] - <date>`" in capsys.readouterr().out
+
+    (tmp_path / "src" / "polus" / "__init__.py").write_text('__version__ = "0.2.0"\n')
+    (tmp_path / "CHANGELOG.md").write_text("## [Unreleased]\n\n## [0.2.0] - 2027-01-31\n")
+    (tmp_path / "pyproject.toml").write_text("")
+    monkeypatch.setattr(release, "git", lambda *a: "")
+    assert release.main() == 0
+    assert "git tag v0.2.0" in capsys.readouterr().out
