@@ -84,3 +84,10 @@ def test_the_site_builds_without_a_warning_and_its_links_lead_somewhere(tmp_path
             assert target.exists(), (page.name, link)
             if anchor and target in anchors:
                 assert unescape(anchor) in anchors[target], (page.name, link, anchor)
+
+
+@pytest.mark.once
+def test_no_page_has_the_name_of_one_that_sphinx_makes():
+    assert not {"search", "genindex", "py-modindex"} & {
+        page.stem for page in (ROOT / "docs").rglob("*.md")
+    }

@@ -14,7 +14,7 @@ study = polus.hpo.search(
 print(study.best_params)
 ```
 
-It requires optuna. See docs/search.md.
+It requires optuna. See docs/hyperparameters.md.
 """
 
 try:
