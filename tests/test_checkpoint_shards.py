@@ -49,7 +49,9 @@ def folders(store):
 def write(store, value, dtype="float32"):
     first, second = folders(store)
     second.write(flat(1, value, dtype).shards)
-    return store.write(flat(0, value, dtype), {"epoch": value}, 9, first)
+    path = store.write(flat(0, value, dtype), {"epoch": value}, 9, first)
+    second.wait_for_first()
+    return path
 
 
 class Alone:
@@ -152,6 +154,8 @@ def test_a_process_that_fails_leaves_no_checkpoint(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="process 1 could not write its shards: No space left"):
         store.write(flat(0, 2), {}, 9, first)
     assert list(tmp_path.iterdir()) == [before]
+    with pytest.raises(OSError, match="the first process could not complete it"):
+        second.wait_for_first()
 
 
 @pytest.mark.parametrize("limit", ["WAIT_SECS", "LAST_SECS"])
@@ -164,6 +168,11 @@ def test_a_process_that_is_gone_is_not_waited_for_forever(tmp_path, monkeypatch,
     with pytest.raises(TimeoutError, match="process 1 has not written its shards in time"):
         store.write(flat(0, 2), {}, 9, first)
     assert list(tmp_path.iterdir()) == []
+    second = folders(store)[1]
+    if limit == "LAST_SECS":
+        second.ended.set()
+    with pytest.raises(TimeoutError, match="the first process has not completed"):
+        second.wait_for_first()
 
 
 def test_the_next_run_removes_what_a_kill_left(tmp_path):

@@ -733,6 +733,9 @@ def in_shards(engine):
         result["set aside"] = [path.name for path in (folder / "damaged").glob("damaged-*")]
         shards.write_shards = first_refused
         result["full"] = train("full")
+        del tried[:]
+        with contextlib.suppress(KeyboardInterrupt):
+            train("full")  # at once: the others have waited for the first one to complete it
         result["left"] = [path.name for path in (folder / "full").glob(".tmp-*")]
     finally:
         training_state.SHARD_BYTES = before

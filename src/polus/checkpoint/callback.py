@@ -286,6 +286,7 @@ class Checkpoint(Callback):
         shards = flat.shards or {}
         try:
             shared.write(shards)
+            shared.wait_for_first()
             self._newest, self._failure = shared.path, None
         except (OSError, CheckpointError) as error:
             self._failed(error)

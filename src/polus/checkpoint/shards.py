@@ -14,7 +14,7 @@ import json
 import secrets
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -93,15 +93,10 @@ class ShardFolder:
         Raises:
             OSError: If a process could not write its shards, or has not done it in time.
         """
-        began, ended = time.monotonic(), None
         reports = {}
         for index in range(self.count):
-            while not self._report(index).exists():
-                now = time.monotonic()
-                ended = now if ended is None and self.ended.is_set() else ended
-                if now - began > WAIT_SECS or (ended is not None and now - ended > LAST_SECS):
-                    raise TimeoutError(f"process {index} has not written its shards in time")
-                time.sleep(POLL_SECS)
+            late = f"process {index} has not written its shards in time"
+            self._poll(self._report(index).exists, late)
             report = read_json(self._report(index))
             if "error" in report:
                 raise OSError(f"process {index} could not write its shards: {report['error']}")
@@ -109,6 +104,26 @@ class ShardFolder:
         for index in range(self.count):
             self._report(index).unlink()
         return reports
+
+    def wait_for_first(self) -> None:
+        """Waits until the first process has made a checkpoint of it.
+
+        Raises:
+            OSError: If it could not, or has not done it in time.
+        """
+        late = "the first process has not completed the checkpoint in time"
+        self._poll(lambda: not self.temporary.exists(), late)
+        if not self.path.exists():
+            raise OSError("the first process could not complete it; its message says why")
+
+    def _poll(self, done: Callable[[], bool], late: str) -> None:
+        began, ended = time.monotonic(), None
+        while not done():
+            now = time.monotonic()
+            ended = now if ended is None and self.ended.is_set() else ended
+            if now - began > WAIT_SECS or (ended is not None and now - ended > LAST_SECS):
+                raise TimeoutError(late)
+            time.sleep(POLL_SECS)
 
     def _report(self, index: int) -> Path:
         return self.temporary / f"report-{index:05d}.json"
