@@ -778,6 +778,9 @@ class TorchProcesses:
 
         import torch
 
+        from polus.backends import torch_distribution
+
+        torch_distribution.BUCKET_BYTES = 200  # many of them, also of these small models
         self._groups += 1
         torch.distributed.init_process_group(
             "gloo",

@@ -171,7 +171,7 @@ class ConsoleLogCallback(Callback):
         results = {"loss", *run.history.validation_logs(run.epoch)}
 
         def rank(name: str) -> int:
-            how = name in run.history.record[-1] or name.endswith(NORM)
+            how = name in run.history.record[-1] or NORM in name
             return 0 if name in results else 2 if how else 1
 
         return sorted(names, key=rank)
