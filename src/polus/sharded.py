@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from polus.types import Tensor
+
 Array = np.ndarray[Any, Any]
 Box = tuple[slice, ...]  # of an array, with a begin and an end for each axis
 
@@ -54,11 +56,11 @@ class ShardedArray:
         grid: Its shape and its parts.
         dtype: Its dtype.
         owners: For each part the process that writes it.
-        own: The parts of this process by their numbers. They may be views.
+        own: The parts of this process by their numbers, on the device or as NumPy arrays.
     """
 
     def __init__(
-        self, grid: Grid, dtype: Any, owners: Sequence[int], own: Mapping[int, Array]
+        self, grid: Grid, dtype: Any, owners: Sequence[int], own: Mapping[int, Tensor]
     ) -> None:
         self.grid, self.shape, self.dtype = grid, grid.shape, np.dtype(dtype)
         self.owners, self.own = list(owners), own

@@ -75,7 +75,7 @@ def flatten_state(tree: object, into: Mapping[str, Array] | None = None) -> Flat
             return {ARRAY: path, "dtype": node.dtype.name, "shape": list(node.shape)}
         if isinstance(node, ShardedArray):
             parts = {part_name(path, i): part for i, part in node.own.items()}
-            copies = {name: _copy(part, path, into.get(name)) for name, part in parts.items()}
+            copies = {n: _copy(np.asarray(a), path, into.get(n)) for n, a in parts.items()}
             shards = (shards or {}) | copies
             return _sharded_node(node, path)
         if isinstance(node, Mapping):

@@ -7,7 +7,7 @@ differs; who restores a run adds which checkpoint it was.
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any, Protocol, TypeVar
 
 import keras
@@ -54,7 +54,7 @@ def variables_state(variables: Variables) -> list[Tree]:
     Values that are split over processes are a `ShardedArray` if they are `SHARD_BYTES` together.
     Otherwise they are whole, and all processes have to call this.
     """
-    sharded = _sharded(variables)
+    sharded = sharded_variables(variables)
     return [
         _variable_state(variable)
         if (parts := sharded.get(i)) is None
@@ -63,8 +63,11 @@ def variables_state(variables: Variables) -> list[Tree]:
     ]
 
 
-def _sharded(variables: Variables) -> dict[int, ShardedArray]:
-    """Returns the variables of which each process saves a part, by their numbers."""
+def sharded_variables(variables: Variables) -> dict[int, ShardedArray]:
+    """Returns the variables of which each process saves a part, by their numbers.
+
+    No value is copied from the device yet, so nothing may have changed them when it is.
+    """
     found = {i: backend.sharded(variable) for i, variable in enumerate(variables)}
     sharded = {i: array for i, array in found.items() if array is not None}
     size = sum(array.nbytes for array in sharded.values())
@@ -80,19 +83,20 @@ def only_sharded(state: Tree) -> Tree | None:
     return {"variables": kept}
 
 
-def allocate_buffers(variables: Variables, name: str = "variables") -> dict[str, Array]:
+def allocate_buffers(
+    variables: Variables, name: str = "variables", without: Container[int] = ()
+) -> dict[str, Array]:
     """Allocates memory for a copy of variables, as the `into` of `flatten_state`.
 
     Memory that is fresh from the system costs many times the copy: let a thread fetch it early.
-    There is none for sharded variables.
 
     Args:
         variables: The variables.
         name: Where in the state tree their `variables_state` is.
+        without: The numbers of those that need no memory.
     """
-    sharded = _sharded(variables)
     zeros = [
-        {"value": np.broadcast_to(np.zeros((), v.dtype), v.shape)} if i not in sharded else None
+        {"value": np.broadcast_to(np.zeros((), v.dtype), v.shape)} if i not in without else None
         for i, v in enumerate(variables)
     ]
     return flatten_state({name: zeros}).arrays

@@ -675,7 +675,7 @@ def in_shards(engine):
 
     from polus import training_state
     from polus.callbacks import Callback
-    from polus.checkpoint import Checkpoint, shards
+    from polus.checkpoint import Checkpoint, CheckpointError, shards
 
     folder = engine.folder / "in_shards"
     read, seen = shards.read_shards, []
@@ -736,6 +736,10 @@ def in_shards(engine):
         del tried[:]
         with contextlib.suppress(KeyboardInterrupt):
             train("full")  # at once: the others have waited for the first one to complete it
+        try:
+            classifier().train(arrays(), 1, [Checkpoint(folder / f"own-{engine.index}")])
+        except CheckpointError as error:
+            result["elsewhere"] = str(error)
         result["left"] = [path.name for path in (folder / "full").glob(".tmp-*")]
     finally:
         training_state.SHARD_BYTES = before

@@ -277,6 +277,7 @@ def test_each_process_saves_its_shards(processes):
         assert len(parts) == 6  # two kernels and their slots
         assert run["set aside"] == ["damaged-checkpoint-00000004"]
         assert run["left"] == []
+        assert "don't see the same folder" in run["elsewhere"]
 
 
 @on_processes("in_shards")

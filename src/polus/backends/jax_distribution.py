@@ -198,7 +198,7 @@ def in_parts(array: jax.Array) -> ShardedArray | None:
         owner = copies[number % len(copies)]
         owners.append(owner.process_index)
         if owner in data:
-            own[number] = np.asarray(data[owner])
+            own[number] = data[owner]
     return ShardedArray(grid, array.dtype, owners, own)
 
 

@@ -21,7 +21,7 @@ from polus.checkpoint.store import CheckpointError, Store, number_of
 from polus.environment import describe_environment
 from polus.sharded import Array
 from polus.state_tree import FlatState, flatten_state
-from polus.training_state import allocate_buffers, only_sharded
+from polus.training_state import allocate_buffers, only_sharded, sharded_variables
 
 logger = logging.getLogger("polus.checkpoint")
 
@@ -250,7 +250,9 @@ class Checkpoint(Callback):
         """Lets a thread fetch the memory for the copies, once the variables are known."""
         if not self._allocated and self.coordinator.run.placement.is_first:
             self._allocated = True
-            self._in_background(allocate_buffers, self.coordinator.run.variables())
+            variables = self.coordinator.run.variables()
+            sharded = set(sharded_variables(variables))  # asked here: a step replaces the values
+            self._in_background(allocate_buffers, variables, "variables", sharded)
 
     def _is_due(self) -> bool:
         run = self.coordinator.run
