@@ -388,12 +388,12 @@ def reseal(path, change=None, **parts):
     (path / "manifest.json").write_text(json.dumps(sealed))
 
 
-@pytest.mark.parametrize("found", [1, 3])
+@pytest.mark.parametrize("found", [1, 4])
 def test_other_formats_raise_and_stay(tmp_path, found):
     store = Store(tmp_path)
     path = write(store, 1)
     reseal(path, format=found)
-    message = f"has format {found}, and this version of Polus reads format 2. Install"
+    message = f"has format {found}, and this version of Polus reads formats 2 and 3. Install"
     with pytest.raises(CheckpointError, match=message):
         store.read_newest()
     assert store.paths() == [path]

@@ -17,7 +17,7 @@ CAREFUL = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK",
 
 
 @contextlib.contextmanager
-def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_write(path: str | os.PathLike[str], temporary: Path | None = None) -> Iterator[Path]:
     """Yields a path to write to, and renames it to `path` if the block raises no error.
 
     The block may write a file or a folder. A file replaces an existing one of that name; a folder
@@ -29,14 +29,18 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     Args:
         path: The final name. Missing parent folders are created.
+        temporary: A path in the same folder to write to, if it has to be known before. It may
+            exist.
 
     Yields:
         A path in the same folder (a rename to another disk would be a copy) with the same suffix
-        (Keras chooses the format by it). Nothing exists there yet.
+        (Keras chooses the format by it). Nothing exists there yet,
+        unless `temporary` was given.
     """
     path = Path(path)
     make_folder(path.parent)
-    temporary = path.with_name(f"{TEMPORARY_PREFIX}{secrets.token_hex(4)}-{path.name}")
+    if temporary is None:
+        temporary = path.with_name(f"{TEMPORARY_PREFIX}{secrets.token_hex(4)}-{path.name}")
     try:
         yield temporary
         flush(temporary)

@@ -5,21 +5,29 @@
 becomes a skeleton that JSON can hold, and the arrays under their place in the tree:
 
     {"epoch": 3, "loss": {"$array": "loss", "dtype": "float32", "shape": [8]}}, {"loss": array}
+
+An array that is split over processes has a node of its own. `cuts` are where its parts begin along
+each axis, and `files` says for each part, in C order, which process has it:
+
+    {"$sharded": "loss", "dtype": "float32", "shape": [8], "cuts": [[0, 4]], "files": [0, 1]}
 """
 
 import functools
+import itertools
 import math
 import re
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
-Array = np.ndarray[Any, Any]
+from polus.sharded import Array, Grid, ShardedArray, StoredArray
 
 ARRAY = "$array"  # marks the place of an array in the skeleton
+SHARDED = "$sharded"  # and that of an array that is split
+MARKS = {ARRAY, SHARDED}
 MAX_DEPTH = 100  # of nested dicts and lists; a state that contains itself has no end
 MAX_AXES = 32
 
@@ -33,10 +41,14 @@ STORED_DTYPES = {
 
 
 class FlatState(NamedTuple):
-    """A state as a skeleton that JSON can hold, and the arrays by their names."""
+    """A state as a skeleton that JSON can hold, and the arrays by their names.
+
+    `shards` has this process's parts of arrays that are split; None if no array is.
+    """
 
     skeleton: Any
     arrays: dict[str, Array]
+    shards: dict[str, Array] | None = None
 
 
 def flatten_state(tree: object, into: Mapping[str, Array] | None = None) -> FlatState:
@@ -51,19 +63,26 @@ def flatten_state(tree: object, into: Mapping[str, Array] | None = None) -> Flat
         TypeError: If the tree contains anything else; the message says where.
     """
     arrays: dict[str, Array] = {}
+    shards: dict[str, Array] | None = None
     into = {} if into is None else into
 
     def visit(node: object, path: str, depth: int) -> Any:
+        nonlocal shards
         if depth > MAX_DEPTH:
             raise TypeError(f"At {path} the state is nested deeper than {MAX_DEPTH} levels.")
         if isinstance(node, np.ndarray | np.generic):
             arrays[path] = _copy(node, path, into.get(path))
             return {ARRAY: path, "dtype": node.dtype.name, "shape": list(node.shape)}
+        if isinstance(node, ShardedArray):
+            parts = {part_name(path, i): part for i, part in node.own.items()}
+            copies = {n: _copy(np.asarray(a), path, into.get(n)) for n, a in parts.items()}
+            shards = (shards or {}) | copies
+            return _sharded_node(node, path)
         if isinstance(node, Mapping):
-            if ARRAY in node or not all(isinstance(key, str) for key in node):
+            if MARKS & node.keys() or not all(isinstance(key, str) for key in node):
                 raise TypeError(
                     f"At {path or 'its root'} the state has a dict with the keys {list(node)}. "
-                    f"Keys must be strings other than {ARRAY!r}."
+                    f"Keys must be strings other than {ARRAY!r} and {SHARDED!r}."
                 )
             return {key: visit(node[key], _join(path, key), depth + 1) for key in node}
         if isinstance(node, list | tuple):
@@ -76,11 +95,18 @@ def flatten_state(tree: object, into: Mapping[str, Array] | None = None) -> Flat
             "(bytes as np.frombuffer(value, np.uint8))."
         )
 
-    return FlatState(visit(tree, "", 0), arrays)
+    skeleton = visit(tree, "", 0)
+    return FlatState(skeleton, arrays, shards)
 
 
-def unflatten_state(flat: FlatState) -> Any:
+def unflatten_state(
+    flat: FlatState, stored: Callable[[str, dict[str, Any]], StoredArray] | None = None
+) -> Any:
     """Returns the tree that `flatten_state` was given (tuples as lists, NumPy scalars as arrays).
+
+    Args:
+        flat: The state.
+        stored: Returns an array that is split by its place in the tree and its node there.
 
     Raises:
         ValueError: If the skeleton and the arrays do not belong together.
@@ -93,6 +119,8 @@ def unflatten_state(flat: FlatState) -> Any:
         if isinstance(node, dict):
             if ARRAY in node:
                 return _array_at(node, functools.reduce(_join, place, ""), flat.arrays)
+            if SHARDED in node and stored is not None:
+                return stored(functools.reduce(_join, place, ""), node)
             return {key: below(key, child) for key, child in node.items()}
         if isinstance(node, list):
             return [below(str(i), child) for i, child in enumerate(node)]
@@ -183,14 +211,67 @@ def _copy(node: Any, path: str, used: Array | None) -> Array:
     return array if name in STORED_DTYPES else as_bytes(array)
 
 
+def part_name(path: str, number: int) -> str:
+    """Returns the name of a part of the array at a place in the tree."""
+    return f"{path}/{number}"
+
+
+def _sharded_node(array: ShardedArray, path: str) -> dict[str, Any]:
+    return {
+        SHARDED: path,
+        "dtype": array.dtype.name,
+        "shape": list(array.shape),
+        "cuts": list(map(list, array.grid.cuts)),
+        "files": array.owners,
+    }
+
+
+def sharded_layout(path: str, node: dict[str, Any], files: int) -> tuple[Grid, np.dtype[Any]]:
+    """Returns the layout and the dtype of a node from a file, for an array at a place in the tree.
+
+    Args:
+        path: The place.
+        node: The node.
+        files: The number of files with parts.
+
+    Raises:
+        ValueError: If the parts are not exactly the array, or are in other files.
+    """
+    if node.keys() != {SHARDED, "dtype", "shape", "cuts", "files"} or node[SHARDED] != path:
+        raise ValueError(f"no array belongs at {printable(path)}")
+    shape, cuts, owners, shown = node["shape"], node["cuts"], node["files"], printable(path)
+    if not is_shape(shape) or not isinstance(cuts, list) or len(cuts) != len(shape):
+        raise ValueError(f"the array at {shown} is cut along other axes than it has")
+    for size, begins in zip(shape, cuts, strict=True):
+        if not isinstance(begins, list) or not all(map(is_count, begins)) or begins[:1] != [0]:
+            raise ValueError(f"the parts of {shown} don't begin with the array")
+        if any(a >= b for a, b in itertools.pairwise(begins)):
+            raise ValueError(f"the parts of {shown} overlap")
+        if begins[-1] >= size:
+            raise ValueError(f"a part of {shown} is outside of the array")
+    grid = Grid(tuple(shape), tuple(map(tuple, cuts)))
+    if not isinstance(owners, list) or len(owners) != grid.num_parts:
+        raise ValueError(f"the parts of {shown} are not as many as its cuts make")
+    if not all(is_count(number) and number < files for number in owners):
+        raise ValueError(f"a part of {shown} is in a file that is not there")
+    return grid, _dtype_of(node["dtype"])
+
+
+def reshaped(array: Array, dtype: np.dtype[Any], shape: Sequence[int]) -> Array | None:
+    """Returns the bytes of an array from a file as another dtype and shape; None if they differ."""
+    if math.prod(shape) * dtype.itemsize != array.nbytes:
+        return None
+    return array.reshape(-1).view(dtype).reshape(shape)
+
+
 def _array_at(node: dict[str, Any], path: str, arrays: Mapping[str, Array]) -> Array:
     if node.keys() != {ARRAY, "dtype", "shape"} or node[ARRAY] != path or path not in arrays:
         raise ValueError(f"no array belongs at {printable(path)}")
-    array, shape = arrays[path], node["shape"]
-    dtype = _dtype_of(node["dtype"])
-    if not is_shape(shape) or math.prod(shape) * dtype.itemsize != array.nbytes:
+    shape, dtype = node["shape"], _dtype_of(node["dtype"])
+    array = reshaped(arrays[path], dtype, shape) if is_shape(shape) else None
+    if array is None:
         raise ValueError(f"the array at {printable(path)} has another size than its shape says")
-    return array.reshape(-1).view(dtype).reshape(shape)
+    return array
 
 
 def _dtype_of(name: Any) -> np.dtype[Any]:

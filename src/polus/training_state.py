@@ -7,7 +7,7 @@ differs; who restores a run adds which checkpoint it was.
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any, Protocol, TypeVar
 
 import keras
@@ -16,14 +16,19 @@ import numpy as np
 
 from polus.backends import backend
 from polus.errors import AnotherRunError, RefusedStateError
+from polus.sharded import Array, ShardedArray, StoredArray
 from polus.state import random_state, set_random_state
-from polus.state_tree import Array, flatten_state, printable
+from polus.state_tree import flatten_state, printable
 
 Variables = Sequence[keras.Variable]
 Tree = dict[str, Any]
 T = TypeVar("T")
 
 logger = logging.getLogger("polus.checkpoint")
+
+# From so many bytes of variables that are split over processes, each process saves its own parts.
+# Below, the first one saves all of them: a single file, and no process waits for another.
+SHARD_BYTES = 2**30
 
 
 class Stateful(Protocol):
@@ -37,18 +42,50 @@ class Stateful(Protocol):
 
 
 # The layout of `variables_state` and `callbacks_state`: see `check_layout`.
-VARIABLES_LAYOUT = [{"path": str, "value": np.ndarray}]
+VARIABLES_LAYOUT = [{"path": str, "value": np.ndarray | StoredArray}]
 CALLBACKS_LAYOUT = [(str, dict)]
 
 # ------------------------------------------------------------------ variables
 
 
 def variables_state(variables: Variables) -> list[Tree]:
-    """Returns path and value of each variable. The values may be views: copy them before a step."""
-    return [_variable_state(variable) for variable in variables]
+    """Returns path and value of each variable. The values may be views: copy them before a step.
+
+    Values that are split over processes are a `ShardedArray` if they are `SHARD_BYTES` together.
+    Otherwise they are whole, and all processes have to call this.
+    """
+    sharded = sharded_variables(variables)
+    return [
+        _variable_state(variable)
+        if (parts := sharded.get(i)) is None
+        else {"path": variable.path, "value": parts}
+        for i, variable in enumerate(variables)
+    ]
 
 
-def allocate_buffers(variables: Variables, name: str = "variables") -> dict[str, Array]:
+def sharded_variables(variables: Variables) -> dict[int, ShardedArray]:
+    """Returns the variables of which each process saves a part, by their numbers.
+
+    No value is copied from the device yet, so nothing may have changed them when it is.
+    """
+    found = {i: backend.sharded(variable) for i, variable in enumerate(variables)}
+    sharded = {i: array for i, array in found.items() if array is not None}
+    size = sum(array.nbytes for array in sharded.values())
+    return sharded if size >= SHARD_BYTES else {}
+
+
+def only_sharded(state: Tree) -> Tree | None:
+    """Returns a state with nothing in it but sharded variables; None if it has none."""
+    values = [each["value"] for each in state["variables"]]
+    if not any(isinstance(value, ShardedArray) for value in values):
+        return None
+    kept = [{"value": v} if isinstance(v, ShardedArray) else None for v in values]
+    return {"variables": kept}
+
+
+def allocate_buffers(
+    variables: Variables, name: str = "variables", without: Container[int] = ()
+) -> dict[str, Array]:
     """Allocates memory for a copy of variables, as the `into` of `flatten_state`.
 
     Memory that is fresh from the system costs many times the copy: let a thread fetch it early.
@@ -56,8 +93,12 @@ def allocate_buffers(variables: Variables, name: str = "variables") -> dict[str,
     Args:
         variables: The variables.
         name: Where in the state tree their `variables_state` is.
+        without: The numbers of those that need no memory.
     """
-    zeros = [{"value": np.broadcast_to(np.zeros((), v.dtype), v.shape)} for v in variables]
+    zeros = [
+        {"value": np.broadcast_to(np.zeros((), v.dtype), v.shape)} if i not in without else None
+        for i, v in enumerate(variables)
+    ]
     return flatten_state({name: zeros}).arrays
 
 
@@ -92,7 +133,11 @@ def check_variables(saved: Sequence[Tree], variables: Variables, same_backend: b
 def restore_variables(saved: Sequence[Tree], variables: Variables) -> None:
     """Assigns the values of `variables_state`; call `check_variables` before."""
     for variable, state in zip(variables, saved, strict=True):
-        backend.assign(variable, state["value"])
+        value = state["value"]
+        if isinstance(value, StoredArray):
+            backend.assign_stored(variable, value)
+        else:
+            backend.assign(variable, value)
 
 
 def without_learning_rates(

@@ -10,6 +10,7 @@ import contextlib
 import json
 import logging
 import os
+import shutil
 import signal
 import sys
 import time
@@ -23,7 +24,8 @@ X = RNG.normal(size=(96, 20)).astype("float32")
 Y = (X @ RNG.normal(size=(20, 5))).argmax(1).astype("int32")
 TASKS = {}
 # On TensorFlow, tested on the replicas of one process only; and what they don't have.
-COSTLY = ["clipped", "penalized", "cached", "synchronized", "swept", "sharded"]
+COSTLY = ["clipped", "penalized", "cached", "synchronized", "swept"]
+ON_JAX = ["sharded", "in_shards"]
 
 
 def task(fn):
@@ -63,12 +65,12 @@ def dense(units, activation=None, **kwargs):
     return keras.layers.Dense(units, activation, **kwargs)
 
 
-def classifier(*between, optimizer=None, regularizer=None, **kwargs):
+def classifier(*between, optimizer=None, regularizer=None, classes=5, **kwargs):
     import keras
 
     from polus.training import ClassifierTrainer
 
-    model = model_of(dense(32, "relu"), *between, dense(5, kernel_regularizer=regularizer))
+    model = model_of(dense(32, "relu"), *between, dense(classes, kernel_regularizer=regularizer))
     optimizer = keras.optimizers.Adam(0.01) if optimizer is None else optimizer
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     return ClassifierTrainer(model, optimizer, loss, **kwargs)
@@ -643,7 +645,106 @@ def sharded(engine):
         message = str(error)
     kernel = classifier().model.trainable_weights[0].value
     parts = [shard.data.shape for shard in kernel.addressable_shards]
-    return resumed(engine) | {"message": message, "parts": parts}
+    result = resumed(engine)
+    (newest, *_) = sorted(engine.folder.glob("checkpoints/*"), reverse=True)
+    files = sorted(path.name for path in newest.iterdir())
+    return result | {"message": message, "parts": parts, "files": files}
+
+
+def layout_of(axes):
+    """Kernels, and so the optimizer's slots, are split over the two devices along these axes."""
+    import keras
+
+    mesh = keras.distribution.DeviceMesh((2,), ("batch",))
+    layouts = keras.distribution.LayoutMap(mesh)
+    layouts[".*dense.*kernel"] = axes
+    return keras.distribution.ModelParallel(layout_map=layouts, batch_dim_name="batch")
+
+
+LAYOUTS = {"same": ("batch", None), "other axis": (None, "batch"), "damaged": ("batch", None)}
+
+
+@task
+def in_shards(engine):
+    """Each process saves its own part of the weights, and reads what it needs.
+
+    It changes the distribution of its processes.
+    """
+    import keras
+    from jax.experimental import multihost_utils
+
+    from polus import training_state
+    from polus.callbacks import Callback
+    from polus.checkpoint import Checkpoint, CheckpointError, shards
+
+    folder = engine.folder / "in_shards"
+    read, seen = shards.read_shards, []
+    write, tried = shards.write_shards, []
+
+    class Break(Callback):
+        every_steps = None
+
+        def on_epoch_begin(self, epoch):
+            if epoch == 2:
+                raise KeyboardInterrupt
+
+    def noted(path, expected, names=None):
+        seen.append([path.name, names and list(names)])
+        return read(path, expected, names)
+
+    def first_refused(path, arrays):
+        tried.append(path)
+        if len(tried) == 1 and engine.index == 1:
+            raise OSError("no space left for this process")
+        return write(path, arrays)
+
+    def train(name, *callbacks, axes=("batch", None)):
+        keras.distribution.set_distribution(layout_of(axes))
+        trainer = classifier(classes=6)  # which divides by two, unlike 5
+        checkpoint = Checkpoint(folder / name, every_steps=4, keep=9)
+        callbacks = [checkpoint, *callbacks]
+        history = trainer.train(arrays(), 3, callbacks, resume=folder / name, steps_per_execution=2)
+        return summary(history, trainer.model)
+
+    def files(name):
+        return [path.name for path in sorted((folder / name).glob("*/*"))]
+
+    before, training_state.SHARD_BYTES = training_state.SHARD_BYTES, 0
+    try:
+        result = {"uninterrupted": train("whole"), "read": {}, "folder": str(folder / "alone")}
+        with contextlib.suppress(KeyboardInterrupt):
+            train("broken", Break())
+        multihost_utils.sync_global_devices("broken")
+        result["files"] = files("broken")
+        if engine.index == 0:
+            for name in [*LAYOUTS, "alone", "full"]:
+                shutil.copytree(folder / "broken", folder / name)
+            damaged = folder / "damaged" / "checkpoint-00000004" / "shard-00001.safetensors"
+            content = bytearray(damaged.read_bytes())
+            content[-1] ^= 1
+            damaged.write_bytes(content)
+        multihost_utils.sync_global_devices("copied")
+        for name, axes in LAYOUTS.items():
+            seen.clear()
+            shards.read_shards = noted
+            result[name] = train(name, axes=axes)
+            result["read"] |= {name: list(seen)}
+            shards.read_shards = read
+        result["set aside"] = [path.name for path in (folder / "damaged").glob("damaged-*")]
+        shards.write_shards = first_refused
+        result["full"] = train("full")
+        del tried[:]
+        with contextlib.suppress(KeyboardInterrupt):
+            train("full")  # at once: the others have waited for the first one to complete it
+        try:
+            classifier().train(arrays(), 1, [Checkpoint(folder / f"own-{engine.index}")])
+        except CheckpointError as error:
+            result["elsewhere"] = str(error)
+        result["left"] = [path.name for path in (folder / "full").glob(".tmp-*")]
+    finally:
+        training_state.SHARD_BYTES = before
+        shards.write_shards = write
+    return result
 
 
 @task

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -21,11 +22,11 @@ NAME = keras.backend.backend()
 TIMEOUT_SECS = 280  # a minute on two idle cores
 # JAX's processes compute what its devices in one process do, which is tested here as well.
 ON_PROCESSES = {
-    "jax": ["plain", "dropped", "refused", "stopped", "resumed", "sharded"],
-    "torch": [name for name in tasks.TASKS if name not in ("sharded", "synchronized")],
-    "tensorflow": [name for name in tasks.TASKS if name not in tasks.COSTLY],
+    "jax": ["plain", "dropped", "refused", "stopped", "resumed", "sharded", "in_shards"],
+    "torch": [name for name in tasks.TASKS if name not in [*tasks.ON_JAX, "synchronized"]],
+    "tensorflow": [name for name in tasks.TASKS if name not in [*tasks.COSTLY, *tasks.ON_JAX]],
 }[NAME]
-ELSEWHERE = ["refused", "sharded", "lost", "written"]  # what needs several processes
+ELSEWHERE = ["refused", "lost", "written", *tasks.ON_JAX]  # what needs several processes
 ON_REPLICAS = [name for name in tasks.TASKS if name not in ELSEWHERE]
 
 
@@ -253,10 +254,50 @@ def test_weights_that_are_sharded_over_processes(processes, reference):
     for results in processes:
         run = results["sharded"]
         assert run["parts"] == [[10, 32]]  # of (20, 32)
+        assert run["files"] == ["manifest.json", "state.safetensors"]
         assert "save the model after train(..., resume=folder)" in run["message"]
         assert (run["code"], run["saved"]) == (128 + 15, 1)
         assert run["resumed"] == run["uninterrupted"]
         assert_same(run["resumed"]["steps"]["loss"], reference("plain")["steps"]["loss"])
+
+
+@on_processes("in_shards")
+def test_each_process_saves_its_shards(processes):
+    """On another layout, a run continues from what its processes read of each other's shards."""
+    whole = ["manifest.json", "shard-00000.safetensors", "shard-00001.safetensors"]
+    for i, results in enumerate(processes):
+        run = results["in_shards"]
+        assert run["files"] == 4 * [*whole, "state.safetensors"]
+        assert run["same"] == run["damaged"] == run["full"] == run["uninterrupted"]
+        assert_same(run["other axis"], run["uninterrupted"], rtol=1e-6, atol=1e-6)
+        own, others = (f"shard-0000{number}.safetensors" for number in (i, 1 - i))
+        assert {name for name, _ in run["read"]["same"]} == {own}
+        assert {name for name, parts in run["read"]["other axis"] if parts is None} == {own}
+        parts = [parts for name, parts in run["read"]["other axis"] if name == others]
+        assert len(parts) == 6  # two kernels and their slots
+        assert run["set aside"] == ["damaged-checkpoint-00000004"]
+        assert run["left"] == []
+        assert "don't see the same folder" in run["elsewhere"]
+
+
+@on_processes("in_shards")
+@pytest.mark.parametrize("layout", [None, "data parallel", "fsdp"])
+def test_shards_of_processes_continue_in_one(layout, processes, tmp_path):
+    run = processes[0]["in_shards"]
+    folder = tmp_path / "run"
+    shutil.copytree(run["folder"], folder)
+
+    def finish():
+        trainer = tasks.classifier(classes=6)
+        history = trainer.train(tasks.arrays(), 3, resume=folder, steps_per_execution=2)
+        return json.loads(json.dumps(tasks.summary(history, trainer.model)))
+
+    if layout is None:
+        result = finish()
+    else:
+        with JaxDevices(tmp_path, DISTRIBUTIONS[layout]).running():
+            result = finish()
+    assert_same(result, run["uninterrupted"], rtol=1e-6, atol=1e-6)
 
 
 @on_processes("lost")

@@ -9,6 +9,7 @@ import numpy as np
 
 from polus.backends.placement import Placement
 from polus.backends.scopes import BackendVariable, DryRun
+from polus.sharded import ShardedArray, StoredArray
 from polus.types import Tensor
 
 P = ParamSpec("P")
@@ -222,6 +223,14 @@ class Backend(Protocol):
 
     def view(self, variable: keras.Variable | BackendVariable) -> np.ndarray[Any, Any]:
         """Returns a variable's value, perhaps a view: copy it before the next step."""
+        ...
+
+    def sharded(self, variable: keras.Variable | BackendVariable) -> ShardedArray | None:
+        """Returns a variable's value in the parts that processes have; None if each has all."""
+        ...
+
+    def assign_stored(self, variable: keras.Variable | BackendVariable, value: StoredArray) -> None:
+        """Gives a variable a value out of files, of which only this process's part is read."""
         ...
 
     def wait(self, tree: object) -> None:

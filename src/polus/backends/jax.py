@@ -34,6 +34,7 @@ from polus.backends.scopes import (
     active_dry_run,
     current_scope,
 )
+from polus.sharded import ShardedArray, StoredArray
 from polus.types import Tensor
 
 P = ParamSpec("P")
@@ -366,6 +367,16 @@ def copy(variable: keras.Variable | BackendVariable) -> Tensor:
 def view(variable: keras.Variable | BackendVariable) -> np.ndarray[Any, Any]:
     """Returns a variable's value, perhaps a view: copy it before the next step."""
     return jax_distribution.on_host(variable.value)
+
+
+def sharded(variable: keras.Variable | BackendVariable) -> ShardedArray | None:
+    """Returns a variable's value in the parts that processes have; None if each has all of it."""
+    return jax_distribution.in_parts(variable.value)
+
+
+def assign_stored(variable: keras.Variable | BackendVariable, value: StoredArray) -> None:
+    """Gives a variable a value out of files, of which only this process's part is read."""
+    variable.assign(jax_distribution.from_parts(value, variable.value))
 
 
 def wait(tree: object) -> None:

@@ -17,6 +17,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from polus.backends.placement import BackendStack, Placement, Stateful
+from polus.sharded import Grid, ShardedArray, StoredArray
 from polus.types import Tensor
 
 logger = logging.getLogger("polus.steps")
@@ -172,6 +173,47 @@ def on_host(array: jax.Array) -> np.ndarray[Any, Any]:
     if array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(array)
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+def in_parts(array: jax.Array) -> ShardedArray | None:
+    """Returns an array in the parts that processes have; None if this process has all of it.
+
+    A part that several devices have belongs to one of them. Which one is known to all processes.
+    """
+    if array.is_fully_addressable or array.is_fully_replicated or not array.size:
+        return None
+    places = {
+        device: tuple(each.indices(size)[0] for each, size in zip(box, array.shape, strict=True))
+        for device, box in array.sharding.devices_indices_map(array.shape).items()
+    }
+    cuts = tuple(tuple(sorted(set(begins))) for begins in zip(*places.values(), strict=True))
+    grid = Grid(array.shape, cuts)
+    devices: dict[tuple[int, ...], list[Any]] = {}
+    for device in sorted(places, key=_id_of):
+        devices.setdefault(places[device], []).append(device)
+    data = {shard.device: shard.data for shard in array.addressable_shards}
+    owners, own = [], {}
+    for number, box in enumerate(grid.boxes()):
+        copies = devices[tuple(each.start for each in box)]
+        owner = copies[number % len(copies)]
+        owners.append(owner.process_index)
+        if owner in data:
+            own[number] = data[owner]
+    return ShardedArray(grid, array.dtype, owners, own)
+
+
+def from_parts(stored: StoredArray, like: jax.Array) -> jax.Array:
+    """Returns an array out of files, in the layout and dtype of another one."""
+
+    def part(index: tuple[slice, ...] | None) -> np.ndarray[Any, Any]:
+        return np.array(stored.read(index or ()), like.dtype)  # a copy for each device
+
+    return jax.make_array_from_callback(like.shape, like.sharding, part)
+
+
+def _id_of(device: Any) -> int:
+    number: int = device.id
+    return number
 
 
 def _words(values: Sequence[float]) -> np.ndarray[Any, Any]:

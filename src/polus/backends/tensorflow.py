@@ -15,6 +15,7 @@ from polus.backends.scopes import BackendVariable, DryRun, current_scope
 from polus.backends.tensorflow_blocks import GraphBlocks, padded
 from polus.backends.tensorflow_loops import first_batch, loop_of, only_step, row_at, row_specs
 from polus.backends.tensorflow_replica import averaged, current, differentiating
+from polus.sharded import ShardedArray, StoredArray
 from polus.types import Tensor
 
 Tree = Any
@@ -344,6 +345,16 @@ def copy(variable: keras.Variable | BackendVariable) -> Tensor:
 def view(variable: keras.Variable | BackendVariable) -> np.ndarray[Any, Any]:
     """Returns a variable's value, perhaps a view: copy it before the next step."""
     return np.asarray(tf.convert_to_tensor(variable.value))
+
+
+def sharded(variable: keras.Variable | BackendVariable) -> ShardedArray | None:
+    """Returns None: each process has whole variables."""
+    return None
+
+
+def assign_stored(variable: keras.Variable | BackendVariable, value: StoredArray) -> None:
+    """Gives a variable a value out of files."""
+    assign(variable, value.read())
 
 
 def wait(tree: object) -> None:

@@ -18,6 +18,7 @@ from polus.backends.base import Known, TensorFlowDataset, Unpack, as_arguments
 from polus.backends.placement import Placement
 from polus.backends.scopes import BackendVariable, DryRun
 from polus.backends.torch_compile import compiled, gradient_depth
+from polus.sharded import ShardedArray, StoredArray
 from polus.types import Tensor
 
 Tree = Any
@@ -353,6 +354,16 @@ def view(variable: keras.Variable | BackendVariable) -> np.ndarray[Any, Any]:
     value = value.float() if value.dtype == torch.bfloat16 else value
     array: np.ndarray[Any, Any] = value.cpu().numpy()
     return array
+
+
+def sharded(variable: keras.Variable | BackendVariable) -> ShardedArray | None:
+    """Returns None: each process has whole variables."""
+    return None
+
+
+def assign_stored(variable: keras.Variable | BackendVariable, value: StoredArray) -> None:
+    """Gives a variable a value out of files."""
+    assign(variable, value.read())
 
 
 def wait(tree: object) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from polus.checkpoint.store import CheckpointError, DamagedError, Store, read, read_manifest
-from polus.state_tree import ARRAY, printable
+from polus.state_tree import ARRAY, SHARDED, printable
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -88,6 +88,9 @@ def _lines(node: Any, indent: str) -> Iterator[str]:
         label = f"{indent}{printable(name)}"
         if isinstance(value, dict) and ARRAY in value:
             yield f"{label}: {printable(value['dtype'])} {printable(value['shape'])}"
+        elif isinstance(value, dict) and SHARDED in value:
+            parts = f"in {len(value['files'])} parts"
+            yield f"{label}: {printable(value['dtype'])} {printable(value['shape'])} {parts}"
         elif isinstance(value, dict) and value.keys() == {"path", "value"}:
             yield from _lines({f"{name} {value['path']}": value["value"]}, indent)
         elif isinstance(value, dict) or (isinstance(value, list) and not _is_plain(value)):

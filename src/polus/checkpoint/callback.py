@@ -16,10 +16,12 @@ import numpy as np
 
 from polus.backends.placement import Placement
 from polus.callbacks.base import Callback, Coordinator
-from polus.checkpoint.store import CheckpointError, Store
+from polus.checkpoint.shards import ShardFolder, new_token, temporary_name
+from polus.checkpoint.store import CheckpointError, Store, number_of
 from polus.environment import describe_environment
-from polus.state_tree import Array, FlatState, flatten_state
-from polus.training_state import allocate_buffers
+from polus.sharded import Array
+from polus.state_tree import FlatState, flatten_state
+from polus.training_state import allocate_buffers, only_sharded, sharded_variables
 
 logger = logging.getLogger("polus.checkpoint")
 
@@ -42,7 +44,9 @@ class Checkpoint(Callback):
     save is tried when it is due.
 
     Several processes that train one model all get this callback, and a folder that all of them see.
-    The first one writes; a signal to any of them ends all, after the save.
+    The first one writes; a signal to any of them ends all, after the save. From
+    `polus.training_state.SHARD_BYTES` of weights that are split over processes, each process writes
+    its own.
 
     Args:
         directory: The folder of this run's checkpoints. One run at a time writes there.
@@ -88,6 +92,7 @@ class Checkpoint(Callback):
         """Locks the folder and listens to signals."""
         run = self.coordinator.run
         self._allocated = False
+        self._ended = threading.Event()
         self._writing: Future[dict[str, Array]] | None = None
         self._newest: os.PathLike[str] | None = None
         self._failure: Exception | None = None
@@ -159,6 +164,9 @@ class Checkpoint(Callback):
         Raises:
             CheckpointError: If the training succeeded, but not a single checkpoint was written.
         """
+        exception = self.coordinator.run.exception
+        if exception is not None and not isinstance(exception, SystemExit):
+            self._ended.set()
         try:
             if not self.coordinator.run.signals.second:
                 self._finish()
@@ -184,12 +192,19 @@ class Checkpoint(Callback):
         failed = self._failure is not None and run.placement.count == 1
         if self._position == (run.epoch, run.step) and not failed:
             return
+        state = run.get_state()  # smaller sharded values come together in the first process
+        shards = only_sharded(state)
+        if shards is not None and (shared := self._shared_folder(run.placement)) is None:
+            self._position = run.epoch, run.step
+            return
         if not run.placement.is_first:
             self._position = run.epoch, run.step
-            run.get_state()  # values that are spread over processes come together in the first one
+            if shards is not None:
+                flat = flatten_state(shards, buffers)
+                self._in_background(self._write_shards, flat, shared)
             return
         try:
-            flat = flatten_state(run.get_state(), buffers)
+            flat = flatten_state(state, buffers)
         except TypeError as error:
             callbacks = self.coordinator.callbacks
             names = (f"callbacks/{i} is {type(c).__name__}" for i, c in enumerate(callbacks))
@@ -205,13 +220,39 @@ class Checkpoint(Callback):
             "environment": self._environment,
         }
         self._position = run.epoch, run.step
-        self._in_background(self._write, flat, facts)
+        self._in_background(self._write, flat, facts, shared if shards is not None else None)
+
+    def _shared_folder(self, placement: Placement) -> ShardFolder | None:
+        """Makes the folder into which all processes write their shards; None if that fails."""
+        number, token, failure = 0, new_token(), None
+        if placement.is_first:
+            try:
+                self._acquire_lock()
+                path = self.store.new_path()
+                temporary_name(path, token).mkdir()
+                number = number_of(path)
+            except (OSError, CheckpointError) as error:
+                failure = error
+        number, token = map(int, placement.agreed([number, token]))
+        path = self.store.path_of(number)
+        temporary = temporary_name(path, token)
+        if placement.largest([not number or not temporary.is_dir()])[0]:
+            self._failed(
+                failure
+                or CheckpointError(
+                    f"the processes of this run don't see the same folder {self.store.directory}"
+                )
+            )
+            return None
+        return ShardFolder(path, temporary, placement.index, placement.count, self._ended)
 
     def _allocate(self) -> None:
         """Lets a thread fetch the memory for the copies, once the variables are known."""
         if not self._allocated and self.coordinator.run.placement.is_first:
             self._allocated = True
-            self._in_background(allocate_buffers, self.coordinator.run.variables())
+            variables = self.coordinator.run.variables()
+            sharded = set(sharded_variables(variables))  # asked here: a step replaces the values
+            self._in_background(allocate_buffers, variables, "variables", sharded)
 
     def _is_due(self) -> bool:
         run = self.coordinator.run
@@ -231,14 +272,27 @@ class Checkpoint(Callback):
         up = self.clock() - self._last_time >= self.every_secs
         return bool(self.coordinator.run.placement.agreed([up])[0])
 
-    def _write(self, flat: FlatState, facts: dict[str, Any]) -> dict[str, Array]:
+    def _write(
+        self, flat: FlatState, facts: dict[str, Any], shared: ShardFolder | None
+    ) -> dict[str, Array]:
         try:
             self._acquire_lock()
-            self._newest = self.store.write(flat, facts, self.keep)
+            self._newest = self.store.write(flat, facts, self.keep, shared)
             self._failure = None
         except (OSError, CheckpointError) as error:
             self._failed(error)
-        return flat.arrays
+        return flat.arrays | (flat.shards or {})
+
+    def _write_shards(self, flat: FlatState, shared: ShardFolder) -> dict[str, Array]:
+        """Writes what this process has; the first one makes the checkpoint of it."""
+        shards = flat.shards or {}
+        try:
+            shared.write(shards)
+            shared.wait_for_first()
+            self._newest, self._failure = shared.path, None
+        except (OSError, CheckpointError) as error:
+            self._failed(error)
+        return shards
 
     def _acquire_lock(self) -> None:
         if self._lock is not None:

@@ -38,8 +38,10 @@ def resume_run(run: ResumableRun, directory: str | os.PathLike[str]) -> None:
         f"The processes of this run don't see the same checkpoints in {directory}. It has to be a "
         "folder on a file system that all of them share."
     )
-    check_same(run.placement, run.resuming, message)
-    saved = Store(directory).read_newest(run.check_state)
+    store = Store(directory)
+    names = [path.name for path in store.paths()]
+    check_same(run.placement, zlib.crc32(f"{run.resuming} {names}".encode()), message)
+    saved = store.read_newest(run.check_state, run.placement)
     if saved is None:
         logger.info("There is no checkpoint in %s: training starts from the beginning.", directory)
         return

@@ -2,6 +2,7 @@
 
     DIRECTORY/checkpoint-00000007/state.safetensors    the arrays
                                  /manifest.json        everything else, sizes and checksums
+                                 /shard-00000.safetensors ...  if weights are sharded: `shards.py`
     DIRECTORY/damaged-checkpoint-00000006/             failed verification during a resume
     DIRECTORY/.lock                                    held by the run that writes here
 
@@ -25,6 +26,7 @@ from typing import Any, NamedTuple
 
 import filelock
 
+from polus.checkpoint.shards import OneProcess, Processes, ShardFiles, ShardFolder, shard_name
 from polus.checkpoint.state_file import (
     MAX_JSON_BYTES,
     Fingerprint,
@@ -37,6 +39,7 @@ from polus.files import TEMPORARY_PREFIX, atomic_write, check_directory, make_fo
 from polus.state_tree import FlatState, printable, unflatten_state
 
 FORMAT = 2
+SHARDED_FORMAT = 3  # with shard files
 STATE = "state.safetensors"
 MANIFEST = "manifest.json"
 DAMAGED_PREFIX = "damaged-"
@@ -71,6 +74,7 @@ class Manifest(NamedTuple):
     facts: dict[str, Any]
     skeleton: Any
     state: Fingerprint
+    shards: list[Fingerprint]
 
     @property
     def run(self) -> str | None:
@@ -127,7 +131,7 @@ class Store:
         except (FileNotFoundError, NotADirectoryError):
             return []
         found = [self.directory / name for name in names if re.fullmatch(pattern, name)]
-        return sorted(found, key=_number)
+        return sorted(found, key=number_of)
 
     def paths_of(self, run: str | None) -> list[Path]:
         """Returns the checkpoints of one run, oldest first; None for those that name no run."""
@@ -143,7 +147,17 @@ class Store:
         except (CheckpointError, OSError):
             return ""
 
-    def write(self, flat: FlatState, facts: dict[str, Any], keep: int) -> Path:
+    def new_path(self) -> Path:
+        """Returns the folder of the next checkpoint."""
+        return self.path_of(1 + max(map(number_of, self.paths() + self.damaged()), default=0))
+
+    def path_of(self, number: int) -> Path:
+        """Returns the folder of the checkpoint of a number."""
+        return self.directory / f"checkpoint-{number:08d}"
+
+    def write(
+        self, flat: FlatState, facts: dict[str, Any], keep: int, shared: ShardFolder | None = None
+    ) -> Path:
         """Writes a checkpoint, verifies it, and removes all but the newest `keep` of its run.
 
         Args:
@@ -151,6 +165,7 @@ class Store:
             facts: JSON values that can be read without the state: progress, versions, and as "run"
                 the id of the run. Checkpoints of other runs are never removed.
             keep: How many checkpoints to keep, including this one.
+            shared: The folder into which other processes write their shards of it.
 
         Returns:
             The new checkpoint's folder.
@@ -159,14 +174,17 @@ class Store:
             OSError: If it cannot be written. Earlier checkpoints are untouched.
             DamagedError: If it reads back differently; it has been set aside.
         """
-        number = 1 + max(map(_number, self.paths() + self.damaged()), default=0)
-        path = self.directory / f"checkpoint-{number:08d}"
-        with atomic_write(path) as folder:
-            folder.mkdir()
+        path = self.new_path() if shared is None else shared.path
+        with atomic_write(path, None if shared is None else shared.temporary) as folder:
+            folder.mkdir(exist_ok=shared is not None)
             state = write_arrays(folder / STATE, flat.arrays)
+            files = {STATE: state._asdict()}
+            if shared is not None:
+                shared.write(flat.shards or {})
+                files |= shared.wait()
             manifest = {
-                "format": FORMAT,
-                "files": {STATE: {"size": state.size, "sha256": state.sha256}},
+                "format": FORMAT if shared is None else SHARDED_FORMAT,
+                "files": files,
                 "facts": facts,
                 "tree": flat.skeleton,
             }
@@ -193,12 +211,16 @@ class Store:
         verify(path)
 
     def read_newest(
-        self, check: Callable[[dict[str, Any], Any], None] = lambda facts, tree: None
+        self,
+        check: Callable[[dict[str, Any], Any], None] = lambda facts, tree: None,
+        processes: Processes | None = None,
     ) -> Saved | None:
         """Reads the newest checkpoint that verifies, and sets damaged newer ones aside.
 
         Args:
             check: Called with the facts and the state. A ValueError that it raises means damage.
+            processes: Those that read the same checkpoints together. Each one reads its share of
+                the shards, and what one finds damaged is so for all.
 
         Returns:
             The checkpoint, or None if the folder has none.
@@ -208,11 +230,13 @@ class Store:
                 only those of an earlier run are left. Whether to start again from the beginning,
                 or from there, is for the user to decide.
         """
+        processes = processes or OneProcess()
         for path in reversed(self.paths()):
             try:
-                saved = read(path)
-                with _damage_named(path / MANIFEST):
-                    check(saved.facts, saved.tree)
+                with _agreeing(processes, path):
+                    saved = read(path, processes)
+                    with _damage_named(path / MANIFEST):
+                        check(saved.facts, saved.tree)
             except DamagedError as error:
                 self._set_aside(path, error)
             else:
@@ -227,7 +251,7 @@ class Store:
 
     def _check_not_an_earlier_run(self, saved: Saved) -> None:
         """Raises if newer checkpoints, all damaged, are of another run than the one to resume."""
-        newer = [p for p in self.paths() + self.damaged() if _number(p) > _number(saved.path)]
+        newer = [p for p in self.paths() + self.damaged() if number_of(p) > number_of(saved.path)]
         runs = {path: self._run_of(path) for path in newer}
         others = [p.name for p, run in runs.items() if run not in ("", saved.facts.get("run"))]
         if others:
@@ -249,6 +273,8 @@ class Store:
         target = path.with_name(name)
         try:
             path.rename(target)
+        except FileNotFoundError:
+            return  # another process of this run was faster
         except OSError as error:
             logger.warning("%s could not be renamed to %s: %s", path, name, error)
         else:
@@ -272,35 +298,66 @@ def read_manifest(path: Path) -> Manifest:
         if manifest.pop("sha256", None) != _manifest_sha256(manifest):
             raise ValueError("its checksum differs")
     found = manifest.get("format")
-    if type(found) is int and found != FORMAT:
+    if type(found) is int and found not in (FORMAT, SHARDED_FORMAT):
         raise CheckpointError(
-            f"{path} has format {found}, and this version of Polus reads format {FORMAT}. "
-            "Install the version that wrote it."
+            f"{path} has format {found}, and this version of Polus reads formats {FORMAT} and "
+            f"{SHARDED_FORMAT}. Install the version that wrote it."
         )
     with _damage_named(path / MANIFEST):
         if manifest.keys() != {"format", "files", "facts", "tree"} or type(found) is not int:
             raise ValueError("it has other parts than a manifest")
         if not isinstance(manifest["facts"], dict):
             raise ValueError("its facts are no dict")
-        return Manifest(manifest["facts"], manifest["tree"], _state_of(manifest["files"]))
+        state, *shards = _fingerprints(manifest["files"], found == SHARDED_FORMAT)
+        return Manifest(manifest["facts"], manifest["tree"], state, shards)
 
 
 def verify(path: Path) -> Manifest:
-    """Reads a checkpoint's manifest and compares its arrays with it; raises as `read_manifest`."""
+    """Reads a checkpoint's manifest and compares its arrays with it; raises as `read_manifest`.
+
+    Shards are left to those who wrote them.
+    """
     manifest = read_manifest(path)
     with _damage_named(path / STATE):
         check_file(path / STATE, manifest.state)
     return manifest
 
 
-def read(path: Path) -> Saved:
-    """Verifies and reads one checkpoint; raises as `read_manifest`."""
+def read(path: Path, processes: Processes | None = None) -> Saved:
+    """Verifies and reads one checkpoint; raises as `read_manifest`.
+
+    Args:
+        path: Its folder.
+        processes: Those that read it together: each one verifies its share of the shards. Without
+            them, all of them are read.
+    """
     manifest = read_manifest(path)
     with _damage_named(path / STATE):
         arrays = read_arrays(path / STATE, manifest.state)
+    shards = ShardFiles(path, manifest.shards)
+    for number in shards.share_of(processes or OneProcess()):
+        with _damage_named(path / shard_name(number)):
+            shards.load(number)
     with _damage_named(path / MANIFEST):
-        tree = unflatten_state(FlatState(manifest.skeleton, arrays))
+        tree = unflatten_state(FlatState(manifest.skeleton, arrays), shards.array)
     return Saved(path, tree, manifest.facts)
+
+
+@contextlib.contextmanager
+def _agreeing(processes: Processes, path: Path) -> Iterator[None]:
+    """Raises in all processes if a block failed in one of them. All have to enter it."""
+    found, failure = 0, None
+    try:
+        yield
+    except CheckpointError as error:
+        found, failure = 1 if isinstance(error, DamagedError) else 2, error
+    (worst,) = processes.largest([found])
+    if failure is not None and found == worst:
+        raise failure
+    if worst == 1:
+        raise DamagedError(f"{path} is damaged: another process has found that")
+    if worst == 2:
+        raise CheckpointError(f"{path} cannot be read by another process; its message says why.")
 
 
 @contextlib.contextmanager
@@ -322,12 +379,21 @@ def _damage_named(path: Path) -> Iterator[None]:
         raise CheckpointError(f"{path} is larger than the memory of this process.") from error
 
 
-def _state_of(files: Any) -> Fingerprint:
-    if isinstance(files, dict) and files.keys() == {STATE} and isinstance(files[STATE], dict):
-        size, sha256 = files[STATE].get("size"), files[STATE].get("sha256")
-        if files[STATE].keys() == {"size", "sha256"} and type(size) is int and size >= 0:
+def _fingerprints(files: Any, sharded: bool) -> list[Fingerprint]:
+    """Returns the fingerprints of the files in a manifest: the state's, and those of shards."""
+    count = len(files) - 1 if isinstance(files, dict) and sharded else 0
+    names = [STATE, *map(shard_name, range(count))]
+    if not isinstance(files, dict) or files.keys() != set(names) or sharded > count:
+        raise ValueError(f"it names other files than {STATE}{' and its shards' * sharded}")
+    return [_fingerprint(files[name]) for name in names]
+
+
+def _fingerprint(value: Any) -> Fingerprint:
+    if isinstance(value, dict) and value.keys() == {"size", "sha256"}:
+        size, sha256 = value["size"], value["sha256"]
+        if type(size) is int and size >= 0:
             return Fingerprint(size, str(sha256))
-    raise ValueError(f"it names other files than {STATE}")
+    raise ValueError("it has a file without size and checksum")
 
 
 def _manifest_sha256(manifest: dict[str, Any]) -> str:
@@ -335,6 +401,6 @@ def _manifest_sha256(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def _number(path: Path) -> int:
+def number_of(path: Path) -> int:
     """Returns the N of a name with checkpoint-N in it."""
     return int(re.findall(NAME, path.name)[0])
