@@ -2,7 +2,9 @@
 
 import json
 import logging
+import shutil
 import sys
+import warnings
 
 import keras
 import numpy as np
@@ -136,6 +138,34 @@ def test_the_same_command_continues_and_a_finished_run_stays(tmp_path):
     before = (tmp_path / "a" / "history.jsonl").read_bytes()
     run(tmp_path / "a", epochs=3)
     assert (tmp_path / "a" / "history.jsonl").read_bytes() == before
+
+
+class Remove(Callback):
+    """Removes a folder when the second epoch begins."""
+
+    def __init__(self, folder):
+        super().__init__()
+        self.folder = folder
+
+    def on_epoch_begin(self, epoch):
+        if epoch == 1:
+            shutil.rmtree(self.folder)
+
+
+def test_a_run_whose_folder_is_removed_trains_to_its_end(tmp_path):
+    _, history = run(tmp_path / "a", Remove(tmp_path / "a"))
+    assert len(history.epochs) == EPOCHS
+    assert json.loads((tmp_path / "a" / "run.json").read_text())["status"] == "completed"
+
+
+def test_a_loss_that_is_a_lambda_warns_of_nothing(tmp_path):
+    trainer = make_trainer()
+    keras_loss = trainer.loss
+    trainer.loss = lambda y, logits: keras_loss(y, logits)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always", UserWarning)
+        run(tmp_path, trainer=trainer, epochs=1)
+    assert not [warning for warning in seen if "lambda" in str(warning.message)]
 
 
 def test_a_model_that_keras_cannot_save_leaves_its_weights(tmp_path, caplog):

@@ -199,7 +199,7 @@ class RunDirectory(Callback):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             earlier = list(json.loads(path.read_text())["starts"])
         if self._has_written_facts:
-            earlier.pop()  # that of this process
+            earlier = earlier[:-1]  # without that of this process
         self._has_written_facts = True
         starts = [*earlier, self._start]
         facts = {
