@@ -382,7 +382,7 @@ def test_keras_metrics_that_are_assigned_later_are_those_of_the_argument():
     assert trainer.train(data, 1).epochs[0]["later"] == pytest.approx(accuracy)
     assert trainer.evaluate(data)["held_out"] == pytest.approx(accuracy)
     trainer.metrics = ["accuracy"]
-    with pytest.raises(TypeError, match="A metric must be a polus.metrics.IMetric or"):
+    with pytest.raises(TypeError, match=r"A metric must be a polus\.metrics\.IMetric or"):
         trainer.train(data, 1)
 
 
