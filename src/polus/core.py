@@ -5,6 +5,7 @@ import functools
 import inspect
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar, overload
@@ -21,6 +22,7 @@ R = TypeVar("R")
 JitMode = bool | Literal["auto"]
 _jit: dict[str, JitMode] = {"mode": "auto", "timed": True}
 _tuning_cache: dict[str, Path | None] = {}
+_profiling = threading.Lock()
 logger = logging.getLogger("polus.core")
 
 
@@ -85,12 +87,21 @@ def profile(folder: str | os.PathLike[str]) -> Iterator[None]:
 
     Raises:
         ValueError: If a file is in the way.
+        RuntimeError: Within another block of `profile`: a backend has one trace at a time.
     """
     path = check_directory(folder, "folder")
-    make_folder(path)
-    context, how = backend.profile(str(path))
-    with context:
-        yield
+    if not _profiling.acquire(blocking=False):  # PyTorch would end the process
+        raise RuntimeError(
+            "A block of polus.profile runs already, and a backend has one trace at a time. End it "
+            "before this one begins."
+        )
+    try:
+        make_folder(path)
+        context, how = backend.profile(str(path))
+        with context:
+            yield
+    finally:
+        _profiling.release()
     logger.info("The trace is in %s: %s.", path, how)
 
 
