@@ -121,7 +121,15 @@ def set_tuning_cache(path: str | os.PathLike[str] | None) -> None:
     Args:
         path: A file; `polus/tuning.json` in the user's cache folder unless set (`$XDG_CACHE_HOME`,
             or `~/.cache`). None: nothing is kept, and each trainer measures for itself.
+
+    Raises:
+        TypeError: If it is not a path.
+        ValueError: If it is empty, or a folder.
     """
+    if path is not None and not isinstance(path, str | os.PathLike):
+        raise TypeError(f"path must be the path of a file or None, got {path!r}.")
+    if path is not None and (not os.fspath(path) or Path(path).expanduser().is_dir()):
+        raise ValueError(f"path must be the path of a file, got the folder {os.fspath(path)!r}.")
     _tuning_cache["path"] = None if path is None else Path(path).expanduser().absolute()
 
 
