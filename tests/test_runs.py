@@ -15,6 +15,7 @@ from polus.checkpoint import Checkpoint
 from polus.data import from_arrays
 from polus.history import History
 from polus.runs import read_history
+from polus.runs.directory import RunDirectory
 from polus.runs.history_file import HistoryFile
 from polus.training import BaseTrainer, ClassifierTrainer
 
@@ -226,3 +227,9 @@ def test_a_line_of_another_file_raises(tmp_path):
 def test_checkpoints_elsewhere_raise(tmp_path, given):
     with pytest.raises(ValueError, match="continues from there"):
         make_trainer().train(from_arrays((X, Y), 4), 1, run_dir=tmp_path, **given)
+
+
+def test_a_record_elsewhere_raises(tmp_path):
+    with pytest.raises(ValueError, match="a RunDirectory of another folder"):
+        run(tmp_path / "a", RunDirectory(tmp_path / "b"))
+    assert not list(tmp_path.iterdir())

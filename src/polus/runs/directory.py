@@ -253,7 +253,7 @@ def with_run_dir(arguments: dict[str, Any]) -> dict[str, Any]:
     """Returns the arguments of `train` with what `run_dir` stands for.
 
     Raises:
-        ValueError: If checkpoints are asked for elsewhere as well.
+        ValueError: If checkpoints or a record are asked for elsewhere as well.
     """
     directory = check_directory(arguments["run_dir"], "run_dir")
     callbacks = list(arguments.get("callbacks", ()))
@@ -266,6 +266,12 @@ def with_run_dir(arguments: dict[str, Any]) -> dict[str, Any]:
             "continues from there. Leave out resume, and the Checkpoint or its other folder: "
             f"Checkpoint({str(folder)!r}, every_steps=...) sets its rhythm."
         )
+    for callback in callbacks:
+        if isinstance(callback, RunDirectory) and callback.directory != directory:
+            raise ValueError(
+                f"This run has run_dir={str(directory)!r} and a RunDirectory of another folder, "
+                f"{str(callback.directory)!r}. Leave one of them out."
+            )
     if not saving:
         saves = Checkpoint(folder, every_secs=SECS_BETWEEN_SAVES, every_epochs=None)
         callbacks.append(saves)
