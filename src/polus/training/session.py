@@ -8,11 +8,8 @@ from polus.callbacks.base import ICallback, KerasCallbackLike
 from polus.data import PushedAdapter, StepBlock
 from polus.history import History
 from polus.host import to_host
-from polus.training.config import TrainConfig
+from polus.training.config import OPEN_END, TrainConfig
 from polus.training.run import Run
-
-# More epochs than any loop has, since a session does not know how many it will have.
-OPEN_END = 2**31 - 1
 
 
 class _StoppedError(Exception):
