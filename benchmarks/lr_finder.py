@@ -2,20 +2,27 @@
 
     KERAS_BACKEND=torch python benchmarks/lr_finder.py --peers > peers.json  # optional
     KERAS_BACKEND=jax python benchmarks/lr_finder.py --with peers.json > table.md
+    KERAS_BACKEND=jax python benchmarks/lr_finder.py --more --epochs 10   # other tasks, longer runs
     KERAS_BACKEND=jax python benchmarks/lr_finder.py --tried  # without the grid: some seconds a row
 
 Three tasks (an MLP on scikit-learn's digits, a CNN on 10,000 digits of MNIST, a transformer on SMS
-messages), Adam and SGD, three seeds: 18 rows. Rates are compared by the mean loss over the training
-examples after two epochs, in inference mode. A suggestion is right (bold) if it is within a factor
-of 3 of the grid's best rate, or its loss within 10 % of the grid's best.
+messages), Adam and SGD, three seeds: 18 rows. `--more` has others: the CNN, which normalizes
+batches, with SGD with momentum, the MLP and a regression on scikit-learn's diabetes with AdamW and
+momentum, retrieval heads on frozen vectors of Cranfield's titles and abstracts with AdamW. Rates
+are compared by the mean loss over the training examples after two epochs, in inference mode. A
+suggestion is right (bold) if it is within a factor of 3 of the grid's best rate, or its loss within
+10 % of the grid's best.
 
-`--peers` runs the range tests of fastai and Lightning on the same models: on the PyTorch backend a
-Keras model is a PyTorch module. Neither library is needed otherwise.
+*optuna* is a search of as many steps as `tried` took: ten short trials, whose rates Optuna's TPE
+suggests. `--peers` runs the range tests of fastai and Lightning on the same models: on the PyTorch
+backend a Keras model is a PyTorch module. None of the three is needed otherwise.
 """
 
 import argparse
 import csv
+import functools
 import gzip
+import importlib.util
 import itertools
 import json
 import logging
@@ -32,15 +39,14 @@ import numpy as np
 from keras import layers
 
 from polus.data import ArrayDataset, from_arrays
-from polus.lr_finder import SuggestionName
+from polus.lr_finder import LRFinderResult, SuggestionName
 from polus.state import Snapshot
 from polus.training import ClassifierTrainer
 
 SHARED_DATA = Path(__file__).parent.parent.parent / "shared" / "data"
 GRID = 10.0 ** np.arange(-5, 1.01, 0.5)
-EPOCHS = 2
 BATCH_SIZE = 32
-
+OPTUNA_TRIALS = 10
 
 Task = tuple[np.ndarray, np.ndarray, list[layers.Layer]]
 
@@ -99,17 +105,85 @@ def sms() -> Task:
     return x, y, [embedding, Block(), Block(), layers.GlobalAveragePooling1D(), layers.Dense(2)]
 
 
+def diabetes() -> Task:
+    """Returns the examples, the targets and the layers."""
+    from sklearn.datasets import load_diabetes
+
+    x, y = load_diabetes(return_X_y=True)
+    y = (y - y.mean()) / y.std()
+    return x / x.std(0), y[:, None], [layers.Dense(64, "relu"), layers.Dense(1)]
+
+
+class Heads(layers.Layer):
+    """Two heads on the vectors of a query and of its document; returns scores of all pairs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = [layers.Dense(64), layers.Dense(64)]
+
+    def call(self, x: Any) -> Any:
+        """Returns (B, B) cosines over a temperature, of (B, 2, vector)."""
+        query, document = (
+            keras.ops.normalize(head(x[:, i]), axis=-1) for i, head in enumerate(self.heads)
+        )
+        return keras.ops.matmul(query, keras.ops.transpose(document)) / 0.05
+
+
+class OwnDocument(keras.losses.Loss):
+    """Each query's document is that of its own row; the others of the batch are wrong."""
+
+    def call(self, y_true: Any, y_pred: Any) -> Any:
+        """Returns the cross-entropy of each row."""
+        own = keras.ops.arange(keras.ops.shape(y_pred)[0])
+        return keras.losses.sparse_categorical_crossentropy(own, y_pred, from_logits=True)
+
+
+def cranfield() -> Task:
+    """Returns vectors of titles and abstracts, no labels, and the layers."""
+    from sklearn.decomposition import TruncatedSVD
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    with gzip.open(SHARED_DATA / "cranfield" / "corpus.jsonl.gz", "rt", encoding="utf-8") as file:
+        found = [json.loads(line) for line in file]
+    found = [each for each in found if each["title"] and each["text"]]
+    texts = [each[part] for part in ("title", "text") for each in found]
+    words = TfidfVectorizer(min_df=2, sublinear_tf=True).fit_transform(texts)
+    vectors = TruncatedSVD(128, random_state=0).fit_transform(words)
+    x = np.stack(np.split(vectors, 2), axis=1)
+    return x, np.zeros(len(x), np.int32), [Heads()]
+
+
 TASKS = {"digits MLP": digits, "MNIST CNN": mnist, "SMS transformer": sms}
-OPTIMIZERS = {"Adam": keras.optimizers.Adam, "SGD": keras.optimizers.SGD}
+MORE_TASKS = {"diabetes MLP": diabetes, "Cranfield heads": cranfield}
+ALL_TASKS = TASKS | MORE_TASKS
+OPTIMIZERS = {
+    "Adam": keras.optimizers.Adam,
+    "SGD": keras.optimizers.SGD,
+    "AdamW": keras.optimizers.AdamW,
+    "momentum": lambda: keras.optimizers.SGD(momentum=0.9),
+}
+ROWS = list(itertools.product(TASKS, ("Adam", "SGD")))
+MORE_ROWS = [
+    ("MNIST CNN", "momentum"),
+    *itertools.product(("digits MLP", "diabetes MLP"), ("AdamW", "momentum")),
+    ("Cranfield heads", "AdamW"),
+]
+
+
+def loss_of(task: str) -> keras.losses.Loss:
+    """Returns the loss of a task."""
+    special = {"diabetes MLP": keras.losses.MeanSquaredError, "Cranfield heads": OwnDocument}
+    default = functools.partial(keras.losses.SparseCategoricalCrossentropy, from_logits=True)
+    return special.get(task, default)()
 
 
 def prepared(task: str, seed: int) -> tuple[keras.Model, np.ndarray, np.ndarray]:
     """Returns a built model, its examples and its labels."""
     keras.utils.set_random_seed(seed)
-    x, y, stack = TASKS[task]()
+    x, y, stack = ALL_TASKS[task]()
     model = keras.Sequential(stack)
     model.build((None, *x.shape[1:]))
-    return model, x.astype("float32") if x.dtype == np.float64 else x, y
+    return model, *(a.astype("float32") if a.dtype == np.float64 else a for a in (x, y))
 
 
 def lightning_rate(task: str, optimizer: str, seed: int) -> float:
@@ -167,42 +241,75 @@ def made(
 ) -> tuple[ClassifierTrainer, Snapshot, ArrayDataset, ArrayDataset]:
     """Returns a trainer, its initial state, its data and the data to evaluate."""
     model, x, y = prepared(task, seed)
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    trainer = ClassifierTrainer(model, OPTIMIZERS[optimizer](), loss)
+    trainer = ClassifierTrainer(model, OPTIMIZERS[optimizer](), loss_of(task))
     trainer.optimizer.build(model.trainable_variables)
     start = Snapshot([*model.variables, *trainer.optimizer.variables, trainer.step_counter])
     batches = from_arrays((x, y), BATCH_SIZE, seed=seed)
     return trainer, start, batches, from_arrays((x, y), 512, shuffle=False)
 
 
+def optuna_rate(
+    trainer: ClassifierTrainer, start: Snapshot, batches: ArrayDataset, steps: int, seed: int
+) -> float:
+    """Returns the rate that a search of as many steps finds by the end of short trials."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    length = steps // OPTUNA_TRIALS
+
+    def objective(trial: Any) -> float:
+        start.restore()
+        rate = trial.suggest_float("rate", GRID[0], GRID[-1], log=True)
+        history = trainer.train(
+            batches, epochs=1, steps=length, learning_rate=rate, on_nonfinite="ignore"
+        )
+        loss = float(np.mean(history.steps["loss"][length // 2 :]))
+        return loss if math.isfinite(loss) else 1e9
+
+    study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed))
+    study.optimize(objective, OPTUNA_TRIALS)
+    return float(study.best_params["rate"])
+
+
+def steps_of(result: LRFinderResult) -> int:
+    """Returns the training steps that a search took."""
+    steps = len(result.losses) + sum(len(trial.losses) for trial in result.trials)
+    return steps + (0 if result.baseline is None else len(result.baseline))
+
+
 def row(
-    task: str, optimizer: str, seed: int, peers: dict[str, float]
-) -> dict[str, tuple[float, float]]:
-    """Returns the rate and loss of the grid's best, of each suggestion and of the peers."""
+    task: str, optimizer: str, seed: int, epochs: int, peers: dict[str, float]
+) -> tuple[dict[str, tuple[float, float]], int, float]:
+    """Returns rates and losses (the grid's best, suggestions, peers), and the cost of `tried`."""
     trainer, start, batches, everything = made(task, optimizer, seed)
 
     def loss_at(rate: float) -> float:
         start.restore()
-        trainer.train(batches, epochs=EPOCHS, learning_rate=float(rate))
+        rate = float(rate)
+        trainer.train(batches, epochs=epochs, learning_rate=rate, on_nonfinite="ignore")
         value = trainer.evaluate(everything)["loss"]
         return value if math.isfinite(value) else math.inf
 
     best = min((loss_at(rate), rate) for rate in GRID)[::-1]
     start.restore()
-    suggestions = trainer.lr_finder(batches).suggestions | peers
-    return {"grid": best, **{name: (rate, loss_at(rate)) for name, rate in suggestions.items()}}
+    began = time.perf_counter()
+    result = trainer.lr_finder(batches)
+    secs, steps = time.perf_counter() - began, steps_of(result)
+    suggestions = result.suggestions | peers
+    if importlib.util.find_spec("optuna") is not None:
+        suggestions["optuna"] = optuna_rate(trainer, start, batches, steps, seed)
+    found = {name: (rate, loss_at(rate)) for name, rate in suggestions.items()}
+    return {"grid": best, **found}, steps, secs
 
 
-def tried(task: str, optimizer: str, seed: int) -> dict[str, float]:
+def tried(task: str, optimizer: str, seed: int, epochs: int) -> dict[str, float]:
     """Returns the rate found by trials, its loss, and what finding it cost."""
     trainer, start, batches, everything = made(task, optimizer, seed)
     began = time.perf_counter()
     result = trainer.lr_finder(batches)
-    secs = time.perf_counter() - began
-    steps = len(result.losses) + sum(len(trial.losses) for trial in result.trials)
-    steps += 0 if result.baseline is None else len(result.baseline)
+    secs, steps = time.perf_counter() - began, steps_of(result)
     start.restore()
-    trainer.train(batches, epochs=EPOCHS, learning_rate=result.suggestion)
+    trainer.train(batches, epochs=epochs, learning_rate=result.suggestion)
     loss = trainer.evaluate(everything)["loss"]
     return {"rate": result.suggestion, "loss": loss, "steps": steps, "secs": secs}
 
@@ -217,30 +324,35 @@ def main() -> None:
     """Prints the table or, with --peers, the rates that the other libraries suggest."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--task", choices=TASKS, action="append")
+    parser.add_argument("--task", choices=ALL_TASKS, action="append")
+    parser.add_argument("--more", action="store_true", help="other tasks and optimizers")
+    parser.add_argument("--epochs", type=int, default=2, help="epochs of a training")
     parser.add_argument("--peers", action="store_true", help="run the other libraries only")
     parser.add_argument("--tried", action="store_true", help="run no grid, only the default")
     parser.add_argument("--with", dest="known", type=Path, help="the output of --peers")
     options = parser.parse_args()
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
-    rows = list(itertools.product(options.task or TASKS, OPTIMIZERS, options.seeds))
+    pairs = MORE_ROWS if options.more else ROWS
+    if options.task:
+        pairs = [pair for pair in pairs if pair[0] in options.task]
+    rows = [(*pair, seed) for pair in pairs for seed in options.seeds]
     if options.tried:
         for each in rows:
-            print(json.dumps([*each, tried(*each)]), flush=True)
+            print(json.dumps([*each, tried(*each, options.epochs)]), flush=True)
         return
     if options.peers:
         found = {str(r): {name: search(*r) for name, search in PEERS.items()} for r in rows}
         print(json.dumps(found, indent=1))
         return
     peers = json.loads(options.known.read_text()) if options.known else {}
-    names = [*get_args(SuggestionName), *(PEERS if peers else [])]
+    names = [*get_args(SuggestionName), *(PEERS if peers else []), "optuna"]
     count = dict.fromkeys(names, 0)
-    print(f"| task | optimizer | seed | grid's best | {' | '.join(names)} |")
-    print("|---" * (4 + len(names)) + "|")
+    print(f"| task | optimizer | seed | grid's best | {' | '.join(names)} | steps | seconds |")
+    print("|---" * (6 + len(names)) + "|")
     for task, optimizer, seed in rows:
         key = str((task, optimizer, seed))
-        found = row(task, optimizer, seed, peers.get(key, {}))
+        found, steps, secs = row(task, optimizer, seed, options.epochs, peers.get(key, {}))
         best = found["grid"]
         cells = ["{:.1e} ({:.3g})".format(*best)]
         for name in names:
@@ -248,8 +360,9 @@ def main() -> None:
             count[name] += good
             shown = "{:.1e} ({:.3g})".format(*found[name]) if name in found else "none"
             cells.append(f"**{shown}**" if good else shown)
+        cells += [str(steps), f"{secs:.0f}"]
         print(f"| {task} | {optimizer} | {seed} | {' | '.join(cells)} |", flush=True)
-    print(f"| right | | | | {' | '.join(f'{n} of {len(rows)}' for n in count.values())} |")
+    print(f"| right | | | | {' | '.join(f'{n} of {len(rows)}' for n in count.values())} | | |")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ class Costs:
         per_machine: Devices of a machine.
         latency_secs: Of a message.
         hidden: The share of the compute time behind which the all-reduce can run: the backward
-            pass is two thirds; 0 where it only begins after it, as in Polus on PyTorch.
+            pass is two thirds; 0 where it only begins after it.
         loop_secs: Python of a call of the backend.
         copy_rate: Bytes per second at which the loop waits for the copy of a checkpoint.
         write_rate: Bytes per second of one writer, checksums and reading back included.
@@ -50,7 +50,7 @@ class Costs:
     between: float = 4.5e10
     per_machine: int = 8
     latency_secs: float = 1e-5
-    hidden: float = 0.0
+    hidden: float = 2 / 3
     loop_secs: float = 2e-3
     copy_rate: float = 5.4e9
     write_rate: float = 3.1e8

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 STATIC = ROOT / "docs" / "_static"
 # The rooms of the house, from the user's side down to the backends.
 LAYERS = [
-    ["ir"],
+    ["ir", "hpo"],
     ["training", "lr_finder"],
     ["runs", "report"],
     ["checkpoint", "callbacks"],
@@ -27,6 +27,7 @@ LAYERS = [
 HIDDEN = {"Polus, bare", "Polus, eager"}  # of the speeds
 ROLES = {
     "ir": "retrieval",
+    "hpo": "a search on Optuna",
     "training": "trainers, the run, the loop",
     "lr_finder": "range test",
     "runs": "run directories",

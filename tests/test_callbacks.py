@@ -4,6 +4,7 @@ import contextlib
 import io
 import itertools
 import logging
+import re
 
 import keras
 import numpy as np
@@ -22,6 +23,7 @@ from polus.callbacks import (
     TimerCallback,
     ValidationDataCallback,
 )
+from polus.callbacks.epoch_table import EpochTable
 from polus.callbacks.monitor import Monitor
 from polus.metrics import Accuracy
 from polus.training import ClassifierTrainer
@@ -513,6 +515,47 @@ def test_narrow_terminal_keeps_epoch_and_loss():
     bars = bars_of(text)
     assert any(line.startswith("epoch 2/2 ━") and "  loss " in line for line in bars)
     assert all(len(line) <= 60 for line in bars)
+
+
+def test_epochs_are_rows_of_a_table_in_a_terminal():
+    text = shown(True, [ValidationDataCallback(BATCHES, every_epochs=2)], width=100)
+    lines = [line.rstrip() for line in re.split(r"\n|\r|\x1b\[[0-9;?]*[A-Za-z]", text)]
+    rows = [line for line in lines if re.match(r"epoch +loss|\d/\d ", line)]
+    heads = [row.split() for row in rows if row.startswith("epoch")]
+    assert heads == [
+        ["epoch", "loss", "accuracy", "time"],
+        ["epoch", "loss", "accuracy", "val_loss", "val_accuracy", "time"],
+    ]
+    first, second = (row for row in rows if not row.startswith("epoch"))
+    for head, row in zip((rows[0], rows[2]), (first, second), strict=True):
+        for name in head.split()[1:-1]:  # numbers stand below the ends of their names
+            end = head.index(f" {name} ") + 1 + len(name)
+            assert row[end - 1].isdigit()
+            assert row[end] == " "
+
+
+@pytest.mark.once
+def test_a_narrow_table_shows_what_matters_and_breaks_no_name():
+    names = {"loss": "0.5", "gradient_norm": "1.25", "accuracy": "0.75", "val_loss": "0.6"}
+    order = ["loss", "val_loss", "accuracy", "gradient_norm"]
+    table = EpochTable(45)
+    assert table.lines("1/5", names, "0.5 s", order) == [
+        "epoch       loss   val_loss   time  +2",
+        "1/5          0.5        0.6  0.5 s",
+    ]
+    assert table.lines("2/5", names | {"val_loss": ""}, "0.5 s", order) == [
+        "2/5          0.5             0.5 s"
+    ]
+    for width in range(30, 120):
+        lines = EpochTable(width).lines("1/5", names, "0.5 s", order)
+        assert len(max(lines, key=len)) <= width
+
+
+def test_a_bar_shows_metrics_once_an_epoch_takes_seconds():
+    clock = Clock(1.0)
+    bars = bars_of(shown(True, [clock], clock=clock))
+    assert any("accuracy 0." in bar for bar in bars if " 3/5 " in bar)
+    assert not any("accuracy" in bar for bar in bars if " 1/5 " in bar)
 
 
 def test_long_epochs_print_lines_without_a_terminal():

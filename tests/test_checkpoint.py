@@ -22,9 +22,10 @@ import pytest
 from recorder import Recorder
 
 import polus.core
+from polus import environment
 from polus.backends import backend
 from polus.callbacks import Callback
-from polus.checkpoint import Checkpoint, CheckpointError, environment, store
+from polus.checkpoint import Checkpoint, CheckpointError, store
 from polus.checkpoint.__main__ import main
 from polus.checkpoint.store import Store, read
 from polus.data import from_arrays

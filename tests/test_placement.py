@@ -142,6 +142,17 @@ def test_scopes_around_a_part_raise():
 
 
 @pytest.mark.skipif(NAME != "tensorflow", reason="strategies of TensorFlow")
+def test_distributed_datasets_raise():
+    import tensorflow as tf
+
+    strategy = tf.distribute.MirroredStrategy(["CPU:0"])
+    whole = tf.data.Dataset.from_tensor_slices((X, Y)).batch(16)
+    data = strategy.experimental_distribute_dataset(whole)
+    with strategy.scope(), pytest.raises(TypeError, match=r"Pass the tf.data.Dataset of whole"):
+        make_trainer().train(data, 1)
+
+
+@pytest.mark.skipif(NAME != "tensorflow", reason="strategies of TensorFlow")
 @pytest.mark.parametrize("kind", ["global generator", "variable"])
 def test_state_without_a_copy_on_each_device_raises(kind):
     import tensorflow as tf
@@ -191,3 +202,45 @@ def test_one_device_has_nothing_to_agree_on():
     assert placement == backend.placement()
     assert placement.agreed([1.5, 2]) == placement.largest([1.5, 2]) == [1.5, 2]
     assert core.gather(X) is X
+
+
+@pytest.mark.skipif(NAME != "torch", reason="PyTorch's processes")
+def test_gradients_are_on_their_way_while_earlier_layers_are_differentiated(monkeypatch):
+    import torch
+
+    from polus.backends import torch_distribution
+
+    events = []
+
+    class Sent:
+        def __init__(self, flat):
+            self.size = flat.numel()
+            events.append(f"{self.size} leave")
+
+        def wait(self):
+            events.append(f"{self.size} arrive")
+
+    group = torch_distribution.dist
+    monkeypatch.setattr(group, "is_initialized", lambda: True)
+    monkeypatch.setattr(group, "get_world_size", lambda: 2)
+    monkeypatch.setattr(group, "all_reduce", lambda flat, async_op: Sent(flat))
+    monkeypatch.setattr(torch_distribution, "BUCKET_BYTES", 40)  # ten numbers
+    sizes = 3, 4, 5, 20, 2
+    weights = [torch.ones(size, requires_grad=True) for size in sizes]
+    weights[0].register_hook(lambda gradient: events.append("the first layer"))
+    unused = torch.ones(7, requires_grad=True)
+
+    def backward():
+        value = 1.0
+        for weight in weights:  # the later ones are differentiated first
+            value = (value * weight).sum()
+        return list(torch.autograd.grad(value, [unused, *weights], allow_unused=True))
+
+    none, *means = torch_distribution.gradients_of([unused, *weights], backward)
+    assert events == [
+        *("2 leave", "20 leave", "9 leave", "the first layer", "3 leave"),
+        *("2 arrive", "20 arrive", "9 arrive", "3 arrive"),
+    ]
+    assert none is None
+    for mean, gradient in zip(means, backward()[1:], strict=True):
+        np.testing.assert_allclose(mean, gradient / 2)

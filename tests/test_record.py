@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from keras import ops
 
+from polus.backends import backend
 from polus.callbacks import Callback
 from polus.core import value_and_grad
 from polus.data import from_arrays
@@ -52,6 +53,26 @@ def test_gradient_norms_before_and_after_clipping(clip):
     if clip:
         assert history.steps["clipped_gradient_norm"][0] == pytest.approx(clipped, rel=1e-5)
     assert "gradient_norm" not in trainer.train(from_arrays((X, Y), 4), 1).steps
+
+
+def test_norms_of_each_variable():
+    trainer = ClassifierTrainer(make_model(), keras.optimizers.SGD(0.1, clipvalue=0.1), LOSS)
+    history = trainer.train(from_arrays((X, Y), 4, shuffle=False), 1, record="variables")
+    model = make_model()
+    _, gradients = value_and_grad(
+        lambda: LOSS(Y[:4], model(X[:4], training=True)), model.trainable_variables
+    )
+    for variable, gradient in zip(trainer.model.trainable_variables, gradients, strict=True):
+        found = history.steps[f"gradient_norm/{variable.path}"][0]
+        assert found == pytest.approx(np.linalg.norm(ops.convert_to_numpy(gradient)), rel=1e-5)
+
+
+def test_device_memory_is_recorded_where_there_is_a_device(monkeypatch):
+    trainer = ClassifierTrainer(make_model(), keras.optimizers.SGD(0.1), LOSS)
+    history = trainer.train(from_arrays((X, Y), 4), 1)
+    assert ("peak_device_bytes" in history.record[0]) == (backend.peak_device_bytes() is not None)
+    monkeypatch.setattr(backend, "peak_device_bytes", lambda: 12)
+    assert trainer.train(from_arrays((X, Y), 4), 1).record[0]["peak_device_bytes"] == 12
 
 
 def test_norms_under_loss_scaling_are_unscaled():

@@ -135,6 +135,7 @@ def test_trials_are_those_of_a_loop_by_hand(tmp_path):
             trial.intermediate_values
         )
         assert not (folder / "checkpoints").exists()
+    assert not list(Path("runs").rglob("report.html"))
     best = keras.models.load_model(Path(ours.best_trial.user_attrs["run_dir"]) / "best.keras")
     error = np.mean((keras.ops.convert_to_numpy(best(X)) - Y) ** 2)
     assert error == pytest.approx(ours.best_value, rel=1e-4)
@@ -187,6 +188,7 @@ def test_an_interrupted_search_continues_within_its_trial():
     assert len(search(make, 4, storage=DATABASE).trials) == 4
 
 
+@pytest.mark.once
 def test_a_trial_killed_before_its_first_checkpoint_begins_anew():
     def interrupt():
         if interrupts.pop():
@@ -248,6 +250,7 @@ test_search.search(lambda trial: test_search.make_shared(trial, kills), 6, stora
     assert outcomes(study)[:2] == outcomes(alone)
 
 
+@pytest.mark.once
 def test_a_trial_that_another_process_runs_is_left_alone(tmp_path):
     (tmp_path / "runs" / "search" / "trial_0000").mkdir(parents=True)
     other = optuna.create_study(study_name="search", storage=DATABASE)
@@ -260,6 +263,7 @@ def test_a_trial_that_another_process_runs_is_left_alone(tmp_path):
     assert study.trials[0].params == {"rate": rate}
 
 
+@pytest.mark.once
 def test_a_killed_trial_that_cannot_continue_fails_and_the_search_goes_on(caplog):
     interrupts = [True]
 
@@ -363,6 +367,7 @@ def test_freeing_memory_keeps_the_settings_of_keras():
         keras.config.set_dtype_policy("float32")
 
 
+@pytest.mark.once
 def test_trials_may_suggest_epochs_data_and_callbacks():
     def make(trial):
         trainer = make_trainer(trial)
@@ -507,6 +512,7 @@ def test_without_optuna_the_message_says_how_to_install_it():
 # ---------------------------------------------------------------------- the names of polus 0.1
 
 
+@pytest.mark.once
 def test_programs_of_polus_0_1():
     def init_trainer():
         rate = hpo.parameter(0.1, lambda trial: trial.suggest_float("rate", 1e-3, 0.3, log=True))

@@ -132,6 +132,9 @@ def uneven(engine):
 
     metric = keras.metrics.SparseCategoricalAccuracy("accuracy")
     trainer = classifier(metrics=[metric])
+    if engine.index and not engine.is_global:  # the weights of the first process count
+        for variable in trainer.model.weights:
+            variable.assign(variable + 1)
     trainer.train_step(X[:5], Y[:5])  # by hand: whole everywhere
     data = arrays(83, device_bytes=0)
     return summary(trainer.train(data, 2, steps_per_execution=3), trainer.model)
@@ -481,6 +484,10 @@ def data_kinds(engine):
         "generator": lambda: iter(batches),
         "PyDataset": Sequence(),
     }
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        kinds["tf.data"] = tf.data.Dataset.from_tensor_slices((X[:90], rows)).batch(16)
     counts = {}
     for kind, dataset in kinds.items():
         trainer = Trainer(
@@ -674,6 +681,9 @@ class TorchProcesses:
 
         import torch
 
+        from polus.backends import torch_distribution
+
+        torch_distribution.BUCKET_BYTES = 200  # many of them, also of these small models
         self._groups += 1
         torch.distributed.init_process_group(
             "gloo",

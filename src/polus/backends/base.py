@@ -255,6 +255,10 @@ class Backend(Protocol):
         """Returns what the bits of a result depend on: devices, threads of one operation."""
         ...
 
+    def peak_device_bytes(self) -> int | None:
+        """Returns the most memory of its device that the process had; None if it has none."""
+        ...
+
     def set_deterministic(self) -> list[str]:
         """Makes operations compute the same bits in each run. Returns what can't be promised."""
         ...

@@ -403,6 +403,12 @@ def describe() -> dict[str, Any]:
     return {"devices": [device.device_kind for device in jax.devices()]}
 
 
+def peak_device_bytes() -> int | None:
+    """Returns the most memory of its device that the process had; None if it has none."""
+    stats = jax.local_devices()[0].memory_stats()  # None on a CPU
+    return None if stats is None else stats.get("peak_bytes_in_use")
+
+
 def set_deterministic() -> list[str]:
     """Makes operations compute the same bits in each run. Returns what can't be promised."""
     flag = "--xla_gpu_deterministic_ops=true"

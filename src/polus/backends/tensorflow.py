@@ -387,6 +387,13 @@ def describe() -> dict[str, Any]:
     return {"devices": names, "threads": tf.config.threading.get_intra_op_parallelism_threads()}
 
 
+def peak_device_bytes() -> int | None:
+    """Returns the most memory of its device that the process had; None if it has none."""
+    if not tf.config.list_logical_devices("GPU"):
+        return None
+    return int(tf.config.experimental.get_memory_info("GPU:0")["peak"])
+
+
 def set_deterministic() -> list[str]:
     """Makes operations compute the same bits in each run. Returns what can't be promised."""
     tf.config.experimental.enable_op_determinism()

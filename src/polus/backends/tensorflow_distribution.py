@@ -41,6 +41,7 @@ from polus.backends.tensorflow_replica import (
 )
 from polus.types import Tensor
 
+BROADCAST_SIZE = 2**22  # numbers sent at a time: they are 8 bytes each meanwhile
 LOST = (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.DeadlineExceededError)
 # How TensorFlow merges what metrics add up, where it is read.
 _SUM = tf.VariableAggregation.SUM
@@ -165,17 +166,27 @@ class Workers(Replicas):
         variables = list(variables)
         super().broadcast(variables)
         for dtype in (tf.float64, tf.int64):
-            # What metrics add up is each process's own.
-            kept = [v for v in variables if v.value.dtype.is_floating == dtype.is_floating]
-            kept = [v for v in kept if v.value.aggregation != _SUM]
-            if not kept:
-                continue
-            parts = [tf.reshape(tf.cast(v.value, dtype), [-1]) for v in kept]
-            whole = tf.concat(parts, 0)
-            first = _sums(self.strategy)(whole if self.is_first else tf.zeros_like(whole))
-            sizes = [part.shape[0] for part in parts]
-            for variable, value in zip(kept, tf.split(first, sizes), strict=True):
-                variable.assign(tf.cast(tf.reshape(value, variable.shape), variable.value.dtype))
+            group: list[Any] = []
+            for variable in variables:
+                value = variable.value
+                # What metrics add up is each process's own.
+                if value.dtype.is_floating == dtype.is_floating and value.aggregation != _SUM:
+                    group.append(variable)
+                if sum(v.value.shape.num_elements() for v in group) > BROADCAST_SIZE:
+                    self._broadcast(group, dtype)
+                    group = []
+            self._broadcast(group, dtype)
+
+    def _broadcast(self, variables: Sequence[Any], dtype: Any) -> None:
+        """Gives variables the values of process 0, in one call."""
+        if not variables:
+            return
+        parts = [tf.reshape(tf.cast(v.value, dtype), [-1]) for v in variables]
+        own = tf.concat(parts, 0)
+        first = _sums(self.strategy)(own if self.is_first else tf.zeros_like(own))
+        values = tf.split(first, [part.shape[0] for part in parts])
+        for variable, value in zip(variables, values, strict=True):
+            variable.assign(tf.cast(tf.reshape(value, variable.shape), variable.value.dtype))
 
     def _table(self, values: Sequence[float]) -> Any:
         """Returns the numbers of all processes, a row for each."""

@@ -1,5 +1,6 @@
 """PyTorch: eager, and `torch.compile` where it is asked for."""
 
+import functools
 import importlib.util
 import operator
 import os
@@ -92,15 +93,14 @@ def value_and_grad(
             watched = [_watched(x) for x in inputs]
             result = fn(*watched)
             value: Any = result if loss is None else loss(result)
-            tensors = [*(variable.value for variable in variables), *watched]
+            weights = [variable.value for variable in variables]  # inputs are each replica's own
             # A gradient inside another one's function is itself differentiated.
-            gradients = _gradients(value, tensors, create_graph=depth > 0)
+            backward = functools.partial(_gradients, value, [*weights, *watched], depth > 0)
+            gradients = backward() if depth else torch_distribution.gradients_of(weights, backward)
     finally:
         gradient_depth.value = depth
     if depth == 0:
         result = _mapped(_detached, result)
-        count = len(variables)  # inputs are each replica's own
-        gradients = torch_distribution.averaged(gradients[:count]) + gradients[count:]
     return result, gradients
 
 
@@ -143,12 +143,13 @@ def values_and_grads(
             for i, (value, variables) in enumerate(zip(values, groups, strict=True)):
                 tensors = [variable.value for variable in variables]
                 needed = depth > 0 or i + 1 < len(groups)  # by the losses that follow
-                gradients.append(_gradients(value, tensors, depth > 0, needed))
+                backward = functools.partial(_gradients, value, tensors, depth > 0, needed)
+                found = backward() if depth else torch_distribution.gradients_of(tensors, backward)
+                gradients.append(found)
     finally:
         gradient_depth.value = depth
     if depth == 0:
         result = _mapped(_detached, result)
-        gradients = [torch_distribution.averaged(group) for group in gradients]
     return result, gradients
 
 
@@ -389,6 +390,11 @@ def describe() -> dict[str, Any]:
     """What the bits of a result depend on: devices, and threads of one operation."""
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {"devices": names, "threads": torch.get_num_threads()}
+
+
+def peak_device_bytes() -> int | None:
+    """Returns the most memory of its device that the process had; None if it has none."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
 
 
 def set_deterministic() -> list[str]:

@@ -10,8 +10,8 @@ for any loss.
 import contextlib
 import os
 import threading
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Self
 
 import keras
 import torch
@@ -32,6 +32,7 @@ from polus.types import Tensor
 # Keras' seeds are a number and a count of draws, which PyTorch gets as a sum. So far apart, the
 # replicas' numbers don't meet.
 SEED_STRIDE = 8_000_009
+BUCKET_BYTES = 25 * 2**20  # of gradients that are added up in one call, as in PyTorch
 
 
 class _Running(threading.local):
@@ -229,15 +230,94 @@ def active() -> Placement:
     return OneProcess()
 
 
-def averaged(gradients: list[Tensor | None]) -> list[Tensor | None]:
-    """Returns the means of gradients over the processes; the same list if there is only one."""
-    if not (dist.is_available() and dist.is_initialized()) or current_scope() is not None:
-        return gradients
-    if (count := dist.get_world_size()) == 1:
-        return gradients
-    found: list[Any] = [gradient for gradient in gradients if gradient is not None]
-    means = iter(_summed(found, [1 / count] * len(found), accumulate=None))
-    return [None if gradient is None else next(means) for gradient in gradients]
+def gradients_of(
+    tensors: Sequence[Any], backward: Callable[[], list[Tensor | None]]
+) -> list[Tensor | None]:
+    """Runs a backward pass, and returns the means over the processes of what it returns.
+
+    Args:
+        tensors: The tensors that it differentiates by.
+        backward: Returns their gradients first.
+    """
+    there = dist.is_available() and dist.is_initialized()
+    if not there or current_scope() is not None or (count := dist.get_world_size()) == 1:
+        return backward()
+    with _Averaging(tensors, count) as averaging:
+        gradients = backward()
+    return averaging.means() + gradients[len(tensors) :]
+
+
+class _Averaging:
+    """A context for a backward pass, which averages gradients over the processes meanwhile.
+
+    As in `DistributedDataParallel` (Li et al. 2020, "PyTorch Distributed: Experiences on
+    accelerating data parallel training"), gradients are added up in buckets, in the reverse order
+    of the variables, and each bucket is on its way while the earlier layers are differentiated. The
+    buckets leave in the same order in each process.
+
+    Args:
+        tensors: The tensors that are differentiated by.
+        count: The number of processes.
+    """
+
+    def __init__(self, tensors: Sequence[Any], count: int) -> None:
+        self.tensors = tensors
+        self.count = count
+        self._buckets = _buckets([t for t in tensors if t.requires_grad])
+        self._gradients: dict[int, torch.Tensor] = {}
+        self._sums: list[tuple[list[int], Any, Any]] = []
+
+    def __enter__(self) -> Self:
+        self._hooks = [t.register_hook(self._arrived(t)) for t in self.tensors if t.requires_grad]
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _arrived(self, tensor: torch.Tensor) -> Callable[[torch.Tensor], None]:
+        def hook(gradient: torch.Tensor) -> None:
+            self._gradients[id(tensor)] = gradient.detach()
+            while (sent := len(self._sums)) < len(self._buckets):
+                if not self._gradients.keys() >= set(self._buckets[sent]):
+                    break
+                self._send(self._buckets[sent])
+
+        return hook
+
+    def _send(self, bucket: list[int]) -> None:
+        parts = [self._gradients[i].reshape(-1) for i in bucket if i in self._gradients]
+        flat = torch.cat(parts) if parts else None
+        work = None if flat is None else dist.all_reduce(flat.div_(self.count), async_op=True)
+        self._sums.append((bucket, flat, work))
+
+    def means(self) -> list[Tensor | None]:
+        """Returns the mean of each tensor's gradient; None if it had none."""
+        for bucket in self._buckets[len(self._sums) :]:  # of which a tensor had no gradient
+            self._send(bucket)
+        means: dict[int, torch.Tensor] = {}
+        for bucket, flat, work in self._sums:
+            if work is not None:
+                work.wait()
+                found = {i: self._gradients[i] for i in bucket if i in self._gradients}
+                pieces = torch.split(flat, [gradient.numel() for gradient in found.values()])
+                for (i, gradient), piece in zip(found.items(), pieces, strict=True):
+                    means[i] = piece.reshape(gradient.shape)
+        return [means.get(id(tensor)) for tensor in self.tensors]
+
+
+def _buckets(tensors: Sequence[torch.Tensor]) -> list[list[int]]:
+    """Returns the identities of tensors of one dtype and some bytes together, the last first."""
+    buckets: list[list[int]] = []
+    kind, room = None, 0
+    for tensor in reversed(tensors):
+        size = tensor.numel() * tensor.element_size()
+        if tensor.dtype != kind or size > room:
+            buckets.append([])
+            kind, room = tensor.dtype, BUCKET_BYTES
+        buckets[-1].append(id(tensor))
+        room -= size
+    return buckets
 
 
 def _summed(

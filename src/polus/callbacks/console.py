@@ -1,8 +1,9 @@
 """Training progress: a bar in a terminal, a table in a notebook, plain lines elsewhere."""
 
+import contextlib
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,13 +13,16 @@ from rich.table import Column
 
 from polus.callbacks.base import Callback, Phase
 from polus.callbacks.checks import check_callable
+from polus.callbacks.epoch_table import EpochTable
 from polus.callbacks.smooth import LossSmoothCallback
-from polus.host import as_number
+from polus.host import as_number, to_host
+from polus.steps.norms import NORM
 
 if TYPE_CHECKING:
     from polus.callbacks.notebook import NotebookTable
 
 REFRESH_SECS = 0.2  # losses are read from the device only at a refresh
+METRICS_SECS = 2.0  # an epoch shows its metrics from then on: some compile what they compute
 LINE_SECS = 30.0  # without a terminal, a long epoch prints a line this often
 
 
@@ -26,9 +30,10 @@ class ConsoleLogCallback(Callback):
     """Shows the loss, steps and examples per second, and the remaining time of the whole run.
 
     The smoothed loss is shown as well if a `LossSmoothCallback` is among the callbacks. A terminal
-    shows a bar for the current epoch and keeps one line per finished epoch; a notebook shows a bar
-    and a table, which it updates in place; other outputs get only the lines. A summary at the end
-    reports the speed and, if it was noticeable, the time spent waiting for data.
+    shows a bar for the current epoch, with the metrics so far once it takes seconds, and finished
+    epochs as the rows of a table, of which it shows the columns that fit. A notebook shows a bar
+    and a table, which it updates in place; other outputs get a line for each epoch. A summary at
+    the end reports the speed and, if it was noticeable, the time spent waiting for data.
 
     Args:
         console: The console to write to; standard output by default.
@@ -61,6 +66,7 @@ class ConsoleLogCallback(Callback):
             (c for c in self.coordinator.callbacks if isinstance(c, LossSmoothCallback)), None
         )
         self._shows_bar = self._out.is_terminal
+        self._rows = EpochTable(self._out.width)
         if self._out.is_jupyter and self.console is None and not silent:
             from polus.callbacks.notebook import NotebookTable
 
@@ -70,7 +76,7 @@ class ConsoleLogCallback(Callback):
             self._progress = Progress(
                 TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=20, table_column=Column(no_wrap=True)),
-                TextColumn("{task.fields[left]}", markup=False),
+                TextColumn("{task.fields[left]} ", markup=False),
                 # Takes the rest of the line, so a narrow terminal truncates only this column.
                 TextColumn(
                     "{task.fields[report]}",
@@ -114,6 +120,8 @@ class ConsoleLogCallback(Callback):
         report = [f"{name} {np.asarray(values)[-1]:.4g}" for name, values in run.step_logs.items()]
         if self._smooth is not None:
             report.append(f"smooth loss {self._smooth.smooth_loss:.4g}")
+        if self._shows_bar and now - self._epoch_began >= METRICS_SECS:
+            report += self._metrics()
         if rates := self._rates(now):
             report.append(rates)
         total = f"/{run.steps}" if run.steps else ""
@@ -122,7 +130,7 @@ class ConsoleLogCallback(Callback):
     def _show(self, epoch: int, step: int, report: str, left: str) -> None:
         steps, title = self.coordinator.run.steps, self._title(epoch)
         if self._table is not None:
-            self._table.show(f"{title}  {report}  {left and left + ' left'}", step, steps)
+            self._table.show(f"{title}  {report}  {left}", step, steps)
         elif self._progress is not None:
             self._progress.update(
                 self._task,
@@ -145,8 +153,28 @@ class ConsoleLogCallback(Callback):
             self._table.add({"epoch": str(epoch + 1), **values, "time": f"{seconds:.1f} s"})
             self._table.show(self._title(epoch), run.step, run.steps)
             return
+        if self._out.is_terminal:
+            for line in self._rows.lines(
+                self._title(epoch).removeprefix("epoch "),
+                {name: value for name, value in values.items() if "\n" not in value},
+                f"{seconds:.1f} s",
+                self._by_importance(values),
+            ):
+                self._out.print(line, markup=False, soft_wrap=True)
+            return
         line = "  ".join(f"{name} {value}" for name, value in values.items())
         self._print(f"{self._title(epoch)}  {line}  {seconds:.1f} s")
+
+    def _by_importance(self, names: Iterable[str]) -> list[str]:
+        """Returns the loss, validations, other results, and last how the epoch went."""
+        run = self.coordinator.run
+        results = {"loss", *run.history.validation_logs(run.epoch)}
+
+        def rank(name: str) -> int:
+            how = name in run.history.record[-1] or NORM in name
+            return 0 if name in results else 2 if how else 1
+
+        return sorted(names, key=rank)
 
     def on_train_end(self) -> None:
         if self._progress is not None:
@@ -190,7 +218,17 @@ class ConsoleLogCallback(Callback):
         seconds = round(((run.epochs - run.epoch) * run.steps - run.step) * secs_per_step)
         minutes, seconds = divmod(seconds, 60)
         hours, minutes = divmod(minutes, 60)
-        return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+        shown = f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+        return f"{shown} left"
+
+    def _metrics(self) -> list[str]:
+        """Returns what metrics are so far. Of several processes all would have to compute them."""
+        run, found = self.coordinator.run, []
+        for metric in run.metrics if run.placement.count == 1 else ():
+            with contextlib.suppress(Exception):  # it may be made for whole epochs
+                value = to_host(metric.result())
+                found += [f"{metric.name} {_short(value)}"] if np.ndim(value) == 0 else []
+        return found
 
     def _rates(self, now: float) -> str:
         """Returns the speed in steps and examples since the first block, or "" until the second."""

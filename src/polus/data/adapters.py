@@ -246,6 +246,11 @@ def _check_has_batches(dataset: Any) -> None:
             f"A DatasetDict holds several datasets: pass batches of one of {list(dataset)}, for "
             "example lambda: data['train'].with_format('numpy').iter(batch_size=32)."
         )
+    if name in ("DistributedDataset", "DistributedDatasetsFromFunction"):
+        raise TypeError(
+            f"A {name} has batches that are split over replicas already, and Polus splits them "
+            "itself. Pass the tf.data.Dataset of whole batches that it was made of."
+        )
     if isinstance(dataset, type):
         raise TypeError(
             f"A dataset must yield batches, got the class {dataset.__name__}. Pass an instance: "

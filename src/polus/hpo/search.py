@@ -100,16 +100,17 @@ def search(
     settings = _Settings(make_trainer, dict(arguments), metric, value, catch, seed)
     folder = (Path("runs") / study_name if directory is None else Path(directory)).absolute()
     make_folder(folder)
-    kept = _opened(storage)
-    study = optuna.create_study(
-        storage=kept,
-        sampler=sampler,
-        pruner=pruner,
-        study_name=study_name,
-        direction=best,
-        load_if_exists=True,
-    )
-    check_same_aim(study, metric, best)
+    with _locked(folder):  # or two processes that begin at once would both make the tables
+        kept = _opened(storage)
+        study = optuna.create_study(
+            storage=kept,
+            sampler=sampler,
+            pruner=pruner,
+            study_name=study_name,
+            direction=best,
+            load_if_exists=True,
+        )
+        check_same_aim(study, metric, best)
     trials = _Trials(study, kept, folder, None if sampler is not None else seed)
     ends = math.inf if timeout_secs is None else clock() + timeout_secs
     while clock() < ends and (claimed := trials.claim(n_trials)) is not None:
@@ -128,6 +129,11 @@ def _direction(metric: str, direction: str | None) -> Direction:
     raise ValueError(
         f'direction must be "minimize" or "maximize" for the metric {metric!r}, got {direction!r}.'
     )
+
+
+def _locked(folder: Path) -> filelock.BaseFileLock:
+    """Returns the lock under which processes open the study and claim trials."""
+    return filelock.FileLock(folder / "search.lock")
 
 
 def _opened(storage: str | optuna.storages.BaseStorage | None) -> optuna.storages.BaseStorage:
@@ -186,7 +192,7 @@ class _Trials:
 
     def claim(self, n_trials: int) -> _Claimed | None:
         """Returns a trial that was killed, else a new one; None if there are enough."""
-        with filelock.FileLock(self.directory / "search.lock"):
+        with _locked(self.directory):
             trials = self.study.get_trials(deepcopy=False)
             for each in trials:
                 if each.state == State.RUNNING and (claimed := self._killed(each.number)):
@@ -279,7 +285,9 @@ def _train(claimed: _Claimed, settings: _Settings) -> float | None:
     if not any(isinstance(callback, ReportTrial) for callback in callbacks):
         callbacks.append(ReportTrial(trial, settings.metric))
     highest = trial.study.direction == optuna.study.StudyDirection.MAXIMIZE
-    saving = RunDirectory(claimed.directory, settings.metric, "max" if highest else "min")
+    mode: Literal["max", "min"] = "max" if highest else "min"
+    # Its report would take a second and a megabyte: it can be written for those of interest.
+    saving = RunDirectory(claimed.directory, settings.metric, mode, report=False)
     arguments |= {"callbacks": [*callbacks, saving], "run_dir": claimed.directory}
     history = trainer.train(**arguments)
     if any(isinstance(each, ReportTrial) and each.pruned for each in callbacks):

@@ -49,6 +49,7 @@ class RunDirectory(Callback):
         monitor: The name in the logs of what makes a model the best one. By default the loss of a
             validation set, or its first metric.
         mode: `"min"`, `"max"` or `"auto"`; see `polus.callbacks.monitor.Monitor`.
+        report: Whether `report.html` is written.
         clock: Returns the time in seconds.
     """
 
@@ -59,6 +60,7 @@ class RunDirectory(Callback):
         directory: str | os.PathLike[str],
         monitor: str | None = None,
         mode: Mode = "auto",
+        report: bool = True,
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -66,6 +68,7 @@ class RunDirectory(Callback):
         self.directory = check_directory(directory, "run_dir")
         self.monitor = monitor
         self.mode = mode
+        self.report = report
         self.clock = clock
         self.best: dict[str, float | None] = {}
         self._file: HistoryFile | None = None
@@ -166,7 +169,8 @@ class RunDirectory(Callback):
             kind = "interrupted" if run.signals.pending is not None else "failed"
             facts |= {"status": kind, "exception": repr(run.exception)}
         self._write_facts(facts)
-        self._write_report()
+        if self.report:
+            self._write_report()
 
     def _write_report(self) -> None:
         """Writes `report.html`; a run does not fail because its picture does."""

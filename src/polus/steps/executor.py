@@ -23,7 +23,7 @@ from polus.steps.compiled import CompiledStep
 from polus.steps.finish import array_terms, finished_step
 from polus.steps.finite import GuardedSteps
 from polus.steps.guard import Guard
-from polus.steps.norms import with_norms
+from polus.steps.norms import Norms, with_norms
 from polus.steps.pace import Pace
 from polus.steps.progress import Progress
 from polus.steps.sizes import kinds_of, num_bytes, num_state_bytes, warn_of_whole_batches
@@ -91,7 +91,7 @@ class StepExecutor:
         array_terms: The names of the step's results that are no scalars.
         run_eagerly: Whether steps run without being compiled, to debug them.
         guarded: The programs in which a step that is not finite changes nothing.
-        measures_norms: Whether steps return the norms of their gradients.
+        norms: Whether steps return the norms of their gradients, "variables" for each variable's.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class StepExecutor:
     ) -> None:
         self.owner = owner
         self.get_step = get_step
-        self.step = get_step()
+        self.step = self._finished = get_step()
         self.evaluation_step = evaluation
         self.example: tuple[Any, ...] | None = None
         self.variables: StepVariables | None = None
@@ -110,7 +110,8 @@ class StepExecutor:
         self.tuning = Tuning(_fixed_mode(), 1)
         self.progress = Progress()
         self.array_terms: set[str] = set()
-        self.run_eagerly = self.measures_norms = False
+        self.run_eagerly = False
+        self.norms: Norms = False
         self.guarded = GuardedSteps(self)
         self._parts: list[Any] = []
         self._plain: dict[str, Any] = {}
@@ -150,10 +151,10 @@ class StepExecutor:
             self.variables = None
         return before
 
-    def set_measures_norms(self, measures_norms: bool) -> None:
+    def set_norms(self, norms: Norms) -> None:
         """Sets whether steps return the norms of their gradients."""
-        if self.measures_norms != measures_norms:
-            self.measures_norms, self.variables = measures_norms, None
+        if self.norms != norms:
+            self.norms, self.variables = norms, None
 
     def _changed_attributes(self) -> list[str]:
         """Describes the attributes that changed since the step was traced."""
@@ -200,9 +201,10 @@ class StepExecutor:
             )
             if not any(is_built(layer) for layer in unbuilt) and all(w for _, w in seen.updates):
                 break
-        if self.measures_norms:
-            found = optimizers_of(self.owner)
-            self.step = with_norms(self.step, {id(o): name for name, o in found.items()})
+        self._finished = self.step
+        if self.norms:
+            names = {id(o): name for name, o in optimizers_of(self.owner).items()}
+            self.step = with_norms(self.step, names, self.norms == "variables")
         for optimizer, weights in seen.updates:
             if weights and not optimizer.built:
                 optimizer.build(unique(weights))
@@ -283,7 +285,7 @@ class StepExecutor:
         if self._update is None:
             # What every process is given it computes whole: a size that is no batch's.
             state = replica_state(self.owner, self.prepare(inputs))
-            step = function(self._placement.step(self.step, 1, state))
+            step = function(self._placement.step(self._finished, 1, state))
             self._update = self._placement.program(step, 1, state)
         return self._update(*inputs)
 

@@ -1,7 +1,7 @@
 """Gradient norms of a step, returned among its terms."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import keras
 from keras import ops
@@ -11,6 +11,7 @@ from polus.steps.watching import Watching
 from polus.types import Tensor
 
 NORM, CLIPPED = "gradient_norm", "clipped_gradient_norm"
+Norms = bool | Literal["variables"]
 CLIPS = ("clipnorm", "global_clipnorm", "clipvalue")
 
 
@@ -19,19 +20,22 @@ class GradientNorms(Watching):
 
     Args:
         names: The name of each optimizer by its identity: "optimizer" has no prefix in the terms.
+        by_variable: Whether each variable's gradient has a norm of its own as well.
 
     Attributes:
         terms: The norms by name.
     """
 
-    def __init__(self, names: Mapping[int, str]) -> None:
+    def __init__(self, names: Mapping[int, str], by_variable: bool = False) -> None:
         super().__init__()
         self.names = names
+        self.by_variable = by_variable
         self.terms: dict[str, Tensor] = {}
 
     def see(
         self,
         optimizer: keras.optimizers.Optimizer,
+        variables: Sequence[keras.Variable],
         taken: Sequence[Tensor | None],
         given: Sequence[Tensor | None],
         scaled: bool,
@@ -41,6 +45,7 @@ class GradientNorms(Watching):
 
         Args:
             optimizer: The optimizer.
+            variables: The variables.
             taken: The gradients as they were taken.
             given: Those that the optimizer gets, times the scale of its loss.
             scaled: Whether those that were taken are scaled as well.
@@ -49,7 +54,11 @@ class GradientNorms(Watching):
         name = self.names.get(id(optimizer), "optimizer")
         prefix = "" if name == "optimizer" else f"{name}_"
         scale = optimizer.scale_loss(ops.ones(()))
-        self.terms[prefix + NORM] = _norm(taken) / (scale if scaled else 1.0)
+        of_taken = scale if scaled else 1.0
+        self.terms[prefix + NORM] = _norm(taken) / of_taken
+        for variable, gradient in zip(variables, taken, strict=True) if self.by_variable else ():
+            if gradient is not None:
+                self.terms[f"{prefix}{NORM}/{variable.path}"] = _norm([gradient]) / of_taken
         inner = getattr(optimizer, "inner_optimizer", optimizer)
         clips = [getattr(inner, name, None) for name in CLIPS]
         if processed or clips != [None] * len(clips):
@@ -57,7 +66,9 @@ class GradientNorms(Watching):
             self.terms[prefix + CLIPPED] = _clipped_norm(unscaled, *clips)
 
 
-def with_norms(step: Callable[..., Any], names: Mapping[int, str]) -> Callable[..., Any]:
+def with_norms(
+    step: Callable[..., Any], names: Mapping[int, str], by_variable: bool = False
+) -> Callable[..., Any]:
     """Returns a step that also returns the norms of its gradients, each under a name of its own.
 
     A term that the step itself returns under such a name stays.
@@ -65,10 +76,11 @@ def with_norms(step: Callable[..., Any], names: Mapping[int, str]) -> Callable[.
     Args:
         step: The step.
         names: The name of each optimizer by its identity.
+        by_variable: Whether each variable's gradient has a norm of its own as well.
     """
 
     def measured(*inputs: Any, **named: Any) -> Any:
-        with GradientNorms(names) as norms:
+        with GradientNorms(names, by_variable) as norms:
             result = step(*inputs, **named)
         return {**norms.terms, **as_terms(result)} if norms.terms else result
 

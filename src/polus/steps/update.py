@@ -57,7 +57,8 @@ def _processed(update: Update, post_process_grads: PostProcess | None, scaled: b
     if not optimizer.built:
         optimizer.build(variables)
     if (norms := GradientNorms.active()) is not None:
-        norms.see(optimizer, taken, gradients, scaled, post_process_grads is not None)
+        processed = post_process_grads is not None
+        norms.see(optimizer, variables, taken, gradients, scaled, processed)
     return gradients
 
 

@@ -20,6 +20,7 @@ from polus.data.prefetch import PREFETCH
 from polus.files import check_directory
 from polus.host import did_you_mean, to_host
 from polus.optimizers import MultiOptimizer
+from polus.steps.norms import Norms
 from polus.training.nonfinite import MAX_SKIPS, POLICIES, Policy
 from polus.training.parts import TrainerParts
 
@@ -52,7 +53,7 @@ class TrainArguments(TypedDict, total=False):
     resume_changes: Literal["refuse", "accept"]
     on_nonfinite: Policy
     max_skips: int
-    record: bool
+    record: Norms
     run_dir: str | PathLike[str]
     dry_run: bool
     overfit_batches: int
@@ -76,7 +77,7 @@ class TrainConfig:
     resume_changes: Literal["refuse", "accept"] = "refuse"
     on_nonfinite: Policy | None = None
     max_skips: int = MAX_SKIPS
-    record: bool = False
+    record: Norms = False
     run_dir: Path | None = None
     dry_run: bool = False
     overfit_batches: int | None = None
@@ -153,7 +154,9 @@ def _reading(adapter: DataAdapter, given: dict[str, Any]) -> dict[str, Any]:
             f"Live data are made between two steps, so steps_per_execution can't be {at_once}. "
             "Leave it out."
         )
-    for name in ("run_eagerly", "record", "dry_run"):
+    if given.get("record") not in (None, True, False, "variables"):
+        raise ValueError(f"record must be True, False or 'variables', got {given['record']!r}.")
+    for name in ("run_eagerly", "dry_run"):
         if given.get(name) not in (None, True, False):
             raise ValueError(f"{name} must be True or False, got {given[name]!r}.")
     prefetch = 0 if adapter.live or isinstance(adapter, NoDataAdapter) else int(prefetch)

@@ -86,13 +86,14 @@ class Engine:
         before, self.run = self.run, run
         first = run.reader.first_epoch
         eager = self.executor.set_run_eagerly(run.config.run_eagerly)
-        self.executor.set_measures_norms(run.config.record)
+        self.executor.set_norms(run.config.record)
         try:
             yield
         finally:
             self.run = before
             self.executor.set_run_eagerly(eager)
-            self.executor.set_measures_norms(before is not None and before.config.record)
+            if before is not None:  # else the next run is likely to be like this one
+                self.executor.set_norms(before.config.record)
             # A run that was resumed has also trained the data's epochs before its checkpoint.
             self.epochs += run.reader.first_epoch - first + run.epoch
         if not run.open_ended:

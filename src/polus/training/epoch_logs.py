@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from polus.backends import backend
 from polus.history import History
 from polus.optimizers import rates_of
 from polus.training.reports import warn_of_non_finite
@@ -94,6 +95,7 @@ class EpochRecord:
         steps = sizes[self._first :]
         since = [now - before for now, before in zip(spent, self._before, strict=True)]
         waited, in_callbacks, skipped = since
+        peak = backend.peak_device_bytes()
         return {
             **rates_of(owner, always=True),
             "skipped_steps": int(skipped),
@@ -103,4 +105,5 @@ class EpochRecord:
             "waited_secs": waited,
             "callback_secs": in_callbacks,
             "compile_secs": self._compiled,
+            **({} if peak is None else {"peak_device_bytes": peak}),
         }

@@ -16,6 +16,7 @@ from polus.callbacks.base import ICallback, KerasCallbackLike
 from polus.history import History
 from polus.masks import stop_gradient
 from polus.metrics import MetricLike, as_metrics, update_metrics
+from polus.steps.norms import Norms
 from polus.steps.progress import ProgressVariable
 from polus.steps.update import apply_gradients
 from polus.steps.variables import StepVariables, unique
@@ -341,7 +342,7 @@ class BaseTrainer(TrainerMethods):
         resume_changes: Literal["refuse", "accept"] | None = None,
         on_nonfinite: Policy | None = None,
         max_skips: int | None = None,
-        record: bool | None = None,
+        record: Norms | None = None,
         run_dir: str | PathLike[str] | None = None,
         dry_run: bool | None = None,
         overfit_batches: int | None = None,
@@ -382,7 +383,8 @@ class BaseTrainer(TrainerMethods):
             max_skips: How many steps may be skipped in a row, 10 by default; the last one raises.
             record: Whether `history.record` (rates, speed, waiting time, skipped steps) stands in
                 the logs too, and so on the console and in Keras callbacks, and each step has terms
-                `gradient_norm` and, if gradients are clipped, `clipped_gradient_norm`.
+                `gradient_norm` and, if gradients are clipped, `clipped_gradient_norm`. With
+                "variables" also that of each variable: `gradient_norm/sequential/dense/kernel`.
             run_dir: The folder of this run: its checkpoints, from which it continues if it has any,
                 its record, parts, messages and best model. See `polus.runs.RunDirectory`.
             dry_run: Whether to run only two steps and a validation of two batches, with every
