@@ -429,6 +429,18 @@ def test_enqueued_trials_come_first_and_the_report_lists_all():
 
 
 @pytest.mark.once
+def test_the_table_holds_names_and_values_of_any_text():
+    study = optuna.create_study()
+    trial = study.ask()
+    trial.suggest_categorical("a | b", ["c | d\ne"])
+    study.tell(trial, 1.0)
+    header, _, row = hpo.report(study).splitlines()
+    assert header.count("|") == row.count("|") == 8
+    assert "a / b" in header
+    assert "c / d" in row
+
+
+@pytest.mark.once
 def test_a_folder_of_another_study_raises(tmp_path):
     (tmp_path / "runs" / "search" / "trial_0000").mkdir(parents=True)
     with pytest.raises(ValueError, match="trial_0000 is there already, of another study"):
