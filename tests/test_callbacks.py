@@ -433,6 +433,20 @@ def shown(terminal: bool, callbacks=(), clock=None, width=120, error=None) -> st
     return out.getvalue()
 
 
+class Note(Callback):
+    """Puts into the logs what is no number."""
+
+    def on_epoch_end(self, epoch):
+        self.coordinator.logs.update(note="warm", nothing=None, more={"a": 1})
+
+
+def test_logs_that_are_no_numbers_are_shown_as_they_are():
+    lines = shown(False, [Note()]).splitlines()
+    assert "note warm  nothing None  more {'a': 1}" in lines[0]
+    history = make_trainer().train(BATCHES, epochs=2, callbacks=[Note()], dry_run=True)
+    assert history.epochs[0]["note"] == "warm"
+
+
 def test_plain_lines_without_a_terminal():
     lines = shown(False, [ValidationDataCallback(BATCHES)]).splitlines()
     assert [line.split("  ")[0] for line in lines[:2]] == ["epoch 1/2", "epoch 2/2"]

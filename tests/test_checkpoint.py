@@ -223,7 +223,7 @@ def test_signal_saves_and_exits(tmp_path, uninterrupted, name, moment, caplog):
     assert exit_.value.code == 128 + number
     assert {n: signal.getsignal(n) for n in handlers} == handlers
     assert f"{name}: the run is saved in" in caplog.text
-    assert f"train(..., resume={str(tmp_path)!r})" in caplog.text
+    assert f"with its run_dir, or with resume={str(tmp_path)!r}." in caplog.text
     saved = Store(tmp_path).read_newest()
     assert saved.tree["callbacks"][1][1]["events"][-1][: len(moment)] == list(moment)
     # No step is lost or repeated, and the bits are those of a run that saves at other times.

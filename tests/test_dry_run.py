@@ -263,10 +263,11 @@ def test_the_summary_says_what_is_trained(capsys):
 
 
 def test_a_session_has_a_run_directory_and_continues(tmp_path):
-    batches = [(X[i : i + 4], Y[i : i + 4]) for i in range(0, 24, 4)]
+    batches, began = [(X[i : i + 4], Y[i : i + 4]) for i in range(0, 24, 4)], []
 
     def loop(folder, epochs):
         with make_trainer().session(run_dir=folder) as run:
+            began.append(run.epoch)
             while run.epoch < epochs:
                 for batch in batches[run.num_steps :]:
                     run.step(*batch)
@@ -276,11 +277,21 @@ def test_a_session_has_a_run_directory_and_continues(tmp_path):
     whole = loop(tmp_path / "whole", 2)
     loop(tmp_path / "a", 1)
     history = loop(tmp_path / "a", 2)
+    assert began == [0, 0, 1]
     np.testing.assert_array_equal(history.steps["loss"], whole.steps["loss"])
     record = read_history(tmp_path / "a")
     np.testing.assert_array_equal(record.steps["loss"], whole.steps["loss"])
     facts = json.loads((tmp_path / "a" / "run.json").read_text())
     assert (facts["status"], facts["epochs_done"]) == ("completed", 2)
+
+
+@pytest.mark.parametrize("name", ["epoch", "loss", "accuracy"])
+def test_a_value_of_a_session_named_like_one_of_its_steps_raises(name):
+    with make_trainer().session() as run:
+        run.step(X[:4], Y[:4])
+        with pytest.raises(ValueError, match=f"end_epoch got '{name}'"):
+            run.end_epoch(**{name: 1.0})
+        assert run.end_epoch(reward=1.0)["reward"] == 1.0
 
 
 def test_a_session_skips_or_raises_at_values_that_are_not_finite():

@@ -216,6 +216,16 @@ def test_a_session_resumes(tmp_path):
     assert len(run.history.steps["loss"]) == 6
 
 
+def test_a_session_that_was_stopped_stays_so(tmp_path, caplog):
+    for _ in range(2):
+        with follow().session([Checkpoint(tmp_path)], resume=tmp_path) as run:
+            while True:
+                run.step(X)
+                run.stop("kl")
+        assert len(run.history.steps["loss"]) == 1
+    assert "stopped early in epoch 1 (kl), so nothing is left to train. Its session" in caplog.text
+
+
 def test_a_session_ends_in_order_where_it_is_stopped(caplog):
     trainer, seen, steps = follow(), Recorder(), 0
     with trainer.session([seen]) as run:

@@ -369,6 +369,23 @@ def dense_model(outputs=C):
     return keras.Sequential([keras.Input((3,)), keras.layers.Dense(outputs)])
 
 
+def test_keras_metrics_that_are_assigned_later_are_those_of_the_argument():
+    x, y = np.eye(3, dtype="float32"), np.array([0, 1, 2])
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    trainer = ClassifierTrainer(dense_model(), keras.optimizers.SGD(0.0), loss, [Accuracy(C)])
+    data = from_arrays((x, y), 3)
+    accuracy = trainer.train(data, 1).epochs[0]["accuracy"]
+    trainer.metrics.append(keras.metrics.SparseCategoricalAccuracy(name="of_keras"))
+    assert trainer.train(data, 1, dry_run=True).epochs[0]["of_keras"] == pytest.approx(accuracy)
+    later = keras.metrics.SparseCategoricalAccuracy(name="later")
+    trainer.metrics = {"train": [later], "validation": [Accuracy(C, name="held_out")]}
+    assert trainer.train(data, 1).epochs[0]["later"] == pytest.approx(accuracy)
+    assert trainer.evaluate(data)["held_out"] == pytest.approx(accuracy)
+    trainer.metrics = ["accuracy"]
+    with pytest.raises(TypeError, match=r"A metric must be a polus\.metrics\.IMetric or"):
+        trainer.train(data, 1)
+
+
 def test_weights_reach_weighted_metrics_only_as_in_fit():
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(40, 3)).astype("float32"), rng.integers(0, C, 40)

@@ -42,3 +42,12 @@ def test_an_error_in_the_body_is_raised_and_a_later_trace_works(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="must be a folder"), polus.profile(tmp_path / "file"):
         pass
+
+
+def test_a_trace_within_a_trace_raises(tmp_path):
+    nested = pytest.raises(RuntimeError, match=r"A block of polus\.profile runs already")
+    with polus.profile(tmp_path / "a"):
+        with nested, polus.profile(tmp_path / "b"):
+            pass
+        keras.ops.convert_to_numpy(keras.ops.ones((2,)) + 1)
+    assert any((tmp_path / "a").rglob("*"))

@@ -121,6 +121,16 @@ def test_each_optimizer_has_its_rate_and_norm():
     assert history.record[0]["critic_optimizer_learning_rate"] == pytest.approx(0.01)
 
 
+def test_metrics_named_like_the_record_are_kept():
+    names = ["secs", "learning_rate"]
+    metrics = [keras.metrics.MeanSquaredError(name=name) for name in [*names, "mse"]]
+    trainer = ClassifierTrainer(make_model(), keras.optimizers.SGD(0.1), LOSS, metrics)
+    history = trainer.train(from_arrays((X, Y), 4), 1, record=True)
+    logs = history.epochs[0]
+    assert logs["secs"] == logs["learning_rate"] == logs["mse"]
+    assert history.record[0]["learning_rate"] == pytest.approx(0.1)
+
+
 def test_the_record_is_kept_by_default_and_logged_on_request():
     class Slow(Callback):
         """A clock that each step moves by half a second."""

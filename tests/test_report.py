@@ -256,6 +256,21 @@ def test_a_killed_run_shows_what_was_written(tmp_path):
 
 
 @pytest.mark.once
+def test_what_is_no_run_is_refused_with_what_to_pass(tmp_path, capsys):
+    for name in "ab":
+        write_run(tmp_path / name)
+    with pytest.raises(FileNotFoundError, match=r"holds some\. Pass those to look at: .*a, .*b$"):
+        write_report(tmp_path)
+    for given in (3, [tmp_path / "a", 3]):
+        with pytest.raises(TypeError, match="write_report needs the run_dir of a run, or a list"):
+            write_report(given)
+    for secs in ("0", "-1", "nan", "soon"):
+        with pytest.raises(SystemExit):
+            main([str(tmp_path / "a"), "--live", secs])
+        assert f"must be a positive number of seconds, got '{secs}'" in capsys.readouterr().err
+
+
+@pytest.mark.once
 def test_a_long_run_is_thinned_to_means_and_extremes(tmp_path):
     count = 100_000
     losses = RNG.uniform(0.5, 2.0, count).astype("float32")

@@ -2,7 +2,9 @@
 
 import json
 import logging
+import shutil
 import sys
+import warnings
 
 import keras
 import numpy as np
@@ -13,6 +15,7 @@ from polus.checkpoint import Checkpoint
 from polus.data import from_arrays
 from polus.history import History
 from polus.runs import read_history
+from polus.runs.directory import RunDirectory
 from polus.runs.history_file import HistoryFile
 from polus.training import BaseTrainer, ClassifierTrainer
 
@@ -138,6 +141,34 @@ def test_the_same_command_continues_and_a_finished_run_stays(tmp_path):
     assert (tmp_path / "a" / "history.jsonl").read_bytes() == before
 
 
+class Remove(Callback):
+    """Removes a folder when the second epoch begins."""
+
+    def __init__(self, folder):
+        super().__init__()
+        self.folder = folder
+
+    def on_epoch_begin(self, epoch):
+        if epoch == 1:
+            shutil.rmtree(self.folder)
+
+
+def test_a_run_whose_folder_is_removed_trains_to_its_end(tmp_path):
+    _, history = run(tmp_path / "a", Remove(tmp_path / "a"))
+    assert len(history.epochs) == EPOCHS
+    assert json.loads((tmp_path / "a" / "run.json").read_text())["status"] == "completed"
+
+
+def test_a_loss_that_is_a_lambda_warns_of_nothing(tmp_path):
+    trainer = make_trainer()
+    keras_loss = trainer.loss
+    trainer.loss = lambda y, logits: keras_loss(y, logits)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always", UserWarning)
+        run(tmp_path, trainer=trainer, epochs=1)
+    assert not [warning for warning in seen if "lambda" in str(warning.message)]
+
+
 def test_a_model_that_keras_cannot_save_leaves_its_weights(tmp_path, caplog):
     trainer, _ = run(tmp_path, trainer=make_trainer(Own(2.0)), epochs=1)
     assert "can't be saved whole" in caplog.text
@@ -196,3 +227,9 @@ def test_a_line_of_another_file_raises(tmp_path):
 def test_checkpoints_elsewhere_raise(tmp_path, given):
     with pytest.raises(ValueError, match="continues from there"):
         make_trainer().train(from_arrays((X, Y), 4), 1, run_dir=tmp_path, **given)
+
+
+def test_a_record_elsewhere_raises(tmp_path):
+    with pytest.raises(ValueError, match="a RunDirectory of another folder"):
+        run(tmp_path / "a", RunDirectory(tmp_path / "b"))
+    assert not list(tmp_path.iterdir())

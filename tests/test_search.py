@@ -429,6 +429,18 @@ def test_enqueued_trials_come_first_and_the_report_lists_all():
 
 
 @pytest.mark.once
+def test_the_table_holds_names_and_values_of_any_text():
+    study = optuna.create_study()
+    trial = study.ask()
+    trial.suggest_categorical("a | b", ["c | d\ne"])
+    study.tell(trial, 1.0)
+    header, _, row = hpo.report(study).splitlines()
+    assert header.count("|") == row.count("|") == 8
+    assert "a / b" in header
+    assert "c / d" in row
+
+
+@pytest.mark.once
 def test_a_folder_of_another_study_raises(tmp_path):
     (tmp_path / "runs" / "search" / "trial_0000").mkdir(parents=True)
     with pytest.raises(ValueError, match="trial_0000 is there already, of another study"):
@@ -446,12 +458,49 @@ def test_a_folder_of_another_study_raises(tmp_path):
         ({"epoch": 3}, "train takes no argument 'epoch'. Did you mean 'epochs'"),
         ({"make": lambda trial: None}, "make_trainer must return a trainer, got None"),
         ({"metric": "val_f1"}, "no value named 'val_f1' to monitor"),
+        ({"n_trials": None}, "got None. Where timeout_secs is to end the search"),
+        ({"metric": 3}, "metric must be the name of a value in the logs, got 3"),
+        ({"study_name": ""}, "study_name must not be empty"),
+        ({"storage": 3}, "storage must be a URL or a storage of Optuna, got 3"),
+        ({"sampler": "tpe"}, "sampler must be a sampler of Optuna, got 'tpe'"),
+        ({"pruner": "median"}, "pruner must be a pruner of Optuna, got 'median'"),
+        ({"seed": "a"}, "seed must be an integer, got 'a'"),
+        ({"timeout_secs": "a"}, "timeout_secs must be a number of seconds, got 'a'"),
+        ({"timeout_secs": -1}, "timeout_secs must be a number of seconds, got -1"),
+        ({"catch": "ValueError"}, "catch must be an exception class or a tuple of them"),
+        ({"run_dir": "a"}, "search takes no run_dir. Each trial has its own. Pass directory="),
+        ({"resume": "a"}, "search takes no resume. The same call of search continues"),
+        ({"dry_run": True}, "search takes no dry_run. A trial of two steps has no value"),
     ],
     ids=str,
 )
 def test_arguments_that_make_no_search_raise(arguments, message):
     with pytest.raises((ValueError, TypeError), match=message):
         search(**arguments)
+
+
+@pytest.mark.once
+def test_a_study_of_another_metric_or_direction_raises():
+    storage = optuna.storages.InMemoryStorage()
+    with pytest.raises(ValueError, match="no value named 'val_los' to monitor"):
+        search(n_trials=1, metric="val_los", direction="minimize", storage=storage)
+    search(n_trials=2, storage=storage)  # nothing has a value of the wrong name
+    with pytest.raises(ValueError, match="this search is for 'loss'"):
+        search(metric="loss", storage=storage)
+    with pytest.raises(ValueError, match="is to minimize, and 'val_accuracy' is to be maximized"):
+        search(metric="val_accuracy", storage=storage)
+
+
+@pytest.mark.once
+def test_choices_that_json_has_no_word_for():
+    def make(trial):
+        trial.suggest_categorical("activation", [keras.activations.relu])
+        return regression(0.1)
+
+    with pytest.warns(UserWarning, match="for persistent storage"):
+        search(make, 1)
+    params = json.loads(Path("runs/search/trial_0000/params.json").read_text())["params"]
+    assert "relu" in params["activation"]
 
 
 @pytest.mark.once

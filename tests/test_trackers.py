@@ -60,6 +60,17 @@ def test_tensorboard_reads_what_the_history_has(tmp_path):
         np.testing.assert_allclose(values, [logs[name] for logs in history.epochs], rtol=1e-6)
 
 
+def test_tensorboard_leaves_out_logs_that_are_no_numbers(tmp_path):
+    class Note(Callback):
+        def on_epoch_end(self, epoch):
+            self.coordinator.logs.update(note="warm", nothing=None, size=3)
+
+    train(Note(), TensorBoardLog(tmp_path / "board"))
+    read = scalars(tmp_path / "board")
+    assert "epochs/size" in read
+    assert not {"epochs/note", "epochs/nothing"} & read.keys()
+
+
 def test_a_resumed_run_replaces_what_was_written_after_its_checkpoint(tmp_path):
     def callbacks(began):
         now = iter(range(began, began + 999))  # each write is due

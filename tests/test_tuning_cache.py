@@ -187,3 +187,12 @@ def test_the_file_stays_small(timed, tmp_path, monkeypatch):
     for units in range(1, 6):
         choose(make_trainer(units=units))
     assert len(json.loads((tmp_path / "tuning.json").read_text())["steps"]) == 3
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("given", [3, b"a", "", "."], ids=repr)
+def test_a_path_that_is_no_file_raises(given):
+    before = polus.core.get_tuning_cache()
+    with pytest.raises((TypeError, ValueError), match="path must be the path of a file"):
+        polus.core.set_tuning_cache(given)
+    assert polus.core.get_tuning_cache() == before

@@ -5,6 +5,7 @@ import functools
 import inspect
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar, overload
@@ -21,6 +22,7 @@ R = TypeVar("R")
 JitMode = bool | Literal["auto"]
 _jit: dict[str, JitMode] = {"mode": "auto", "timed": True}
 _tuning_cache: dict[str, Path | None] = {}
+_profiling = threading.Lock()
 logger = logging.getLogger("polus.core")
 
 
@@ -85,12 +87,21 @@ def profile(folder: str | os.PathLike[str]) -> Iterator[None]:
 
     Raises:
         ValueError: If a file is in the way.
+        RuntimeError: Within another block of `profile`: a backend has one trace at a time.
     """
     path = check_directory(folder, "folder")
-    make_folder(path)
-    context, how = backend.profile(str(path))
-    with context:
-        yield
+    if not _profiling.acquire(blocking=False):  # PyTorch would end the process
+        raise RuntimeError(
+            "A block of polus.profile runs already, and a backend has one trace at a time. End it "
+            "before this one begins."
+        )
+    try:
+        make_folder(path)
+        context, how = backend.profile(str(path))
+        with context:
+            yield
+    finally:
+        _profiling.release()
     logger.info("The trace is in %s: %s.", path, how)
 
 
@@ -110,7 +121,15 @@ def set_tuning_cache(path: str | os.PathLike[str] | None) -> None:
     Args:
         path: A file; `polus/tuning.json` in the user's cache folder unless set (`$XDG_CACHE_HOME`,
             or `~/.cache`). None: nothing is kept, and each trainer measures for itself.
+
+    Raises:
+        TypeError: If it is not a path.
+        ValueError: If it is empty, or a folder.
     """
+    if path is not None and not isinstance(path, str | os.PathLike):
+        raise TypeError(f"path must be the path of a file or None, got {path!r}.")
+    if path is not None and (not os.fspath(path) or Path(path).expanduser().is_dir()):
+        raise ValueError(f"path must be the path of a file, got the folder {os.fspath(path)!r}.")
     _tuning_cache["path"] = None if path is None else Path(path).expanduser().absolute()
 
 

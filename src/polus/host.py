@@ -19,6 +19,16 @@ def to_host(value: object) -> np.ndarray[Any, Any]:
     return np.asarray(value)
 
 
+def as_number(value: Any) -> float | None:
+    """Returns a scalar as a float; None for what is none: arrays, text, None."""
+    if np.ndim(value) or isinstance(value, str | bytes):
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
+
+
 def did_you_mean(name: object, names: Iterable[str]) -> str:
     """Returns `"Did you mean 'loss'?"` for the closest of `names`, or "" if none is close."""
     close = difflib.get_close_matches(str(name), list(names), n=1)

@@ -15,7 +15,7 @@ from polus.callbacks.base import Callback, Phase
 from polus.callbacks.checks import check_callable
 from polus.callbacks.epoch_table import EpochTable
 from polus.callbacks.smooth import LossSmoothCallback
-from polus.host import to_host
+from polus.host import as_number, to_host
 from polus.steps.norms import NORM
 
 if TYPE_CHECKING:
@@ -248,6 +248,8 @@ def _rate(value: float) -> str:
 
 
 def _short(value: Any) -> str:
+    if (number := as_number(value)) is not None:
+        return f"{number:.4g}"
     if np.ndim(value) == 0:
-        return f"{value:.4g}"
+        return str(value)  # whatever a callback has put into the logs
     return np.array2string(np.asarray(value), precision=4)

@@ -11,7 +11,7 @@ import numpy as np
 from polus.callbacks.base import Callback, Phase
 from polus.callbacks.checks import check_callable
 from polus.files import check_directory, make_folder
-from polus.host import DeviceValues
+from polus.host import DeviceValues, as_number
 
 SECS_BETWEEN_WRITES = 1.0
 
@@ -65,8 +65,8 @@ class TensorBoardLog(Callback):
 
     def on_epoch_end(self, epoch: int) -> None:
         self._flush()
-        logs = {n: v for n, v in self.coordinator.logs.items() if np.ndim(v) == 0}
-        self._write(epoch, {f"epochs/{name}": float(value) for name, value in logs.items()})
+        logs = {name: as_number(value) for name, value in self.coordinator.logs.items()}
+        self._write(epoch, {f"epochs/{n}": v for n, v in logs.items() if v is not None})
 
     def on_train_end(self) -> None:
         self._flush()

@@ -149,7 +149,7 @@ class Checkpoint(Callback):
         if self._failure is None and placement.is_first:
             logger.warning(
                 "%s: the run is saved in %s after %d epochs and %d steps. To continue it, start "
-                "the same program again with train(..., resume=%r).",
+                "the same program again: with its run_dir, or with resume=%r.",
                 signal.Signals(number).name,
                 self._newest,
                 self.coordinator.run.epoch,

@@ -22,6 +22,7 @@ def report(study: optuna.Study) -> str:
 
     rows = [[*COLUMNS, *names, "why"]]
     rows += [_row(trial, names) for trial in sorted(trials, key=place)]
+    rows = [[_cell(text) for text in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rows.insert(1, ["-" * width for width in widths])
     lines = [" | ".join(map(str.ljust, row, widths)) for row in rows]
@@ -32,11 +33,15 @@ def _row(trial: optuna.trial.FrozenTrial, names: list[str]) -> list[str]:
     secs = "" if trial.duration is None else f"{trial.duration.total_seconds():.1f}"
     value = "" if trial.value is None else f"{trial.value:.5g}"
     params = [_short(trial.params[name]) if name in trial.params else "" for name in names]
-    # Only the first line, and nothing that ends a cell.
-    why = trial.user_attrs.get("why", "").partition("\n")[0].replace("|", "/")
+    why = trial.user_attrs.get("why", "")
     epochs = str(len(trial.intermediate_values))
     return [str(trial.number), trial.state.name.lower(), value, epochs, secs, *params, why]
 
 
 def _short(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _cell(text: str) -> str:
+    """Returns the first line of a text, without what ends a cell."""
+    return text.partition("\n")[0].replace("|", "/")

@@ -23,11 +23,12 @@ from polus.errors import NonFiniteError
 from polus.files import atomic_write, make_folder
 from polus.history import History
 from polus.hpo.callback import ReportTrial
+from polus.hpo.checks import check_same_aim, check_search
 from polus.hpo.memory import free_memory, is_out_of_memory
 from polus.hpo.report import report
 from polus.runs.directory import CHECKPOINTS, RunDirectory
 from polus.training import BaseTrainer
-from polus.training.config import TrainArguments, check_count, check_names
+from polus.training.config import TrainArguments, check_names
 
 SQLITE_WAIT_SECS = 60.0  # for other processes that write to the database
 
@@ -91,10 +92,10 @@ def search(
         Optuna's study: `best_params`, `best_trial.user_attrs["run_dir"]`, `trials_dataframe()`.
 
     Raises:
-        ValueError, TypeError: For arguments that make no search.
+        ValueError, TypeError: For arguments that make no search, or another one than the study has.
     """
-    check_count("n_trials", n_trials)
     check_names(arguments)
+    check_search(locals())
     best = _direction(metric, direction)
     settings = _Settings(make_trainer, dict(arguments), metric, value, catch, seed)
     folder = (Path("runs") / study_name if directory is None else Path(directory)).absolute()
@@ -109,6 +110,7 @@ def search(
             direction=best,
             load_if_exists=True,
         )
+        check_same_aim(study, metric, best)
     trials = _Trials(study, kept, folder, None if sampler is not None else seed)
     ends = math.inf if timeout_secs is None else clock() + timeout_secs
     while clock() < ends and (claimed := trials.claim(n_trials)) is not None:
@@ -335,7 +337,7 @@ def _tell(
 def _write_params(claimed: _Claimed, facts: dict[str, Any]) -> None:
     """Writes a trial's parameters, and how it stands, into its folder."""
     facts = {"number": claimed.trial.number, **facts, "params": claimed.trial.params}
-    _write(claimed.directory / "params.json", json.dumps(facts, indent=2))
+    _write(claimed.directory / "params.json", json.dumps(facts, indent=2, default=str))
 
 
 def _write(path: Path, text: str) -> None:

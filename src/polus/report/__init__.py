@@ -4,8 +4,9 @@ The page needs no network, and a browser of any width. It is drawn with Bokeh (`
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from polus.files import atomic_write
 from polus.report.loaded import load_runs
@@ -42,11 +43,13 @@ def write_report(
         The file.
 
     Raises:
-        FileNotFoundError: If a directory does not exist.
+        FileNotFoundError: If a directory does not exist, or is one of several runs.
         ImportError: If Bokeh is not installed.
+        TypeError: If `directories` are no paths.
         ValueError: If there is no directory, or a record has a line that is none.
     """
-    given = [directories] if isinstance(directories, str | os.PathLike) else list(directories)
+    one = isinstance(directories, str | os.PathLike)
+    given: list[Any] = [directories] if one else _listed(directories)
     if not given:
         raise ValueError("write_report needs the directory of at least one run, got none.")
     try:
@@ -64,3 +67,13 @@ def write_report(
     with atomic_write(file) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return file
+
+
+def _listed(directories: object) -> list[Any]:
+    found = list(directories) if isinstance(directories, Iterable) else [directories]
+    for directory in found:
+        if not isinstance(directory, str | os.PathLike):
+            raise TypeError(
+                f"write_report needs the run_dir of a run, or a list of some, got {directory!r}."
+            )
+    return found

@@ -1,6 +1,7 @@
 """Writes a report: `python -m polus.report runs/a`, or `runs/a runs/b` to compare runs."""
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -10,6 +11,7 @@ from polus.report import write_report
 from polus.report.loaded import read_facts
 
 LIVE_SECS = 10.0
+MAX_SECS = 1e6
 ENDED = ("completed", "stopped", "failed", "interrupted")
 
 
@@ -27,7 +29,7 @@ def main(
     parser.add_argument("-o", "--output", help="the file to write, by default report.html")
     parser.add_argument(
         "--live",
-        type=float,
+        type=_seconds,
         nargs="?",
         const=LIVE_SECS,
         metavar="SECS",
@@ -41,6 +43,16 @@ def main(
     except (OSError, ImportError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
+
+
+def _seconds(text: str) -> float:
+    try:
+        secs = float(text)
+    except ValueError:
+        secs = math.nan
+    if not 0 < secs < MAX_SECS:
+        raise argparse.ArgumentTypeError(f"must be a positive number of seconds, got {text!r}")
+    return secs
 
 
 def _write(

@@ -21,6 +21,7 @@ PARTS = {"waiting for data": "waited_secs", "compiling": "compile_secs"}
 IN_CALLBACKS, BETWEEN, REST = "callbacks", "validation and saving between epochs", "steps"
 SHARES = (REST, *PARTS, IN_CALLBACKS, BETWEEN)
 STALE_SECS = 300.0
+SHOWN = 5  # runs in an error
 
 
 class LoadedRun:
@@ -191,13 +192,19 @@ def load_runs(directories: list[str | os.PathLike[str]]) -> list[LoadedRun]:
     """Reads runs, and names them by their folders as briefly as tells them apart.
 
     Raises:
-        FileNotFoundError: If one of the folders does not exist.
+        FileNotFoundError: If one of the folders does not exist, or is one of several runs.
     """
     paths = [Path(directory) for directory in directories]
     for path in paths:
         if not path.is_dir():
             raise FileNotFoundError(
                 f"There is no run directory {str(path)!r}. Pass the run_dir of a call of train."
+            )
+        runs = sorted(str(record.parent) for record in path.glob(f"*/{NAME}"))
+        if runs and not (path / NAME).exists():
+            raise FileNotFoundError(
+                f"{str(path)!r} is no run directory, but holds some. Pass those to look at: "
+                f"{', '.join(runs[:SHOWN])}{', ...' * (len(runs) > SHOWN)}"
             )
     parts = [path.absolute().parts for path in paths]
     for length in range(1, max(map(len, parts)) + 1):

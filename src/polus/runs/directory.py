@@ -203,7 +203,7 @@ class RunDirectory(Callback):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             earlier = list(json.loads(path.read_text())["starts"])
         if self._has_written_facts:
-            earlier.pop()  # that of this process
+            earlier = earlier[:-1]  # without that of this process
         self._has_written_facts = True
         starts = [*earlier, self._start]
         facts = {
@@ -257,7 +257,7 @@ def with_run_dir(arguments: dict[str, Any]) -> dict[str, Any]:
     """Returns the arguments of `train` with what `run_dir` stands for.
 
     Raises:
-        ValueError: If checkpoints are asked for elsewhere as well.
+        ValueError: If checkpoints or a record are asked for elsewhere as well.
     """
     directory = check_directory(arguments["run_dir"], "run_dir")
     callbacks = list(arguments.get("callbacks", ()))
@@ -270,6 +270,12 @@ def with_run_dir(arguments: dict[str, Any]) -> dict[str, Any]:
             "continues from there. Leave out resume, and the Checkpoint or its other folder: "
             f"Checkpoint({str(folder)!r}, every_steps=...) sets its rhythm."
         )
+    for callback in callbacks:
+        if isinstance(callback, RunDirectory) and callback.directory != directory:
+            raise ValueError(
+                f"This run has run_dir={str(directory)!r} and a RunDirectory of another folder, "
+                f"{str(callback.directory)!r}. Leave one of them out."
+            )
     if not saving:
         saves = Checkpoint(folder, every_secs=SECS_BETWEEN_SAVES, every_epochs=None)
         callbacks.append(saves)

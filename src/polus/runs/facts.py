@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -92,7 +93,9 @@ def _serialized(part: Any) -> Json:
         lambda: json.loads(json.dumps(describe(part))),
     )
     for attempt in attempts if part is not None else ():
-        with contextlib.suppress(Exception):  # whatever a user's get_config raises
+        # Whatever a user's get_config raises, and Keras' warning of lambdas: nothing is loaded.
+        with contextlib.suppress(Exception), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             return attempt()
     return None if part is None else {"class": type(part).__qualname__}
 

@@ -270,6 +270,24 @@ def checked_metrics(
     return train, validation
 
 
+def adapt_assigned_metrics(trainer: Any) -> None:
+    """Makes metrics that were assigned to a trainer since it was made what its argument means.
+
+    Raises:
+        TypeError: If one is not a metric.
+        ValueError: As `checked_metrics`.
+    """
+    if not _are_adapted(trainer.metrics):
+        trainer.metrics, validation = checked_metrics(trainer.metrics, ())
+        trainer.validation_metrics = validation or trainer.validation_metrics
+    if trainer.validation_metrics is not None and not _are_adapted(trainer.validation_metrics):
+        trainer.validation_metrics, _ = checked_metrics(trainer.validation_metrics, ())
+
+
+def _are_adapted(metrics: object) -> bool:
+    return isinstance(metrics, list | tuple) and all(isinstance(m, IMetric) for m in metrics)
+
+
 def check_metric_names(metrics: Sequence[IMetric]) -> None:
     """Raises ValueError if metrics share a name, or one has a reserved name."""
     names = [metric.name for metric in metrics]

@@ -24,6 +24,9 @@ from polus.steps.norms import Norms
 from polus.training.nonfinite import MAX_SKIPS, POLICIES, Policy
 from polus.training.parts import TrainerParts
 
+# More epochs than any loop has, since a session does not know how many it will have.
+OPEN_END = 2**31 - 1
+
 # The documented names, of which two are spellings of one argument.
 NAMES = {
     "tf_dataset": "dataset",

@@ -11,7 +11,7 @@ from polus.callbacks import SaveModelCallback, TensorBoardLog, ValidationDataCal
 from polus.data import DataReader
 from polus.data.isolated import isolated_copy
 from polus.history import History
-from polus.host import to_host
+from polus.host import as_number, to_host
 from polus.state import Snapshot, layers_of, random_state_kept
 from polus.steps.variables import held_layers
 from polus.training.config import TrainConfig
@@ -96,7 +96,8 @@ def _described(
     arrays = [to_host(leaf) for leaf in keras.tree.flatten(inputs) if leaf is not None]
     names = [name for name in history.steps if name not in ("epoch", "step")]
     terms = (f"{n} {', '.join(f'{v:.4g}' for v in np.asarray(history.steps[n]))}" for n in names)
-    logs = (f"{n} {v:.4g}" for n, v in history.epochs[-1].items() if np.ndim(v) == 0)
+    numbers = {name: as_number(value) for name, value in history.epochs[-1].items()}
+    logs = (f"{n} {v:.4g}" for n, v in numbers.items() if v is not None)
     lines = [
         f"Dry run: {len(history.steps['step'])} steps, and everything is as before.",
         f"batches: {', '.join(f'{a.dtype.name} {list(a.shape)}' for a in arrays)}",

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from polus.steps.executor import StepExecutor, StepOwner
-from polus.training.checks import explain_argument_errors
+from polus.training.checks import adapt_assigned_metrics, explain_argument_errors
 from polus.training.config import TrainConfig, learning_rate_set
 from polus.training.evaluation import evaluation_step
 from polus.training.parts import TrainerParts
@@ -22,7 +22,6 @@ class Engine:
         trainer: The trainer.
 
     Attributes:
-        executor: Prepares, compiles and tunes the step.
         arguments: The arguments of `train` that `changing_train_config` keeps.
         run: The run in progress, else None.
         steps: The number of steps that earlier calls of `train` asked for.
@@ -31,7 +30,7 @@ class Engine:
     """
 
     def __init__(self, trainer: StepOwner) -> None:
-        self.executor = StepExecutor(
+        self._executor = StepExecutor(
             trainer,
             functools.partial(uncompiled, trainer, "train_step"),
             functools.partial(evaluation_step, trainer),
@@ -41,6 +40,12 @@ class Engine:
         self.steps = 0
         self.epochs = 0
         self.output_shape: tuple[int | None, ...] | None = None
+
+    @property
+    def executor(self) -> StepExecutor:
+        """What prepares, compiles and tunes the step, with the trainer's present metrics."""
+        adapt_assigned_metrics(self._executor.owner)
+        return self._executor
 
     def give_copy(self, trainer: Any) -> None:
         """Gives a copied trainer an engine of its own, with the same arguments of `train`."""

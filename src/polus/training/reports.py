@@ -14,6 +14,7 @@ from polus.models import describe_model, models_of, named_parts
 from polus.optimizers import MultiOptimizer, optimizers_of
 from polus.steps.variables import StepVariables, Update
 from polus.training.checks import check_terms
+from polus.training.config import OPEN_END
 
 
 def check_step(trainer: Any, variables: StepVariables) -> None:
@@ -218,10 +219,11 @@ def stays_ended(logger: logging.Logger, progress: Mapping[str, Any], epochs: int
         )
         return False
     logger.warning(
-        "The saved run was stopped early in epoch %d (%s), so nothing is left to train. To train "
-        "on, ask for more than its %d epochs.",
+        "The saved run was stopped early in epoch %d (%s), so nothing is left to train. %s",
         progress["epoch"],
         progress["stop_reason"] or "early_stop",
-        progress["epochs"],
+        "Its session ends at the next step. To train on, begin in another folder."
+        if progress["epochs"] == OPEN_END
+        else f"To train on, ask for more than its {progress['epochs']} epochs.",
     )
     return True

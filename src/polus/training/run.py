@@ -287,12 +287,14 @@ class Run(BaseLogger):
         record = self.epoch_record.end(self.trainer, self.batch_sizes, self._spent())
         self.history.add_record(self.epoch, record)
         rates = rates_of(self.trainer) | (record if self.config.record else {})
-        self.logs.update(means | metrics | rates | self.history.validation_logs(self.epoch))
+        own = means | metrics  # a term or metric named "secs" is the user's: the record has ours
+        rates = {name: value for name, value in rates.items() if name not in own}
+        self.logs.update(own | rates | self.history.validation_logs(self.epoch))
         self._move(RunStatus.EPOCH_END)
         self.callbacks.on_epoch_end()
         measured = self.history.validation_logs(self.epoch)
-        own = {k: v for k, v in self.logs.items() if k not in measured or v is not measured[k]}
-        self.history.end_epoch(self.epoch, own)
+        logs = {k: v for k, v in self.logs.items() if k not in measured or v is not measured[k]}
+        self.history.end_epoch(self.epoch, logs)
         self.epoch, self.step = self.epoch + 1, 0
         self._agree()
         self.callbacks.on_boundary()

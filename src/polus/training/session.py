@@ -8,11 +8,8 @@ from polus.callbacks.base import ICallback, KerasCallbackLike
 from polus.data import PushedAdapter, StepBlock
 from polus.history import History
 from polus.host import to_host
-from polus.training.config import TrainConfig
+from polus.training.config import OPEN_END, TrainConfig
 from polus.training.run import Run
-
-# More epochs than any loop has, since a session does not know how many it will have.
-OPEN_END = 2**31 - 1
 
 
 class _StoppedError(Exception):
@@ -92,10 +89,16 @@ class Session:
             The logs of the epoch.
 
         Raises:
-            ValueError: If it has no step.
+            ValueError: If it has no step, or the epoch has a value of this name already.
         """
         if self._blocks is None:
             raise ValueError("The epoch has no step to end. Call run.step(*batch) before.")
+        known = {"epoch", "step", *self.run.step_logs, *(m.name for m in self.run.metrics)}
+        if taken := known & set(logs):
+            raise ValueError(
+                f"end_epoch got {min(taken)!r}, which the epoch's logs have already: its number, "
+                "or a term or metric of its steps. Give the value another name."
+            )
         blocks, self._blocks = self._blocks, None
         blocks.close()
         self.run.logs.update({name: to_host(value).tolist() for name, value in logs.items()})
@@ -129,4 +132,7 @@ def open_session(
         with contextlib.suppress(_StoppedError):
             yield session
         session.close()
+        if run.epoch and not run.stopping:
+            run.epochs = run.epoch  # this was the end: now a checkpoint of it is due
+            run.callbacks.on_boundary()
         run.executor.finalize()
