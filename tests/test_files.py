@@ -117,3 +117,8 @@ def test_check_directory_raises_for_a_folder_that_cannot_be_read(tmp_path, monke
     monkeypatch.setattr(os, "scandir", denied)  # tests may run as root, who may read anything
     with pytest.raises(ValueError, match="Permission denied"):
         check_directory(tmp_path)
+
+
+def test_a_tilde_is_the_users_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert check_directory("~/runs/a") == tmp_path / "runs" / "a"

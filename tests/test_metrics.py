@@ -386,6 +386,27 @@ def test_keras_metrics_that_are_assigned_later_are_those_of_the_argument():
         trainer.train(data, 1)
 
 
+def test_weighted_metrics_that_are_assigned_later_are_those_of_the_argument():
+    x, y = np.eye(3, dtype="float32"), np.array([0, 1, 2])
+    weights = np.array([1.0, 0.0, 2.0], "float32")
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    accuracy = keras.metrics.SparseCategoricalAccuracy
+    arguments = dense_model(), keras.optimizers.SGD(0.0), loss, [Accuracy(C)]
+    data = from_arrays((x, y, weights), 3)
+    logs = []
+    for later in (False, True):
+        trainer = ClassifierTrainer(*arguments, weighted_metrics=[accuracy(name="first")])
+        if later:
+            trainer.train(data, 1)
+            trainer.weighted_metrics = [accuracy(name="second")]
+        else:
+            trainer.weighted_metrics.append(accuracy(name="second"))
+        logs.append(trainer.train(data, 1).epochs[0] | trainer.evaluate(data))
+    assert logs[0]["second"] == pytest.approx(logs[0]["first"])
+    assert logs[1]["second"] == pytest.approx(logs[0]["second"])
+    assert "first" not in logs[1]
+
+
 def test_weights_reach_weighted_metrics_only_as_in_fit():
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(40, 3)).astype("float32"), rng.integers(0, C, 40)

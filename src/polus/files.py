@@ -114,7 +114,8 @@ def check_directory(path: str | os.PathLike[str], name: str = "directory") -> Pa
     """Returns the absolute path of a folder that exists or can be created.
 
     Args:
-        path: The folder. A relative path is resolved now: a later `os.chdir` does not move it.
+        path: The folder, in which "~" stands for the user's. A relative path is resolved now: a
+            later `os.chdir` does not move it.
         name: The argument's name, for the error message.
 
     Raises:
@@ -127,7 +128,7 @@ def check_directory(path: str | os.PathLike[str], name: str = "directory") -> Pa
     text = os.fspath(path)
     if not text or "\0" in text:
         raise ValueError(f"{name} must be the path of a folder, got {text!r}.")
-    folder = Path(os.path.abspath(text))
+    folder = Path(os.path.abspath(os.path.expanduser(text)))
     try:
         _check_folder(folder)
     except (ValueError, OSError) as error:

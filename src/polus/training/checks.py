@@ -11,6 +11,7 @@ import keras
 from keras import ops
 
 from polus.metrics import IMetric, metrics_by_phase
+from polus.metrics.adapters import as_metrics
 from polus.models import Models
 from polus.steps.variables import unique
 
@@ -270,18 +271,36 @@ def checked_metrics(
     return train, validation
 
 
-def adapt_assigned_metrics(trainer: Any) -> None:
-    """Makes metrics that were assigned to a trainer since it was made what its argument means.
+def adapt_assigned_metrics(trainer: Any, weighted: Sequence[IMetric]) -> list[IMetric]:
+    """Makes metrics that were assigned to a trainer since it was made what its arguments mean.
+
+    Args:
+        trainer: The trainer.
+        weighted: Its `weighted_metrics` when it was last seen.
+
+    Returns:
+        Its `weighted_metrics` now.
 
     Raises:
         TypeError: If one is not a metric.
         ValueError: As `checked_metrics`.
     """
+    if not _are_adapted(trainer.weighted_metrics):
+        trainer.weighted_metrics = as_metrics(trainer.weighted_metrics, weighted=True)
+    now = list(trainer.weighted_metrics)
     if not _are_adapted(trainer.metrics):
-        trainer.metrics, validation = checked_metrics(trainer.metrics, ())
+        trainer.metrics, validation = checked_metrics(trainer.metrics, now)
         trainer.validation_metrics = validation or trainer.validation_metrics
     if trainer.validation_metrics is not None and not _are_adapted(trainer.validation_metrics):
-        trainer.validation_metrics, _ = checked_metrics(trainer.validation_metrics, ())
+        trainer.validation_metrics, _ = checked_metrics(trainer.validation_metrics, now)
+    if list(map(id, now)) != list(map(id, weighted)):
+        known = set(map(id, (*weighted, *now)))
+        phases = trainer.metrics, trainer.validation_metrics
+        trainer.metrics, trainer.validation_metrics = (
+            None if phase is None else [*(m for m in phase if id(m) not in known), *now]
+            for phase in phases
+        )
+    return now
 
 
 def _are_adapted(metrics: object) -> bool:

@@ -35,6 +35,7 @@ class Engine:
             functools.partial(uncompiled, trainer, "train_step"),
             functools.partial(evaluation_step, trainer),
         )
+        self._weighted = list(getattr(trainer, "weighted_metrics", ()))
         self.arguments: dict[str, Any] = {}
         self.run: Run | None = None
         self.steps = 0
@@ -44,7 +45,7 @@ class Engine:
     @property
     def executor(self) -> StepExecutor:
         """What prepares, compiles and tunes the step, with the trainer's present metrics."""
-        adapt_assigned_metrics(self._executor.owner)
+        self._weighted = adapt_assigned_metrics(self._executor.owner, self._weighted)
         return self._executor
 
     def give_copy(self, trainer: Any) -> None:
