@@ -325,6 +325,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--task", choices=ALL_TASKS, action="append")
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, action="append")
     parser.add_argument("--more", action="store_true", help="other tasks and optimizers")
     parser.add_argument("--epochs", type=int, default=2, help="epochs of a training")
     parser.add_argument("--peers", action="store_true", help="run the other libraries only")
@@ -334,7 +335,9 @@ def main() -> None:
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     pairs = MORE_ROWS if options.more else ROWS
-    if options.task:
+    if options.optimizer:
+        pairs = list(itertools.product(options.task or ALL_TASKS, options.optimizer))
+    elif options.task:
         pairs = [pair for pair in pairs if pair[0] in options.task]
     rows = [(*pair, seed) for pair in pairs for seed in options.seeds]
     if options.tried:
