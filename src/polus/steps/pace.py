@@ -4,8 +4,9 @@ import time
 
 from polus.backends import backend
 
-# Progress still moves, Ctrl-C still works, and the cost of the call itself is negligible.
-EXECUTION_SECS = 0.04
+# Progress still moves, Ctrl-C still works, and what a call costs is small: before it the values of
+# variables are kept, to undo a step that is not finite.
+EXECUTION_SECS = 0.15
 FIRST_STEPS = 2  # before anything is known: a step may take seconds
 MAX_GROWTH = 16
 MAX_TIMED_CALLS = 4
