@@ -148,6 +148,21 @@ class Placement:
         """Logs how many variables are sharded, if the engine shards any."""
 
 
+class OwnRows(Placement):
+    """Several processes, each of which reads its own rows of every batch."""
+
+    def place(self, array: Tensor, size: int) -> Tensor:
+        return own_part(self, array, 0, size)
+
+    def stack(
+        self, rows: Sequence[Tensor], capacity: int, size: int, stack: BackendStack
+    ) -> Tensor:
+        return stack([own_part(self, row, 0, size) for row in rows], capacity)
+
+    def place_rows(self, table: Tensor) -> Tensor:
+        return own_part(self, table, 1, table.shape[1])
+
+
 def own_part(placement: Placement, array: Tensor, axis: int, size: int) -> Tensor:
     """Returns a process's part of an array with an axis of `size` examples; others as they are."""
     shape = getattr(array, "shape", ())

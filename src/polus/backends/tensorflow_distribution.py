@@ -21,12 +21,11 @@ import tensorflow as tf
 
 from polus.backends.placement import (
     LOST_PROCESS,
-    BackendStack,
+    OwnRows,
     Placement,
     Program,
     ReplicaState,
     Stateful,
-    own_part,
 )
 from polus.backends.scopes import BackendVariable, current_scope
 from polus.backends.tensorflow_replica import (
@@ -119,7 +118,7 @@ class Replicas(Placement):
             _check_distributed(variable, self.name)
 
 
-class Workers(Replicas):
+class Workers(OwnRows, Replicas):
     """The replicas of several processes, each with one or more of them."""
 
     def __init__(self, strategy: Any) -> None:
@@ -128,19 +127,6 @@ class Workers(Replicas):
         resolver = strategy.cluster_resolver
         has_chief = "chief" in resolver.cluster_spec().jobs and resolver.task_type != "chief"
         self.index = int(resolver.task_id) + has_chief
-
-    # ------------------------------------------------------------------ batches
-
-    def place(self, array: Tensor, size: int) -> Tensor:
-        return own_part(self, array, 0, size)
-
-    def stack(
-        self, rows: Sequence[Tensor], capacity: int, size: int, stack: BackendStack
-    ) -> Tensor:
-        return stack([own_part(self, row, 0, size) for row in rows], capacity)
-
-    def place_rows(self, table: Tensor) -> Tensor:
-        return own_part(self, table, 1, table.shape[1])
 
     def program(self, program: Program, size: int, state: ReplicaState) -> Program:
         def run(*arguments: Any) -> Any:

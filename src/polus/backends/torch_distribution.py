@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from polus.backends.placement import (
     LOST_PROCESS,
-    BackendStack,
+    OwnRows,
     Placement,
     Program,
     ReplicaState,
@@ -65,7 +65,7 @@ class OneProcess(Placement):
                 _check_not_wrapped(module)
 
 
-class ProcessGroup(OneProcess):
+class ProcessGroup(OwnRows, OneProcess):
     """The processes of `torch.distributed`, each with its own rows of a batch."""
 
     def __init__(self) -> None:
@@ -80,19 +80,6 @@ class ProcessGroup(OneProcess):
                 'it. Write polus.core.set_jit_compile(False), or "auto".'
             )
         return (False,)
-
-    # ------------------------------------------------------------------ batches
-
-    def place(self, array: Tensor, size: int) -> Tensor:
-        return own_part(self, array, 0, size)
-
-    def stack(
-        self, rows: Sequence[Tensor], capacity: int, size: int, stack: BackendStack
-    ) -> Tensor:
-        return stack([own_part(self, row, 0, size) for row in rows], capacity)
-
-    def place_rows(self, table: Tensor) -> Tensor:
-        return own_part(self, table, 1, table.shape[1])
 
     # ------------------------------------------------------------------ steps
 
