@@ -180,6 +180,14 @@ def test_the_file_is_in_the_users_cache_folder(monkeypatch, tmp_path):
     assert polus.core.get_tuning_cache() == tmp_path / "polus" / "tuning.json"
 
 
+@pytest.mark.once
+def test_a_user_without_a_home_has_no_file(monkeypatch):
+    monkeypatch.setattr(polus.core, "_tuning_cache", {})
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as it does for an unknown user
+    assert polus.core.get_tuning_cache() is None
+
+
 def test_the_file_stays_small(timed, tmp_path, monkeypatch):
     from polus.steps import tuning_cache
 

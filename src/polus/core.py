@@ -134,9 +134,11 @@ def set_tuning_cache(path: str | os.PathLike[str] | None) -> None:
 
 
 def get_tuning_cache() -> Path | None:
-    """Returns the file of `set_tuning_cache`."""
+    """Returns the file of `set_tuning_cache`; None if there is none, and no home folder either."""
     if "path" not in _tuning_cache:
-        set_tuning_cache(Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "polus/tuning.json"))
+        folder = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+        known = not folder.startswith("~")  # a container may run as a user without a home
+        _tuning_cache["path"] = Path(folder, "polus", "tuning.json").absolute() if known else None
     return _tuning_cache["path"]
 
 
