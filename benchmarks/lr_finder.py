@@ -3,6 +3,7 @@
     KERAS_BACKEND=torch python benchmarks/lr_finder.py --peers > peers.json  # optional
     KERAS_BACKEND=jax python benchmarks/lr_finder.py --with peers.json > table.md
     KERAS_BACKEND=jax python benchmarks/lr_finder.py --more --epochs 10   # other tasks, longer runs
+    KERAS_BACKEND=jax python benchmarks/lr_finder.py --schedule --epochs 5  # or --validation
     KERAS_BACKEND=jax python benchmarks/lr_finder.py --tried  # without the grid: some seconds a row
 
 Three tasks (an MLP on scikit-learn's digits, a CNN on 10,000 digits of MNIST, a transformer on SMS
@@ -14,8 +15,9 @@ suggestion is right (bold) if it is within a factor of 3 of the grid's best rate
 10 % of the grid's best.
 
 *optuna* is a search of as many steps as `tried` took: ten short trials, whose rates Optuna's TPE
-suggests. `--peers` runs the range tests of fastai and Lightning on the same models: on the PyTorch
-backend a Keras model is a PyTorch module. None of the three is needed otherwise.
+suggests. `--peers` runs the range tests of fastai and Lightning on the same models, with `--steps`:
+on the PyTorch backend a Keras model is a PyTorch module. None of the three is needed otherwise.
+With `--schedule` or `--validation`, *tried without* is the search without that option.
 """
 
 import argparse
@@ -31,6 +33,7 @@ import tempfile
 import time
 import warnings
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -38,8 +41,10 @@ import keras
 import numpy as np
 from keras import layers
 
-from polus.data import ArrayDataset, from_arrays
+from polus.data import from_arrays
+from polus.history import History
 from polus.lr_finder import LRFinderResult, SuggestionName
+from polus.schedules import Cosine
 from polus.state import Snapshot
 from polus.training import ClassifierTrainer
 
@@ -186,8 +191,8 @@ def prepared(task: str, seed: int) -> tuple[keras.Model, np.ndarray, np.ndarray]
     return model, *(a.astype("float32") if a.dtype == np.float64 else a for a in (x, y))
 
 
-def lightning_rate(task: str, optimizer: str, seed: int) -> float:
-    """Returns the rate that Lightning's range test suggests."""
+def lightning_rate(task: str, optimizer: str, seed: int, steps: int) -> float | None:
+    """Returns the rate that Lightning's range test suggests; None if it suggests none."""
     import lightning.pytorch as pl
     import torch
     from lightning.pytorch.tuner import Tuner
@@ -211,10 +216,10 @@ def lightning_rate(task: str, optimizer: str, seed: int) -> float:
         trainer = pl.Trainer(
             accelerator="cpu", logger=False, default_root_dir=folder, enable_progress_bar=False
         )
-        return Tuner(trainer).lr_find(Module(), loader).suggestion()
+        return Tuner(trainer).lr_find(Module(), loader, num_training=steps).suggestion()
 
 
-def fastai_rate(task: str, optimizer: str, seed: int) -> float:
+def fastai_rate(task: str, optimizer: str, seed: int, steps: int) -> float:
     """Returns the rate that fastai's range test suggests, its `valley`."""
     import fastai.callback.progress
     import fastai.callback.schedule
@@ -230,27 +235,102 @@ def fastai_rate(task: str, optimizer: str, seed: int) -> float:
         loss = torch.nn.CrossEntropyLoss()
         learner = Learner(loaders, model, loss_func=loss, opt_func=function, path=folder)
         with learner.no_bar():
-            return float(learner.lr_find(show_plot=False).valley)
+            return float(learner.lr_find(num_it=steps, show_plot=False).valley)
 
 
 PEERS = {"fastai": fastai_rate, "lightning": lightning_rate}
 
 
-def made(
-    task: str, optimizer: str, seed: int
-) -> tuple[ClassifierTrainer, Snapshot, ArrayDataset, ArrayDataset]:
-    """Returns a trainer, its initial state, its data and the data to evaluate."""
-    model, x, y = prepared(task, seed)
-    trainer = ClassifierTrainer(model, OPTIMIZERS[optimizer](), loss_of(task))
-    trainer.optimizer.build(model.trainable_variables)
-    start = Snapshot([*model.variables, *trainer.optimizer.variables, trainer.step_counter])
-    batches = from_arrays((x, y), BATCH_SIZE, seed=seed)
-    return trainer, start, batches, from_arrays((x, y), 512, shuffle=False)
+def peer_rates(task: str, optimizer: str, seed: int, steps: int) -> dict[str, float]:
+    """Returns the rates that the other libraries suggest after sweeps of so many steps."""
+    found = {name: search(task, optimizer, seed, steps) for name, search in PEERS.items()}
+    return {name: rate for name, rate in found.items() if rate is not None}
 
 
-def optuna_rate(
-    trainer: ClassifierTrainer, start: Snapshot, batches: ArrayDataset, steps: int, seed: int
-) -> float:
+@dataclass(frozen=True)
+class Setup:
+    """How rates are compared.
+
+    Attributes:
+        epochs: Those of a training.
+        schedule: Whether rates are peaks of a cosine with a warm-up, and tried as such.
+        validation: Whether a fifth of the examples is held out, to judge trials and trainings.
+    """
+
+    epochs: int = 2
+    schedule: bool = False
+    validation: bool = False
+
+    @property
+    def plain(self) -> bool:
+        """Whether no option of the search is measured."""
+        return not (self.schedule or self.validation)
+
+
+class VariablePeak(Cosine):
+    """A cosine with a warm-up, whose peak changes without compiling again."""
+
+    def __init__(self) -> None:
+        super().__init__(1.0, warmup=0.06)
+        self.peak = keras.Variable(1.0, trainable=False, name="peak")
+
+    @property
+    def variables(self) -> list[keras.Variable]:
+        """The variables that a compiled step reads."""
+        return [*super().variables, self.peak]
+
+
+class Bench:
+    """A model that is trained at many rates, each time from the same state."""
+
+    def __init__(self, task: str, optimizer: str, seed: int, setup: Setup) -> None:
+        model, x, y = prepared(task, seed)
+        held_out = np.zeros(len(x), bool)
+        if setup.validation:
+            held_out[np.random.default_rng(seed).permutation(len(x))[: len(x) // 5]] = True
+        judged = held_out if setup.validation else ~held_out
+        self.setup = setup
+        self.trainer = ClassifierTrainer(model, OPTIMIZERS[optimizer](), loss_of(task))
+        self.optimizer = self.trainer.optimizer
+        self.rate = self.optimizer.learning_rate
+        if setup.schedule:
+            self.optimizer.learning_rate = schedule = VariablePeak()
+            self.rate = schedule.peak
+        self.optimizer.build(model.trainable_variables)
+        self.start = Snapshot(
+            [*model.variables, *self.optimizer.variables, self.trainer.step_counter]
+        )
+        self.batches = from_arrays((x[~held_out], y[~held_out]), BATCH_SIZE, seed=seed)
+        self.judging = from_arrays((x[judged], y[judged]), 512, shuffle=False)
+        self.trainer.changing_train_config(epochs=setup.epochs)
+
+    def train(self, rate: float, **arguments: Any) -> History:
+        """Trains from the start, at a rate or with a schedule of this peak."""
+        self.start.restore()
+        if not self.setup.schedule:
+            arguments["learning_rate"] = float(rate)
+        self.rate.assign(float(rate))
+        return self.trainer.train(self.batches, on_nonfinite="ignore", **arguments)
+
+    def loss_at(self, rate: float) -> float:
+        """Returns the loss after a training."""
+        self.train(rate, epochs=self.setup.epochs)
+        value = self.trainer.evaluate(self.judging)["loss"]
+        return value if math.isfinite(value) else math.inf
+
+    def search(self, options: bool = True) -> LRFinderResult:
+        """Searches a rate, with the options of the search that are measured or without them."""
+        self.start.restore()
+        arguments: dict[str, Any] = {}
+        if options and self.setup.schedule:
+            arguments["for_schedule"] = "warmup_cosine"
+        if options and self.setup.validation:
+            arguments["validation_data"] = self.judging
+        # The default where the run's length is not known, as it has to be for a schedule.
+        return self.trainer.lr_finder(self.batches, max_steps=500, **arguments)
+
+
+def optuna_rate(bench: Bench, steps: int, seed: int) -> float:
     """Returns the rate that a search of as many steps finds by the end of short trials."""
     import optuna
 
@@ -258,11 +338,8 @@ def optuna_rate(
     length = steps // OPTUNA_TRIALS
 
     def objective(trial: Any) -> float:
-        start.restore()
         rate = trial.suggest_float("rate", GRID[0], GRID[-1], log=True)
-        history = trainer.train(
-            batches, epochs=1, steps=length, learning_rate=rate, on_nonfinite="ignore"
-        )
+        history = bench.train(rate, epochs=1, steps=length)
         loss = float(np.mean(history.steps["loss"][length // 2 :]))
         return loss if math.isfinite(loss) else 1e9
 
@@ -278,39 +355,30 @@ def steps_of(result: LRFinderResult) -> int:
 
 
 def row(
-    task: str, optimizer: str, seed: int, epochs: int, peers: dict[str, float]
+    task: str, optimizer: str, seed: int, setup: Setup, peers: dict[str, float]
 ) -> tuple[dict[str, tuple[float, float]], int, float]:
     """Returns rates and losses (the grid's best, suggestions, peers), and the cost of `tried`."""
-    trainer, start, batches, everything = made(task, optimizer, seed)
-
-    def loss_at(rate: float) -> float:
-        start.restore()
-        rate = float(rate)
-        trainer.train(batches, epochs=epochs, learning_rate=rate, on_nonfinite="ignore")
-        value = trainer.evaluate(everything)["loss"]
-        return value if math.isfinite(value) else math.inf
-
-    best = min((loss_at(rate), rate) for rate in GRID)[::-1]
-    start.restore()
+    bench = Bench(task, optimizer, seed, setup)
+    best = min((bench.loss_at(rate), rate) for rate in GRID)[::-1]
     began = time.perf_counter()
-    result = trainer.lr_finder(batches)
+    result = bench.search()
     secs, steps = time.perf_counter() - began, steps_of(result)
     suggestions = result.suggestions | peers
-    if importlib.util.find_spec("optuna") is not None:
-        suggestions["optuna"] = optuna_rate(trainer, start, batches, steps, seed)
-    found = {name: (rate, loss_at(rate)) for name, rate in suggestions.items()}
+    if not setup.plain and (without := bench.search(options=False).suggestions):
+        suggestions["tried without"] = without["tried"]
+    elif setup.plain and importlib.util.find_spec("optuna") is not None:
+        suggestions["optuna"] = optuna_rate(bench, steps, seed)
+    found = {name: (rate, bench.loss_at(rate)) for name, rate in suggestions.items()}
     return {"grid": best, **found}, steps, secs
 
 
-def tried(task: str, optimizer: str, seed: int, epochs: int) -> dict[str, float]:
+def tried(task: str, optimizer: str, seed: int, setup: Setup) -> dict[str, float]:
     """Returns the rate found by trials, its loss, and what finding it cost."""
-    trainer, start, batches, everything = made(task, optimizer, seed)
+    bench = Bench(task, optimizer, seed, setup)
     began = time.perf_counter()
-    result = trainer.lr_finder(batches)
+    result = bench.search()
     secs, steps = time.perf_counter() - began, steps_of(result)
-    start.restore()
-    trainer.train(batches, epochs=epochs, learning_rate=result.suggestion)
-    loss = trainer.evaluate(everything)["loss"]
+    loss = bench.loss_at(result.suggestion)
     return {"rate": result.suggestion, "loss": loss, "steps": steps, "secs": secs}
 
 
@@ -328,7 +396,10 @@ def main() -> None:
     parser.add_argument("--optimizer", choices=OPTIMIZERS, action="append")
     parser.add_argument("--more", action="store_true", help="other tasks and optimizers")
     parser.add_argument("--epochs", type=int, default=2, help="epochs of a training")
+    parser.add_argument("--schedule", action="store_true", help='for_schedule="warmup_cosine"')
+    parser.add_argument("--validation", action="store_true", help="with validation_data")
     parser.add_argument("--peers", action="store_true", help="run the other libraries only")
+    parser.add_argument("--steps", type=int, default=100, help="of the sweeps of --peers")
     parser.add_argument("--tried", action="store_true", help="run no grid, only the default")
     parser.add_argument("--with", dest="known", type=Path, help="the output of --peers")
     options = parser.parse_args()
@@ -340,22 +411,24 @@ def main() -> None:
     elif options.task:
         pairs = [pair for pair in pairs if pair[0] in options.task]
     rows = [(*pair, seed) for pair in pairs for seed in options.seeds]
+    setup = Setup(options.epochs, options.schedule, options.validation)
     if options.tried:
         for each in rows:
-            print(json.dumps([*each, tried(*each, options.epochs)]), flush=True)
+            print(json.dumps([*each, tried(*each, setup)]), flush=True)
         return
     if options.peers:
-        found = {str(r): {name: search(*r) for name, search in PEERS.items()} for r in rows}
+        found = {str(r): peer_rates(*r, options.steps) for r in rows}
         print(json.dumps(found, indent=1))
         return
     peers = json.loads(options.known.read_text()) if options.known else {}
-    names = [*get_args(SuggestionName), *(PEERS if peers else []), "optuna"]
+    last = "optuna" if setup.plain else "tried without"
+    names = [*get_args(SuggestionName), *(PEERS if peers else []), last]
     count = dict.fromkeys(names, 0)
     print(f"| task | optimizer | seed | grid's best | {' | '.join(names)} | steps | seconds |")
     print("|---" * (6 + len(names)) + "|")
     for task, optimizer, seed in rows:
         key = str((task, optimizer, seed))
-        found, steps, secs = row(task, optimizer, seed, options.epochs, peers.get(key, {}))
+        found, steps, secs = row(task, optimizer, seed, setup, peers.get(key, {}))
         best = found["grid"]
         cells = ["{:.1e} ({:.3g})".format(*best)]
         for name in names:
