@@ -235,7 +235,7 @@ def test_a_session_ends_in_order_where_it_is_stopped(caplog):
             if steps == 3:
                 run.stop("kl")
     assert (steps, run.stop_reason) == (3, "kl")
-    assert "stopped after 1 epochs: kl." in caplog.text
+    assert "stopped after 1 epoch: kl." in caplog.text
     assert seen.names[-2:] == ["epoch_end", "train_end"]
     assert len(run.history.epochs) == 1
     with trainer.session() as run, pytest.raises(ValueError, match="no step to end"):

@@ -200,6 +200,23 @@ def test_unknown_suggestions_raise_with_a_hint():
         LRFinderResult(RATES, X, "vally")
 
 
+@pytest.mark.once
+@pytest.mark.parametrize(
+    ("losses", "method", "seen"),
+    [
+        (2 - (X + 7) / 8, "valley", ""),
+        (2 - 10.0 ** (X - 1), "steep", "highest rate of the sweep"),
+        (1 + 1 / (1 + 10 ** (8 * (X + 7))), "steep", "lowest rate of the sweep"),
+        (curve(-3, -0.5), "steep", ""),
+    ],
+)
+def test_suggestions_at_an_end_of_the_sweep_are_flagged(losses, method, seen):
+    result = LRFinderResult(RATES, losses, method)
+    assert (seen in result.caution) if seen else not result.caution
+    for shown in (repr(result), result._repr_html_(), str(result.to_dict())):
+        assert result.caution in shown
+
+
 @pytest.mark.parametrize("last", [np.nan, np.inf, -np.inf])
 def test_result_ignores_losses_from_the_first_non_finite_one_on(last):
     losses = curve(-3, -0.5)
@@ -224,7 +241,7 @@ def test_result_ignores_losses_from_the_first_non_finite_one_on(last):
         (np.r_[np.ones(20), np.nan], "diverged before it fell"),
         (np.r_[np.ones(60), np.full(21, 1.3)], "diverged before it fell"),
         (np.r_[3, 2, np.nan], "diverged after 2 finite steps .*smaller start_lr"),
-        ([np.nan], "diverged after 0 finite steps .*check the data for NaN"),
+        ([np.nan], "is nan at the first step, where the rate has had no effect yet. Check the inp"),
     ],
 )
 def test_a_curve_without_a_descent_has_no_suggestion(losses, seen):
@@ -442,8 +459,69 @@ def test_optimizer_argument_selects_the_one_to_sweep():
     assert all(not weight.any() for weight in trainer.model.get_weights())
     with pytest.raises(ValueError, match="does not use the optimizer 'adam"):
         trainer.lr_finder(ONES, optimizer=keras.optimizers.Adam())
-    with pytest.raises(TypeError, match=r"the keras.optimizers.Optimizer to sweep.* got 'sgd'"):
-        trainer.lr_finder(ONES, optimizer="sgd")
+    with pytest.raises(ValueError, match=r"'secnd'. Did you mean 'second'\? The .*'optimizer', 's"):
+        trainer.lr_finder(ONES, optimizer="secnd")
+    with pytest.raises(TypeError, match=r"the keras.optimizers.Optimizer to sweep.* got 3"):
+        trainer.lr_finder(ONES, optimizer=3)
+
+
+def test_monitor_names_the_term_to_read(caplog):
+    trainer = Pair()
+    logging.getLogger("polus").propagate = True
+    settings = {"start_lr": 1e-3, "end_lr": 1e-1, "num_steps": 16, "stop_factor": math.inf}
+    result = trainer.lr_finder(ONES, **settings, optimizer="second", monitor="second")
+    swept = np.append(0, np.cumsum(np.geomspace(1e-3, 1e-1, 16))[:-1])
+    np.testing.assert_allclose(result.losses, -swept, rtol=1e-5)
+    assert result.to_dict()["monitor"] == "second"
+    assert result.plot().axes[0].get_ylabel() == "second"
+    assert "several optimizers" not in caplog.text
+    trainer.lr_finder(ONES, **settings, optimizer="second")
+    assert "the search of the rate of second reads 'loss'. If it minim" in caplog.text
+    assert "name that one: monitor='second'." in caplog.text
+    assert "The range test sweeps the rate of second; optimizer keeps its.\n" in caplog.text
+    with pytest.raises(ValueError, match=r"no term named 'secod' to monitor.*mean 'second'\?"):
+        trainer.lr_finder(ONES, monitor="secod")
+    trainer.primary = "second"
+    with pytest.raises(ValueError, match="'loss' as well"):
+        trainer.lr_finder(ONES)
+
+
+class Shapes(Slope):
+    """Its step returns no loss, but an array."""
+
+    def train_step(self, x):
+        loss = super().train_step(x)
+        return {"cost": loss, "rows": ops.zeros(3)}
+
+
+def test_a_step_without_a_loss_needs_monitor():
+    trainer = Shapes(keras.optimizers.SGD())
+    with pytest.raises(ValueError, match=r"follows the loss.*Name the term.*: monitor='cost', or"):
+        trainer.lr_finder(ONES)
+    with pytest.raises(ValueError, match="monitor must name a scalar, and 'rows' is an array"):
+        trainer.lr_finder(ONES, monitor="rows")
+    assert trainer.lr_finder(ONES, num_steps=16, monitor="cost").monitor == "cost"
+
+
+@pytest.mark.skipif(not hasattr(keras.optimizers, "MultiOptimizer"), reason="Keras before 3.15")
+def test_a_multi_optimizer_is_found_by_the_name_of_its_attribute():
+    inner = keras.optimizers.SGD(0.5)
+    trainer = Slope(keras.optimizers.MultiOptimizer(lambda variable: inner))
+    named = trainer.lr_finder(ONES, num_steps=16, optimizer="optimizer")
+    np.testing.assert_array_equal(named.losses, trainer.lr_finder(ONES, num_steps=16).losses)
+
+
+def test_a_batch_with_nan_is_named_as_the_reason(caplog):
+    batches = [*ONES * 4, np.full((2, 1), np.nan, "float32")] * 20
+    logging.getLogger("polus").propagate = True
+    result = Uneven(keras.optimizers.SGD()).lr_finder(batches, end_lr=1e-3)
+    with pytest.raises(ValueError, match="The loss of step 13 is nan, and at a rate of 0 as well"):
+        _ = result.suggestion
+    late = [*ONES * 24, np.full((2, 1), np.nan, "float32")]
+    result = Uneven(keras.optimizers.SGD()).lr_finder(late, start_lr=1e-4, max_steps=0)
+    assert len(result.losses) == 73
+    assert result.suggestion
+    assert "The loss of step 73 is nan, and at a rate of 0 as well" in caplog.text
 
 
 def test_one_optimizer_of_a_multi_optimizer_can_be_swept():

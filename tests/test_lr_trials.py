@@ -94,12 +94,34 @@ def test_equal_rates_within_the_noise_give_the_lowest_one():
 
 
 @pytest.mark.once
+def test_rates_far_apart_within_the_noise_decide_nothing():
+    trials = [trial(rate, [1 + rate, 2 - 1.1 * rate, 3.0]) for rate in (0.01, 0.02, 0.2)]
+    assert best_rate(trials[:2]) == 0.01
+    assert best_rate(trials) is None
+    result = LRFinderResult(RATES, CURVE, trials=trials)
+    assert (result.method, next(iter(result.suggestions))) == ("steep", "steep")
+    assert "The trials were too short to tell rates apart" in result.caution
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(("best", "seen"), [(0, "lowest"), (1, ""), (2, "highest")])
+def test_the_lowest_and_the_highest_rate_tried_are_flagged(best, seen):
+    losses = np.full(3, 2.0)
+    losses[best] = 1.0
+    trials = [trial(10.0**-k, [loss] * 3) for k, loss in zip((3, 2, 1), losses, strict=True)]
+    result = LRFinderResult(RATES, CURVE, trials=trials)
+    assert result.suggestion == trials[best].rate
+    assert (f"It is the {seen} rate tried" in result.caution) if seen else not result.caution
+
+
+@pytest.mark.once
 def test_tried_stands_for_steep_without_trials():
     assert LRFinderResult(RATES, CURVE).method == "steep"
     tried = LRFinderResult(RATES, CURVE, trials=[trial(0.02, [1.0, 1.1])])
     assert (tried.method, tried.suggestion) == ("tried", 0.02)
     assert tried.to_dict()["trials"][0]["losses"] == [1.0, 1.1]
-    assert "1 rates tried" in repr(tried)
+    assert "1 rate tried" in repr(tried)
+    assert "after 1 step," in str(Trial(0.1, np.ones(1), *(np.zeros(0),) * 3, dropped_after=1))
     assert "<th>rate tried</th>" in tried._repr_html_()
     assert "(chosen)" in tried._repr_html_()
 
@@ -140,7 +162,7 @@ def test_trials_cost_at_most_a_tenth_of_a_known_run(caplog):
     with caplog.at_level(logging.INFO, logger="polus"):
         result = trainer.lr_finder(ONES, num_steps=50)
     assert 0 < sum(len(each.losses) for each in result.trials) <= 30
-    assert "runs up to 100 steps, and then trials with up to 30" in caplog.text
+    assert "runs up to 100 steps, and then trials with up to 30 together" in caplog.text
     trainer.changing_train_config(epochs=10)
     with caplog.at_level(logging.INFO, logger="polus"):
         result = trainer.lr_finder(ONES, num_steps=50)
@@ -211,6 +233,45 @@ def test_the_picture_has_the_trials_beside_the_sweep():
     assert "trial 1.0e-02" in names
     assert "tried 1.0e-01 (chosen)" in names
     assert any(name.startswith("minimum / 10") for name in names)
+
+
+def test_early_ctrl_c_falls_back_to_the_curve(caplog):
+    """One round of trials was judged, and its losses are few."""
+    trainer, calls = Parabola(keras.optimizers.SGD(0.125)), []
+
+    def transform(batch):
+        calls.append(1)
+        if len(calls) == 78:  # after 50 of the sweep, and 11 of the first round
+            signal.raise_signal(signal.SIGINT)
+        return batch
+
+    trainer.changing_train_config(custom_data_transform_f=transform)
+    logging.getLogger("polus").propagate = True
+    result = trainer.lr_finder(ONES, num_steps=50)
+    assert {len(each.scores) for each in result.trials} == {1}
+    assert result.method == "steep"
+    assert "tried" not in result.suggestions
+    assert "The trials were interrupted" in caplog.text
+    assert "The trials were too short to tell rates apart" in caplog.text
+
+
+def test_errors_of_validation_data_name_the_argument():
+    trainer = Parabola(keras.optimizers.SGD())
+    with pytest.raises(TypeError, match="validation_data of lr_finder: A dataset must yield batch"):
+        trainer.lr_finder(ONES, validation_data=3)
+    with pytest.raises(ValueError, match=r"validation_data of lr_finder: .*list_iterator is gone"):
+        trainer.lr_finder(ONES, validation_data=iter(ONES))
+    with pytest.raises(ValueError, match=r"validation_data of lr_finder: .*no batch"):
+        trainer.lr_finder(ONES, validation_data=[])
+    with pytest.raises(ValueError, match="evaluation step, which judges the trials on valid"):
+        Costly(keras.optimizers.SGD()).lr_finder(ONES, validation_data=ONES, monitor="cost")
+
+
+class Costly(Parabola):
+    """Its step returns a term that its evaluation step doesn't."""
+
+    def train_step(self, x):
+        return {"cost": super().train_step(x)}
 
 
 class Two(BaseTrainer):

@@ -35,6 +35,11 @@ def did_you_mean(name: object, names: Iterable[str]) -> str:
     return f"Did you mean {close[0]!r}?" if close else ""
 
 
+def counted(count: int, noun: str) -> str:
+    """Returns a number with its noun: "1 step", "2,000 steps"."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
 class DeviceValues(Sequence[float]):
     """One scalar per step, kept on the device until the first one is read.
 

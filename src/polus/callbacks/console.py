@@ -15,7 +15,7 @@ from polus.callbacks.base import Callback, Phase
 from polus.callbacks.checks import check_callable
 from polus.callbacks.epoch_table import EpochTable
 from polus.callbacks.smooth import LossSmoothCallback
-from polus.host import as_number, to_host
+from polus.host import as_number, counted, to_host
 from polus.steps.norms import NORM
 
 if TYPE_CHECKING:
@@ -185,7 +185,7 @@ class ConsoleLogCallback(Callback):
         now = self.clock()
         seconds = now - self._began
         first = self._first[0] - self._began
-        epochs = f"{self._epochs} epoch{'s' * (self._epochs != 1)}, {self._steps:,} steps"
+        epochs = f"{counted(self._epochs, 'epoch')}, {counted(self._steps, 'step')}"
         summary = f"{epochs} in {seconds:.1f} s: {first:.1f} s to the first"
         if rates := self._rates(now):
             summary += f", then {rates}"

@@ -8,7 +8,7 @@ import numpy as np
 from polus.callbacks.base import Callback
 from polus.callbacks.checks import check_count
 from polus.callbacks.monitor import Mode, Monitor
-from polus.host import to_host
+from polus.host import counted, to_host
 
 
 class EarlyStop(Callback):
@@ -71,7 +71,8 @@ class EarlyStop(Callback):
             self.waited += 1
             if self.waited >= self.patience:
                 self._stop(
-                    f"{name} did not improve on {self.monitor.best:.4g} for {self.waited} epochs"
+                    f"{name} did not improve on {self.monitor.best:.4g} for "
+                    f"{counted(self.waited, 'epoch')}"
                 )
 
     def _stop(self, reason: str) -> None:

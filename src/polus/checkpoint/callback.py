@@ -19,6 +19,7 @@ from polus.callbacks.base import Callback, Coordinator
 from polus.checkpoint.shards import ShardFolder, new_token, temporary_name
 from polus.checkpoint.store import CheckpointError, Store, number_of
 from polus.environment import describe_environment
+from polus.host import counted
 from polus.sharded import Array
 from polus.state_tree import FlatState, flatten_state
 from polus.training_state import allocate_buffers, only_sharded, sharded_variables
@@ -148,12 +149,12 @@ class Checkpoint(Callback):
         placement.agreed([0])  # a launcher kills the first process as soon as another one has ended
         if self._failure is None and placement.is_first:
             logger.warning(
-                "%s: the run is saved in %s after %d epochs and %d steps. To continue it, start "
+                "%s: the run is saved in %s after %s and %s. To continue it, start "
                 "the same program again: with its run_dir, or with resume=%r.",
                 signal.Signals(number).name,
                 self._newest,
-                self.coordinator.run.epoch,
-                self.coordinator.run.step,
+                counted(self.coordinator.run.epoch, "epoch"),
+                counted(self.coordinator.run.step, "step"),
                 str(self.store.directory),
             )
         raise SystemExit(128 + number)

@@ -13,6 +13,7 @@ from polus.checkpoint.store import CheckpointError, Store
 from polus.configuration import ChangedError
 from polus.environment import describe_environment, warn_of_changes
 from polus.errors import AnotherRunError, RefusedStateError
+from polus.host import counted
 
 logger = logging.getLogger("polus.checkpoint")
 
@@ -60,10 +61,10 @@ def resume_run(run: ResumableRun, directory: str | os.PathLike[str]) -> None:
         run.id = saved.facts["run"]
     check_same(run.placement, zlib.crc32(f"{run.id} {saved.path.name}".encode()), message)
     logger.info(
-        "Continuing from %s: %d epochs and %d steps are done.",
+        "Continuing from %s after %s and %s.",
         saved.path,
-        run.epoch,
-        run.step,
+        counted(run.epoch, "epoch"),
+        counted(run.step, "step"),
     )
 
 

@@ -26,6 +26,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(trial)
     if result.failure_reason:
         print(f"No learning rate suggested. {result.failure_reason}", file=sys.stderr)
+    if result.caution:
+        print(result.caution, file=sys.stderr)
     result.plot(path)
     print(f"Plot saved to {path}")
     return int(bool(result.failure_reason))
@@ -50,6 +52,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--suggestion", choices=get_args(SuggestionName))
     parser.add_argument("--max-steps", type=int, help="of all trials together")
     parser.add_argument("--for-schedule", choices=SCHEDULES)
+    parser.add_argument("--optimizer", help="the name of the one to sweep, such as d_optimizer")
+    parser.add_argument("--monitor", help="the term of the step's result to read, such as d_loss")
     return parser
 
 

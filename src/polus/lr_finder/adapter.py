@@ -3,7 +3,7 @@
 import contextlib
 import itertools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,11 +11,12 @@ import keras
 
 from polus.data import DataReader, StepBlock
 from polus.data.isolated import isolated_copy
-from polus.host import to_host
+from polus.host import did_you_mean, to_host
 from polus.lr_finder.result import LRFinderResult
 from polus.lr_finder.sweep import StepFunctions, SweepSettings, run_range_test
 from polus.lr_finder.swept import (
     check_optimizer,
+    chosen_optimizer,
     has_rate_variable,
     highest_rate,
     parts_of,
@@ -26,9 +27,11 @@ from polus.optimizers import optimizers_of
 from polus.state import random_state_kept
 from polus.steps.compiled import as_terms
 from polus.steps.executor import StepExecutor
-from polus.steps.variables import unique
+from polus.steps.variables import StepVariables, unique
 
 VALIDATION_BATCHES = 50  # that the trials are judged by, so that this costs less than they do
+
+EVALUATION = "evaluation step, which judges the trials on validation_data,"
 
 logger = logging.getLogger("polus.lr_finder")
 
@@ -39,7 +42,7 @@ def find(
     dataset: object,
     use_lr_found: bool,
     settings: SweepSettings,
-    optimizer: keras.optimizers.Optimizer,
+    optimizer: keras.optimizers.Optimizer | str | None = None,
     validation_data: object = None,
 ) -> LRFinderResult:
     """Runs the range test for `BaseTrainer.lr_finder`, which documents the arguments.
@@ -49,8 +52,8 @@ def find(
         arguments: The arguments of `train` that the trainer keeps.
         dataset: The data; by default that of `arguments`.
         use_lr_found: Whether the optimizer keeps the suggestion.
-        settings: The rates, when to stop, and which suggestion to make.
-        optimizer: The optimizer to sweep.
+        settings: The rates, when to stop, which suggestion to make, and which term to read.
+        optimizer: The optimizer to sweep, or its name; by default the trainer's own.
         validation_data: What the trials are judged by; by default their training losses.
     """
     dataset = arguments.get("tf_dataset") if dataset is None else dataset
@@ -59,27 +62,33 @@ def find(
             "lr_finder needs a dataset. Pass one, or set a default with "
             "changing_train_config(tf_dataset=...)."
         )
+    optimizer = chosen_optimizer(executor.owner, optimizer)
     check_optimizer(optimizer, use_lr_found)
     reader = DataReader(isolated_copy(dataset), arguments.get("custom_data_transform_f"))
     with random_state_kept():
         inputs = reader.epoch(0).example
     # Outside random_state_kept: training would have drawn the same numbers to build the model.
-    variables = executor.prepare(inputs).used
+    traced = executor.prepare(inputs)
+    variables = traced.used
     # A schedule is replaced during the sweep, and is part of the compiled program.
     step = executor.single_step(kept=has_rate_variable(optimizer))
     _say_which(optimizer, executor.owner)
+    if settings.monitor in executor.array_terms:
+        raise ValueError(f"monitor must name a scalar, and {settings.monitor!r} is an array.")
+    if settings.monitor is None and len(traced.updates) > 1:
+        _warn_of_other_terms(optimizer, executor, traced)
 
     def run_step(block: StepBlock) -> Any:
-        return _loss_of(as_terms(step(block), executor.owner.primary))
+        return _monitored(as_terms(step(block), executor.owner.primary), settings.monitor)
 
     functions = StepFunctions(run_step, run_steps=_run_steps(arguments, reader))
     with kept_has_samples([*executor.owner.metrics, *(executor.owner.validation_metrics or ())]):
         if validation_data is not None:
-            validate, assigned = _validation(executor, validation_data, arguments)
+            validate, assigned = _validation(executor, validation_data, arguments, settings.monitor)
             functions = replace(functions, validate=validate)
             variables = unique([*variables, *assigned])
         result = run_range_test(functions, reader, optimizer, variables, settings)
-    logger.info("%r", result)
+    logger.log(logging.WARNING if result.caution else logging.INFO, "%r", result)
     if use_lr_found:
         _use(optimizer, result.suggestion)
     return result
@@ -98,13 +107,15 @@ def _run_steps(arguments: Mapping[str, Any], reader: DataReader) -> int | None:
 
 
 def _validation(
-    executor: StepExecutor, dataset: object, arguments: Mapping[str, Any]
+    executor: StepExecutor, dataset: object, arguments: Mapping[str, Any], monitor: str | None
 ) -> tuple[Callable[[], list[float]], list[keras.Variable]]:
     """Returns a function that returns the loss of each validation batch, and what it assigns."""
     with random_state_kept():
         transform = arguments.get("custom_data_transform_f")
-        reader = DataReader(isolated_copy(dataset), transform, prefetch=0)
-        data = reader.epoch(0)
+        with _naming_validation_data():
+            reader = DataReader(isolated_copy(dataset), transform, prefetch=0)
+            data = reader.epoch(0)
+            data.peek()
         # Under a name of its own: a later validation is compiled as it would have been without.
         step, assigned = executor.inference("range test", executor.evaluation_step, data.example)
         with contextlib.closing(data.blocks()) as blocks:
@@ -112,9 +123,18 @@ def _validation(
 
     def validate() -> list[float]:
         terms = (as_terms(step(block), executor.owner.primary) for block in kept)
-        return [float(to_host(_loss_of(each)).item()) for each in terms]
+        return [float(to_host(_monitored(each, monitor, EVALUATION)).item()) for each in terms]
 
     return validate, assigned
+
+
+@contextlib.contextmanager
+def _naming_validation_data() -> Iterator[None]:
+    """Names the argument in an error that speaks of a dataset."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"validation_data of lr_finder: {error}") from error
 
 
 def _say_which(optimizer: keras.optimizers.Optimizer, owner: object) -> None:
@@ -122,15 +142,44 @@ def _say_which(optimizer: keras.optimizers.Optimizer, owner: object) -> None:
     inner = [names.pop(id(part), part.name) for part in parts_of(optimizer)]
     swept = " and ".join(inner)
     if names:
-        others = ", ".join(names.values())
-        logger.info("The range test sweeps the rate of %s; %s keep theirs.", swept, others)
+        *others, last = names.values()
+        rest = f"{', '.join(others)} and {last} keep their rates" if others else f"{last} keeps its"
+        logger.info("The range test sweeps the rate of %s; %s.", swept, rest)
 
 
-def _loss_of(terms: Mapping[str, Any]) -> Any:
-    if "loss" not in terms:
+def _warn_of_other_terms(
+    optimizer: keras.optimizers.Optimizer, executor: StepExecutor, traced: StepVariables
+) -> None:
+    """Warns if a step of several optimizers has several losses and none was chosen."""
+    primary = executor.owner.primary
+    others = as_terms(traced.result).keys() - executor.array_terms - {"loss", primary}
+    if not others:
+        return
+    names = {id(each): name for name, each in optimizers_of(executor.owner).items()}
+    logger.warning(
+        "The step has several optimizers, and the search of the rate of %s reads %r. If it "
+        "minimizes another term, name that one: %s. In a GAN no single loss tells a good rate: see "
+        "docs/learning_rate.md.",
+        names.get(id(optimizer), optimizer.name),
+        primary or "loss",
+        " or ".join(f"monitor={name!r}" for name in sorted(others)),
+    )
+
+
+def _monitored(terms: Mapping[str, Any], monitor: str | None, step: str = "step") -> Any:
+    """Returns the term of a step's result that the search reads."""
+    name = "loss" if monitor is None else monitor
+    if name in terms:
+        return terms[name]
+    known = ", ".join(map(repr, terms))
+    if monitor is None:
         raise ValueError(
-            "The range test follows the loss, and the step returns none, only "
-            f"{', '.join(map(repr, terms))}. Give the trainer the name of the one to follow: "
-            f"primary={next(iter(terms))!r}."
+            f"The range test follows the loss, and the {step} returns none, only {known}. Name the "
+            f"term to follow: monitor={next(iter(terms))!r}, or primary={next(iter(terms))!r} as "
+            "an argument of the trainer, for callbacks as well."
         )
-    return terms["loss"]
+    hint = did_you_mean(name, terms)
+    raise ValueError(
+        f"The {step} returns no term named {name!r} to monitor, only {known}."
+        f"{' ' * bool(hint)}{hint}"
+    )

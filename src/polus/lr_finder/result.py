@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import numpy as np
 
 from polus.figures import html_table, new_figure
-from polus.host import did_you_mean
+from polus.host import counted, did_you_mean
 from polus.lr_finder.curve import (
     MIN_STEPS,
     ROUNDING,
@@ -47,6 +47,7 @@ class LRFinderResult:
         baseline: The losses of the same batches at a rate of zero, shape `(n,)`, used to remove the
             batch noise from the smoothed losses. None if they were not recorded.
         trials: The short trainings at some of the rates, in the order of the rates.
+        monitor: The term of the step's result that `losses` are.
 
     Raises:
         ValueError: If `method` is not the name of a suggestion.
@@ -57,6 +58,7 @@ class LRFinderResult:
     method: SuggestionName = "tried"
     baseline: Array | None = None
     trials: Sequence[Trial] = ()
+    monitor: str = "loss"
 
     def __post_init__(self) -> None:
         check_suggestion(self.method)
@@ -97,7 +99,7 @@ class LRFinderResult:
         if self.failure_reason:
             return {}
         n = self._num_finite
-        tried = best_rate(self.trials)
+        tried = best_rate(self.trials) if self.method == "tried" else None
         found: dict[SuggestionName, float] = {} if tried is None else {"tried": tried}
         return found | {
             name: function(self.rates[:n], self.smoothed_losses[:n])
@@ -126,6 +128,41 @@ class LRFinderResult:
             raise ValueError(f"The range test suggests no learning rate. {self.failure_reason}")
         return self.suggestions[self.method]
 
+    @cached_property
+    def caution(self) -> str:
+        """Why the suggestion may be far from the best rate. Empty if nothing tells so."""
+        if self.failure_reason:
+            return ""
+        n, rate = self._num_finite, self.suggestion
+        found = [self._bad_batch]
+        if self.trials and self.method != "tried":
+            found.append(
+                f"The trials were too short to tell rates apart, or all diverged, so {self.method} "
+                "is suggested. Let them run to their end, or pass a larger max_steps."
+            )
+        tried = [trial.rate for trial in self.trials] if self.method == "tried" else []
+        lowest, highest = (tried[0], tried[-1]) if tried else self.rates[[min(1, n - 1), n - 2]]
+        which = "tried" if tried else "of the sweep"
+        if rate <= lowest:
+            found.append(f"It is the lowest rate {which}: the best one may be lower.")
+        elif rate >= highest:
+            found.append(
+                f"It is the highest rate {which}: the best one may be higher, unless the loss "
+                "diverges there. Pass a larger end_lr."
+            )
+        return " ".join(filter(None, found))
+
+    @property
+    def _bad_batch(self) -> str:
+        """What ended the curve if a batch's loss is not finite at any rate."""
+        n = self._num_finite
+        if n == len(self.losses) or self.baseline is None or np.isfinite(self.baseline[n]):
+            return ""
+        return (
+            f"The loss of step {n + 1} is {self.losses[n]}, and at a rate of 0 as well, so its "
+            "batch is the reason and not the rate. Check the data for NaN."
+        )
+
     @property
     def _num_finite(self) -> int:
         finite = np.isfinite(self.losses)
@@ -135,11 +172,18 @@ class LRFinderResult:
     def failure_reason(self) -> str:
         """Why the curve suggests no rate, and what to try. Empty if it suggests one."""
         rates, n = self.rates, self._num_finite
+        if not n:
+            return (
+                f"The loss is {self.losses[0]} at the first step, where the rate has had no effect "
+                "yet. Check the inputs, the targets and the model's initial weights for NaN."
+            )
+        if self._bad_batch and (n < MIN_STEPS or not has_descent(rates[:n], self._denoised)):
+            return self._bad_batch
         if n < MIN_STEPS:
             return (
-                f"The loss diverged after {n} finite step{'s' * (n != 1)} between the rates "
+                f"The loss diverged after {counted(n, 'finite step')} between the rates "
                 f"{rates[0]:.1e} and {rates[-1]:.1e}; a curve needs at least {MIN_STEPS}. Use a "
-                "smaller start_lr, and check the data for NaN."
+                "smaller start_lr."
             )
         if has_descent(rates[:n], self._denoised):
             return ""
@@ -167,8 +211,10 @@ class LRFinderResult:
             "losses": listed(self.losses),
             "baseline": None if self.baseline is None else listed(self.baseline),
             "smoothed_losses": listed(self.smoothed_losses),
+            "monitor": self.monitor,
             "method": self.method,
             "suggestions": self.suggestions,
+            "caution": self.caution,
             "trials": [
                 {
                     "rate": trial.rate,
@@ -185,10 +231,11 @@ class LRFinderResult:
         swept = f"{len(self.rates)} steps from {self.rates[0]:.1e} to {self.rates[-1]:.1e}"
         if self.failure_reason:
             return f"LRFinderResult({swept}, no suggestion: {self.failure_reason})"
-        tried = f", {len(self.trials)} rates tried" if self.trials else ""
+        tried = f", {counted(len(self.trials), 'rate')} tried" if self.trials else ""
         rest = ", ".join(f"{k}={v:.2e}" for k, v in self.suggestions.items() if k != self.method)
         chosen = f"suggestion={self.suggestion:.2e} ({self.method})"
-        return f"LRFinderResult({swept}{tried}, {chosen}, {rest})"
+        caution = f". {self.caution}" if self.caution else ""
+        return f"LRFinderResult({swept}{tried}, {chosen}, {rest}){caution}"
 
     def _repr_html_(self) -> str:
         """Shows the suggestions, and the trials, in a notebook."""
@@ -204,7 +251,8 @@ class LRFinderResult:
             "steps": [str(len(trial.losses)) for trial in self.trials],
             "last loss": ["".join(f"{x:.4g}" for x in trial.losses[-1:]) for trial in self.trials],
         }
-        shown = html_table(f"Range test of {len(self.rates)} steps", suggested)
+        caution = f". {self.caution}" if self.caution else ""
+        shown = html_table(f"Range test of {len(self.rates)} steps{caution}", suggested)
         return shown + (html_table("Trials", tried) if self.trials else "")
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Figure:
@@ -234,7 +282,10 @@ class LRFinderResult:
 
     def _plot_sweep(self, axes: Axes) -> None:
         axes.set(
-            xscale="log", xlabel="learning rate (log scale)", ylabel="loss", title="Range test"
+            xscale="log",
+            xlabel="learning rate (log scale)",
+            ylabel=self.monitor,
+            title="Range test",
         )
         axes.plot(self.rates, self.losses, ".", color="0.65", label="raw")
         axes.plot(self.rates, self.smoothed_losses, color="black", label="smoothed")
@@ -249,7 +300,7 @@ class LRFinderResult:
 
     def _plot_trials(self, axes: Axes) -> None:
         """Draws the running mean loss of each trial, the chosen one thick."""
-        axes.set(xlabel="step", ylabel="loss, running mean", title="Trials")
+        axes.set(xlabel="step", ylabel=f"{self.monitor}, running mean", title="Trials")
         best = self.suggestions.get("tried")
         means = [_running_mean(trial.losses) for trial in self.trials]
         for number, (trial, mean) in enumerate(zip(self.trials, means, strict=True)):

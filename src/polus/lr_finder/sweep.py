@@ -57,6 +57,7 @@ class SweepSettings:
     suggestion: SuggestionName = "tried"
     max_steps: int | None = None
     for_schedule: str | None = None
+    monitor: str | None = None
 
     def __post_init__(self) -> None:
         check_suggestion(self.suggestion)
@@ -151,7 +152,7 @@ def run_range_test(
     logger.info(
         "The range test runs up to %d steps, and %s.",
         2 * settings.num_steps,
-        f"then trials with up to {most}" if most else "no trials",
+        f"then trials with up to {most} together" if most else "no trials",
     )
     with Signals() as signals:
         snapshot = Snapshot(variables)
@@ -197,6 +198,7 @@ class _RangeTest:
             np.array(losses),
             self.settings.suggestion,
             np.array(baseline) if kept else None,
+            monitor=self.settings.monitor or "loss",
         )
 
     def with_trials(self, result: LRFinderResult, most: int) -> LRFinderResult:
@@ -213,6 +215,7 @@ class _RangeTest:
         functions = self.functions
         factor = schedule_factor(self.settings.for_schedule, planned, functions.run_steps)
         contest = Contest(planned, self.snapshot, run_step, functions.validate, factor)
+        method: SuggestionName = "tried"
         with contextlib.closing(_batches_forever(self.reader, self.signals.check)) as blocks:
             try:
                 first = next(blocks)
@@ -222,7 +225,8 @@ class _RangeTest:
                 if self.signals.second or not self.signals.dismiss():
                     raise
                 logger.warning("The trials were interrupted; the result has those so far.")
-        return replace(result, method="tried", trials=tuple(contest.trials))
+                method = "tried" if contest.decided else "steep"
+        return replace(result, method=method, trials=tuple(contest.trials))
 
 
 def _planned(result: LRFinderResult, most: int, snapshot: Snapshot) -> Plan:
@@ -241,9 +245,10 @@ def _planned(result: LRFinderResult, most: int, snapshot: Snapshot) -> Plan:
         )
     else:
         logger.info(
-            "No rates are tried, since %d steps do not suffice; the curve decides. Pass max_steps= "
+            "No rates are tried, since %d step%s not suffice; the curve decides. Pass max_steps= "
             "to allow more.",
             most,
+            " does" if most == 1 else "s do",
         )
     return trials
 

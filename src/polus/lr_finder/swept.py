@@ -7,7 +7,7 @@ from typing import Any
 import keras
 
 from polus.learning_rate import rate_owner, schedule_of, set_rate_variable
-from polus.optimizers import MultiOptimizer, rate_of
+from polus.optimizers import MultiOptimizer, optimizer_named, rate_of
 
 SetRate = Callable[[float], Any]
 
@@ -15,6 +15,20 @@ SetRate = Callable[[float], Any]
 def parts_of(optimizer: keras.optimizers.Optimizer) -> list[keras.optimizers.Optimizer]:
     """Returns the optimizers that have a learning rate: the inner ones of a `MultiOptimizer`."""
     return list(optimizer.optimizers) if isinstance(optimizer, MultiOptimizer) else [optimizer]
+
+
+def chosen_optimizer(owner: object, optimizer: object) -> Any:
+    """Returns the optimizer that is meant, by itself or by its name; the trainer's own for None.
+
+    Raises:
+        ValueError: If the trainer has none of this name.
+    """
+    if optimizer is None:
+        optimizer = "optimizer"
+    if not isinstance(optimizer, str):
+        return optimizer
+    whole = getattr(owner, optimizer, None)  # a MultiOptimizer's names are those of its parts
+    return whole if isinstance(whole, MultiOptimizer) else optimizer_named(owner, optimizer)
 
 
 def check_optimizer(optimizer: object, use_lr_found: bool) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from polus.data import StepBlock
-from polus.host import to_host
+from polus.host import counted, to_host
 from polus.lr_finder.curve import Array
 from polus.schedules import Constant, Cosine, Schedule
 from polus.state import Snapshot, random_state_kept
@@ -25,6 +25,7 @@ MIN_RATES = 3  # fewer would not tell more than the curve
 MIN_STEPS_OF_TRIAL = 8  # of the first round
 MAX_STATE_BYTES = 2**31  # of the states of all trials, which are kept between rounds
 WARMUP = 0.06  # of the run, for schedules that begin with a warm-up
+WIDEST_TIE = 10.0  # between rates that trials leave open; beyond it they have decided nothing
 
 Paused = Callable[[], AbstractContextManager[None]]
 
@@ -58,7 +59,8 @@ class Trial:
         if len(self.scores):
             score = f"loss {self.scores[-1]:.4g} ± {self.errors[-1]:.2g}"
         dropped = "" if self.dropped_after is None else ", dropped"
-        return f"trial at {self.rate:.1e}: {score} after {len(self.losses)} steps{dropped}"
+        steps = counted(len(self.losses), "step")
+        return f"trial at {self.rate:.1e}: {score} after {steps}{dropped}"
 
 
 @dataclass(frozen=True)
@@ -139,6 +141,12 @@ class Contest:
         self.trials = [Trial(rate, *(np.zeros(0),) * 4) for rate in plan.rates]
         self._start = start
         self._states: dict[int, Snapshot] = {}
+
+    @property
+    def decided(self) -> bool:
+        """Whether enough rounds were judged: all, or two. The first one's losses are few."""
+        judged = max(len(trial.scores) for trial in self.trials)
+        return judged >= min(2, len(self.plan.rounds))
 
     def run(
         self,
@@ -226,10 +234,11 @@ def _mean_and_error(losses: Array) -> tuple[float, float]:
 
 
 def best_rate(trials: Sequence[Trial]) -> float | None:
-    """Returns the best rate of the last round that was judged, or None if none was.
+    """Returns the best rate of the last round that was judged, or None if nothing is known of it.
 
     It is the lowest rate whose loss is not above the lowest one by more than the standard error of
-    their difference, batch by batch.
+    their difference, batch by batch. If such rates lie more than a factor of ten apart, the trials
+    were too short to tell.
     """
     rounds = max((len(trial.scores) for trial in trials), default=0)
     last = [trial for trial in trials if rounds and len(trial.scores) == rounds]
@@ -238,7 +247,8 @@ def best_rate(trials: Sequence[Trial]) -> float | None:
         return None
     best = min(last, key=lambda trial: float(trial.scores[-1]))
     tied = [t.rate for t in last if _is_close(*_mean_and_error(t.judged - best.judged))]
-    return min([best.rate, *tied])
+    lowest = min([best.rate, *tied])
+    return lowest if best.rate <= 1.001 * WIDEST_TIE * lowest else None
 
 
 def _is_close(difference: float, error: float) -> bool:

@@ -11,7 +11,6 @@ import keras
 from polus.average import Average, weights_for
 from polus.callbacks.base import ICallback, KerasCallbackLike
 from polus.log import BaseLogger
-from polus.optimizers import optimizers_of
 from polus.training.config import TrainArguments, check_names, one_transform
 from polus.training.engine import Engine
 from polus.training.evaluation import evaluate
@@ -213,6 +212,7 @@ class TrainerMethods(BaseLogger):
         max_steps: int | None = None,
         for_schedule: str | None = None,
         validation_data: object = None,
+        monitor: str | None = None,
     ) -> "LRFinderResult":
         """Finds a learning rate by a range test and trials, and leaves no trace on the training.
 
@@ -247,6 +247,8 @@ class TrainerMethods(BaseLogger):
                 warm-up does; the suggestion is then its peak. By default rates are constant.
             validation_data: Data to judge the trials by, of which 50 batches are read at most. By
                 default they are judged by their training losses.
+            monitor: The term of the step's result to read, such as "d_loss"; by default "loss". If
+                the step has several optimizers, that which the swept one minimizes.
 
         Returns:
             The curve and the suggestions: see `polus.lr_finder.LRFinderResult`.
@@ -259,10 +261,15 @@ class TrainerMethods(BaseLogger):
 
         engine = self._engine
         settings = SweepSettings(
-            start_lr, end_lr, num_steps, stop_factor, suggestion, max_steps, for_schedule
+            start_lr,
+            end_lr,
+            num_steps,
+            stop_factor,
+            suggestion,
+            max_steps,
+            for_schedule,
+            monitor,
         )
-        named = optimizers_of(self) if isinstance(optimizer, str) else {}
-        swept: Any = self.optimizer if optimizer is None else named.get(optimizer, optimizer)
         with engine.paused():
             return find(
                 engine.executor,
@@ -270,6 +277,6 @@ class TrainerMethods(BaseLogger):
                 tf_dataset,
                 use_lr_found,
                 settings,
-                swept,
+                optimizer,
                 validation_data,
             )

@@ -8,7 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from polus.host import to_host
+from polus.host import counted, to_host
 from polus.log import logger_of
 from polus.models import describe_model, models_of, named_parts
 from polus.optimizers import MultiOptimizer, optimizers_of
@@ -74,8 +74,7 @@ def _owner(update: Update, models: Mapping[str, keras.Model]) -> str:
 
 def _counted(variables: Sequence[keras.Variable], noun: str, rest: str = "") -> str:
     parameters = sum(math.prod(variable.shape) for variable in variables)
-    plural = "s" * (len(variables) != 1)
-    return f"{len(variables)} {noun}{plural}{rest} ({parameters:,} parameters)"
+    return f"{counted(len(variables), noun)}{rest} ({counted(parameters, 'parameter')})"
 
 
 def describe_trainer(trainer: Any) -> str:
@@ -176,8 +175,8 @@ def warn_of_non_finite(logger: logging.Logger, columns: Mapping[str, Any], epoch
 
 def log_stop(logger: logging.Logger, epoch: int, epochs: int | None, reason: str) -> None:
     """Reports that a run was stopped after some of its epochs, if their number is known."""
-    of = "epochs" if epochs is None else f"of {epochs} epochs"
-    logger.info("Training was stopped after %d %s: %s.", epoch, of, reason or "early_stop was set")
+    done = counted(epoch, "epoch") if epochs is None else f"{epoch} of {counted(epochs, 'epoch')}"
+    logger.info("Training was stopped after %s: %s.", done, reason or "early_stop was set")
 
 
 def warn_of_missing_steps(
