@@ -56,12 +56,7 @@ def find(
         optimizer: The optimizer to sweep, or its name; by default the trainer's own.
         validation_data: What the trials are judged by; by default their training losses.
     """
-    dataset = arguments.get("tf_dataset") if dataset is None else dataset
-    if dataset is None:
-        raise ValueError(
-            "lr_finder needs a dataset. Pass one, or set a default with "
-            "changing_train_config(tf_dataset=...)."
-        )
+    dataset = _dataset(arguments, dataset)
     optimizer = chosen_optimizer(executor.owner, optimizer)
     check_optimizer(optimizer, use_lr_found)
     reader = DataReader(isolated_copy(dataset), arguments.get("custom_data_transform_f"))
@@ -72,9 +67,8 @@ def find(
     variables = traced.used
     # A schedule is replaced during the sweep, and is part of the compiled program.
     step = executor.single_step(kept=has_rate_variable(optimizer))
+    _check_monitor(settings.monitor, executor, traced)
     _say_which(optimizer, executor.owner)
-    if settings.monitor in executor.array_terms:
-        raise ValueError(f"monitor must name a scalar, and {settings.monitor!r} is an array.")
     if settings.monitor is None and len(traced.updates) > 1:
         _warn_of_other_terms(optimizer, executor, traced)
 
@@ -92,6 +86,16 @@ def find(
     if use_lr_found:
         _use(optimizer, result.suggestion)
     return result
+
+
+def _dataset(arguments: Mapping[str, Any], dataset: object) -> object:
+    dataset = arguments.get("tf_dataset") if dataset is None else dataset
+    if dataset is None:
+        raise ValueError(
+            "lr_finder needs a dataset. Pass one, or set a default with "
+            "changing_train_config(tf_dataset=...)."
+        )
+    return dataset
 
 
 def _use(optimizer: keras.optimizers.Optimizer, rate: float) -> None:
@@ -147,15 +151,22 @@ def _say_which(optimizer: keras.optimizers.Optimizer, owner: object) -> None:
         logger.info("The range test sweeps the rate of %s; %s.", swept, rest)
 
 
+def _check_monitor(monitor: str | None, executor: StepExecutor, traced: StepVariables) -> None:
+    """Raises a ValueError if the step returns no scalar of this name."""
+    _monitored(as_terms(traced.result, executor.owner.primary), monitor)
+    if monitor in executor.array_terms:
+        raise ValueError(f"monitor must name a scalar, and {monitor!r} is an array.")
+
+
 def _warn_of_other_terms(
     optimizer: keras.optimizers.Optimizer, executor: StepExecutor, traced: StepVariables
 ) -> None:
     """Warns if a step of several optimizers has several losses and none was chosen."""
     primary = executor.owner.primary
     others = as_terms(traced.result).keys() - executor.array_terms - {"loss", primary}
-    if not others:
-        return
     names = {id(each): name for name, each in optimizers_of(executor.owner).items()}
+    if not others or (primary is not None and names.get(id(optimizer)) == "optimizer"):
+        return  # `primary` is what the trainer's own optimizer minimizes
     logger.warning(
         "The step has several optimizers, and the search of the rate of %s reads %r. If it "
         "minimizes another term, name that one: %s. In a GAN no single loss tells a good rate: see "
