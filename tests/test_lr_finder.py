@@ -206,6 +206,7 @@ def test_unknown_suggestions_raise_with_a_hint():
     [
         (2 - (X + 7) / 8, "valley", ""),
         (2 - 10.0 ** (X - 1), "steep", "highest rate of the sweep"),
+        (2 - 10.0 ** (X - 1), "minimum", "highest rate of the sweep"),
         (1 + 1 / (1 + 10 ** (8 * (X + 7))), "steep", "lowest rate of the sweep"),
         (curve(-3, -0.5), "steep", ""),
     ],

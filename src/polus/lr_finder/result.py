@@ -133,7 +133,7 @@ class LRFinderResult:
         """Why the suggestion may be far from the best rate. Empty if nothing tells so."""
         if self.failure_reason:
             return ""
-        n, rate = self._num_finite, self.suggestion
+        n, rate = self._num_finite, self.suggestion * (10 if self.method == "minimum" else 1)
         found = [self._bad_batch]
         if self.trials and self.method != "tried":
             found.append(
