@@ -112,6 +112,8 @@ def test_the_lowest_and_the_highest_rate_tried_are_flagged(best, seen):
     result = LRFinderResult(RATES, CURVE, trials=trials)
     assert result.suggestion == trials[best].rate
     assert (f"It is the {seen} rate tried" in result.caution) if seen else not result.caution
+    few = LRFinderResult(RATES, CURVE, trials=trials[::2])
+    assert "Only 2 rates were tried, up to a factor of 100 apart. Pass a larger" in few.caution
 
 
 @pytest.mark.once
@@ -322,6 +324,7 @@ def test_layerwise_rates_are_swept_by_one_factor():
     ("arguments", "seen"),
     [
         ({"max_steps": -1}, "max_steps must be an integer of at least 0, got -1"),
+        ({"max_steps": True}, "max_steps must be an integer of at least 0, got True"),
         ({"max_steps": 1.5}, "max_steps must be an integer of at least 0, got 1.5"),
         ({"for_schedule": "cosine"}, "None or one of 'warmup_cosine', got 'cosine'"),
     ],

@@ -12,6 +12,7 @@ from polus import schedules
 from polus.callbacks import Unfreeze
 from polus.callbacks.unfreeze import thaw
 from polus.checkpoint import Checkpoint
+from polus.describe import describe
 from polus.optimizers import by_name, layerwise, rebuilt
 from polus.training import ClassifierTrainer
 
@@ -230,3 +231,16 @@ def test_groups_of_weights_have_their_own_optimizers():
             assert np.array_equal(value, before[path]) == path.endswith("bias")
     with pytest.raises(ValueError, match=r"No pattern matches the variable '.*bias'"):
         make(by_name({"*/kernel": moving}), frozen=False).train(BATCHES, 1)
+
+
+@pytest.mark.once
+def test_layerwise_for_the_same_model_made_again_is_the_same_setting():
+    """Keras counts the names of a process's layers, and a notebook makes a model more than once."""
+
+    def described(decay=0.5):
+        stack = [keras.Input((6,)), layers.Dense(3), layers.Dense(2)]
+        return describe(layerwise(keras.Sequential(stack), 0.02, decay, ADAM))
+
+    assert described() == described() != described(0.6)
+    groups = [describe(by_name({f"block_{k}/*": ADAM(), "*": ADAM()})) for k in (4, 4, 5)]
+    assert groups[0] == groups[1] != groups[2]

@@ -12,6 +12,7 @@ A key with a dollar sign says what kind of object it is. Descriptions are made t
 
 import dis
 import functools
+import glob
 import hashlib
 import inspect
 import os
@@ -26,6 +27,8 @@ from typing import Any
 import keras
 import numpy as np
 
+from polus.optimizers import Groups
+
 Description = Any  # JSON
 
 MAX_DEPTH = 12
@@ -38,6 +41,7 @@ WITHOUT_EFFECT = re.compile(
     "name|trainable|seed|.*_initializer|module|registered_name|build_config|build_input_shape"
     "|batch_shape|batch_input_shape|compile_config"
 )
+COUNTER = re.compile(r"_\d+(?=/|$)")  # by which Keras tells names of a process apart
 # Methods of classes that compute nothing.
 NOT_COMPUTED = {"get_config", "from_config", "__repr__", "__str__", "__doc__"}
 
@@ -164,9 +168,9 @@ class _Describer:
         """Describes what Keras describes by `get_config`, and adds what that does not tell."""
         described = {f"${kind}": type(value).__name__}
         if isinstance(value, keras.metrics.Metric):
-            described["name"] = re.sub(r"_\d+$", "", value.name)
+            described["name"] = COUNTER.sub("", value.name)
         try:
-            config = value.get_config()
+            config = _uncounted(value, value.get_config())
         except Exception:  # whatever a class raises that cannot be described
             config = None
         for key, entry in (config or {}).items():
@@ -290,6 +294,20 @@ def _code_parts(code: types.CodeType, doc: str | None = None) -> list[Any]:
     ]
     arguments = code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount
     return [code.co_code, code.co_names, constants, *arguments]
+
+
+def _uncounted(value: object, config: Any) -> Any:
+    """Returns a configuration without Keras' counters in the paths of variables.
+
+    `layerwise` has the paths of a model's weights; the patterns of `by_name` are the user's.
+    """
+    if not isinstance(value, Groups):
+        return config
+    patterns = [
+        (path if glob.has_magic(path) else COUNTER.sub("", path), index)
+        for path, index in value.patterns
+    ]
+    return config | {"patterns": patterns}
 
 
 def _global_names(code: types.CodeType) -> set[str]:

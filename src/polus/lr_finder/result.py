@@ -24,7 +24,7 @@ from polus.lr_finder.curve import (
     remove_batch_noise,
     smooth,
 )
-from polus.lr_finder.trials import Trial, best_rate
+from polus.lr_finder.trials import WIDEST_TIE, Trial, best_rate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -141,6 +141,12 @@ class LRFinderResult:
                 "is suggested. Let them run to their end, or pass a larger max_steps."
             )
         tried = [trial.rate for trial in self.trials] if self.method == "tried" else []
+        gap = max(np.divide(tried[1:], tried[:-1]), default=1.0)
+        if gap > 1.001 * WIDEST_TIE:
+            found.append(
+                f"Only {len(tried)} rates were tried, up to a factor of {gap:.0f} apart. Pass a "
+                "larger max_steps."
+            )
         lowest, highest = (tried[0], tried[-1]) if tried else self.rates[[min(1, n - 1), n - 2]]
         which = "tried" if tried else "of the sweep"
         if rate <= lowest:

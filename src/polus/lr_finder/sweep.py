@@ -67,7 +67,9 @@ class SweepSettings:
                 f"{self.for_schedule!r}."
             )
         if self.max_steps is not None and (
-            not isinstance(self.max_steps, numbers.Integral) or self.max_steps < 0
+            isinstance(self.max_steps, bool)
+            or not isinstance(self.max_steps, numbers.Integral)
+            or self.max_steps < 0
         ):
             raise ValueError(
                 f"max_steps must be an integer of at least 0, got {self.max_steps!r}. 0 runs no "
