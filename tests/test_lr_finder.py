@@ -251,6 +251,7 @@ def test_a_curve_without_a_descent_has_no_suggestion(losses, seen):
         _ = result.suggestion
     assert result.suggestions == {}
     assert "no suggestion" in repr(result)
+    assert " 1 steps" not in repr(result)
     assert "no suggestion" in result._repr_html_()
     result.plot()
 

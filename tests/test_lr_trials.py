@@ -265,6 +265,11 @@ def test_errors_of_validation_data_name_the_argument():
         trainer.lr_finder(ONES, validation_data=iter(ONES))
     with pytest.raises(ValueError, match=r"validation_data of lr_finder: .*no batch"):
         trainer.lr_finder(ONES, validation_data=[])
+    model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+    classifier = ClassifierTrainer(model, keras.optimizers.SGD(), keras.losses.MeanSquaredError())
+    with pytest.raises(NotImplementedError, match="got a batch of 1 part") as caught:
+        classifier.lr_finder([(x, x) for x in ONES], validation_data=ONES)
+    assert any("validation_data of lr_finder" in note for note in caught.value.__notes__)
     with pytest.raises(ValueError, match="evaluation step, which judges the trials on valid"):
         Costly(keras.optimizers.SGD()).lr_finder(ONES, validation_data=ONES, monitor="cost")
 

@@ -121,7 +121,12 @@ def _validation(
             data = reader.epoch(0)
             data.peek()
         # Under a name of its own: a later validation is compiled as it would have been without.
-        step, assigned = executor.inference("range test", executor.evaluation_step, data.example)
+        try:
+            name, evaluation_step = "range test", executor.evaluation_step
+            step, assigned = executor.inference(name, evaluation_step, data.example)
+        except Exception as error:  # of the user's step as well
+            error.add_note("It was raised for a batch of validation_data of lr_finder.")
+            raise
         with contextlib.closing(data.blocks()) as blocks:
             kept = list(itertools.islice(blocks, VALIDATION_BATCHES))
 

@@ -193,7 +193,7 @@ class LRFinderResult:
             )
         if has_descent(rates[:n], self._denoised):
             return ""
-        first, last = self.smoothed_losses[0], self.losses[n - 1]
+        first, last = self.smoothed_losses[0], self.losses[n - 1] + 0.0  # a zero without its sign
         seen = f"{first:.4g} at the rate {rates[0]:.1e}, {last:.4g} at {rates[n - 1]:.1e}"
         usual = np.median(noise(rates[:n], self.losses[:n])) + ROUNDING * abs(first)
         if n < len(rates) or last - first > 5 * usual:
@@ -202,8 +202,9 @@ class LRFinderResult:
                 "model's initial weights and the scale of its inputs."
             )
         return (
-            f"The loss never fell by more than its noise of {usual:.2g} ({seen}). Use a larger "
-            "end_lr or more num_steps, and check that the loss depends on the trainable weights."
+            f"The loss never fell by more than its noise of {usual:.2g} ({seen}). Use a smaller "
+            "start_lr, a larger end_lr or more num_steps, and check that the loss depends on the "
+            "trainable weights."
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -234,7 +235,9 @@ class LRFinderResult:
         }
 
     def __repr__(self) -> str:
-        swept = f"{len(self.rates)} steps from {self.rates[0]:.1e} to {self.rates[-1]:.1e}"
+        swept = (
+            f"{counted(len(self.rates), 'step')} from {self.rates[0]:.1e} to {self.rates[-1]:.1e}"
+        )
         if self.failure_reason:
             return f"LRFinderResult({swept}, no suggestion: {self.failure_reason})"
         tried = f", {counted(len(self.trials), 'rate')} tried" if self.trials else ""
@@ -258,7 +261,8 @@ class LRFinderResult:
             "last loss": ["".join(f"{x:.4g}" for x in trial.losses[-1:]) for trial in self.trials],
         }
         caution = f". {self.caution}" if self.caution else ""
-        shown = html_table(f"Range test of {len(self.rates)} steps{caution}", suggested)
+        steps = counted(len(self.rates), "step")
+        shown = html_table(f"Range test of {steps}{caution}", suggested)
         return shown + (html_table("Trials", tried) if self.trials else "")
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Figure:

@@ -14,6 +14,7 @@ from polus.backends.base import as_arguments
 from polus.backends.scopes import active_dry_run
 from polus.callbacks.base import ICallback, KerasCallbackLike
 from polus.history import History
+from polus.host import counted
 from polus.masks import stop_gradient
 from polus.metrics import MetricLike, as_metrics, update_metrics
 from polus.steps.norms import Norms
@@ -179,8 +180,8 @@ class BaseTrainer(TrainerMethods):
         if len(inputs) < 2:
             raise NotImplementedError(
                 f"{type(self).__name__}.evaluation_step takes (x, y) by default, got a batch of "
-                f"{len(inputs)} part(s). Override evaluation_step(self, *inputs) to return what "
-                "the metrics take: (y_true, y_pred)."
+                f"{counted(len(inputs), 'part')}. Override evaluation_step(self, *inputs) to "
+                "return what the metrics take: (y_true, y_pred)."
             )
         x, y = inputs[0], inputs[1]
         return y, self.predicted(self.model(x, training=False))
