@@ -1,7 +1,8 @@
 """What the documents say holds: their links lead somewhere and their code runs.
 
-In a Markdown file each block marked `python` is run, after those above it and in the same
-namespace. One that is not to be run says why in the line above: `<!-- not run: the reason -->`.
+In a Markdown file each block marked `python`, or `{code-cell}` in a notebook, is run, after those
+above it and in the same namespace. One that is not to be run says why in the line above:
+`<!-- not run: the reason -->`.
 """
 
 import doctest
@@ -26,7 +27,10 @@ MODULES = [
     for module in pkgutil.walk_packages(polus.__path__, "polus.")
     if not module.name.startswith("polus.backends.") and not module.name.endswith("__main__")
 ]
-BLOCK = re.compile(r"^(<!-- not run: \S.*-->\n)?```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(
+    r"^(<!-- not run: \S.*-->\n)?```(?:python|\{code-cell\})\n(?::.*\n)*(.*?)^```$",
+    re.MULTILINE | re.DOTALL,
+)
 LINK = re.compile(r"\]\((?!https?:|mailto:|#)([^)#\s]+)")
 
 every_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
