@@ -45,7 +45,7 @@ test-nightly: INSTEAD = build/nightly/bin/python -m pip uninstall --quiet --yes 
 	build/nightly/bin/python -m pip install --quiet --no-deps keras-nightly
 test-lowest test-nightly: test-%:
 	python3 -m venv build/$*
-	build/$*/bin/python -m pip install --quiet torch==2.13.0 pytest pandas scikit-learn scipy --editable ".[all]" $(VERSIONS)
+	build/$*/bin/python -m pip install --quiet torch==2.13.0 pytest pandas requests scikit-learn tensorboard --editable ".[all]" $(VERSIONS)
 	$(INSTEAD)
 	KERAS_BACKEND=torch build/$*/bin/python -m pytest $(TESTS)
 

@@ -305,7 +305,7 @@ COUNTS = [
         ("True", WRONG, "True"),
         ("nan", WRONG, "nan"),
         ("[1]", WRONG, r"\[1\]"),
-        ("np.float64(2)", WRONG, r"np.float64\(2.0\)"),
+        ("np.float64(2)", WRONG, r"(np.float64\()?2.0"),  # as NumPy 1 writes it, or 2
         ("print", WRONG, "<built-in"),
     ]
 ]

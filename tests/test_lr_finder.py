@@ -446,6 +446,7 @@ def test_optimizer_argument_selects_the_one_to_sweep():
         trainer.lr_finder(ONES, optimizer="sgd")
 
 
+@pytest.mark.needs_keras_3_15
 def test_one_optimizer_of_a_multi_optimizer_can_be_swept():
     inner = keras.optimizers.SGD(0.5)
     trainer = Slope(keras.optimizers.MultiOptimizer(lambda variable: inner))

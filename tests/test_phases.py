@@ -92,6 +92,7 @@ def test_phases_are_those_of_a_loop_by_hand():
     assert_equal(found, expected, rtol=1e-5)
 
 
+@pytest.mark.needs_keras_3_15
 def test_the_optimizer_keeps_what_it_knows():
     trainer = make()
     trainer.train(BATCHES, 1)
@@ -118,6 +119,7 @@ SEVERAL = {
 }
 
 
+@pytest.mark.needs_keras_3_15
 @pytest.mark.parametrize("name", SEVERAL)
 def test_phases_with_several_optimizers(name):
     """All of one rate, they are one optimizer; if each counts the steps that it has made."""
@@ -135,6 +137,7 @@ def test_phases_with_several_optimizers(name):
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.needs_keras_3_15
 def test_a_rate_for_the_phases_of_several_optimizers_raises():
     trainer = make(by_name({"*/bias": keras.optimizers.SGD(0.1), "*": ADAM()}))
     with pytest.raises(ValueError, match=r'LearningRateScheduler\(schedule, "optimizer.sgd"\)'):
@@ -172,7 +175,11 @@ def test_what_is_excluded_from_weight_decay_stays_so():
 
 @pytest.mark.parametrize(
     ("place", "name", "rate"),
-    [((1, 1), None, 0.005), ((2, 0), None, 0.005), ((1, 1), "by_name", None)],
+    [
+        ((1, 1), None, 0.005),
+        ((2, 0), None, 0.005),
+        pytest.param((1, 1), "by_name", None, marks=pytest.mark.needs_keras_3_15),
+    ],
 )
 def test_a_run_in_phases_resumes_exactly(tmp_path, place, name, rate):
     def kill(name, *at):
@@ -200,6 +207,7 @@ def test_phases_that_are_wrong_raise():
         Unfreeze("block_1")
 
 
+@pytest.mark.needs_keras_3_15
 def test_rates_fall_from_layer_to_layer():
     """By plain gradients: what a step of SGD moves is the rate times the gradient."""
     unit, trainer = make(keras.optimizers.SGD(1.0), frozen=False), make(frozen=False)
@@ -220,6 +228,7 @@ def test_rates_fall_from_layer_to_layer():
     assert backbone.built
 
 
+@pytest.mark.needs_keras_3_15
 def test_groups_of_weights_have_their_own_optimizers():
     still, moving = keras.optimizers.SGD(0.0), keras.optimizers.SGD(0.1)
     trainer = make(by_name({"*/bias": still, "*": moving}), frozen=False)
