@@ -130,7 +130,7 @@ class ArrayDataset:
 
 
 def _check_batch_size(batch_size: Any, num_examples: int, drop_remainder: object) -> None:
-    if isinstance(batch_size, list | tuple) or getattr(batch_size, "shape", ()):
+    if isinstance(batch_size, list | tuple) or np.ndim(batch_size):
         raise TypeError(
             "from_arrays takes the arrays of an example as one tuple, and then the batch size: "
             "from_arrays((x, y), batch_size=32)."
