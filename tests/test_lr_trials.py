@@ -305,7 +305,7 @@ def test_several_optimizers_are_searched_in_turn():
     assert 0.02 < float(trainer.second.learning_rate) < 0.1  # best is 1/20
 
 
-@pytest.mark.skipif(not hasattr(keras.optimizers, "MultiOptimizer"), reason="Keras before 3.15")
+@pytest.mark.needs_keras_3_15
 def test_layerwise_rates_are_swept_by_one_factor():
     keras.utils.set_random_seed(1)
     model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1), keras.layers.Dense(1)])

@@ -73,6 +73,22 @@ def test_layers_are_thawed_when_their_epoch_begins():
     assert names == {"block_1", "norm", "block_2", "head"}
 
 
+def test_layers_that_are_no_trainable_weights_are_thawed():
+    trainer = make(frozen=False)
+    head = trainer.model.get_layer("head").trainable_weights
+    trainer.trainable_weights = head
+    before = weights(trainer)
+    trainer.train(BATCHES, 1, [Unfreeze({1: "block_2"})])
+    once = weights(trainer)
+    trainer.train(BATCHES, 2, [Unfreeze({1: "block_2"})])
+    now = weights(trainer)
+    moved = [
+        {path.split("/")[-2] for path in now if np.abs(then[path] - other[path]).max() > 0}
+        for then, other in ((before, once), (once, now))
+    ]
+    assert moved == [{"head", "norm"}, {"head", "norm", "block_2"}]  # norm by its statistics
+
+
 def test_phases_are_those_of_a_loop_by_hand():
     """With an optimizer without slots, that is thawing by hand between calls of `train`."""
     trainer, reference = make(keras.optimizers.SGD(0.1)), make(keras.optimizers.SGD(0.1))
@@ -93,6 +109,7 @@ def test_phases_are_those_of_a_loop_by_hand():
     assert_equal(found, expected, rtol=1e-5)
 
 
+@pytest.mark.needs_keras_3_15
 def test_the_optimizer_keeps_what_it_knows():
     trainer = make()
     trainer.train(BATCHES, 1)
@@ -119,6 +136,7 @@ SEVERAL = {
 }
 
 
+@pytest.mark.needs_keras_3_15
 @pytest.mark.parametrize("name", SEVERAL)
 def test_phases_with_several_optimizers(name):
     """All of one rate, they are one optimizer; if each counts the steps that it has made."""
@@ -136,6 +154,7 @@ def test_phases_with_several_optimizers(name):
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.needs_keras_3_15
 def test_a_rate_for_the_phases_of_several_optimizers_raises():
     trainer = make(by_name({"*/bias": keras.optimizers.SGD(0.1), "*": ADAM()}))
     with pytest.raises(ValueError, match=r'LearningRateScheduler\(schedule, "optimizer.sgd"\)'):
@@ -173,7 +192,11 @@ def test_what_is_excluded_from_weight_decay_stays_so():
 
 @pytest.mark.parametrize(
     ("place", "name", "rate"),
-    [((1, 1), None, 0.005), ((2, 0), None, 0.005), ((1, 1), "by_name", None)],
+    [
+        ((1, 1), None, 0.005),
+        ((2, 0), None, 0.005),
+        pytest.param((1, 1), "by_name", None, marks=pytest.mark.needs_keras_3_15),
+    ],
 )
 def test_a_run_in_phases_resumes_exactly(tmp_path, place, name, rate):
     def kill(name, *at):
@@ -201,6 +224,7 @@ def test_phases_that_are_wrong_raise():
         Unfreeze("block_1")
 
 
+@pytest.mark.needs_keras_3_15
 def test_rates_fall_from_layer_to_layer():
     """By plain gradients: what a step of SGD moves is the rate times the gradient."""
     unit, trainer = make(keras.optimizers.SGD(1.0), frozen=False), make(frozen=False)
@@ -221,6 +245,7 @@ def test_rates_fall_from_layer_to_layer():
     assert backbone.built
 
 
+@pytest.mark.needs_keras_3_15
 def test_groups_of_weights_have_their_own_optimizers():
     still, moving = keras.optimizers.SGD(0.0), keras.optimizers.SGD(0.1)
     trainer = make(by_name({"*/bias": still, "*": moving}), frozen=False)

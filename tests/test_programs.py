@@ -363,6 +363,7 @@ def test_the_rates_of_several_optimizers(caplog):
         trainer.train(BATCHES, 1, [LearningRateScheduler(lambda epoch: 0.1, "d_optimiser")])
 
 
+@pytest.mark.needs_keras_3_15
 def test_a_multi_optimizer_trains_as_two_do(tmp_path):
     def split(encoder, decoder):
         def choose(variable):

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -221,6 +222,12 @@ def test_restarts_and_skipped_steps_are_marked(tmp_path):
     xs = [sorted(column["x"].tolist()) for column in all_columns(page) if "x" in column]
     assert [9.5] in xs  # 9 steps were done before
     assert [3, 8] in xs
+    write_run(tmp_path / "b", skipped=[(0, 4)])
+    both = write_report([tmp_path, tmp_path / "b"], tmp_path / "both.html").read_text()
+    assert {"[5]", "[9.5]", "[3, 8]"} <= {
+        str(sorted(column["x"].tolist())) for column in all_columns(both) if "x" in column
+    }
+    assert "b: skipped: step @x" in json.dumps(documents(both))
 
 
 def all_columns(page):
@@ -268,6 +275,27 @@ def test_what_is_no_run_is_refused_with_what_to_pass(tmp_path, capsys):
         with pytest.raises(SystemExit):
             main([str(tmp_path / "a"), "--live", secs])
         assert f"must be a positive number of seconds, got '{secs}'" in capsys.readouterr().err
+
+
+@pytest.mark.once
+def test_a_killed_run_is_told_by_its_process(tmp_path):
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    process = {"host": socket.gethostname(), "pid": child.pid}
+    write_run(tmp_path, status="running", starts=[{"process": process}])
+    assert ">running<" in write_report(tmp_path).read_text()
+    child.kill()
+    child.communicate()
+    assert ">killed<" in write_report(tmp_path).read_text()
+
+    def sleep(secs):  # it is looked at until it could have been started again
+        old = time.time() - 61
+        for name in ("run.json", "history.jsonl"):
+            os.utime(tmp_path / name, (old, old))
+
+    assert main([str(tmp_path), "--live"], sleep) == 0
+    for other in ({"host": "elsewhere", "pid": child.pid}, {"pid": "7"}, 7, None):
+        write_run(tmp_path, status="running", starts=[{"process": other}])
+        assert ">running<" in write_report(tmp_path).read_text()
 
 
 @pytest.mark.once

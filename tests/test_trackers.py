@@ -12,6 +12,8 @@ from polus.checkpoint import Checkpoint
 from polus.data import from_arrays
 from polus.training import ClassifierTrainer
 
+pytest.importorskip("tensorboard")
+
 X = np.random.default_rng(0).normal(size=(24, 3)).astype("float32")
 Y = (X[:, 0] > 0).astype("int32")
 

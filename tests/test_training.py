@@ -788,3 +788,61 @@ def test_an_endless_tf_dataset_without_steps_raises():
     with pytest.raises(ValueError, match="endless"):
         make_trainer().train(data, epochs=1)
     assert len(make_trainer().train(data, epochs=1, steps=8).steps["loss"]) == 8
+
+
+@pytest.mark.parametrize("columns", ["labels", "outputs"])
+def test_a_loss_that_is_a_function_aligns_ranks_as_fit(columns):
+    """(N,) and (N, 1) would be broadcast to (N, N)."""
+    y = X.sum(axis=1, keepdims=columns == "labels")
+    ends = [keras.layers.Flatten()] if columns == "outputs" else [keras.layers.Reshape(())]
+    losses = []
+    for how in ("fit", "train"):
+        keras.utils.set_random_seed(2)
+        model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(1), *ends])
+        function = lambda true, predicted: ops.mean((true - predicted) ** 2)  # noqa: E731
+        if how == "fit":
+            model.compile(keras.optimizers.SGD(0.1), function)
+            model.fit(X, y, batch_size=16, shuffle=False, epochs=2, verbose=0)
+            losses.append(model.evaluate(X, y, batch_size=16, verbose=0))
+        else:
+            trainer = ClassifierTrainer(model, keras.optimizers.SGD(0.1), function)
+            data = polus.data.from_arrays((X, y), 16, shuffle=False)
+            trainer.train(data, 2)
+            losses.append(trainer.evaluate(data)["loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_class_weights_that_the_step_does_not_use_raise():
+    class Own(ClassifierTrainer):
+        def forward_with_grads(self, x, y):
+            return y, self.model(x, training=True)
+
+    class Extended(ClassifierTrainer):
+        def forward_with_grads(self, x, y):
+            return super().forward_with_grads(x * 1.0, y)
+
+    def loss(cls):
+        arguments = (make_model(), keras.optimizers.SGD(0.0), CROSS_ENTROPY)
+        trainer = cls(*arguments, class_weight={0: 10.0, 1: 10.0, 2: 10.0})
+        return trainer.train(BATCHES, 1).epochs[0]["loss"]
+
+    with pytest.raises(ValueError, match=r"class_weight was given, and the step of Own does not"):
+        loss(Own)
+    assert loss(Extended) > 3  # ten times the loss of three classes
+
+
+def test_an_evaluation_of_nothing_raises():
+    class Own(BaseTrainer):
+        def train_step(self, x, y):
+            return self.minimize(
+                lambda: CROSS_ENTROPY(y, self.model(x, training=True)), self.trainable_weights
+            )
+
+    trainer = Own(make_model(), keras.optimizers.SGD(0.1))
+    with pytest.raises(ValueError, match="There is nothing to compute"):
+        trainer.evaluate(BATCHES)
+
+
+def test_a_run_that_resumes_and_saves_nothing_warns(tmp_path, caplog):
+    make_trainer().train(BATCHES, 1, resume=tmp_path / "a")
+    assert "nothing saves to it" in caplog.text

@@ -75,6 +75,7 @@ def found_by_pyright() -> list[tuple[Finding, str]]:
 
 @pytest.fixture(scope="module", params=["mypy", "pyright"])
 def checker(request) -> tuple[str, list[tuple[Finding, str]]]:
+    pytest.importorskip(request.param)
     find = {"mypy": found_by_mypy, "pyright": found_by_pyright}[request.param]
     return request.param, find()
 

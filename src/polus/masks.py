@@ -10,7 +10,7 @@ import keras
 
 # Private to Keras. Its public way is a layer with a `mask` argument, and to call one takes as long
 # as a small training step on PyTorch. tests/test_metrics.py shows that both return the same.
-from keras.src.backend import get_keras_mask, set_keras_mask
+from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
 
 from polus.types import Tensor
 

@@ -8,13 +8,14 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from polus.types import Tensor
 
 Array = np.ndarray[Any, Any]
+K = TypeVar("K")
 Box = tuple[slice, ...]  # of an array, with a begin and an end for each axis
 
 
@@ -69,6 +70,38 @@ class ShardedArray:
     def nbytes(self) -> int:
         """The size of the whole array in bytes."""
         return int(math.prod(self.shape) * self.dtype.itemsize)
+
+
+def split(
+    shape: Sequence[int],
+    dtype: Any,
+    places: Mapping[K, Sequence[int]],
+    process_of: Callable[[K], int],
+    data: Mapping[K, Tensor],
+) -> ShardedArray:
+    """Returns an array that lies on several devices. A part that several have belongs to one.
+
+    Args:
+        shape: Its shape.
+        dtype: Its dtype.
+        places: For each device the begin of its part along each axis, in the same order in all
+            processes.
+        process_of: Returns the process of a device.
+        data: The parts on the devices of this process.
+    """
+    cuts = tuple(tuple(sorted(set(begins))) for begins in zip(*places.values(), strict=True))
+    grid = Grid(tuple(shape), cuts)
+    devices: dict[tuple[int, ...], list[K]] = {}
+    for device, begins in places.items():
+        devices.setdefault(tuple(begins), []).append(device)
+    owners, own = [], {}
+    for number, box in enumerate(grid.boxes()):
+        copies = devices[tuple(each.start for each in box)]
+        owner = copies[number % len(copies)]
+        owners.append(process_of(owner))
+        if owner in data:
+            own[number] = data[owner]
+    return ShardedArray(grid, dtype, owners, own)
 
 
 class StoredArray:

@@ -671,9 +671,9 @@ def in_shards(engine):
     It changes the distribution of its processes.
     """
     import keras
-    from jax.experimental import multihost_utils
 
     from polus import training_state
+    from polus.backends import backend
     from polus.callbacks import Callback
     from polus.checkpoint import Checkpoint, CheckpointError, shards
 
@@ -714,7 +714,7 @@ def in_shards(engine):
         result = {"uninterrupted": train("whole"), "read": {}, "folder": str(folder / "alone")}
         with contextlib.suppress(KeyboardInterrupt):
             train("broken", Break())
-        multihost_utils.sync_global_devices("broken")
+        backend.placement().largest([0.0])  # the processes wait for each other
         result["files"] = files("broken")
         if engine.index == 0:
             for name in [*LAYOUTS, "alone", "full"]:
@@ -723,7 +723,7 @@ def in_shards(engine):
             content = bytearray(damaged.read_bytes())
             content[-1] ^= 1
             damaged.write_bytes(content)
-        multihost_utils.sync_global_devices("copied")
+        backend.placement().largest([0.0])  # the processes wait for each other
         for name, axes in LAYOUTS.items():
             seen.clear()
             shards.read_shards = noted
@@ -807,6 +807,18 @@ class TorchProcesses:
             self._begin()
 
 
+class TorchSharded(TorchProcesses):
+    """Two processes, over which the weights are split as `DTensor`s. It requires Keras 3.16."""
+
+    is_global, can_be_alone = True, False
+
+    def _begin(self):
+        import keras
+
+        keras.distribution.initialize()
+        keras.distribution.set_distribution(layout_of(("batch", None)))
+
+
 class JaxProcesses:
     """Two processes with a device each."""
 
@@ -871,6 +883,7 @@ class Workers(Mirrored):
 
 ENGINES = {
     "torch": TorchProcesses,
+    "torch sharded": TorchSharded,
     "jax": JaxProcesses,
     "mirrored": Mirrored,
     "tensorflow": Workers,

@@ -6,8 +6,7 @@ those of the whole batch. A batch that does not divide by the axis is replicated
 computes all of it.
 """
 
-import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,11 +15,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-from polus.backends.placement import BackendStack, Placement, Stateful
-from polus.sharded import Grid, ShardedArray, StoredArray
+from polus.backends.placement import BackendStack, Placement, Stateful, report_sharded
+from polus.sharded import ShardedArray, StoredArray, split
 from polus.types import Tensor
-
-logger = logging.getLogger("polus.steps")
 
 
 class GlobalView(Placement):
@@ -100,23 +97,8 @@ class GlobalView(Placement):
     def report_layouts(self, variables: Sequence[keras.Variable]) -> None:
         if not self.shards_weights:
             return
-        sharded = [v for v in variables if not v.value.sharding.is_fully_replicated]
-        if sharded:
-            logger.info(
-                "%d of %d variables are sharded over the %d devices of the mesh %s.",
-                len(sharded),
-                len(variables),
-                self.mesh.size,
-                dict(self.mesh.shape),
-            )
-        else:
-            logger.warning(
-                "None of the %d variables is sharded: no key of the LayoutMap matches a path such "
-                "as %r. Keras compares a key with the whole path, so write '.*dense.*kernel', not "
-                "'dense.*kernel'.",
-                len(variables),
-                variables[0].path if variables else "",
-            )
+        sharded = [not v.value.sharding.is_fully_replicated for v in variables]
+        report_sharded(variables, sharded, dict(self.mesh.shape))
 
 
 def active() -> Placement:
@@ -182,24 +164,13 @@ def in_parts(array: jax.Array) -> ShardedArray | None:
     """
     if array.is_fully_addressable or array.is_fully_replicated or not array.size:
         return None
+    boxes: Mapping[Any, Any] = array.sharding.devices_indices_map(array.shape)
     places = {
-        device: tuple(each.indices(size)[0] for each, size in zip(box, array.shape, strict=True))
-        for device, box in array.sharding.devices_indices_map(array.shape).items()
+        device: [each.indices(n)[0] for each, n in zip(boxes[device], array.shape, strict=True)]
+        for device in sorted(boxes, key=lambda device: device.id)
     }
-    cuts = tuple(tuple(sorted(set(begins))) for begins in zip(*places.values(), strict=True))
-    grid = Grid(array.shape, cuts)
-    devices: dict[tuple[int, ...], list[Any]] = {}
-    for device in sorted(places, key=_id_of):
-        devices.setdefault(places[device], []).append(device)
     data = {shard.device: shard.data for shard in array.addressable_shards}
-    owners, own = [], {}
-    for number, box in enumerate(grid.boxes()):
-        copies = devices[tuple(each.start for each in box)]
-        owner = copies[number % len(copies)]
-        owners.append(owner.process_index)
-        if owner in data:
-            own[number] = data[owner]
-    return ShardedArray(grid, array.dtype, owners, own)
+    return split(array.shape, array.dtype, places, lambda device: device.process_index, data)
 
 
 def from_parts(stored: StoredArray, like: jax.Array) -> jax.Array:
@@ -209,11 +180,6 @@ def from_parts(stored: StoredArray, like: jax.Array) -> jax.Array:
         return np.array(stored.read(index or ()), like.dtype)  # a copy for each device
 
     return jax.make_array_from_callback(like.shape, like.sharding, part)
-
-
-def _id_of(device: Any) -> int:
-    number: int = device.id
-    return number
 
 
 def _words(values: Sequence[float]) -> np.ndarray[Any, Any]:

@@ -1,6 +1,8 @@
 """Where a step runs: on one device, or on several that share each batch."""
 
 import dataclasses
+import logging
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
 
@@ -14,6 +16,8 @@ LOST_PROCESS = (
     "it. Its own output says why. Start the program again: with train(..., resume=folder) it "
     "continues from its newest checkpoint."
 )
+logger = logging.getLogger("polus.steps")
+
 Program = Callable[..., Any]
 BackendStack = Callable[[Sequence[Tensor], int], Tensor]
 Stateful: TypeAlias = keras.Variable | BackendVariable
@@ -171,6 +175,28 @@ def own_part(placement: Placement, array: Tensor, axis: int, size: int) -> Tenso
     part = size // placement.count
     own = slice(placement.index * part, (placement.index + 1) * part)
     return array[(slice(None),) * axis + (own,)]
+
+
+def report_sharded(
+    variables: Sequence[keras.Variable], sharded: Sequence[bool], mesh: dict[str, int]
+) -> None:
+    """Logs how many of some variables are sharded; a `LayoutMap` that matches none is silent."""
+    if any(sharded):
+        logger.info(
+            "%d of %d variables are sharded over the %d devices of the mesh %s.",
+            sum(sharded),
+            len(variables),
+            math.prod(mesh.values()),
+            mesh,
+        )
+    else:
+        logger.warning(
+            "None of the %d variables is sharded: no key of the LayoutMap matches a path such as "
+            "%r. Keras compares a key with the whole path, so write '.*dense.*kernel', not "
+            "'dense.*kernel'.",
+            len(variables),
+            variables[0].path if variables else "",
+        )
 
 
 def check_same(placement: Placement, value: float, message: str) -> None:

@@ -126,6 +126,7 @@ class DryRun(VariableRecorder):
         num_decisions: How often updates were made, of which several may go together.
         backend_variables: The backend's own variables that were used.
         differentiated: The variables that were read where gradients flow.
+        settings: The names of settings of the trainer that a step has to use, and has used.
         result: What the function returned: tensors, or descriptions of them.
     """
 
@@ -141,6 +142,7 @@ class DryRun(VariableRecorder):
         self.num_decisions = 0
         self.backend_variables: list[BackendVariable] = []
         self.differentiated: list[keras.Variable] = []
+        self.settings: set[str] = set()
         self.result: Any = None
 
     def returned(self, result: object) -> Any:

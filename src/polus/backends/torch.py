@@ -13,7 +13,7 @@ import keras
 import numpy as np
 import torch
 
-from polus.backends import torch_distribution
+from polus.backends import torch_distribution, torch_dtensor
 from polus.backends.base import Known, TensorFlowDataset, Unpack, as_arguments
 from polus.backends.placement import Placement
 from polus.backends.scopes import BackendVariable, DryRun
@@ -297,7 +297,9 @@ def trace_id() -> object:
 def total(tensors: Sequence[Tensor]) -> Tensor:
     """Returns a sum of all values, which is finite if they all are."""
     found: Any = tensors
-    return torch.stack([t.sum(dtype=torch.float32) for t in found] or [torch.zeros(())]).sum()
+    sums = [t.sum(dtype=torch.float32) for t in found] or [torch.zeros(())]
+    summed: Tensor = torch_dtensor.whole(torch.stack(sums).sum())
+    return summed
 
 
 def hold(variables: Sequence[keras.Variable | BackendVariable]) -> Held:
@@ -349,21 +351,20 @@ def copy(variable: keras.Variable | BackendVariable) -> Tensor:
 
 def view(variable: keras.Variable | BackendVariable) -> np.ndarray[Any, Any]:
     """Returns a variable's value, perhaps a view: copy it before the next step."""
-    value = variable.value.detach()
-    # NumPy knows no bfloat16: the same numbers as float32.
-    value = value.float() if value.dtype == torch.bfloat16 else value
-    array: np.ndarray[Any, Any] = value.cpu().numpy()
-    return array
+    return torch_dtensor.on_host(variable.value.detach())
 
 
 def sharded(variable: keras.Variable | BackendVariable) -> ShardedArray | None:
-    """Returns None: each process has whole variables."""
-    return None
+    """Returns a variable's value in the parts that processes have; None if each has all of it."""
+    return torch_dtensor.in_parts(variable.value)
 
 
 def assign_stored(variable: keras.Variable | BackendVariable, value: StoredArray) -> None:
-    """Gives a variable a value out of files."""
-    assign(variable, value.read())
+    """Gives a variable a value out of files, of which only this process's part is read."""
+    if torch_dtensor.in_parts(variable.value) is None:  # in another layout than it was saved in
+        assign(variable, value.read())
+    else:
+        assign(variable, torch_dtensor.from_parts(value, variable.value))
 
 
 def wait(tree: object) -> None:

@@ -17,21 +17,16 @@ import keras
 import torch
 import torch.distributed as dist
 
-from polus.backends.placement import (
-    LOST_PROCESS,
-    OwnRows,
-    Placement,
-    Program,
-    ReplicaState,
-    Stateful,
-    own_part,
-)
+from polus.backends.placement import OwnRows, Placement, Program, ReplicaState, own_part
 from polus.backends.scopes import current_scope
+from polus.backends.torch_agreement import Agreement, lost_processes_explained
+from polus.backends.torch_dtensor import GlobalView
 from polus.types import Tensor
 
 # Keras' seeds are a number and a count of draws, which PyTorch gets as a sum. So far apart, the
 # replicas' numbers don't meet.
 SEED_STRIDE = 8_000_009
+HAS_DTENSORS = tuple(map(int, keras.__version__.split(".")[:2])) >= (3, 16)
 BUCKET_BYTES = 25 * 2**20  # of gradients that are added up in one call, as in PyTorch
 
 
@@ -44,17 +39,6 @@ class _Running(threading.local):
 _running = _Running()
 
 
-@contextlib.contextmanager
-def _lost_processes_explained() -> Iterator[None]:
-    """Adds to an error of a collective call what it means for a run."""
-    try:
-        yield
-    except RuntimeError as error:
-        if isinstance(error, dist.DistError) or "gloo" in str(error):
-            error.add_note(LOST_PROCESS)
-        raise
-
-
 class OneProcess(Placement):
     """A single process, whose model may still be wrapped for several."""
 
@@ -65,11 +49,11 @@ class OneProcess(Placement):
                 _check_not_wrapped(module)
 
 
-class ProcessGroup(OwnRows, OneProcess):
+class ProcessGroup(OwnRows, OneProcess, Agreement):
     """The processes of `torch.distributed`, each with its own rows of a batch."""
 
     def __init__(self) -> None:
-        self.index, self.count = dist.get_rank(), dist.get_world_size()
+        Agreement.__init__(self)
         self.replicas = self.count
         self.name = f"a torch.distributed process group of {self.count} processes"
 
@@ -88,7 +72,7 @@ class ProcessGroup(OwnRows, OneProcess):
 
         def run(*arguments: Any) -> Any:
             before = [variable.value.detach().clone() for variable in state.summed]
-            with _lost_processes_explained():
+            with lost_processes_explained():
                 with self._replica(whole, state.seeds):
                     outputs = program(*arguments)
                 return self._merged(outputs, state, before, whole)
@@ -149,29 +133,6 @@ class ProcessGroup(OwnRows, OneProcess):
     def own_rows(self, tensor: Tensor) -> Tensor:
         return tensor if self.parts == 1 else own_part(self, tensor, 0, tensor.shape[0])
 
-    # ------------------------------------------------------------------ agreement
-
-    @_lost_processes_explained()
-    def agreed(self, values: Sequence[float]) -> list[float]:
-        numbers = _numbers(values)
-        dist.broadcast(numbers, 0)
-        return [float(number) for number in numbers.tolist()]
-
-    @_lost_processes_explained()
-    def largest(self, values: Sequence[float]) -> list[float]:
-        numbers = _numbers(values)
-        dist.all_reduce(numbers, dist.ReduceOp.MAX)
-        return [float(number) for number in numbers.tolist()]
-
-    @_lost_processes_explained()
-    def broadcast(self, variables: Iterable[Stateful]) -> None:
-        with torch.no_grad():
-            for variable in variables:
-                value = variable.value.detach().clone().contiguous()
-                # As bytes: not every library moves every dtype.
-                dist.broadcast(value.reshape(-1).view(torch.uint8), 0)
-                variable.assign(value)
-
 
 class _Gather(torch.autograd.Function):
     """All replicas' rows. Each replica uses them, so each has a part of their gradient."""
@@ -198,12 +159,22 @@ def active() -> Placement:
         NotImplementedError: Under an engine that Polus does not serve.
         RuntimeError: If the launcher started several programs that don't know of each other.
     """
-    if keras.distribution.distribution() is not None:
+    distribution = keras.distribution.distribution()
+    if distribution is not None and not HAS_DTENSORS:
         raise NotImplementedError(
-            "keras.distribution is active, and on PyTorch Polus trains by torch.distributed. Leave "
-            "out set_distribution(...), and write torch.distributed.init_process_group() at the "
-            "start of a program that torchrun starts."
+            "keras.distribution is active, and with this Keras (3.16 has it) PyTorch trains by "
+            "torch.distributed. Leave out set_distribution(...), and write "
+            "torch.distributed.init_process_group() at the start of a program that torchrun starts."
         )
+    if distribution is not None and not distribution.auto_shard_dataset:
+        raise NotImplementedError(
+            f"keras.distribution.{type(distribution).__name__}(auto_shard_dataset=False) says that "
+            "each process reads a part of the data of its own, and Polus takes each process's part "
+            "of the whole data itself. Give each process the whole dataset, and leave out "
+            "auto_shard_dataset."
+        )
+    if isinstance(distribution, keras.distribution.ModelParallel):
+        return GlobalView(distribution)
     there = dist.is_available() and dist.is_initialized()
     if there and dist.get_world_size() > 1:
         return ProcessGroup()
@@ -229,6 +200,8 @@ def gradients_of(
     there = dist.is_available() and dist.is_initialized()
     if not there or current_scope() is not None or (count := dist.get_world_size()) == 1:
         return backward()
+    if isinstance(keras.distribution.distribution(), keras.distribution.ModelParallel):
+        return backward()  # of the whole batch already
     with _Averaging(tensors, count) as averaging:
         gradients = backward()
     return averaging.means() + gradients[len(tensors) :]
@@ -334,12 +307,6 @@ def _summed(
     return results
 
 
-def _numbers(values: Sequence[float]) -> torch.Tensor:
-    # On Keras' device: NCCL takes no tensors of the host.
-    device = keras.ops.zeros(()).device
-    return torch.tensor(list(values), dtype=torch.float64, device=device)
-
-
 def _shift(seed: keras.Variable, stride: int) -> None:
     if stride:
         value = seed.value.detach().clone()
@@ -364,6 +331,6 @@ def _check_not_wrapped(module: torch.nn.Module) -> None:
             raise NotImplementedError(
                 f"A module is wrapped by {name}, which has no effect on the gradients that Polus "
                 "takes: each process would train a model of its own. Pass the model unwrapped. "
-                "After torch.distributed.init_process_group() Polus averages gradients itself; "
-                "sharded weights are available on JAX, by keras.distribution.ModelParallel."
+                "After torch.distributed.init_process_group() Polus averages gradients itself. "
+                "keras.distribution.ModelParallel shards weights, on JAX or with Keras 3.16."
             )

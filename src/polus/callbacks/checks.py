@@ -24,6 +24,11 @@ def check_count(name: str, value: object, hint: str = "") -> None:
 
 def check_name(name: str, value: object, hint: str = "") -> None:
     """Raises unless `value` is a string that is not empty."""
+    if hasattr(value, "shape"):
+        raise TypeError(
+            f"{name} must be a string, got an array of shape {tuple(value.shape)}. Data is one "
+            "argument: polus.from_arrays((x, y), batch_size=32)."
+        )
     if not isinstance(value, str):
         raise TypeError(f"{name} must be a string, got {value!r}.{_sentence(hint)}")
     if not value:

@@ -1,5 +1,6 @@
 """Delivers the events of a run to its callbacks."""
 
+import inspect
 import sys
 import time
 from collections.abc import Iterable
@@ -178,6 +179,7 @@ def checked_list(callbacks: object) -> list[Any]:
 
 def _adapt(callback: Any) -> ICallback:
     if isinstance(callback, ICallback):
+        _check_events(callback)
         return callback
     if isinstance(callback, keras.callbacks.Callback):
         return KerasCallback(callback)
@@ -188,3 +190,22 @@ def _adapt(callback: Any) -> ICallback:
         "with the event that it should hear: class Report(Callback): def on_epoch_end(self, "
         "epoch): ..."
     )
+
+
+def _check_events(callback: ICallback) -> None:
+    """Raises TypeError if a method can't take the arguments of its event."""
+    for name, event in vars(ICallback).items():
+        method = getattr(callback, name, None)
+        if not name.startswith("on_") or getattr(type(callback), name, None) is event:
+            continue
+        arguments = list(inspect.signature(event).parameters)[1:]
+        try:
+            inspect.signature(method).bind(*arguments)  # type: ignore[arg-type]
+        except ValueError:  # of a method without a signature
+            continue
+        except TypeError:
+            raise TypeError(
+                f"{type(callback).__name__}.{name}{inspect.signature(method)} is called with "  # type: ignore[arg-type]
+                f"({', '.join(arguments)}). A callback whose methods take what Keras' callbacks "
+                "take, (batch, logs) and (epoch, logs), extends keras.callbacks.Callback."
+            ) from None

@@ -25,7 +25,8 @@ class SaveModelCallback(Callback):
     Of several processes the first one writes.
 
     Args:
-        strategy: `"best"` saves whenever the monitored value improves, `"every"` after each epoch,
+        strategy: `"best"` saves whenever the monitored value improves, upon that of earlier runs
+            with this callback too, as Keras' `ModelCheckpoint`; `"every"` after each epoch,
             `"end"` when training ends without an error.
         path: The file, ending in `.keras` or `.weights.h5`. A relative path becomes absolute here,
             so a later change of the working directory does not move it. It may contain `{epoch}`
@@ -80,7 +81,6 @@ class SaveModelCallback(Callback):
         self.models = models
 
     def on_train_begin(self) -> None:
-        self.monitor.best = None
         self._saved_epochs: list[int] = []
         if len(found := self._models()) > 1 and "{model" not in self.path:
             raise ValueError(

@@ -10,6 +10,7 @@ from polus.callbacks.base import Callback, TrainerView
 from polus.callbacks.checks import check_number
 from polus.optimizers import MultiOptimizer, optimizers_of, rebuilt
 from polus.state import layers_of
+from polus.steps.variables import unique
 
 
 class Unfreeze(Callback):
@@ -97,27 +98,36 @@ class Unfreeze(Callback):
         trainer = self.coordinator.trainer
         for due in [each for each in self.phases if each <= epoch and each not in self._done]:
             self._done.add(due)
-            before = {id(variable) for variable in trainer.model.trainable_variables}
-            thaw(trainer.model, self.phases[due], self.batch_norm)
-            new = [v for v in trainer.model.trainable_variables if id(v) not in before]
+            explicit = trainer.explicit_trainable_weights
+            trained = trainer.model.trainable_variables if explicit is None else explicit
+            before = {id(variable) for variable in trained}
+            thawed = thaw(trainer.model, self.phases[due], self.batch_norm)
+            there = trainer.model.trainable_variables if explicit is None else thawed
+            new = [v for v in there if id(v) not in before]
             self.logger.info("Epoch %d thaws %d variables.", due + 1, len(new))
             _train_also(trainer, new, self.rates.get(due))
 
 
-def thaw(model: keras.Model, patterns: Sequence[str], batch_norm: bool = False) -> None:
+def thaw(
+    model: keras.Model, patterns: Sequence[str], batch_norm: bool = False
+) -> list[keras.Variable]:
     """Makes the layers of some names trainable, and all that they consist of.
 
     Args:
         model: The model.
         patterns: Names of layers; `*`, `?` and `[45]` stand for parts of them.
         batch_norm: Whether layers of batch norm are made trainable as well.
+
+    Returns:
+        The trainable variables of these layers.
     """
     layers = list(layers_of(model))
     leaves = [layer for layer in layers if len(list(layers_of(layer))) == 1]
     trained = {id(leaf) for leaf in leaves if leaf.trainable}
+    named: set[int] = set()
     for layer in layers:
         if any(fnmatch.fnmatchcase(layer.name, pattern) for pattern in patterns):
-            trained |= {
+            named |= {
                 id(part)
                 for part in layers_of(layer)
                 if batch_norm or not isinstance(part, keras.layers.BatchNormalization)
@@ -127,7 +137,8 @@ def thaw(model: keras.Model, patterns: Sequence[str], batch_norm: bool = False) 
     model.trainable = False
     model.trainable = True
     for leaf in leaves:
-        leaf.trainable = id(leaf) in trained
+        leaf.trainable = id(leaf) in trained | named
+    return unique([v for leaf in leaves if id(leaf) in named for v in leaf.trainable_variables])
 
 
 def _first_part(trainer: TrainerView) -> str:

@@ -113,14 +113,12 @@ class ValidationDataCallback(Callback):
     def _validate(self) -> None:
         run = self.coordinator.run
         self.coordinator.on_validation_begin()
-        results = run.trainer.evaluate(
-            self.dataset, self.custom_data_transform_f, self.steps, model=self.model
-        )
-        self.coordinator.on_validation_end(results)
-        if not results:
-            raise ValueError(
-                f"Validation on {self.name!r} has nothing to compute: the trainer has no metrics "
-                "and no evaluation_loss. Pass metrics=[...] to the trainer, or remove this "
-                "callback."
+        try:
+            results = run.trainer.evaluate(
+                self.dataset, self.custom_data_transform_f, self.steps, model=self.model
             )
+        except Exception as error:
+            error.add_note(f"This was the validation on {self.name!r}.")
+            raise
+        self.coordinator.on_validation_end(results)
         run.validated(self.name, results)

@@ -47,7 +47,8 @@ def from_arrays(
     Raises:
         ValueError: If there are no arrays or no examples, if the arrays differ in length, or if
             another argument is out of range.
-        TypeError: If a part is a sparse matrix, or a data frame with columns that are no numbers.
+        TypeError: If a part is a sparse matrix, or a data frame with columns that are no numbers,
+            or if labels stand in the place of the batch size.
     """
     return ArrayDataset(arrays, batch_size, shuffle, seed, drop_remainder, device_bytes)
 
@@ -78,8 +79,7 @@ class ArrayDataset:
                 "from_arrays takes arrays with the same positive number of examples along the "
                 f"first axis, got {f'lengths {lengths}' if lengths else 'no array'}."
             )
-        if not _is_integer(batch_size) or batch_size < 1:
-            raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}.")
+        _check_batch_size(batch_size, lengths[0], drop_remainder)
         if not _is_integer(seed) or not 0 <= seed < 2**64:
             raise ValueError(
                 f"seed must be an integer from 0 to 2**64 - 1, got {seed!r}. Each epoch has its "
@@ -127,6 +127,22 @@ class ArrayDataset:
 
     def __iter__(self) -> Iterator[Any]:
         return map(self.batch, self.rows(0))
+
+
+def _check_batch_size(batch_size: Any, num_examples: int, drop_remainder: object) -> None:
+    if isinstance(batch_size, list | tuple) or np.ndim(batch_size):
+        raise TypeError(
+            "from_arrays takes the arrays of an example as one tuple, and then the batch size: "
+            "from_arrays((x, y), batch_size=32)."
+        )
+    if not _is_integer(batch_size) or batch_size < 1:
+        raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}.")
+    if drop_remainder and num_examples < batch_size:
+        raise ValueError(
+            f"drop_remainder=True leaves out a batch of fewer than {batch_size} examples, and "
+            f"there are {num_examples}: no batch is left. Use a smaller batch_size, or leave "
+            "drop_remainder out."
+        )
 
 
 def _is_integer(value: Any) -> bool:

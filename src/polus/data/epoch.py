@@ -263,8 +263,9 @@ class EpochReader:
         if not self._first and self.start == 0:
             raise ValueError(
                 f"The dataset yielded no batch in epoch {self.number + 1}: it is empty, or an "
-                "iterator that was exhausted before. Check what it yields, and pass a re-iterable "
-                "instead of an iterator."
+                "iterator that was exhausted before, such as a generator that a validation has "
+                "read. Check what it yields, and pass a re-iterable instead of an iterator: the "
+                "function that makes a generator, not the generator."
             )
         if self._first:
             check_not_empty(self._first[0], self.start)

@@ -101,6 +101,8 @@ def as_metric(metric: object) -> IMetric:
     if isinstance(metric, keras.metrics.Metric):
         return KerasMetric(metric)
     hint = f" Write {metric.__name__}(...)." if isinstance(metric, type) else ""
+    if isinstance(metric, str):
+        hint = " Write polus.Accuracy(10), with the number of classes, or one of keras.metrics."
     raise TypeError(
         "A metric must be a polus.metrics.IMetric or a keras.metrics.Metric, got "
         f"{metric!r} of type {type(metric).__name__}.{hint}"

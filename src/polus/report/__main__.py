@@ -8,11 +8,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from polus.report import write_report
-from polus.report.loaded import read_facts
+from polus.report.loaded import has_ended
 
 LIVE_SECS = 10.0
 MAX_SECS = 1e6
-ENDED = ("completed", "stopped", "failed", "interrupted")
 
 
 def main(
@@ -61,7 +60,7 @@ def _write(
     told = False
     while True:
         # Looked at first, so that the last page has all that a run wrote before it ended.
-        ended = all(read_facts(Path(run)).get("status") in ENDED for run in runs)
+        ended = all(has_ended(Path(run)) for run in runs)
         goes_on = live is not None and not ended
         path = write_report(runs, output, refresh_secs=live if goes_on else None)
         if not told:

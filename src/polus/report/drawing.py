@@ -1,7 +1,7 @@
 """Charts drawn with Bokeh, whose scripts a page can hold."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from bokeh.embed import components
@@ -29,6 +29,27 @@ HEIGHT = 300
 SHARE_COLORS = ("#1f77b4", "#ff7f0e", "#9467bd", "#2ca02c", "#8c8c8c")
 
 
+RED = "#d62728"
+
+
+class Marks(NamedTuple):
+    """What is marked of a run in a chart.
+
+    Attributes:
+        restarts: Steps before each restart.
+        skips: Steps that were skipped.
+        curve: The curve on which these lie.
+        color: The color of all of them.
+        name: That of the run, where there are several.
+    """
+
+    restarts: Sequence[int]
+    skips: Sequence[int]
+    curve: Curve
+    color: str = RED
+    name: str = ""
+
+
 class Drawn:
     """The charts of a page, which share the range of their x axis.
 
@@ -41,14 +62,13 @@ class Drawn:
         self.figures: dict[str, Any] = {}
         self._x_range: Any = None
 
-    def chart(self, key: str, chart: Chart, restarts: Sequence[int], skips: Sequence[int]) -> None:
+    def chart(self, key: str, chart: Chart, marks: Sequence[Marks] = ()) -> None:
         """Draws a chart of steps.
 
         Args:
             key: Its name in the page.
             chart: What to draw.
-            restarts: Steps before each restart.
-            skips: Steps that were skipped, marked on the first curve.
+            marks: What is marked in it.
         """
         shared = {} if self._x_range is None else {"x_range": self._x_range}
         low, high = chart.bounds()
@@ -71,12 +91,8 @@ class Drawn:
             ends = ColumnDataSource({"x": np.asarray(self.epoch_ends) + 0.5})
             style = {"line_color": "#888888", "line_dash": "dotted", "line_alpha": 0.7}
             fig.vspan("x", source=ends, level="underlay", **style)
-        if len(restarts):
-            source = ColumnDataSource({"x": np.asarray(restarts) + 0.5})
-            marks = fig.vspan("x", source=source, line_color="#d62728", line_dash="dashed")
-            _hover(fig, marks, [("", "restart after step @x{0,0}")])
-        if len(skips):
-            _mark(fig, chart.curves[0], skips)
+        for marked in marks:
+            _mark(fig, marked)
         self.figures[key] = fig
 
     def shares(self, key: str, epochs: Sequence[int], shares: dict[str, list[float]]) -> None:
@@ -185,16 +201,21 @@ def _draw(fig: Any, curve: Curve) -> Any:
     )
 
 
-def _mark(fig: Any, curve: Curve, skips: Sequence[int]) -> None:
-    """Marks skipped steps on a curve, where its average is known."""
+def _mark(fig: Any, marks: Marks) -> None:
+    """Marks restarts as lines, and skipped steps on a curve where its average is known."""
+    curve, prefix = marks.curve, f"{marks.name}: " if marks.name else ""
+    if len(marks.restarts):
+        source = ColumnDataSource({"x": np.asarray(marks.restarts) + 0.5})
+        lines = fig.vspan("x", source=source, line_color=marks.color, line_dash="dashed")
+        _hover(fig, lines, [("", f"{prefix}restart after step @x{{0,0}}")])
     known = np.isfinite(curve.y)
-    heights = np.interp(skips, curve.x[known], curve.y[known]) if known.any() else np.zeros(0)
-    if len(heights):
-        source = ColumnDataSource({"x": np.asarray(skips), "y": heights})
-        marks = fig.scatter(
-            "x", "y", source=source, marker="x", size=10, line_width=2, color="#d62728"
+    if len(marks.skips) and known.any():
+        heights = np.interp(marks.skips, curve.x[known], curve.y[known])
+        source = ColumnDataSource({"x": np.asarray(marks.skips), "y": heights})
+        crosses = fig.scatter(
+            "x", "y", source=source, marker="x", size=10, line_width=2, color=marks.color
         )
-        _hover(fig, marks, [("", "skipped: step @x{0,0}")])
+        _hover(fig, crosses, [("", f"{prefix}skipped: step @x{{0,0}}")])
 
 
 def _small(values: Array) -> Array:

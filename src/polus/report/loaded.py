@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ PARTS = {"waiting for data": "waited_secs", "compiling": "compile_secs"}
 IN_CALLBACKS, BETWEEN, REST = "callbacks", "validation and saving between epochs", "steps"
 SHARES = (REST, *PARTS, IN_CALLBACKS, BETWEEN)
 STALE_SECS = 300.0
+RESTART_SECS = 60.0  # in which a run that was killed may be started again
+ENDED = ("completed", "stopped", "failed", "interrupted")
 SHOWN = 5  # runs in an error
 
 
@@ -60,7 +63,7 @@ class LoadedRun:
     @property
     def status(self) -> str:
         """How the run ended, or "running"."""
-        return str(self.facts.get("status", "not begun"))
+        return status_of(self.facts)
 
     @property
     def silent_secs(self) -> float:
@@ -186,6 +189,37 @@ def read_facts(directory: Path) -> dict[str, Any]:
     starts = facts.get("starts")
     facts["starts"] = [s for s in starts if isinstance(s, dict)] if isinstance(starts, list) else []
     return facts
+
+
+def status_of(facts: dict[str, Any]) -> str:
+    """Returns how a run ended, or "running", from the content of its `run.json`.
+
+    "killed" is a run that has not written its end, and whose newest process of this machine is no
+    more.
+    """
+    status = str(facts.get("status", "not begun"))
+    process = (facts.get("starts") or [{}])[-1].get("process")
+    if status != "running" or os.name != "posix" or not isinstance(process, dict):
+        return status
+    host, pid = process.get("host"), process.get("pid")
+    if host != socket.gethostname() or type(pid) is not int or pid <= 0:
+        return status
+    try:
+        os.kill(pid, 0)  # sends nothing
+    except (ProcessLookupError, OverflowError):
+        return "killed"
+    except PermissionError:  # it is another user's
+        pass
+    return status
+
+
+def has_ended(directory: Path) -> bool:
+    """Returns whether a run has ended, or was killed and not started again within a minute."""
+    status = status_of(read_facts(directory))
+    if status != "killed":
+        return status in ENDED
+    files = [path for path in (directory / "run.json", directory / NAME) if path.exists()]
+    return time.time() - max(path.stat().st_mtime for path in files) > RESTART_SECS
 
 
 def load_runs(directories: list[str | os.PathLike[str]]) -> list[LoadedRun]:

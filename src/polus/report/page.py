@@ -9,7 +9,7 @@ import numpy as np
 
 from polus.report.configuration import differences, settings, short
 from polus.report.curves import Chart, charts_of, charts_of_several, thinned
-from polus.report.drawing import COLORS, SHARE_COLORS, Drawn
+from polus.report.drawing import COLORS, SHARE_COLORS, Drawn, Marks
 from polus.report.loaded import SHARES, LoadedRun
 
 Array = np.ndarray[Any, Any]
@@ -74,7 +74,7 @@ def _of_one(run: LoadedRun) -> tuple[str, list[str], Drawn]:
     cards = []
     for i, chart in enumerate(charts_of(run)):
         marked = skips if chart.title == "loss" or i == 0 else []
-        drawn.chart(f"chart{i}", chart, restarts, marked)
+        drawn.chart(f"chart{i}", chart, [Marks(restarts, marked, chart.curves[0])])
         cards.append(_card(f"chart{i}", chart))
     if run.history.record:
         drawn.shares("shares", [row["epoch"] for row in run.history.record], run.shares())
@@ -94,7 +94,7 @@ def _of_several(runs: Sequence[LoadedRun]) -> tuple[str, list[str], Drawn]:
     drawn = Drawn()
     cards = []
     for i, chart in enumerate(charts_of_several(runs)):
-        drawn.chart(f"chart{i}", chart, [], [])
+        drawn.chart(f"chart{i}", chart, _marks_of_several(runs, chart) if i == 0 else ())
         cards.append(_card(f"chart{i}", chart))
     for i, run in enumerate(runs):
         if run.history.record:
@@ -116,6 +116,16 @@ def _of_several(runs: Sequence[LoadedRun]) -> tuple[str, list[str], Drawn]:
     for i, run in enumerate(runs):
         sections += _confusions(run, drawn, f"c{i}_", f"{run.name}: ")
     return f"{', '.join(names)} – Polus", sections, drawn  # noqa: RUF001
+
+
+def _marks_of_several(runs: Sequence[LoadedRun], chart: Chart) -> list[Marks]:
+    """Returns the restarts and skipped steps of runs, in the colors of their curves."""
+    first = {curve.color: curve for curve in reversed(chart.curves)}
+    return [
+        Marks(run.restarts(), thinned(run.skips()), first[i], COLORS[i % len(COLORS)], run.name)
+        for i, run in enumerate(runs)
+        if i in first
+    ]
 
 
 # ---------------------------------------------------------------------- texts and tables
@@ -178,6 +188,8 @@ def _results(runs: Sequence[LoadedRun]) -> list[list[str]]:
         put("status", i, run.status)
         put("steps", i, f"{len(next(iter(run.terms().values()), ())):,}")
         put("time", i, _duration(run.total_secs()))
+        put("restarts", i, max(len(run.record.starts) - 1, 0))
+        put("skipped steps", i, f"{len(run.record.skipped):,}")
         for name, values in run.epoch_values().items():
             put(name, i, f"{values[-1]:.4g} ({min(values):.4g} to {max(values):.4g})")
         for part, secs in run.shares().items():

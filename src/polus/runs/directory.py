@@ -5,12 +5,13 @@ import importlib.util
 import json
 import logging
 import os
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
 
-from polus.callbacks.base import Callback, Phase
+from polus.callbacks.base import Callback, Coordinator, Phase
 from polus.callbacks.monitor import Mode, Monitor
 from polus.checkpoint import Checkpoint
 from polus.files import atomic_write, check_directory, make_folder
@@ -72,6 +73,24 @@ class RunDirectory(Callback):
         self.clock = clock
         self.best: dict[str, float | None] = {}
         self._file: HistoryFile | None = None
+
+    def add_coordinator(self, coordinator: Coordinator) -> None:
+        """Looks whether the folder can be written to, before anything is computed.
+
+        Raises:
+            OSError: If it can't.
+        """
+        super().add_coordinator(coordinator)
+        if not coordinator.run.placement.is_first:
+            return
+        try:
+            make_folder(self.directory)
+            tempfile.TemporaryFile(dir=self.directory).close()
+        except OSError as error:
+            raise OSError(
+                f"run_dir={str(self.directory)!r} can't be written to: {error}. Pass another "
+                "folder."
+            ) from error
 
     def on_train_begin(self) -> None:
         """Begins to log into the folder."""

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -60,6 +61,7 @@ def describe_start(run: RunView) -> dict[str, Json]:
         "time": time.strftime("%Y-%m-%d %H:%M:%S%z"),
         "command": [sys.executable, *sys.argv],
         "folder": os.getcwd(),
+        "process": {"host": socket.gethostname(), "pid": os.getpid()},
         "git": describe_git(Path(sys.argv[0] or ".").absolute().parent),
         "random_state": generators,
         "environment": describe_environment(run.trainer.model, run.steps_per_execution),

@@ -45,6 +45,7 @@ class StepVariables:
         assigned: Those that it assigns, and those of the backend's own, which may be assigned.
         differentiated: Those that it reads where gradients flow.
         updates: What each optimizer updates.
+        settings: The names of settings of the trainer that it has used.
         result: What the step returned: tensors, or descriptions of them.
     """
 
@@ -53,6 +54,7 @@ class StepVariables:
     differentiated: Variables
     updates: list[Update]
     num_decisions: int
+    settings: set[str]
     result: Any
 
     @classmethod
@@ -66,6 +68,7 @@ class StepVariables:
             differentiated=unique(seen.differentiated),
             updates=updates,
             num_decisions=seen.num_decisions,
+            settings=seen.settings,
             result=seen.result,
         )
 

@@ -80,8 +80,14 @@ def check_optimizer(optimizer: object) -> None:
 
 def check_function(function: object, name: str) -> None:
     """Raises TypeError if an optional argument is neither a function nor None."""
-    if function is not None and not callable(function):
-        raise TypeError(f"{name} must be a function, got {function!r}.")
+    if function is None or callable(function):
+        return
+    if hasattr(function, "shape"):
+        raise TypeError(
+            f"{name} must be a function, got {_described(function)}. Data is one argument: "
+            "polus.from_arrays((x, y), batch_size=32)."
+        )
+    raise TypeError(f"{name} must be a function, got {function!r}.")
 
 
 def one_processing(
@@ -397,7 +403,9 @@ def _explanation(batches: dict[str, tuple[Any, ...]]) -> str:
     return (
         f"{described}A tuple or list batch is unpacked into the arguments of the step; anything "
         "else (a dict, one tensor) is one argument. What forward_without_grads returns is unpacked "
-        "into forward_with_grads, and what that returns into the loss. To change the form of "
+        "into forward_with_grads, and what that returns into the loss. ClassifierTrainer gives a "
+        "loss the weights of the examples, from class_weight or the third part of a batch, as its "
+        "third argument. To change the form of "
         "batches: train(..., custom_data_transform_f=lambda batch: (batch['x'], batch['y'])). "
         "Arrays in memory are not batches: use polus.data.from_arrays((x, y), batch_size=32)."
     )

@@ -6,8 +6,10 @@ from typing import Any, TypedDict, Unpack, overload
 import keras
 from keras import ops
 
+from polus.backends.scopes import active_dry_run
 from polus.masks import own_weights
 from polus.metrics import MetricLike, WeightedSamples
+from polus.steps.variables import StepVariables
 from polus.training.checks import add_penalties, check_model
 from polus.training.labels import check_labels, num_classes
 from polus.training.trainer import BaseTrainer
@@ -99,6 +101,36 @@ class ClassifierTrainer(BaseTrainer):
         """Returns the labels and the prediction, as Keras' losses take them."""
         return _classified(self, *inputs)
 
+    def prepare_step(self, *inputs: Any, **named: Any) -> None:
+        """Prepares the step as `BaseTrainer` does.
+
+        Raises:
+            ValueError: If the first batch is a single example.
+        """
+        shapes = [getattr(each, "shape", None) for each in inputs[:2]]
+        if None not in shapes and len(shapes) == 2 and not shapes[1]:
+            raise ValueError(
+                f"The labels of the first batch have the shape (), and its inputs {shapes[0]}: it "
+                "is a single example. Batch the dataset, for example dataset.batch(32), or a "
+                "DataLoader(dataset, batch_size=32)."
+            )
+        super().prepare_step(*inputs)
+
+    def check_step(self, variables: StepVariables) -> None:
+        """Checks the step as `BaseTrainer` does.
+
+        Raises:
+            ValueError: If `class_weight` was given, and the step does not use it.
+        """
+        super().check_step(variables)
+        if self.class_weight is not None and "class_weight" not in variables.settings:
+            raise ValueError(
+                f"class_weight was given, and the step of {type(self).__name__} does not use it: "
+                "ClassifierTrainer.forward_with_grads weighs the classes. Call it, "
+                "super().forward_with_grads(x, y), or leave class_weight out and weigh the loss "
+                "in the step."
+            )
+
     def metric_samples(self, *outputs: Any, **named: Any) -> tuple[Any, ...]:
         """Returns labels, prediction and weights, which count for `weighted_metrics` only."""
         y, prediction, *sample_weight = outputs
@@ -108,6 +140,7 @@ class ClassifierTrainer(BaseTrainer):
     def evaluation_step(self, *inputs: Any, **named: Any) -> Any:
         """Returns labels, prediction and weights of a batch, in inference mode."""
         y, prediction = super().evaluation_step(*inputs)
+        y = _as_columns(y, prediction, self.loss)
         return WeightedSamples(y, prediction, own_weights(inputs[2] if len(inputs) > 2 else None))
 
     def check_batch(self, inputs: tuple[Any, ...], where: str) -> None:
@@ -130,10 +163,27 @@ def _classified(
     trainer: ClassifierTrainer, x: Any, y: Any, sample_weight: Any = None
 ) -> tuple[Any, ...]:
     prediction = trainer.predicted(trainer.model(x, training=True))
+    y = _as_columns(y, prediction, trainer.loss)
     if trainer.class_weight is not None:
+        if (dry_run := active_dry_run()) is not None:
+            dry_run.settings.add("class_weight")
         by_class = _weights_of(y, prediction, trainer.class_weight)
         sample_weight = by_class if sample_weight is None else sample_weight * by_class
     return (y, prediction) if sample_weight is None else (y, prediction, own_weights(sample_weight))
+
+
+def _as_columns(y: Any, prediction: Any, loss: object) -> Any:
+    """Returns labels of the rank of the prediction, where one of them has a last axis of length 1.
+
+    For a loss that is a function: (N,) and (N, 1) would be broadcast to (N, N) in it. `fit` aligns
+    them as well. Keras' classes do it by themselves.
+    """
+    shape, other = getattr(y, "shape", None), getattr(prediction, "shape", None)
+    if isinstance(loss, keras.losses.Loss) or shape is None or other is None:
+        return y
+    if len(other) == len(shape) + 1 and other[-1] == 1:
+        return ops.expand_dims(y, -1)
+    return ops.squeeze(y, -1) if len(shape) == len(other) + 1 and shape[-1] == 1 else y
 
 
 def _weights_of(y: Any, prediction: Any, class_weight: Mapping[int, float]) -> Any:

@@ -207,6 +207,22 @@ def check_names(arguments: Mapping[str, Any]) -> None:
             )
 
 
+def refuse(method: str, unknown: Mapping[str, Any]) -> None:
+    """Raises TypeError for arguments that `evaluate` or `predict` of a Keras model takes."""
+    for name in unknown:
+        hint = OF_EVALUATE.get(name, "")
+        raise TypeError(f"{method} takes no argument {name!r}.{' ' * bool(hint)}{hint}")
+
+
+OF_EVALUATE = {
+    "x": "Pass the data first: evaluate(polus.from_arrays((x, y), batch_size=32)).",
+    "y": "Pass the data first: evaluate(polus.from_arrays((x, y), batch_size=32)).",
+    "batch_size": "The data says it: polus.from_arrays((x, y), batch_size=32).",
+    "verbose": "It prints nothing.",
+    "return_dict": "It returns a dict.",
+    "sample_weight": "Use batches of (x, y, sample_weight).",
+    "callbacks": "Callbacks hear of runs: ValidationDataCallback evaluates in one.",
+}
 # What to write instead of the arguments of Keras' `fit`.
 OF_FIT = {
     "x": "Pass the data first: train(polus.data.from_arrays((x, y), batch_size=32), epochs=3).",

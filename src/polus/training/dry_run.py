@@ -7,7 +7,9 @@ from typing import Any
 import keras
 import numpy as np
 
-from polus.callbacks import SaveModelCallback, TensorBoardLog, ValidationDataCallback
+from polus.callbacks import Callback, SaveModelCallback, TensorBoardLog, ValidationDataCallback
+from polus.callbacks.base import Phase
+from polus.callbacks.monitor import Monitor
 from polus.data import DataReader
 from polus.data.isolated import isolated_copy
 from polus.history import History
@@ -51,6 +53,8 @@ def dry_run(trainer: Any, engine: Engine, arguments: dict[str, Any]) -> History:
     layers = [part for layer in held_layers(trainer) for part in layers_of(layer)]
     trainable = [layer.trainable for layer in layers]
     called, left_out = _callbacks(config)
+    best = [c for c in left_out if isinstance(c, SaveModelCallback) and c.strategy == "best"]
+    monitors = [copy.copy(callback.monitor) for callback in best]
     given = ("custom_data_transform_f", "learning_rate", "run_eagerly", "on_nonfinite", "record")
     kept = {name: arguments[name] for name in given if arguments.get(name) is not None}
     engine.arguments.clear()
@@ -58,7 +62,13 @@ def dry_run(trainer: Any, engine: Engine, arguments: dict[str, Any]) -> History:
     try:
         steps = min(n for n in (STEPS, config.steps, data.num_batches) if n is not None)
         history: History = trainer.train(
-            data, 1, called, steps=steps, steps_per_execution=1, prefetch=0, **kept
+            data,
+            1,
+            [*called, _ReadsMonitors(monitors)],
+            steps=steps,
+            steps_per_execution=1,
+            prefetch=0,
+            **kept,
         )
     finally:
         for layer, value in zip(layers, trainable, strict=True):
@@ -68,6 +78,20 @@ def dry_run(trainer: Any, engine: Engine, arguments: dict[str, Any]) -> History:
         data.set_live_state(live)
     logger.info("%s", _described(history, inputs, called, left_out))
     return history
+
+
+class _ReadsMonitors(Callback):
+    """Raises if a value that is monitored by a callback that was left out is not in the logs."""
+
+    phase = Phase.SAVE
+
+    def __init__(self, monitors: list[Monitor]) -> None:
+        super().__init__()
+        self.monitors = monitors
+
+    def on_epoch_end(self, epoch: int) -> None:
+        for monitor in self.monitors:
+            monitor.value(self.coordinator)
 
 
 def _callbacks(config: TrainConfig) -> tuple[list[Any], list[Any]]:

@@ -73,8 +73,16 @@ class Engine:
         with learning_rate_set(trainer.optimizer, config.learning_rate):
             run = Run(trainer, self.executor, config, self.steps, self.epochs)
             if config.resume is not None:
-                from polus.checkpoint import has_checkpoint, resume_run
+                from polus.checkpoint import Checkpoint, has_checkpoint, resume_run
 
+                if not any(isinstance(callback, Checkpoint) for callback in config.callbacks):
+                    run.logger.warning(
+                        "resume=%r says where to continue from, and nothing saves to it. If this "
+                        "run is to survive as well, add Checkpoint(%r) to the callbacks, or pass "
+                        "run_dir instead.",
+                        str(config.resume),
+                        str(config.resume),
+                    )
                 run.resuming = has_checkpoint(config.resume)
             explained = explain_argument_errors(functools.partial(_seen_batches, run))
             with self._in_progress(run), run.running(), explained:

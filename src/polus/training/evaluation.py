@@ -10,10 +10,10 @@ import numpy as np
 
 from polus.data import DataReader, as_adapter
 from polus.host import DeviceValues, to_host
-from polus.metrics import PhaseMetrics, WeightedSamples, feed_validation, kept_has_samples
+from polus.metrics import IMetric, PhaseMetrics, WeightedSamples, feed_validation, kept_has_samples
 from polus.state import Snapshot
 from polus.steps.compiled import CompiledStep
-from polus.steps.executor import StepExecutor
+from polus.steps.executor import StepExecutor, StepOwner
 from polus.steps.variables import unique
 from polus.training.checks import at_least_float32, check_function, terms_of
 from polus.training.config import check_count
@@ -57,13 +57,7 @@ def evaluate(
     data = reader.epoch(0)
     check_same_batch(reader.placement, data.example)
     step, assigned = executor.evaluation(data.example)
-    may_assign = set(map(id, assigned))
-    owner = executor.owner
-    metrics = [
-        metric
-        for metric in unique([*(owner.validation_metrics or ()), *owner.metrics])
-        if not metric.variables or any(id(v) in may_assign for v in metric.variables)
-    ]
+    metrics = _fed_metrics(executor.owner, assigned)
     variables = {id(v): v for metric in metrics for v in metric.variables}
     # Random layers and layers with a state of their own assign in inference mode too.
     variables |= {id(v): v for v in (*assigned, *(own for own, _ in weights))}
@@ -79,7 +73,20 @@ def evaluate(
             results = {metric.name: metric.evaluate() for metric in metrics}
         finally:
             snapshot.restore()
-    return _weighted_means(losses, sizes) | results
+    found = _weighted_means(losses, sizes) | results
+    if not found:
+        raise ValueError(
+            "There is nothing to compute: the trainer has no metrics and no evaluation_loss. Pass "
+            "metrics=[...] to the trainer, or return a dict of scalars from evaluation_step."
+        )
+    return found
+
+
+def _fed_metrics(owner: StepOwner, assigned: Sequence[keras.Variable]) -> list[IMetric]:
+    """Returns the metrics that an evaluation step which assigns these variables feeds."""
+    fed = set(map(id, assigned))
+    every = unique([*(owner.validation_metrics or ()), *owner.metrics])
+    return [m for m in every if not m.variables or any(id(v) in fed for v in m.variables)]
 
 
 def _run(step: CompiledStep, data: Any, capacity: int) -> tuple[list[dict[str, Any]], list[int]]:

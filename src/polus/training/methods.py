@@ -4,14 +4,14 @@ import contextlib
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, Never, Unpack
 
 import keras
 
 from polus.average import Average, weights_for
 from polus.callbacks.base import ICallback, KerasCallbackLike
 from polus.log import BaseLogger
-from polus.training.config import TrainArguments, check_names, one_transform
+from polus.training.config import TrainArguments, check_names, one_transform, refuse
 from polus.training.engine import Engine
 from polus.training.evaluation import evaluate
 from polus.training.nonfinite import Policy
@@ -24,6 +24,13 @@ if TYPE_CHECKING:
     from polus.lr_finder import LRFinderResult, SuggestionName
 
 
+# What to write instead of the methods of a Keras model.
+OF_MODEL = {
+    "fit": ". Write train(polus.from_arrays((x, y), batch_size=32), epochs=3).",
+    "compile": ": optimizer, loss and metrics are arguments of the trainer.",
+}
+
+
 class TrainerMethods(BaseLogger):
     """The base of `BaseTrainer` with what few programs need."""
 
@@ -31,6 +38,13 @@ class TrainerMethods(BaseLogger):
     optimizer: keras.optimizers.Optimizer
     post_process_grads: Callable[[list[Any]], list[Any]] | None
     _engine: Engine
+
+    if not TYPE_CHECKING:  # where it would give the class any attribute
+
+        def __getattr__(self, name: str) -> Never:
+            hint = OF_MODEL.get(name, "")
+            message = f"{type(self).__name__!r} object has no attribute {name!r}"
+            raise AttributeError(f"{message}{hint}", name=name, obj=self)
 
     def predicted(self, outputs: object) -> Any:
         """Returns a prediction from the model's outputs."""
@@ -153,6 +167,7 @@ class TrainerMethods(BaseLogger):
         steps: int | None = None,
         *,
         model: "keras.Model | Average | None" = None,
+        **unknown: Never,
     ) -> dict[str, Any]:
         """Evaluates the trainer's metrics over a dataset, and its loss if it has one.
 
@@ -165,11 +180,16 @@ class TrainerMethods(BaseLogger):
             steps: The number of batches at most.
             model: An `Average`, or a model of the same architecture, whose weights are evaluated in
                 place of the model's own.
+            unknown: Raises, and says what to write instead of an argument of Keras' `evaluate`.
 
         Returns:
             Metric names and values, and "loss" and its terms (where `evaluation_loss` returns
             one), weighted by the number of examples.
+
+        Raises:
+            ValueError: If there is nothing to compute: no metrics, and no loss.
         """
+        refuse("evaluate", unknown)
         weights = () if model is None else weights_for(self.model, model)
         with self._engine.paused():
             executor = self._engine.executor
@@ -180,6 +200,7 @@ class TrainerMethods(BaseLogger):
         dataset: object,
         custom_data_transform_f: Callable[[Any], Any] | None = None,
         steps: int | None = None,
+        **unknown: Never,
     ) -> Any:
         """Predicts all examples of a dataset, in their order: what `prediction_step` returns.
 
@@ -190,10 +211,12 @@ class TrainerMethods(BaseLogger):
             dataset: As for `train`. What `from_arrays` returns is read unshuffled.
             custom_data_transform_f: A Python function applied to each batch.
             steps: The number of batches at most.
+            unknown: Raises, and says what to write instead of an argument of Keras' `predict`.
 
         Returns:
             A NumPy array, or a structure of arrays, with the examples along the first axis.
         """
+        refuse("predict", unknown)
         with self._engine.paused():
             executor = self._engine.executor
             return predict(executor, self.prediction_step, dataset, custom_data_transform_f, steps)
