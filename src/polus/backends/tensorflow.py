@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from polus.backends import tensorflow_distribution
-from polus.backends.base import Known, TensorFlowDataset, Unpack, as_arguments
+from polus.backends.base import Held, Known, TensorFlowDataset, Unpack, as_arguments
 from polus.backends.placement import Placement
 from polus.backends.scopes import BackendVariable, DryRun, current_scope
 from polus.backends.tensorflow_blocks import GraphBlocks, padded
@@ -24,7 +24,6 @@ R = TypeVar("R")
 T = TypeVar("T")
 COMPILES = True  # a new shape costs a compilation
 TAKES_TEXT = True  # whether tensors may hold text
-Held = list[tuple[Any, Any]]
 LONG_RUN_SECS = {True: 30.0}  # from how long a run on XLA's compilation is worth a try
 
 
@@ -152,6 +151,7 @@ def program(
     jit_compile: bool | None = None,
     held: bool = False,
     known: Known | None = None,
+    convolutions: bool = False,
 ) -> Callable[..., Any]:
     """Compiles a step to a graph, or many steps to one with a loop; see `Backend`.
 
@@ -248,25 +248,8 @@ def apply_gradients(
     optimizer: keras.optimizers.Optimizer,
     gradients: Sequence[Tensor | None],
     variables: Sequence[keras.Variable],
-    finite: Tensor | None = None,
 ) -> None:
-    """Updates `variables` once by `optimizer`, which is built, unless `finite` is False."""
-    if finite is None:
-        _apply(optimizer, gradients, variables)
-        return
-
-    def applied() -> Any:
-        _apply(optimizer, gradients, variables)
-        return tf.constant(True)
-
-    tf.cond(finite, applied, lambda: tf.constant(False))
-
-
-def _apply(
-    optimizer: keras.optimizers.Optimizer,
-    gradients: Sequence[Tensor | None],
-    variables: Sequence[keras.Variable],
-) -> None:
+    """Updates `variables` once by `optimizer`, which is built."""
     # Without replicas there is nothing to sum over them. Keras' sum over the only one ties all
     # gradients together, and TensorFlow's graph optimizer takes the tie, which it removes later,
     # for a reason to drop the order between the read of a weight and its update: on a busy machine
@@ -277,6 +260,18 @@ def _apply(
         tf.distribute.get_replica_context().merge_call(
             lambda _: optimizer.apply(gradients, variables)
         )
+
+
+def only_if(
+    finite: Tensor, update: Callable[[], None], variables: Sequence[keras.Variable]
+) -> None:
+    """Runs `update` if `finite` is True; see `Backend`."""
+
+    def updated() -> Any:
+        update()
+        return tf.constant(True)
+
+    tf.cond(finite, updated, lambda: tf.constant(False))
 
 
 def trace_id() -> object:
