@@ -197,6 +197,10 @@ class Backend(Protocol):
         """Returns a sum of all values, a scalar which is finite if they all are."""
         ...
 
+    def squared_norm(self, tensor: Tensor) -> Tensor:
+        """Returns the sum of the squares of all values, in float32."""
+        ...
+
     def hold(self, variables: Sequence[keras.Variable | BackendVariable]) -> Held:
         """Returns variables with their present values, which no later step changes.
 

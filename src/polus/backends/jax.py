@@ -310,6 +310,12 @@ def total(tensors: Sequence[Tensor]) -> Tensor:
     return sum((jnp.sum(t.astype(jnp.float32)) for t in found), start=jnp.zeros(()))
 
 
+def squared_norm(tensor: Tensor) -> Tensor:
+    """Returns the sum of the squares of all values, in float32."""
+    squared: Tensor = jnp.sum(jnp.square(jnp.asarray(tensor, jnp.float32)))
+    return squared
+
+
 def hold(variables: Sequence[keras.Variable | BackendVariable]) -> Held:
     """Returns variables with their present values, which no later step changes."""
     return [(variable, variable.value) for variable in variables]

@@ -27,8 +27,7 @@ R = TypeVar("R")
 T = TypeVar("T")
 COMPILES = False  # a new shape costs nothing
 TAKES_TEXT = False  # whether tensors may hold text
-# `torch.compile` takes ten seconds for a small model, a minute for a large one, and may be slower.
-LONG_RUN_SECS = {True: 300.0}
+LONG_RUN_SECS = {True: 300.0}  # `torch.compile` takes up to a minute, and may be slower
 
 
 def function(fn: Callable[P, R], jit_compile: bool | None = None) -> Callable[P, R]:
@@ -63,8 +62,7 @@ def _mapped(fn: Callable[[Any], Any], tree: Tree) -> Tree:
         return type(tree)(_mapped(fn, part) for part in tree)
     if type(tree) is dict:
         return {name: _mapped(fn, part) for name, part in tree.items()}
-    # None is an optional part of a batch.
-    return None if tree is None else keras.tree.map_structure(fn, tree)
+    return None if tree is None else keras.tree.map_structure(fn, tree)  # None: left out of a batch
 
 
 def _tensor(leaf: Any) -> Any:
@@ -214,12 +212,9 @@ def eager_program(step: Callable[..., object], unpack: Unpack | None = None) -> 
 
 def repeat(fn: Callable[[Any], R], count: int, rows: object) -> R:
     """Applies `fn` to each row and stacks what it returns, inside a step; see `Backend`."""
-    stacked: R = _stacked([fn(_mapped(operator.itemgetter(i), rows)) for i in range(count)])
+    each = [fn(_mapped(operator.itemgetter(i), rows)) for i in range(count)]
+    stacked: R = keras.tree.map_structure(lambda *rows: torch.stack(rows), *each)
     return stacked
-
-
-def _stacked(outputs: Sequence[Tree]) -> Tree:
-    return keras.tree.map_structure(lambda *rows: torch.stack(rows), *outputs)
 
 
 def trace(fn: Callable[..., object], args: Sequence[object], eager: bool = True) -> DryRun:
@@ -303,6 +298,11 @@ def total(tensors: Sequence[Tensor]) -> Tensor:
     """Returns a sum of all values, which is finite if they all are."""
     found: Any = tensors
     return torch.stack([t.sum(dtype=torch.float32) for t in found] or [torch.zeros(())]).sum()
+
+
+def squared_norm(tensor: Tensor) -> Tensor:
+    """Returns the sum of the squares of all values, in float32."""
+    return tensor.float().square().sum()  # type: ignore[attr-defined,no-any-return]
 
 
 def hold(variables: Sequence[keras.Variable | BackendVariable]) -> Held:
