@@ -217,7 +217,8 @@ def program(
     """
     if jit_compile is False:
         return eager(step, unpack, many)
-    loop = StepsOneByOne if convolutions and jax.default_backend() == "cpu" else Steps
+    slow = convolutions and jax.default_backend() == "cpu" and not keras.distribution.distribution()
+    loop = StepsOneByOne if slow else Steps
     return (loop if many else Step)(step, unpack, held, known)
 
 
@@ -405,7 +406,7 @@ def ways(convolutions: bool) -> Sequence[tuple[bool, bool] | tuple[bool, bool, i
     steps per call are enough.
     """
     if convolutions and jax.default_backend() == "cpu":
-        return ((True, True, 16),)
+        return ((True, not keras.distribution.distribution(), 16),)
     return (True, True), (True, False)
 
 
