@@ -126,7 +126,9 @@ MUTANTS = [
         "return all(read)",
         NONFINITE + "those_before and finite",
     ),
-    Mutant("steps/finite.py", "variable.assign(value)", "pass", NONFINITE + "those_before"),
+    Mutant(
+        "steps/finite.py", "backend.assign(variable, value)", "pass", NONFINITE + "those_before"
+    ),
     Mutant(
         "training/nonfinite.py",
         "block.batch_size * bool(good)",
@@ -135,8 +137,12 @@ MUTANTS = [
     ),
     Mutant("training/nonfinite.py", "return i + 1", "pass", NONFINITE + "stop_ends"),
     Mutant(
-        "steps/norms.py", "/ (scale if scaled else 1.0)", "", "test_record.py under_loss_scaling"
+        "steps/norms.py",
+        "of_taken = scale if scaled else 1.0",
+        "of_taken = 1.0",
+        "test_record.py under_loss_scaling",
     ),
+    Mutant("steps/update.py", "if finite is None:", "if True:", NONFINITE + "raise"),
     Mutant(
         "runs/history_file.py",
         "        _remove_cut_line(path)\n",

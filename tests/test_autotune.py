@@ -25,6 +25,7 @@ from polus.state import random_state
 from polus.steps.autotune import Autotuner, Limits, Timing, Tuning, Way
 from polus.steps.compiled import CompiledStep
 from polus.steps.pace import Pace
+from polus.steps.variables import has_convolutions
 from polus.training import ClassifierTrainer
 
 X = np.random.default_rng(0).normal(size=(80, 6)).astype("float32")
@@ -443,3 +444,21 @@ def test_a_step_that_xla_refuses_runs_without_xla(caplog):
         step = executor.tuned(data, 64, steps_per_execution=None, total_steps=10**9)
     assert step.jit_compile is False
     assert "can't compile this step" in caplog.text
+
+
+def test_a_model_with_convolutions_learns_the_same_in_calls_of_one_step_and_of_many():
+    """On JAX a call of many steps is no compiled loop: XLA is slow at convolutions inside one."""
+
+    def trained(at_once):
+        keras.utils.set_random_seed(0)
+        stack = [keras.layers.Conv1D(2, 3, activation="relu"), keras.layers.Flatten()]
+        model = keras.Sequential([keras.Input((6, 1)), *stack, keras.layers.Dense(3)])
+        assert has_convolutions([model])
+        trainer = ClassifierTrainer(model, keras.optimizers.Adam(0.01), CROSS_ENTROPY)
+        data = from_arrays((X[..., None], Y), 16, shuffle=False)
+        history = trainer.train(data, 2, steps_per_execution=at_once)
+        return [history.steps["loss"], *model.get_weights()]
+
+    for one, many in zip(trained(1), trained(4), strict=True):
+        np.testing.assert_allclose(one, many, rtol=1e-4, atol=1e-6)
+    assert not has_convolutions([keras.Sequential([keras.layers.Dense(3)])])

@@ -7,7 +7,7 @@ from keras import ops
 
 from polus.backends import backend
 from polus.callbacks import Callback
-from polus.core import value_and_grad
+from polus.core import set_jit_compile, value_and_grad
 from polus.data import from_arrays
 from polus.training import BaseTrainer, ClassifierTrainer
 
@@ -53,6 +53,24 @@ def test_gradient_norms_before_and_after_clipping(clip):
     if clip:
         assert history.steps["clipped_gradient_norm"][0] == pytest.approx(clipped, rel=1e-5)
     assert "gradient_norm" not in trainer.train(from_arrays((X, Y), 4), 1).steps
+
+
+@pytest.mark.parametrize("jit_compile", backend.candidates() if backend.COMPILES else [False])
+def test_norms_of_large_gradients_are_those_that_the_weights_moved_by(jit_compile):
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(32), keras.layers.Dense(2)])
+    before = model.get_weights()
+    trainer = ClassifierTrainer(model, keras.optimizers.SGD(1.0), LOSS)
+    set_jit_compile(jit_compile)
+    try:
+        history = trainer.train(from_arrays((X, Y), 24), 1, record=True)
+        after = model.get_weights()
+        broken = from_arrays((np.full_like(X, np.nan), Y), 24)
+        nans = trainer.train(broken, 1, record=True, on_nonfinite="ignore")
+    finally:
+        set_jit_compile("auto")
+    expected = np.sqrt(sum(np.sum((a - b) ** 2) for a, b in zip(before, after, strict=True)))
+    assert history.steps["gradient_norm"][0] == pytest.approx(expected, rel=1e-4)
+    assert np.isnan(nans.steps["gradient_norm"]).all()
 
 
 def test_norms_of_each_variable():

@@ -353,9 +353,11 @@ def gathered(payload):
     return {"x": batches[..., :3]}, batches[..., 3], None
 
 
-@pytest.mark.parametrize("jit_compile", [None, False])
+@pytest.mark.parametrize(
+    ("jit_compile", "convolutions"), [(None, False), (None, True), (False, False)]
+)
 @pytest.mark.parametrize("unpack", [None, gathered])
-def test_a_program_runs_a_step_once_or_many_times(unpack, jit_compile):
+def test_a_program_runs_a_step_once_or_many_times(unpack, jit_compile, convolutions):
     total, runs = variable(0.0, trainable=False), []
 
     def step(features, y, missing):
@@ -368,7 +370,7 @@ def test_a_program_runs_a_step_once_or_many_times(unpack, jit_compile):
     stacked = ({"x": ops.convert_to_tensor(X[rows, :3])}, ops.convert_to_tensor(X[rows, 3]), None)
     examples = ops.convert_to_tensor(X)
     single = backend.program(step, unpack, False, jit_compile)
-    many = backend.program(step, unpack, True, jit_compile)
+    many = backend.program(step, unpack, True, jit_compile, convolutions=convolutions)
     expected, sums = X[rows].sum(axis=(1, 2)), X[rows, 3].sum(axis=1)
     for turn in range(3):
         total.assign(0.0)
@@ -389,14 +391,15 @@ def test_a_program_runs_a_step_once_or_many_times(unpack, jit_compile):
         assert len(runs) == traced  # compiled once
 
 
-def test_a_program_serves_every_count_up_to_its_capacity():
+@pytest.mark.parametrize("convolutions", [False, True])
+def test_a_program_serves_every_count_up_to_its_capacity(convolutions):
     runs = []
 
     def step(x):
         runs.append(x)
         return ops.sum(x)
 
-    many = backend.program(step, None, True)
+    many = backend.program(step, None, True, convolutions=convolutions)
     x = ops.convert_to_tensor(X)
     traced = []
     for count in (8, 5, 2):

@@ -132,6 +132,7 @@ class Backend(Protocol):
         jit_compile: bool | None = None,
         held: bool = False,
         known: Known | None = None,
+        convolutions: bool = False,
     ) -> Callable[..., Any]:
         """Compiles a step, or a loop over many steps.
 
@@ -146,6 +147,8 @@ class Backend(Protocol):
             held: Whether what `hold` returned before a call is there after it.
             known: The variables that the step assigns, and those that it only reads, if a dry run
                 has shown them: JAX then traces the step once less.
+            convolutions: Whether the step has convolutions, which XLA is slow at in a loop on a
+                CPU: JAX then runs many steps one by one.
         """
         ...
 
@@ -173,9 +176,17 @@ class Backend(Protocol):
         optimizer: keras.optimizers.Optimizer,
         gradients: Sequence[Tensor | None],
         variables: Sequence[keras.Variable],
-        finite: Tensor | None = None,
     ) -> None:
-        """Updates `variables` once by `optimizer`, which is built, unless `finite` is False."""
+        """Updates `variables` once by `optimizer`, which is built."""
+        ...
+
+    def only_if(
+        self, finite: Tensor, update: Callable[[], None], variables: Sequence[keras.Variable]
+    ) -> None:
+        """Runs `update`, which assigns no other variables than these, if `finite` is True.
+
+        Where the backend can't leave it out, it runs, and changes nothing.
+        """
         ...
 
     def trace_id(self) -> object:
@@ -184,6 +195,10 @@ class Backend(Protocol):
 
     def total(self, tensors: Sequence[Tensor]) -> Tensor:
         """Returns a sum of all values, a scalar which is finite if they all are."""
+        ...
+
+    def squared_norm(self, tensor: Tensor) -> Tensor:
+        """Returns the sum of the squares of all values, in float32."""
         ...
 
     def hold(self, variables: Sequence[keras.Variable | BackendVariable]) -> Held:
@@ -249,14 +264,15 @@ class Backend(Protocol):
         """Returns the settings of `jit_compile` that are worth timing here."""
         ...
 
-    def ways(self, convolutions: bool) -> tuple[tuple[bool, bool], ...]:
+    def ways(self, convolutions: bool) -> Sequence[tuple[bool, bool] | tuple[bool, bool, int]]:
         """Returns the ways to run a step that are worth considering, the usual one first.
 
         Args:
             convolutions: Whether the model has convolutions, which XLA is slow at on a CPU.
 
         Returns:
-            Pairs of a setting of `jit_compile` and whether many steps run in one call.
+            Of each a setting of `jit_compile`, whether many steps run in one call, and perhaps how
+            many at most.
         """
         ...
 

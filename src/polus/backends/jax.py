@@ -12,15 +12,17 @@ import keras
 import numpy as np
 
 from polus.backends import jax_distribution
-from polus.backends.base import Known, TensorFlowDataset, Unpack, as_arguments
+from polus.backends.base import Held, Known, TensorFlowDataset, Unpack
 from polus.backends.jax_programs import (
     Function,
     MissedVariablesError,
     Stateful,
     Step,
     Steps,
+    StepsOneByOne,
     Values,
     copied,
+    eager,
     output_buffers,
     read_out,
     row_at,
@@ -42,7 +44,6 @@ R = TypeVar("R")
 T = TypeVar("T")
 COMPILES = True  # a new shape costs a compilation
 TAKES_TEXT = False  # whether tensors may hold text
-Held = list[tuple[Any, Any]]
 LONG_RUN_SECS: dict[bool, float] = {}  # each setting of `jit_compile` is worth a try in any run
 
 
@@ -208,29 +209,17 @@ def program(
     jit_compile: bool | None = None,
     held: bool = False,
     known: Known | None = None,
+    convolutions: bool = False,
 ) -> Callable[..., Any]:
     """Compiles a step, or a loop over many; see `Backend`.
 
     `jit_compile=False` runs it eagerly, operation by operation, to debug it.
     """
-    if jit_compile is not False:
-        return (Steps if many else Step)(step, unpack, held, known)
-
-    def single(*arguments: Any) -> Any:
-        if unpack is not None:
-            arguments = as_arguments(row_at(unpack(*arguments), 0))
-        return read_out(step(*arguments))
-
-    def loop(count: Any, capacity: int, payload: Any) -> Any:
-        batches = as_arguments(payload if unpack is None else unpack(payload))
-        outputs = []
-        for i in range(int(count)):
-            outputs.append(read_out(step(*row_at(batches, i))))
-        return jax.tree_util.tree_map(
-            lambda *rows: rows[-1] if rows[0].ndim else jnp.stack(rows), *outputs
-        )
-
-    return loop if many else single
+    if jit_compile is False:
+        return eager(step, unpack, many)
+    slow = convolutions and jax.default_backend() == "cpu" and not keras.distribution.distribution()
+    loop = StepsOneByOne if slow else Steps
+    return (loop if many else Step)(step, unpack, held, known)
 
 
 def eager_program(step: Callable[..., object], unpack: Unpack | None = None) -> Callable[..., Any]:
@@ -288,10 +277,8 @@ def apply_gradients(
     optimizer: keras.optimizers.Optimizer,
     gradients: Sequence[Tensor | None],
     variables: Sequence[keras.Variable],
-    finite: Tensor | None = None,
 ) -> None:
-    """Updates `variables` once by `optimizer`, which is built, unless `finite` is False."""
-    held = [] if finite is None else hold([*variables, *optimizer.variables])
+    """Updates `variables` once by `optimizer`, which is built."""
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         # Its apply() assigns inside the branches of a condition, from where no value comes out.
         weights, state = optimizer.stateless_apply(
@@ -302,8 +289,15 @@ def apply_gradients(
             variable.assign(value)
     else:
         optimizer.apply(gradients, variables)
-    if finite is not None:
-        settle(finite, held)
+
+
+def only_if(
+    finite: Tensor, update: Callable[[], None], variables: Sequence[keras.Variable]
+) -> None:
+    """Runs `update`, which changes these variables if `finite` is True; see `Backend`."""
+    held = hold(variables)
+    update()
+    settle(finite, held)
 
 
 def trace_id() -> object:
@@ -315,6 +309,12 @@ def total(tensors: Sequence[Tensor]) -> Tensor:
     """Returns a sum of all values, which is finite if they all are."""
     found: Any = tensors
     return sum((jnp.sum(t.astype(jnp.float32)) for t in found), start=jnp.zeros(()))
+
+
+def squared_norm(tensor: Tensor) -> Tensor:
+    """Returns the sum of the squares of all values, in float32."""
+    squared: Tensor = jnp.sum(jnp.square(jnp.asarray(tensor, jnp.float32)))
+    return squared
 
 
 def hold(variables: Sequence[keras.Variable | BackendVariable]) -> Held:
@@ -399,13 +399,14 @@ def candidates() -> tuple[bool, ...]:
     return (True,)
 
 
-def ways(convolutions: bool) -> tuple[tuple[bool, bool], ...]:
-    """Pairs of `jit_compile` and whether to loop that are worth considering, the usual first.
+def ways(convolutions: bool) -> Sequence[tuple[bool, bool] | tuple[bool, bool, int]]:
+    """The ways to run a step that are worth considering, the usual first; see `Backend`.
 
-    On the CPU, XLA's convolutions take twice as long inside a loop.
+    On the CPU, XLA's convolutions take twice as long inside a loop: `program` makes none, and few
+    steps per call are enough.
     """
     if convolutions and jax.default_backend() == "cpu":
-        return ((True, False),)
+        return ((True, not keras.distribution.distribution(), 16),)
     return (True, True), (True, False)
 
 

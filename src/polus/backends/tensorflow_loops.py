@@ -1,5 +1,6 @@
 """Loops over the batches of a payload, as graphs."""
 
+import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -10,6 +11,15 @@ from polus.backends.base import Unpack, as_arguments
 
 Tree = Any
 T = TypeVar("T")
+
+
+class Tracing(threading.local):
+    """Whether what is traced in this thread is compiled by XLA."""
+
+    for_xla = False
+
+
+tracing = Tracing()
 
 
 def batches_of(unpack: Unpack | None, payload: object) -> tuple[Any, ...]:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from polus.backends import torch_distribution, torch_dtensor
-from polus.backends.base import Known, TensorFlowDataset, Unpack, as_arguments
+from polus.backends.base import Held, Known, TensorFlowDataset, Unpack, as_arguments
 from polus.backends.placement import Placement
 from polus.backends.scopes import BackendVariable, DryRun
 from polus.backends.torch_compile import compiled, gradient_depth
@@ -27,9 +27,7 @@ R = TypeVar("R")
 T = TypeVar("T")
 COMPILES = False  # a new shape costs nothing
 TAKES_TEXT = False  # whether tensors may hold text
-# `torch.compile` takes ten seconds for a small model, a minute for a large one, and may be slower.
-Held = list[tuple[Any, Any]]
-LONG_RUN_SECS = {True: 300.0}
+LONG_RUN_SECS = {True: 300.0}  # `torch.compile` takes up to a minute, and may be slower
 
 
 def function(fn: Callable[P, R], jit_compile: bool | None = None) -> Callable[P, R]:
@@ -60,13 +58,11 @@ def _mapped(fn: Callable[[Any], Any], tree: Tree) -> Tree:
     """`keras.tree.map_structure`, whose call takes ten times as long as a small operation."""
     if isinstance(tree, torch.Tensor):
         return fn(tree)
-    if tree is None:  # an optional part of a batch
-        return None
     if type(tree) is tuple or type(tree) is list:
         return type(tree)(_mapped(fn, part) for part in tree)
     if type(tree) is dict:
         return {name: _mapped(fn, part) for name, part in tree.items()}
-    return None if tree is None else keras.tree.map_structure(fn, tree)
+    return None if tree is None else keras.tree.map_structure(fn, tree)  # None: left out of a batch
 
 
 def _tensor(leaf: Any) -> Any:
@@ -182,6 +178,7 @@ def program(
     jit_compile: bool | None = None,
     held: bool = False,
     known: Known | None = None,
+    convolutions: bool = False,
 ) -> Callable[..., Any]:
     """Compiles a step where that is asked for; see `Backend`. Many steps are a Python loop.
 
@@ -215,12 +212,9 @@ def eager_program(step: Callable[..., object], unpack: Unpack | None = None) -> 
 
 def repeat(fn: Callable[[Any], R], count: int, rows: object) -> R:
     """Applies `fn` to each row and stacks what it returns, inside a step; see `Backend`."""
-    stacked: R = _stacked([fn(_mapped(operator.itemgetter(i), rows)) for i in range(count)])
+    each = [fn(_mapped(operator.itemgetter(i), rows)) for i in range(count)]
+    stacked: R = keras.tree.map_structure(lambda *rows: torch.stack(rows), *each)
     return stacked
-
-
-def _stacked(outputs: Sequence[Tree]) -> Tree:
-    return keras.tree.map_structure(lambda *rows: torch.stack(rows), *outputs)
 
 
 def trace(fn: Callable[..., object], args: Sequence[object], eager: bool = True) -> DryRun:
@@ -277,16 +271,22 @@ def apply_gradients(
     optimizer: keras.optimizers.Optimizer,
     gradients: Sequence[Tensor | None],
     variables: Sequence[keras.Variable],
-    finite: Tensor | None = None,
 ) -> None:
-    """Updates `variables` once by `optimizer`, which is built, unless `finite` is False."""
+    """Updates `variables` once by `optimizer`, which is built."""
     with torch.no_grad():
-        if torch.compiler.is_compiling() and finite is not None:
-            held = hold([*variables, *optimizer.variables])
-            optimizer.apply(gradients, variables)
-            settle(finite, held)
-        elif finite is None or finite:
-            optimizer.apply(gradients, variables)
+        optimizer.apply(gradients, variables)
+
+
+def only_if(
+    finite: Tensor, update: Callable[[], None], variables: Sequence[keras.Variable]
+) -> None:
+    """Runs `update` if `finite` is True; see `Backend`."""
+    if torch.compiler.is_compiling():
+        held = hold(variables)
+        update()
+        settle(finite, held)
+    elif finite:
+        update()
 
 
 def trace_id() -> object:
@@ -300,6 +300,11 @@ def total(tensors: Sequence[Tensor]) -> Tensor:
     sums = [t.sum(dtype=torch.float32) for t in found] or [torch.zeros(())]
     summed: Tensor = torch_dtensor.whole(torch.stack(sums).sum())
     return summed
+
+
+def squared_norm(tensor: Tensor) -> Tensor:
+    """Returns the sum of the squares of all values, in float32."""
+    return tensor.float().square().sum()  # type: ignore[attr-defined,no-any-return]
 
 
 def hold(variables: Sequence[keras.Variable | BackendVariable]) -> Held:

@@ -17,7 +17,6 @@ MAX_STEPS = 1024  # per call: a call of small steps is looked at once, which is 
 TIMED_STEPS = 200  # the length of a run in which timing a few steps is a small part
 SMALL_STEP_SECS = 1e-3  # such steps are mostly overhead, of which a compiler removes much
 LONG_STEP_SECS = 0.02  # such steps gain little from a loop, and may lose by it
-LOOP_STEPS = 4  # of a loop around long steps
 
 logger = logging.getLogger("polus.steps")
 
@@ -37,10 +36,11 @@ class Timing(NamedTuple):
 
 
 class Way(NamedTuple):
-    """A compiler setting, and whether many steps run in one call."""
+    """A compiler setting, whether many steps run in one call, and how many at most."""
 
     jit_compile: bool
     many: bool
+    most: int = MAX_STEPS
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Limits:
         """Returns the configurations of all ways."""
         fixed = self.steps_per_execution
         capacity = max(1, min(self.max_steps, self.max_batches, MAX_STEPS))
-        steps = [fixed or (capacity if way.many else 1) for way in self.ways]
+        steps = [fixed or (min(capacity, way.most) if way.many else 1) for way in self.ways]
         found = [Tuning(way.jit_compile, n) for way, n in zip(self.ways, steps, strict=True)]
         return list(dict.fromkeys(found))
 

@@ -37,6 +37,7 @@ class CompiledStep:
         eager: Whether the step runs as it is written, operation by operation.
         held: Whether what `backend.hold` returned before a call is there after it.
         known: The variables that the step assigns, and those that it only reads, if known.
+        convolutions: Whether the step has convolutions.
 
     Attributes:
         step: The step.
@@ -55,12 +56,14 @@ class CompiledStep:
         eager: bool = False,
         held: bool = False,
         known: Known | None = None,
+        convolutions: bool = False,
     ) -> None:
         self.step = step
         self.placement = placement
         self.eager = eager
         self.held = held
         self.known = known
+        self.convolutions = convolutions
         self.jit_compile = jit_compile
         self.steps_per_execution = 1
         self.pace = Pace(fixed=placement.count > 1)  # processes must not follow their clocks
@@ -82,9 +85,8 @@ class CompiledStep:
             if self.eager:
                 program = backend.eager_program(step, block.unpack)
             else:
-                program = backend.program(
-                    step, block.unpack, many, self.jit_compile, self.held, self.known
-                )
+                settings = self.jit_compile, self.held, self.known, self.convolutions
+                program = backend.program(step, block.unpack, many, *settings)
             program = self.placement.program(program, block.batch_size, self._state)
             self._programs[key] = program
         if many:

@@ -240,9 +240,9 @@ class StepExecutor:
         more: Sequence[Any] = (),
     ) -> CompiledStep:
         state = replica_state(self.owner, variables)
-        known = variables.known(more)
+        known, convolves = variables.known(more), has_convolutions(held_layers(self.owner))
         return CompiledStep(
-            step, self._placement, state, jit_compile, self.run_eagerly, held, known
+            step, self._placement, state, jit_compile, self.run_eagerly, held, known, convolves
         )
 
     def guard(self, limit: int, gates: bool) -> Guard:

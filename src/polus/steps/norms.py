@@ -6,6 +6,7 @@ from typing import Any, Literal
 import keras
 from keras import ops
 
+from polus.backends import backend
 from polus.steps.compiled import as_terms
 from polus.steps.watching import Watching
 from polus.types import Tensor
@@ -89,8 +90,7 @@ def with_norms(
 
 def _squares(gradients: Sequence[Tensor | None]) -> list[Any]:
     """Returns the sum of the squares of each gradient, in float32."""
-    dense = [ops.cast(ops.convert_to_tensor(g), "float32") for g in gradients if g is not None]
-    return [ops.sum(ops.square(g)) for g in dense]
+    return [backend.squared_norm(g) for g in gradients if g is not None]
 
 
 def _norm(gradients: Sequence[Tensor | None]) -> Any:

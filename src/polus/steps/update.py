@@ -9,7 +9,7 @@ from keras import ops
 from polus.backends import backend
 from polus.steps.guard import Watch
 from polus.steps.norms import GradientNorms
-from polus.types import Tensor
+from polus.steps.variables import unique
 
 Gradients = list[Any]
 Update = tuple[keras.optimizers.Optimizer, Sequence[Any], Sequence[keras.Variable]]
@@ -40,8 +40,16 @@ def apply_gradients(
         for (optimizer, _, variables), gradients in zip(updates, given, strict=True):
             watch.see(optimizer, gradients, variables)
     finite = None if watch is None else watch.decide(loss)
-    for (optimizer, _, variables), gradients in zip(updates, given, strict=True):
-        _apply(optimizer, gradients, variables, finite)
+
+    def update() -> None:
+        for (optimizer, _, variables), gradients in zip(updates, given, strict=True):
+            _apply(optimizer, gradients, variables)
+
+    if finite is None:
+        update()
+    else:
+        changed = [v for o, _, variables in updates for v in (*variables, *o.variables)]
+        backend.only_if(finite, update, unique(changed))
 
 
 def _processed(update: Update, post_process_grads: PostProcess | None, scaled: bool) -> Gradients:
@@ -66,10 +74,9 @@ def _apply(
     optimizer: keras.optimizers.Optimizer,
     gradients: Gradients,
     variables: Sequence[keras.Variable],
-    finite: Tensor | None,
 ) -> None:
     try:
-        backend.apply_gradients(optimizer, gradients, variables, finite)
+        backend.apply_gradients(optimizer, gradients, variables)
     except (ValueError, KeyError) as error:
         if "nknown variable" not in str(error) and not isinstance(error, KeyError):
             raise

@@ -209,5 +209,5 @@ def _is_plain(value: Any) -> bool:
 
 
 def has_convolutions(layers: Iterable[keras.layers.Layer]) -> bool:
-    """Returns whether one of the layers is a convolution of Keras'."""
-    return any(isinstance(layer, CONVOLUTIONS) for layer in layers)
+    """Returns whether one of the layers is a convolution of Keras', or has one in it."""
+    return any(isinstance(part, CONVOLUTIONS) for layer in layers for part in layers_of(layer))
