@@ -366,10 +366,7 @@ def sharded(variable: keras.Variable | BackendVariable) -> ShardedArray | None:
 
 def assign_stored(variable: keras.Variable | BackendVariable, value: StoredArray) -> None:
     """Gives a variable a value out of files, of which only this process's part is read."""
-    if torch_dtensor.in_parts(variable.value) is None:  # in another layout than it was saved in
-        assign(variable, value.read())
-    else:
-        assign(variable, torch_dtensor.from_parts(value, variable.value))
+    variable.assign(torch_dtensor.from_parts(value, variable.value))
 
 
 def wait(tree: object) -> None:
