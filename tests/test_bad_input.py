@@ -728,6 +728,7 @@ EVALUATION = [
     ("trainer().evaluate((X, Y))", TypeError, "from_arrays"),
     ("trainer().evaluate(3)", TypeError, "must yield batches, got a int"),
     ("trainer().evaluate([])", ValueError, "no batch"),
+    ("trainer().lr_finder(X, Y)", TypeError, r"Data is one argument: polus.from_arrays"),
     ("trainer().evaluate(X, Y)", TypeError, r"Data is one argument: polus.from_arrays"),
     ("trainer().evaluate([], verbose=0)", TypeError, "'verbose'. It prints nothing"),
     ("trainer().predict([], batch_size=8)", TypeError, "'batch_size'. The data says it"),

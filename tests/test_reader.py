@@ -257,7 +257,7 @@ def test_invalid_seeds_raise(seed):
         from_arrays(X, 4, seed=seed)
 
 
-@pytest.mark.parametrize("batch_size", [0, 2.0, True, Y])
+@pytest.mark.parametrize("batch_size", [0, 2.0, True, None])
 def test_invalid_batch_sizes_raise(batch_size):
     with pytest.raises(ValueError, match=r"batch_size must be a positive integer, got"):
         from_arrays(X, batch_size)

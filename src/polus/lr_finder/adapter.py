@@ -56,6 +56,11 @@ def find(
         optimizer: The optimizer to sweep, or its name; by default the trainer's own.
         validation_data: What the trials are judged by; by default their training losses.
     """
+    if hasattr(use_lr_found, "shape"):  # labels in its place
+        raise TypeError(
+            "use_lr_found must be True or False, got an array. Data is one argument: "
+            "polus.from_arrays((x, y), batch_size=32)."
+        )
     dataset = _dataset(arguments, dataset)
     optimizer = chosen_optimizer(executor.owner, optimizer)
     check_optimizer(optimizer, use_lr_found)

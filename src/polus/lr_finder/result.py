@@ -275,13 +275,14 @@ class LRFinderResult:
             path: The file to save the figure to, if any. Its suffix sets the format.
 
         Returns:
-            The figure, 800 x 400 pixels, or 1200 x 400 with trials.
+            The figure, 800 x 400 pixels, or 800 x 800 with trials.
 
         Raises:
             ImportError: If matplotlib is not installed.
         """
-        figure = new_figure("LRFinderResult.plot", height=4, width=12 if self.trials else 8)
-        axes = figure.subplots(1, 2 if self.trials else 1, squeeze=False)[0]
+        count = 2 if self.trials else 1
+        figure = new_figure("LRFinderResult.plot", height=4 * count)
+        axes = figure.subplots(count, squeeze=False)[:, 0]
         self._plot_sweep(axes[0])
         if self.trials:
             self._plot_trials(axes[1])
