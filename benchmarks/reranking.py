@@ -55,7 +55,7 @@ def main() -> None:
 
     tokenizer = TextTokenizer(MODEL_DIR, max_length=LENGTH, multiple=LENGTH)
     model = BertEncoder.from_pretrained(
-        MODEL_DIR, pooling="mean", normalize=False, dense=[{"units": 1}]
+        MODEL_DIR, pooling="first", normalize=False, dense=[{"units": 1}]
     )
     examples = []
     for query, judged in train.qrels.items():
@@ -78,7 +78,7 @@ def main() -> None:
         )
         for start in range(0, len(examples) // QUERIES * QUERIES, QUERIES)
     ]
-    schedule = keras.optimizers.schedules.PolynomialDecay(1e-4, len(batches), 0.0)
+    schedule = keras.optimizers.schedules.PolynomialDecay(5e-5, len(batches), 0.0)
     trainer = CrossEncoderTrainer(
         model, optimizer=keras.optimizers.Adam(schedule), loss=InfoNCE(temperature=1.0)
     )
