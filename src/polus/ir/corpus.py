@@ -96,8 +96,8 @@ def _checked(documents: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
     for row, (name, text) in enumerate(documents):
         if not (isinstance(name, str) and isinstance(text, str)):
             raise TypeError(
-                f"documents must be pairs of strings, an id and a text, got {(name, text)!r} at row "
-                f"{row}."
+                f"documents must be pairs of strings, an id and a text, got {(name, text)!r} at "
+                f"row {row}."
             )
         yield name, text
 
