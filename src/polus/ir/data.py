@@ -221,10 +221,8 @@ class PairBatches(SeekableAdapter):
         if guide is not None:
             guide.check(len(self.queries), len(self.documents))
         self.guide = guide
-        self.batch_size = batch_size
-        self.seed = seed
-        self.avoid_clashes = avoid_clashes
-        self.share_negatives = share_negatives
+        self.batch_size, self.seed = batch_size, seed
+        self.avoid_clashes, self.share_negatives = avoid_clashes, share_negatives
         self.negatives: Rows | None = None
         self.teacher_scores: NDArray[np.float32] | None = None
         self._checksum = checksum(self.pairs)
