@@ -15,7 +15,7 @@ from polus.ir.__main__ import main
 from polus.ir.evaluation import reciprocal_rank_fusion
 from polus.ir.hybrid import BM25, Dense, Hybrid
 from polus.ir.index import DenseIndex
-from polus.ir.serve import highlight, load_search, make_server
+from polus.ir.serve import excerpt, highlight, load_search, make_server
 
 pytestmark = pytest.mark.once
 DOCUMENTS = {
@@ -91,6 +91,25 @@ def test_words_of_the_query_are_highlighted_and_all_is_escaped():
     assert highlight("<x>", "") == "&lt;x&gt;"
 
 
+def test_common_words_are_not_highlighted():
+    assert highlight("the flow of heat", "The heat of") == "the flow of <mark>heat</mark>"
+    assert highlight("the flow of heat", "of the") == "the flow of heat"
+
+
+def test_the_part_with_most_words_of_the_query_is_shown():
+    filler = "nothing of interest here, " * 40
+    text = f"{filler}heat. {filler}heat transfer in layers. {filler}"
+    shown = excerpt(text, "heat transfer in layers")
+    assert "heat transfer in layers." in shown
+    assert len(shown) < 410
+    assert (shown[:2], shown[-2:]) == ("\N{HORIZONTAL ELLIPSIS} ", " \N{HORIZONTAL ELLIPSIS}")
+    words = shown[2:-2].split()
+    assert set(words) <= set(text.split()), "no word is cut"
+    assert excerpt(text, "absent").startswith("nothing of interest")
+    assert excerpt("short", "absent") == "short"
+    assert excerpt("x" * 1000, "absent") == "x" * 400 + " \N{HORIZONTAL ELLIPSIS}"
+
+
 @pytest.fixture
 def folder(tmp_path):
     lines = [json.dumps({"_id": name, "text": text}) for name, text in DOCUMENTS.items()]
@@ -108,7 +127,8 @@ def test_the_page_searches(folder):
             return answer.read().decode()
 
     try:
-        assert "<ol></ol>" in page("/")
+        assert "3 documents</p><ol></ol>" in page("/")
+        assert "Nothing found in 3 documents" in page("/?q=absent")
         found = page("/?" + urllib.parse.urlencode({"q": "archives <script>"}))
         assert "<b>zip</b>" in found
         assert "<mark>archives</mark>" in found

@@ -10,15 +10,21 @@ import numpy as np
 import pytest
 from keras import ops
 
+from polus.ir.data import PairBatches
 from polus.ir.export import save_sentence_transformers
-from polus.ir.models import BertEncoder, IdentityProjection, TextTokenizer
+from polus.ir.guide import Guide
+from polus.ir.losses import InfoNCE, Symmetric
+from polus.ir.models import BertEncoder, DualEncoder, IdentityProjection, TextTokenizer
+from polus.ir.scores import cosine
 from polus.ir.tensors import CheckpointTensors
+from polus.ir.training import EfficientDenseRetrievalTrainer
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     st = pytest.importorskip("sentence_transformers")
+    from sentence_transformers.sentence_transformer import losses as st_losses
     from sentence_transformers.sentence_transformer import modules
 
 logging.getLogger("transformers").setLevel(logging.ERROR)
@@ -214,3 +220,68 @@ def test_encoders_that_sentence_transformers_cannot_load_raise(tmp_path, bert):
         with pytest.raises(ValueError, match=message):
             save_sentence_transformers(tmp_path / "new", encoder, tokenizer)
     assert not list(tmp_path.iterdir())
+
+
+def words(count, seed):
+    names = ["flow", "wing", "heat", "jet", "drag", "shock", "plate", "cone", "lift", "slip"]
+    rng = np.random.default_rng(seed)
+    return [" ".join(rng.choice(names, 4)) for _ in range(count)]
+
+
+NEGATIVES = {
+    "shared": (
+        lambda model, guide: st_losses.MultipleNegativesRankingLoss(model),
+        None,
+    ),
+    "symmetric": (
+        lambda model, guide: st_losses.MultipleNegativesRankingLoss(
+            model, directions=("query_to_doc", "doc_to_query"), partition_mode="per_direction"
+        ),
+        None,
+    ),
+    "guide": (
+        lambda model, guide: st_losses.GISTEmbedLoss(
+            model, guide, 0.05, contrast_anchors=False, contrast_positives=False
+        ),
+        0.0,
+    ),
+    "guide with a margin": (
+        lambda model, guide: st_losses.GISTEmbedLoss(
+            model, guide, 0.05, "relative", 0.02, contrast_anchors=False, contrast_positives=False
+        ),
+        0.02,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NEGATIVES)
+def test_losses_are_those_of_sentence_transformers(tmp_path, bert, name):
+    """With the hard negatives of all queries, from documents to queries, and with a guide."""
+    make, margin = NEGATIVES[name]
+    model, guide = (
+        saved(bert, tmp_path / mode, lambda mode=mode: modules.Pooling(16, mode))
+        for mode in ("mean", "cls")
+    )
+    queries, documents = words(6, 0), words(12, 1)
+    texts = queries, documents[:6], documents[6:]
+    with torch.no_grad():
+        loss = make(model, guide)
+        loss.scale = 20.0
+        expected = float(loss([model.preprocess(each) for each in texts], None))
+    vectors, judge = ([each.encode(t) for t in (queries, documents)] for each in (model, guide))
+    batches = PairBatches(
+        *vectors,
+        [[row] for row in range(6)],
+        guide=None if margin is None else Guide(*judge, margin, relative=True),
+        share_negatives=True,
+    )
+    batches.negatives = np.arange(6, 12)[:, None]
+    trainer = EfficientDenseRetrievalTrainer(
+        DualEncoder(keras.layers.Identity()),
+        cosine.sharing_negatives(),
+        optimizer=keras.optimizers.SGD(0.0),
+        loss=Symmetric(InfoNCE(0.05)) if name == "symmetric" else InfoNCE(0.05),
+        encoded=True,
+    )
+    found = trainer.train(batches, epochs=1).steps["loss"][0]
+    assert found == pytest.approx(expected, rel=1e-4)

@@ -1,5 +1,7 @@
 """Stored representations: what is encoded again and what is not, and damage of any kind."""
 
+import tracemalloc
+
 import keras
 import numpy as np
 import pytest
@@ -96,6 +98,55 @@ def test_every_changed_bit_of_a_weight_is_noticed(tmp_path, tokenizer):
     encoder.set_weights([before[::-1]])
     prints.add(store.fingerprint)
     assert len(prints) == len(places) + 2
+
+
+def test_a_weight_changed_behind_keras_back_is_noticed(tmp_path, tokenizer):
+    """In place where the backend has such a way, and through a view of the memory."""
+    encoder = BertEncoder(**TINY)
+    store = RepresentationStore(tmp_path, encoder, tokenizer)
+    texts, seen = ["a text"], [store(["a text"])]
+    weight = encoder.words.embeddings
+    if keras.backend.backend() == "torch":
+        # The second and third don't move PyTorch's version counter.
+        changes = [
+            lambda: weight.value.detach().mul_(-1.5),
+            lambda: weight.value.data.mul_(-1.5),
+            lambda: np.negative(weight.value.data.numpy(), out=weight.value.data.numpy()),
+        ]
+    elif keras.backend.backend() == "tensorflow":
+        changes = [lambda: weight.value.assign_sub(weight.value * 2)]
+    else:
+        changes = [lambda: weight.assign(-weight.value)]
+    for change in changes:
+        change()
+        seen.append(store(texts))
+        expected = numpy(encoder(tokenizer(texts), training=False))
+        np.testing.assert_allclose(seen[-1], expected, rtol=1e-5, atol=1e-6)
+        assert np.abs(seen[-1] - seen[-2]).max() > 1e-3
+    assert store.encoded == 1 + len(changes)
+
+
+def test_weights_are_read_without_a_copy():
+    encoder = keras.layers.Dense(1024)
+    encoder.build((None, 1024))
+    fingerprint(encoder)
+    tracemalloc.start()
+    try:
+        fingerprint(encoder)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 2**20 < encoder.kernel.shape[0] ** 2 * 4
+
+
+def test_weights_in_bfloat16_have_a_fingerprint():
+    encoder = keras.layers.Dense(2, dtype="bfloat16", kernel_initializer="ones")
+    encoder.build((None, 2))
+    before = fingerprint(encoder)
+    encoder.kernel.assign(encoder.kernel * 2)
+    assert fingerprint(encoder) != before
+    encoder.kernel.assign(encoder.kernel / 2)
+    assert fingerprint(encoder) == before
 
 
 class Scaled(keras.Model):

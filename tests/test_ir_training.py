@@ -6,12 +6,13 @@ import pytest
 from keras import ops
 
 import polus.ir.models
-from polus.checkpoint import Checkpoint
+from polus.checkpoint import Checkpoint, CheckpointError
 from polus.core import function, value_and_grad
 from polus.ir import losses, scores
 from polus.ir.callbacks import HardNegativeMining, RetrievalValidation, mine
 from polus.ir.data import Features, PairBatches, relevant_rows
 from polus.ir.evaluation import evaluate
+from polus.ir.guide import Guide
 from polus.ir.models import DualEncoder, IdentityProjection
 from polus.ir.training import EfficientDenseRetrievalTrainer
 
@@ -598,6 +599,55 @@ def test_shared_masks_need_shared_scores():
         one_step(*batch)
 
 
+@pytest.mark.once
+@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize(("margin", "relative"), [(0.0, False), (0.1, False), (0.3, True)])
+def test_a_guide_masks_what_it_scores_above_the_positive(share, margin, relative):
+    relevant = [[0, 1], [2], [3, 5], [4]]
+    guiding = normal(4, 8), normal(30, 8)
+    data = PairBatches(
+        FEATURES[:4],
+        FEATURES,
+        relevant,
+        batch_size=6,
+        share_negatives=share,
+        guide=Guide(*guiding, margin, relative),
+    )
+    data.negatives = np.array([[2, 9], [8, -1], [1, 7], [5, 4], [0, 6], [3, 0]])
+    (batch,) = data.batches(0)
+    pairs, hard = data.pairs[next(data.order(0))], data.negatives[next(data.order(0))]
+    masked = by_guide = 0
+    for i, (query, positive) in enumerate(pairs):
+        columns = [*pairs[:, 1], *(hard.reshape(-1) if share else hard[i])]
+
+        def cosine(row, query=query):
+            a, b = guiding[0][query].astype("float64"), guiding[1][row].astype("float64")
+            return a @ b / np.sqrt(a @ a) / np.sqrt(b @ b)
+
+        limit = cosine(positive)
+        limit -= margin * abs(limit) if relative else margin
+        judged = [row in relevant[query] or row < 0 for row in columns]
+        above = [row != positive and cosine(row) > limit for row in columns]
+        found = batch[-1]["relevant_mask"][i].tolist()
+        assert found == [a or b for a, b in zip(judged, above, strict=True)]
+        masked, by_guide = masked + sum(found), by_guide + sum(found) - sum(judged)
+    assert 0 < by_guide < masked
+
+
+def test_a_run_is_not_resumed_with_another_guide(tmp_path):
+    def run(epochs, *guide):
+        data = PairBatches(FEATURES[:4], FEATURES, [[0], [1], [2], [3]], guide=Guide(*guide))
+        trainer_of(DualEncoder(keras.layers.Identity()), encoded=True).train(
+            data, epochs=epochs, callbacks=[Checkpoint(tmp_path)], resume=tmp_path
+        )
+
+    guiding = normal(4, 8), normal(30, 8)
+    run(1, *guiding)
+    run(2, *guiding)
+    with pytest.raises(CheckpointError, match="guide: it was"):
+        run(3, *guiding, 0.1)
+
+
 def test_avoid_clashes_drops_no_pair():
     relevant = [rng.choice(12, rng.integers(1, 4), replace=False).tolist() for _ in range(30)]
     data = PairBatches(
@@ -634,6 +684,11 @@ class OfDicts(keras.Model):
     [
         (lambda: PairBatches(FEATURES, FEATURES, [[0]]), "one list per query"),
         (lambda: PairBatches(FEATURES[:1], FEATURES, [[30]]), "row numbers from 0 to 29, got 30"),
+        (lambda: Guide(FEATURES, FEATURES[0]), r"got the shapes \(30, 3\) and \(3,\)"),
+        (
+            lambda: PairBatches(FEATURES[:1], FEATURES, [[0]], guide=Guide(FEATURES[:2], FEATURES)),
+            "got 2 for 1 queries and 30 for 30 documents",
+        ),
         (lambda: Features(lambda rows: rows), "count=len"),
         (lambda: HardNegativeMining(None, ranks=(5, 5)), "ranks="),
         (lambda: RetrievalValidation(0, 0, {}, [], [], ["AP"]), "one of the measures"),

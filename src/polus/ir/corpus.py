@@ -60,6 +60,7 @@ def encode_corpus(
         shard_size: The number of texts encoded between two writes.
 
     Raises:
+        TypeError: If an id or a text isn't a string.
         ValueError: If the folder is of another encoder or tokenizer, or of other documents, or a
             vector isn't one finite vector per text.
 
@@ -69,7 +70,7 @@ def encode_corpus(
         index = DenseIndex(corpus.vectors, corpus.ids)
         ```
     """
-    remaining = iter(documents)
+    remaining = _checked(documents)
     first = next(remaining, None)
     if first is None:
         raise ValueError("documents must have at least one document, got none.")
@@ -89,6 +90,16 @@ def encode_corpus(
                 vectors[row] = each
         writer.append(shard, np.stack(vectors))
     return open_corpus(folder)
+
+
+def _checked(documents: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    for row, (name, text) in enumerate(documents):
+        if not (isinstance(name, str) and isinstance(text, str)):
+            raise TypeError(
+                f"documents must be pairs of strings, an id and a text, got {(name, text)!r} at "
+                f"row {row}."
+            )
+        yield name, text
 
 
 def open_corpus(folder: str | Path) -> Corpus:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from polus.data import SeekableAdapter
 from polus.data.fingerprint import checksum
+from polus.ir.guide import Guide
 
 Rows = NDArray[np.int64]
 
@@ -178,6 +179,7 @@ class PairBatches(SeekableAdapter):
             this costs more than masking.
         share_negatives: Make masks for scores with `sharing_negatives()`, where the hard negatives
             of each query are negatives of all.
+        guide: Also masks the negatives that another encoder scores above the positive.
 
     Attributes:
         pairs: `(P, 2)` rows of query and positive document.
@@ -197,6 +199,7 @@ class PairBatches(SeekableAdapter):
         seed: int = 0,
         avoid_clashes: bool = False,
         share_negatives: bool = False,
+        guide: Guide | None = None,
     ) -> None:
         self.queries, self.documents = as_features(queries), as_features(documents)
         self.relevant = [np.asarray(rows, np.int64) for rows in relevant]
@@ -215,10 +218,11 @@ class PairBatches(SeekableAdapter):
             )
         if batch_size < 1:
             raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}.")
-        self.batch_size = batch_size
-        self.seed = seed
-        self.avoid_clashes = avoid_clashes
-        self.share_negatives = share_negatives
+        if guide is not None:
+            guide.check(len(self.queries), len(self.documents))
+        self.guide = guide
+        self.batch_size, self.seed = batch_size, seed
+        self.avoid_clashes, self.share_negatives = avoid_clashes, share_negatives
         self.negatives: Rows | None = None
         self.teacher_scores: NDArray[np.float32] | None = None
         self._checksum = checksum(self.pairs)
@@ -229,6 +233,8 @@ class PairBatches(SeekableAdapter):
     def facts(self) -> dict[str, Any]:
         names = ("batch_size", "seed", "avoid_clashes", "share_negatives")
         found = {name: getattr(self, name) for name in names}
+        if self.guide is not None:
+            found["guide"] = self.guide.facts()
         return {
             **found,
             "number of pairs": len(self.pairs),
@@ -284,7 +290,10 @@ class PairBatches(SeekableAdapter):
         queries, documents = self.pairs[places].T
         hard = np.empty((len(places), 0), np.int64) if negatives is None else negatives[places]
         seen = np.tile(hard.reshape(-1), (len(places), 1)) if self.share_negatives else hard
-        extras = {"relevant_mask": self._relevant_mask(queries, documents, seen)}
+        mask = self._relevant_mask(queries, documents, seen)
+        if self.guide is not None:
+            mask |= self.guide.mask(queries, documents, seen)
+        extras = {"relevant_mask": mask}
         parts = (self.queries[queries], self.documents[documents])
         if negatives is None:
             return *parts, extras

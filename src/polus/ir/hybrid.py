@@ -5,6 +5,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from polus.ir.approximate import ApproximateIndex
 from polus.ir.evaluation import Qrels, Run, evaluate, reciprocal_rank_fusion
 from polus.ir.index import DenseIndex
 
@@ -62,11 +63,13 @@ class Dense:
     """Search by vectors.
 
     Args:
-        index: The vectors of the documents.
+        index: The vectors of the documents: a `DenseIndex` or an `ApproximateIndex`.
         encode: Maps N texts of queries to `(N, E)`, such as a `TextEncoder`.
     """
 
-    def __init__(self, index: DenseIndex, encode: Callable[[Sequence[str]], Any]) -> None:
+    def __init__(
+        self, index: DenseIndex | ApproximateIndex, encode: Callable[[Sequence[str]], Any]
+    ) -> None:
         self.index = index
         self.encode = encode
 

@@ -42,15 +42,10 @@ class DenseIndex:
                 "An index needs vectors (D, E) and D ids, got vectors of shape "
                 f"{self.vectors.shape} and {len(self.ids)} ids."
             )
-        _check_ids(self.ids)
+        check_ids(self.ids)
         for start in range(0, len(self.ids), _ROWS):
-            finite = np.isfinite(self.vectors[start : start + _ROWS]).all(axis=1)
-            if not finite.all():
-                bad = self.ids[start + int(np.argmin(finite))]
-                raise ValueError(
-                    f"Vectors must be finite, but that of {bad!r} contains NaN or infinity. Look "
-                    "for such numbers in the encoder's weights, and at the text of that document."
-                )
+            rows = slice(start, start + _ROWS)
+            check_finite(self.vectors[rows], self.ids[rows])
 
     def search(self, queries: ArrayLike, k: int = 10) -> list[list[tuple[str, float]]]:
         """Returns the k best documents of each query vector `(Q, E)` as `(id, inner product)`.
@@ -110,7 +105,7 @@ class DenseIndex:
     def to_faiss(self) -> Any:
         """Returns a `faiss.IndexFlatIP` over the vectors, with row numbers as ids."""
         try:
-            import faiss  # type: ignore[import-not-found]  # optional
+            import faiss
         except ImportError as error:
             raise ImportError("to_faiss() needs FAISS. Use: pip install faiss-cpu") from error
         index = faiss.IndexFlatIP(self.vectors.shape[1])
@@ -120,7 +115,7 @@ class DenseIndex:
     def to_usearch(self) -> Any:
         """Returns a `usearch.index.Index` by inner product, with row numbers as keys."""
         try:
-            from usearch.index import Index  # type: ignore[import-not-found]  # optional
+            from usearch.index import Index
         except ImportError as error:
             raise ImportError("to_usearch() needs usearch. Use: pip install usearch") from error
         index = Index(ndim=self.vectors.shape[1], metric="ip", dtype="f32")
@@ -128,7 +123,19 @@ class DenseIndex:
         return index
 
 
-def _check_ids(ids: Sequence[str]) -> None:
+def check_finite(vectors: Floats, ids: Sequence[str]) -> None:
+    """Raises a ValueError unless all vectors `(D, E)` are finite."""
+    finite = np.isfinite(vectors).all(axis=1)
+    if not finite.all():
+        bad = ids[int(np.argmin(finite))]
+        raise ValueError(
+            f"Vectors must be finite, but that of {bad!r} contains NaN or infinity. Look for such "
+            "numbers in the encoder's weights, and at the text of that document."
+        )
+
+
+def check_ids(ids: Sequence[str]) -> None:
+    """Raises a ValueError unless all ids are strings, and different ones."""
     seen: set[str] = set()
     for each in ids:
         if not isinstance(each, str):

@@ -19,7 +19,11 @@ from polus.ir.models import BertEncoder, TextTokenizer
 
 MAX_QUERY = 1000
 """Longer queries are cut, in characters."""
-_SHOWN = 600  # characters of a document
+_SHOWN = 400  # characters of a document
+_BEFORE = 80  # of these, characters before the first word that was found
+# Not highlighted; words of one letter aren't either.
+_COMMON = {"an", "and", "are", "as", "at", "be", "by", "for", "from", "how", "in", "is", "it", "of"}
+_COMMON |= {"on", "or", "that", "the", "to", "what", "with"}
 _MANY = 10  # results on a page
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"  # no script runs, whatever a text says
 
@@ -77,9 +81,7 @@ def make_server(
             self.send_response(HTTPStatus.OK)
             self.send_header("Content-Type", "text/html; charset=utf-8")
             self.send_header("Content-Length", str(len(page)))
-            self.send_header(
-                "Content-Security-Policy", "default-src 'none'; style-src 'unsafe-inline'"
-            )
+            self.send_header("Content-Security-Policy", _POLICY)
             self.end_headers()
             self.wfile.write(page)
 
@@ -94,21 +96,44 @@ def render(
 ) -> str:
     """Returns the page with the results of a query as HTML."""
     items = "".join(
-        f'<li><p class="head"><b>{html.escape(document)}</b> <span>{score:.4f}</span></p>'
-        f"<p>{highlight(documents[document][:_SHOWN], query)}</p></li>"
+        f'<li><p class="head"><b>{html.escape(document)}</b> <span>score {score:.4f}</span></p>'
+        f"<p>{highlight(excerpt(documents[document], query), query)}</p></li>"
         for document, score in found
     )
-    summary = f"<p>{len(found)} results in {1000 * secs:.0f} ms</p>" if query else ""
+    summary = f"{len(documents):,} documents"
+    if query:
+        count = f"{len(found)} results" if found else "Nothing found"
+        summary = f"{count} in {summary}, {1000 * secs:.0f} ms"
     title = html.escape(f"{query} - search" if query else "Search")
     return _PAGE.format(title=title, query=html.escape(query), summary=summary, items=items)
 
 
+def excerpt(text: str, query: str) -> str:
+    """Returns the part of a text that has most of the query's words, cut between words."""
+    if len(text) <= _SHOWN:
+        return text
+    matches = list(pattern.finditer(text)) if (pattern := _pattern(query)) else []
+    starts = [max(0, match.start() - _BEFORE) for match in matches] or [0]
+
+    def words_from(start: int) -> int:
+        found = (each for each in matches if start <= each.start() < start + _SHOWN - _BEFORE)
+        return len({each.group().lower() for each in found})
+
+    start = max(starts, key=words_from)  # of equal ones the first
+    before, after = "\N{HORIZONTAL ELLIPSIS} ", " \N{HORIZONTAL ELLIPSIS}"
+    part = text[start : start + _SHOWN]
+    if start and " " in part:
+        part = part[part.index(" ") + 1 :]
+    if start + _SHOWN < len(text) and " " in part:
+        part = part[: part.rindex(" ")]
+    return f"{before if start else ''}{part}{after if start + _SHOWN < len(text) else ''}"
+
+
 def highlight(text: str, query: str) -> str:
     """Returns a text as HTML, with the words of the query marked."""
-    words = sorted(set(re.findall(r"\w\w+", query)), key=len, reverse=True)
-    if not words:
+    pattern = _pattern(query)
+    if pattern is None:
         return html.escape(text)
-    pattern = re.compile(rf"\b({'|'.join(map(re.escape, words))})\b", re.IGNORECASE)
     parts = pattern.split(text)  # every second one is a match
     return "".join(
         f"<mark>{html.escape(part)}</mark>" if number % 2 else html.escape(part)
@@ -116,16 +141,36 @@ def highlight(text: str, query: str) -> str:
     )
 
 
+def _pattern(query: str) -> re.Pattern[str] | None:
+    """Returns a pattern of the query's words, or None if it has only common ones."""
+    words = {word for word in re.findall(r"\w\w+", query) if word.lower() not in _COMMON}
+    if not words:
+        return None
+    longest_first = sorted(words, key=len, reverse=True)
+    return re.compile(rf"\b({'|'.join(map(re.escape, longest_first))})\b", re.IGNORECASE)
+
+
 _PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>
-body {{ font: 16px/1.5 sans-serif; max-width: 46rem; margin: 2rem auto; padding: 0 1rem }}
-form {{ display: flex; gap: .5rem }} input {{ flex: 1; font: inherit; padding: .4rem }}
-button {{ font: inherit }} li {{ margin: 1rem 0 }} p {{ margin: .2rem 0; overflow-wrap: anywhere }}
-.head span {{ color: #666 }}
+:root {{ color-scheme: light dark; --line: #8884; --faint: #777; --mark: #fd06 }}
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 46rem; margin: 2rem auto;
+  padding: 0 1rem }}
+form {{ display: flex; gap: .5rem }}
+input, button {{ font: inherit; padding: .5rem .75rem; border: 1px solid var(--line);
+  border-radius: .5rem }}
+input {{ flex: 1; min-width: 0 }}
+ol {{ list-style: none; margin: 0; padding: 0; counter-reset: rank }}
+li {{ padding: .75rem 0; border-top: 1px solid var(--line); counter-increment: rank }}
+p {{ margin: .2rem 0; overflow-wrap: anywhere }}
+.head::before {{ content: counter(rank) ". "; color: var(--faint) }}
+.head span, .summary {{ color: var(--faint); font-size: .875rem }}
+.summary {{ margin: .75rem 0 }}
+mark {{ background: var(--mark); color: inherit; border-radius: .2em }}
 </style></head><body>
-<form role="search"><input name="q" value="{query}" aria-label="Query" autofocus>
+<form role="search"><input type="search" name="q" value="{query}" aria-label="Query"
+ placeholder="Search" autofocus>
 <button>Search</button></form>
-{summary}<ol>{items}</ol>
+<p class="summary">{summary}</p><ol>{items}</ol>
 </body></html>
 """
