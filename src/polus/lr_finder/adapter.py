@@ -56,12 +56,7 @@ def find(
         optimizer: The optimizer to sweep, or its name; by default the trainer's own.
         validation_data: What the trials are judged by; by default their training losses.
     """
-    if hasattr(use_lr_found, "shape"):  # labels in its place
-        raise TypeError(
-            "use_lr_found must be True or False, got an array. Data is one argument: "
-            "polus.from_arrays((x, y), batch_size=32)."
-        )
-    dataset = _dataset(arguments, dataset)
+    dataset = _dataset(arguments, dataset, use_lr_found)
     optimizer = chosen_optimizer(executor.owner, optimizer)
     check_optimizer(optimizer, use_lr_found)
     reader = DataReader(isolated_copy(dataset), arguments.get("custom_data_transform_f"))
@@ -93,7 +88,12 @@ def find(
     return result
 
 
-def _dataset(arguments: Mapping[str, Any], dataset: object) -> object:
+def _dataset(arguments: Mapping[str, Any], dataset: object, use_lr_found: object) -> object:
+    if hasattr(use_lr_found, "shape"):  # labels in its place
+        raise TypeError(
+            "use_lr_found must be True or False, got an array. Data is one argument: "
+            "polus.from_arrays((x, y), batch_size=32)."
+        )
     dataset = arguments.get("tf_dataset") if dataset is None else dataset
     if dataset is None:
         raise ValueError(
