@@ -12,10 +12,56 @@ from keras import ops
 
 from polus.host import did_you_mean
 from polus.ir.bert import BertEncoder
-from polus.ir.pretrained import TextSettings, text_settings, transformer_folder
+from polus.ir.families import FAMILIES, load_transformer
+from polus.ir.pooled import PooledBackbone
+from polus.ir.pretrained import (
+    BERT_TYPES,
+    TextSettings,
+    model_config,
+    text_settings,
+    transformer_folder,
+)
 from polus.ir.scores import Representation
+from polus.ir.transformer import TransformerEncoder
 
-__all__ = ["BertEncoder", "DualEncoder", "IdentityProjection", "TextTokenizer"]
+__all__ = [
+    "BertEncoder",
+    "DualEncoder",
+    "IdentityProjection",
+    "PooledBackbone",
+    "TextTokenizer",
+    "TransformerEncoder",
+    "load_encoder",
+]
+
+
+def load_encoder(folder: str | Path, **overrides: Any) -> BertEncoder | TransformerEncoder:
+    """Loads the encoder in a folder that transformers or sentence-transformers has saved.
+
+    BERT, RoBERTa, XLM-RoBERTa and CamemBERT become a `BertEncoder`; MPNet, ModernBERT and Qwen3 a
+    `TransformerEncoder`. Pooling, dense layers and normalization are those of
+    sentence-transformers' `modules.json`. Without that file they are "mean" ("last" for Qwen3),
+    none and no normalization.
+
+    Args:
+        folder: The folder of `config.json` and `model.safetensors` or its shards.
+        overrides: Arguments of the class, such as `dropout=0.0`.
+
+    Raises:
+        FileNotFoundError: If there is no `config.json`, or no weights in the safetensors format.
+        ValueError: If the model is of another family, or has a setting that isn't implemented.
+    """
+    folder = Path(folder)
+    found = model_config(folder)["model_type"]
+    if found in BERT_TYPES:
+        return BertEncoder.from_pretrained(folder, **overrides)
+    if found in FAMILIES:
+        return load_transformer(folder, **overrides)
+    raise ValueError(
+        f"load_encoder reads the families {', '.join((*BERT_TYPES, *FAMILIES))}, got {found!r} in "
+        f"{folder}. Use PooledBackbone with a model of KerasHub, or any Keras model from tokens to "
+        "vectors, as the encoder; DualEncoder takes any."
+    )
 
 
 class TextTokenizer:
