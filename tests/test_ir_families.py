@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from keras import ops
 
+from polus.ir.export import save_sentence_transformers
 from polus.ir.models import BertEncoder, TextTokenizer, TransformerEncoder, load_encoder
 
 with warnings.catch_warnings():
@@ -207,3 +208,26 @@ def test_half_precision_gives_finite_vectors_of_texts_with_padding(folder_of):
     tokens = TextTokenizer(folder, prompt_name="query")(TEXTS)
     found = numpy(load_encoder(folder, dtype="mixed_bfloat16")(tokens, training=False))
     np.testing.assert_allclose(found.astype("float32"), expected, atol=0.1)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_saved_folders_are_loaded_by_sentence_transformers(folder_of, tmp_path, name):
+    folder, expected = folder_of(name)
+    encoder = load_encoder(folder)
+    encoder.blocks[1].expand.kernel.assign(2 * encoder.blocks[1].expand.kernel)  # trained
+    tokenizer = TextTokenizer(folder, prompt_name="query")
+    ours = numpy(encoder(tokenizer(TEXTS), training=False))
+    assert np.abs(ours - expected).max() > 1e-3
+    save_sentence_transformers(tmp_path / "new", encoder, tokenizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loaded = st.SentenceTransformer(str(tmp_path / "new"), device="cpu")
+    np.testing.assert_allclose(loaded.encode(TEXTS), ours, atol=1e-4)
+
+
+def test_an_architecture_of_no_family_is_not_saved(folder_of, tmp_path):
+    tokenizer = TextTokenizer(folder_of("MPNet")[0], prompt_name="query")
+    encoder = TransformerEncoder(9, 8, 1, 2, 8, architecture={"causal": True})
+    encoder.build_on_tokens()
+    with pytest.raises(ValueError, match=r"architecture of mpnet, modernbert, qwen3 to be saved"):
+        save_sentence_transformers(tmp_path / "new", encoder, tokenizer)

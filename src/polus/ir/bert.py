@@ -12,7 +12,7 @@ import keras
 from keras import layers, ops
 
 from polus.ir.pooled import PooledEncoder
-from polus.ir.pooling import Pooling
+from polus.ir.pooling import Pooling, positions
 from polus.ir.pretrained import bert_arguments, dense_folders, output_settings, transformer_folder
 from polus.ir.tensors import CheckpointTensors, TensorKind
 
@@ -104,9 +104,13 @@ class BertEncoder(PooledEncoder):
 
     def call(self, inputs: dict[str, Any]) -> Any:
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        positions = ops.arange(self.length_of(ids)) + self.position_offset
+        self.check_length(ids)
         types = inputs["token_type_ids"] if "token_type_ids" in inputs else ops.zeros_like(ids)
-        x = self.words(ids) + self.positions(positions) + self.types(types)
+        x = (
+            self.words(ids)
+            + self.positions(positions(ids) + self.position_offset)
+            + self.types(types)
+        )
         x = self.dropout(self.norm(x))
         for block in self.blocks:
             x = block(x, mask[:, None, :])

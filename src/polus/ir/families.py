@@ -8,13 +8,14 @@ from typing import Any
 import keras
 import numpy as np
 
+from polus.host import to_host
 from polus.ir.pretrained import dense_folders, model_config, output_settings, transformer_folder
 from polus.ir.tensors import CheckpointTensors, TensorKind
 from polus.ir.transformer import Architecture, TransformerEncoder
 
 Config = dict[str, Any]
-Slot = tuple[TensorKind, str, list[list[keras.Variable]]]
-"""Kind and name of a layer in a checkpoint, and the variables of the layers that it is here.
+Slot = tuple[TensorKind, str, tuple[keras.layers.Layer, ...]]
+"""Kind and name of a layer in a checkpoint, and the layers that it is here.
 
 Most are one layer. A checkpoint may have several as one, with their rows below each other.
 """
@@ -27,12 +28,14 @@ class Family:
     Attributes:
         served: The values of settings in `config.json` that are implemented, where not all are.
         arguments: Returns the arguments of `TransformerEncoder` besides sizes, given `config.json`.
+        config: Returns what `config.json` says besides sizes, given an encoder.
         slots: Yields where the weights are in a checkpoint.
         prefixes: What a model with a head on top prepends to the encoder's names.
     """
 
     served: dict[str, tuple[object, ...]]
     arguments: Callable[[Config], Config]
+    config: Callable[[TransformerEncoder], Config]
     slots: Callable[[TransformerEncoder], Iterator[Slot]]
     prefixes: tuple[str, ...]
 
@@ -67,23 +70,55 @@ def load_transformer(folder: Path, **overrides: Any) -> TransformerEncoder:
     return model
 
 
+def checkpoint_config(encoder: TransformerEncoder) -> Config:
+    """Returns the `config.json` of an encoder, without ids of tokens.
+
+    Raises:
+        ValueError: If no family has its architecture.
+    """
+    sizes = {theirs: encoder.config[ours] for ours, theirs in _SIZES.items()}
+    for name, family in FAMILIES.items():
+        config = {"model_type": name, **sizes, **family.config(encoder)}
+        if family.arguments(config)["architecture"] == encoder.architecture:
+            return config
+    raise ValueError(
+        f"An encoder must have the architecture of {', '.join(FAMILIES)} to be saved for "
+        f"sentence-transformers, got {encoder.architecture}. Use encoder.save('encoder.keras')."
+    )
+
+
+def checkpoint_weights(encoder: TransformerEncoder, config: Config) -> dict[str, Any]:
+    """Returns the weights of an encoder by their names in a checkpoint, float32."""
+    found = {}
+    for kind, name, layers in FAMILIES[config["model_type"]].slots(encoder):
+        for number, part in enumerate(("weight", "bias")[: len(layers[0].weights)]):
+            values = np.concatenate([_rows(kind, layer, number) for layer in layers])
+            found[f"{name}.{part}"] = np.ascontiguousarray(values, np.float32)
+    return found
+
+
+def _rows(kind: TensorKind, layer: keras.layers.Layer, number: int) -> Any:
+    """Returns one of a layer's weights as a checkpoint has it, one row per output."""
+    value = to_host(layer.weights[number])
+    if kind != "dense":
+        return value
+    if number == 1:
+        return value.reshape(-1)
+    # Keras has an axis of its own for the heads, which come first where they are the inputs.
+    of_heads = getattr(layer, "equation", "").startswith("blhd")
+    return value.reshape(-1, value.shape[-1]).T if of_heads else value.reshape(len(value), -1).T
+
+
 def _assign(slots: Iterator[Slot], tensors: CheckpointTensors) -> None:
     for kind, name, layers in slots:
         parts = [np.split(value, len(layers), axis=-1) for value in tensors.of(kind, name)]
-        for number, variables in enumerate(layers):
-            for variable, values in zip(variables, parts, strict=True):
+        for number, layer in enumerate(layers):
+            for variable, values in zip(layer.weights, parts, strict=True):
                 variable.assign(values[number].reshape(variable.shape))
 
 
 def _sizes(config: Config) -> Config:
-    return {
-        "vocab_size": config["vocab_size"],
-        "hidden_size": config["hidden_size"],
-        "num_layers": config["num_hidden_layers"],
-        "num_heads": config["num_attention_heads"],
-        "intermediate_size": config["intermediate_size"],
-        "max_positions": config["max_position_embeddings"],
-    }
+    return {ours: config[theirs] for ours, theirs in _SIZES.items()}
 
 
 def _mpnet_arguments(config: Config) -> Config:
@@ -94,6 +129,17 @@ def _mpnet_arguments(config: Config) -> Config:
         ),
         "dropout": config["hidden_dropout_prob"],
         "epsilon": config["layer_norm_eps"],
+    }
+
+
+def _mpnet_config(encoder: TransformerEncoder) -> Config:
+    return {
+        "architectures": ["MPNetModel"],
+        "hidden_act": "gelu",
+        "max_position_embeddings": encoder.max_positions + _MPNET_OFFSET,
+        "hidden_dropout_prob": encoder.config["dropout"],
+        "attention_probs_dropout_prob": encoder.config["dropout"],
+        "layer_norm_eps": encoder.config["epsilon"],
     }
 
 
@@ -140,6 +186,26 @@ def _modernbert_arguments(config: Config) -> Config:
     }
 
 
+def _modernbert_config(encoder: TransformerEncoder) -> Config:
+    kinds = ["sliding_attention" if window else "full_attention" for window, _ in encoder.kinds]
+    bases = {kind: base for kind, (_, base) in zip(kinds, encoder.kinds, strict=True)}
+    windows = [window for window, _ in encoder.kinds if window]
+    dropout = encoder.config["dropout"]
+    return {
+        "architectures": ["ModernBertModel"],
+        "hidden_activation": "gelu",
+        "layer_types": kinds,
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": base} for kind, base in bases.items()
+        },
+        "local_attention": 2 * windows[0] if windows else 128,
+        "embedding_dropout": dropout,
+        "attention_dropout": dropout,
+        "mlp_dropout": dropout,
+        "norm_eps": encoder.config["epsilon"],
+    }
+
+
 def _modernbert_slots(model: TransformerEncoder) -> Iterator[Slot]:
     yield _slot("embedding", "embeddings.tok_embeddings", model.words)
     yield _slot("norm", "embeddings.norm", model.norm)
@@ -175,6 +241,20 @@ def _qwen3_arguments(config: Config) -> Config:
     }
 
 
+def _qwen3_config(encoder: TransformerEncoder) -> Config:
+    base = encoder.kinds[0][1]
+    heads = encoder.config["num_heads"]
+    return {
+        "architectures": ["Qwen3Model"],
+        "num_key_value_heads": encoder.config["num_kv_heads"] or heads,
+        "head_dim": encoder.head_size,
+        "hidden_act": "silu",
+        "rope_parameters": {"rope_type": "default", "rope_theta": base},
+        "attention_dropout": encoder.config["dropout"],
+        "rms_norm_eps": encoder.config["epsilon"],
+    }
+
+
 def _qwen3_slots(model: TransformerEncoder) -> Iterator[Slot]:
     yield _slot("embedding", "embed_tokens", model.words)
     for i, block in enumerate(model.blocks):
@@ -200,7 +280,7 @@ def _qwen3_slots(model: TransformerEncoder) -> Iterator[Slot]:
 
 
 def _slot(kind: TensorKind, name: str, *layers: keras.layers.Layer) -> Slot:
-    return kind, name, [layer.weights for layer in layers]
+    return kind, name, layers
 
 
 def _rotary_base(config: Config, kind: str | None, old: str, default: float) -> float:
@@ -221,11 +301,20 @@ def _rotary_base(config: Config, kind: str | None, old: str, default: float) -> 
     return float(found.get("rope_theta") or config.get(old) or default)
 
 
+_SIZES = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "intermediate_size": "intermediate_size",
+    "max_positions": "max_position_embeddings",
+}
 _MPNET_OFFSET = 2  # the rows of positions that no token has
 FAMILIES = {
     "mpnet": Family(
         {"hidden_act": ("gelu",), "relative_attention_num_buckets": (32,)},
         _mpnet_arguments,
+        _mpnet_config,
         _mpnet_slots,
         ("mpnet.",),
     ),
@@ -237,12 +326,14 @@ FAMILIES = {
             "norm_bias": (False,),
         },
         _modernbert_arguments,
+        _modernbert_config,
         _modernbert_slots,
         ("model.",),
     ),
     "qwen3": Family(
         {"hidden_act": ("silu",), "attention_bias": (False,), "use_sliding_window": (False,)},
         _qwen3_arguments,
+        _qwen3_config,
         _qwen3_slots,
         ("model.",),
     ),

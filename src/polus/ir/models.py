@@ -119,6 +119,7 @@ class TextTokenizer:
         self.multiple = multiple
         self.prompt = _choose_prompt(folder, settings, prompt_name) if prompt is None else prompt
         self._truncation_side = settings.truncation_side
+        self._pad_token = settings.pad_token
         self._tokenizer = Tokenizer.from_file(str(file))
         self._tokenizer.no_padding()
         self._tokenizer.enable_truncation(self.max_length, direction=settings.truncation_side)
@@ -163,24 +164,29 @@ class TextTokenizer:
         encodings: list[Any] = self._tokenizer.encode_batch([self.prompt + text for text in texts])
         return encodings
 
-    def save(self, folder: str | Path, pad_id: int = 0) -> None:
+    def save(self, folder: str | Path, pad_id: int = 0) -> int:
         """Writes `tokenizer.json` and the files that transformers needs beside it.
 
         Args:
             folder: An existing folder.
-            pad_id: The id of the token for padding.
+            pad_id: The id of the token for padding, if the tokenizer's folder names none.
+
+        Returns:
+            The id of the token for padding.
         """
         folder = Path(folder)
+        pad_token = self._pad_token or self._tokenizer.id_to_token(pad_id)
         (folder / "tokenizer.json").write_text(self._tokenizer.to_str(), "utf-8")
         settings = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_max_length": self.max_length,
-            "pad_token": self._tokenizer.id_to_token(pad_id),
+            "pad_token": pad_token,
             "truncation_side": self._truncation_side,
         }
         (folder / "tokenizer_config.json").write_text(json.dumps(settings), "utf-8")
         length = {"max_seq_length": self.max_length, "do_lower_case": False}
         (folder / "sentence_bert_config.json").write_text(json.dumps(length), "utf-8")
+        return int(self._tokenizer.token_to_id(pad_token))
 
     @property
     def fingerprint(self) -> str:

@@ -55,25 +55,24 @@ class PooledEncoder(keras.Model):
             x = ops.normalize(x, axis=-1)
         return (x, mask) if self.pooling is None else x
 
-    def length_of(self, ids: Any) -> Any:
-        """Returns the number of tokens, an integer where it is known before the call.
-
-        Raises:
-            ValueError: If there are more than the encoder has positions.
-        """
-        length = ids.shape[1] if ids.shape[1] is not None else ops.shape(ids)[1]
+    def check_length(self, ids: Any) -> None:
+        """Raises a ValueError if there are more tokens than the encoder has positions."""
+        length = ids.shape[1]
         if isinstance(length, int) and length > self.max_positions:
             raise ValueError(  # JAX would give NaN
                 f"A text must have at most {self.max_positions} tokens, as many as the encoder has "
                 f"positions, got {length} (padding included). Use TextTokenizer(path, "
                 f"max_length={self.max_positions}) to truncate texts."
             )
-        return length
 
     def build_on_tokens(self) -> None:
         """Creates all variables, by encoding two tokens."""
         tokens = ops.ones((1, 2), "int32")
         self({"input_ids": tokens, "attention_mask": tokens})
+
+    def build_from_config(self, config: dict[str, Any]) -> None:
+        """Creates all variables of a model that is loaded; shapes alone don't make tokens."""
+        self.build_on_tokens()
 
     def get_config(self) -> dict[str, Any]:
         return {
@@ -127,7 +126,7 @@ class PooledBackbone(PooledEncoder):
 
     def call(self, inputs: dict[str, Any], training: bool | None = None) -> Any:
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        self.length_of(ids)  # raises
+        self.check_length(ids)
         given = {"token_ids": ids, "padding_mask": mask}
         if "segment_ids" in self.backbone.input:
             given["segment_ids"] = ops.zeros_like(ids)

@@ -75,6 +75,7 @@ class TextSettings:
         truncation_side: The end at which texts are truncated.
         prompts: The prompts that are prepended to texts, by name, perhaps empty.
         default_prompt: The name of the prompt for texts of no particular kind.
+        pad_token: The token for padding; None if nothing is known.
     """
 
     max_length: int | None = None
@@ -82,6 +83,7 @@ class TextSettings:
     truncation_side: Literal["left", "right"] = "right"
     prompts: dict[str, str] = dataclasses.field(default_factory=dict)
     default_prompt: str | None = None
+    pad_token: str | None = None
 
 
 def transformer_folder(folder: Path) -> Path:
@@ -251,6 +253,7 @@ def text_settings(folder: Path) -> TextSettings:
         positions and positions - _position_offset(config),
     ]
     known = [limit for limit in limits if limit is not None]
+    pad = tokenizer.get("pad_token")
     sentence_transformers = _read(folder / "config_sentence_transformers.json")
     prompts = sentence_transformers.get("prompts") or {}
     return TextSettings(
@@ -259,6 +262,7 @@ def text_settings(folder: Path) -> TextSettings:
         truncation_side=tokenizer.get("truncation_side", "right"),
         prompts=_PROMPTS | {name: text or "" for name, text in prompts.items()},
         default_prompt=sentence_transformers.get("default_prompt_name"),
+        pad_token=pad.get("content") if isinstance(pad, dict) else pad,
     )
 
 

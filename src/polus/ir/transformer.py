@@ -10,7 +10,7 @@ import numpy as np
 from keras import layers, ops
 
 from polus.ir.pooled import PooledEncoder
-from polus.ir.pooling import Pooling
+from polus.ir.pooling import Pooling, positions
 from polus.types import Tensor
 
 # Added to the attention scores of tokens that are out of sight, in float32. A finite number: a
@@ -264,7 +264,8 @@ class TransformerEncoder(PooledEncoder):
 
     def call(self, inputs: dict[str, Any]) -> Any:
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        places = ops.arange(self.length_of(ids))
+        self.check_length(ids)
+        places = positions(ids)
         x = self.words(ids)
         if self.positions is not None:
             x = x + self.positions(places + self.architecture.position_offset)
