@@ -11,7 +11,8 @@ from typing import Any
 import keras
 from keras import layers, ops
 
-from polus.ir.pooling import Pooling, check_pooling, pool
+from polus.ir.pooled import PooledEncoder
+from polus.ir.pooling import Pooling, positions
 from polus.ir.pretrained import bert_arguments, dense_folders, output_settings, transformer_folder
 from polus.ir.tensors import CheckpointTensors, TensorKind
 
@@ -37,7 +38,7 @@ class _Block(layers.Layer):
 
 
 @keras.saving.register_keras_serializable(package="polus")
-class BertEncoder(keras.Model):
+class BertEncoder(PooledEncoder):
     """BERT's encoder (Devlin et al. 2019, arXiv:1810.04805), with pooling.
 
     With `position_offset`, also RoBERTa's and XLM-RoBERTa's (arXiv:1907.11692, arXiv:1911.02116),
@@ -83,12 +84,9 @@ class BertEncoder(keras.Model):
         **kwargs: Any,
     ) -> None:
         arguments = locals()
-        check_pooling(pooling)
         super().__init__(**kwargs)
         self.config = {name: arguments[name] for name in _ARGUMENTS}
         self.config["dense"] = [dict(each) for each in dense]
-        self.pooling = pooling
-        self.normalize = normalize
         self.max_positions = max_positions
         self.position_offset = position_offset
         self.words = layers.Embedding(vocab_size, hidden_size, name="words")
@@ -102,38 +100,21 @@ class BertEncoder(keras.Model):
             _Block(hidden_size, num_heads, intermediate_size, dropout, epsilon, name=f"block_{i}")
             for i in range(num_layers)
         ]
-        self.dense = [
-            layers.Dense(**{"name": f"dense_{i}", **each}) for i, each in enumerate(dense)
-        ]
+        self.add_output_layers(pooling, normalize, dense)
 
     def call(self, inputs: dict[str, Any]) -> Any:
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        length = ids.shape[1] if ids.shape[1] is not None else ops.shape(ids)[1]
-        if isinstance(length, int) and length > self.max_positions:
-            raise ValueError(  # JAX would give NaN
-                f"A text must have at most {self.max_positions} tokens, as many as the encoder has "
-                f"positions, got {length} (padding included). Use TextTokenizer(path, "
-                f"max_length={self.max_positions}) to truncate texts."
-            )
-        positions = ops.arange(length) + self.position_offset
+        self.check_length(ids)
         types = inputs["token_type_ids"] if "token_type_ids" in inputs else ops.zeros_like(ids)
-        x = self.words(ids) + self.positions(positions) + self.types(types)
+        x = (
+            self.words(ids)
+            + self.positions(positions(ids) + self.position_offset)
+            + self.types(types)
+        )
         x = self.dropout(self.norm(x))
         for block in self.blocks:
             x = block(x, mask[:, None, :])
-        if self.pooling is not None:
-            x = pool(x, mask, self.pooling)
-        for layer in self.dense:
-            x = layer(x)
-        if self.normalize:
-            x = ops.normalize(x, axis=-1)
-        return (x, mask) if self.pooling is None else x
-
-    def get_config(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "dtype": keras.saving.serialize_keras_object(self.dtype_policy),
-        } | self.config
+        return self.output_of(x, mask)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **overrides: Any) -> "BertEncoder":
@@ -154,7 +135,7 @@ class BertEncoder(keras.Model):
         """
         folder = Path(folder)
         model = cls(**{**bert_arguments(folder), **output_settings(folder), **overrides})
-        model({"input_ids": ops.ones((1, 2), "int32"), "attention_mask": ops.ones((1, 2), "int32")})
+        model.build_on_tokens()
         _load_weights(model, CheckpointTensors(transformer_folder(folder), ("bert.", "roberta.")))
         if "dense" not in overrides:
             for layer, inner in zip(model.dense, dense_folders(folder), strict=True):

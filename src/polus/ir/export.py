@@ -12,8 +12,11 @@ from safetensors.numpy import save_file
 from polus.files import atomic_write
 from polus.host import to_host
 from polus.ir.bert import BertEncoder, named_weights
+from polus.ir.families import checkpoint_config, checkpoint_weights
 from polus.ir.models import IdentityProjection, TextTokenizer
+from polus.ir.pooled import PooledEncoder
 from polus.ir.pretrained import BERT_ARGUMENTS, activation_name, pooling_settings
+from polus.ir.transformer import TransformerEncoder
 
 Module = tuple[str, dict[str, object], dict[str, Any]]
 """A module's kind, its config.json, and its weights."""
@@ -21,7 +24,7 @@ Module = tuple[str, dict[str, object], dict[str, Any]]
 
 def save_sentence_transformers(
     folder: str | Path,
-    encoder: BertEncoder,
+    encoder: BertEncoder | TransformerEncoder,
     tokenizer: TextTokenizer,
     projection: IdentityProjection | None = None,
     *,
@@ -43,8 +46,8 @@ def save_sentence_transformers(
 
     Raises:
         FileExistsError: If the folder exists.
-        ValueError: If the encoder isn't built or has no pooling, or a layer has an activation that
-            sentence-transformers can't load.
+        ValueError: If the encoder isn't built or has no pooling, or if sentence-transformers can't
+            load its architecture or a layer's activation.
     """
     if Path(folder).exists():
         raise FileExistsError(f"{folder} exists. Use another folder, or delete this one.")
@@ -79,7 +82,7 @@ def save_sentence_transformers(
 
 
 def _modules(
-    encoder: BertEncoder, projection: IdentityProjection | None, normalize: bool
+    encoder: PooledEncoder, projection: IdentityProjection | None, normalize: bool
 ) -> Sequence[Module]:
     size = encoder.config["hidden_size"]
     assert encoder.pooling is not None  # or the caller has raised
@@ -113,22 +116,35 @@ def _dense(kernel: Any, bias: Any, activation: Any) -> Module:
     return "Dense", config, weights
 
 
-def _write_transformer(folder: Path, encoder: BertEncoder, tokenizer: TextTokenizer) -> None:
+def _write_transformer(
+    folder: Path, encoder: BertEncoder | TransformerEncoder, tokenizer: TextTokenizer
+) -> None:
+    if isinstance(encoder, BertEncoder):
+        config, weights = _bert_config(encoder), _bert_weights(encoder)
+        tokenizer.save(folder, pad_id=config["pad_token_id"])
+    else:
+        config = checkpoint_config(encoder)
+        weights = checkpoint_weights(encoder, config)
+        config["pad_token_id"] = tokenizer.save(folder)
+    _write(folder / "config.json", config)
+    save_file(weights, str(folder / "model.safetensors"), metadata={"format": "pt"})
+
+
+def _bert_config(encoder: BertEncoder) -> dict[str, Any]:
     offset = encoder.position_offset
     config = {theirs: encoder.config[ours] for ours, theirs in BERT_ARGUMENTS.items()}
     config["max_position_embeddings"] += offset
-    dropout = config["hidden_dropout_prob"]
-    _write(
-        folder / "config.json",
-        {
-            **config,
-            "model_type": "xlm-roberta" if offset else "bert",
-            "architectures": ["XLMRobertaModel" if offset else "BertModel"],
-            "hidden_act": "gelu",
-            "attention_probs_dropout_prob": dropout,
-            "pad_token_id": max(offset - 1, 0),
-        },
-    )
+    return {
+        **config,
+        "model_type": "xlm-roberta" if offset else "bert",
+        "architectures": ["XLMRobertaModel" if offset else "BertModel"],
+        "hidden_act": "gelu",
+        "attention_probs_dropout_prob": config["hidden_dropout_prob"],
+        "pad_token_id": max(offset - 1, 0),
+    }
+
+
+def _bert_weights(encoder: BertEncoder) -> dict[str, Any]:
     weights = {}
     for kind, name, variables in named_weights(encoder):
         for variable, part in zip(variables, ("weight", "bias"), strict=False):
@@ -137,8 +153,7 @@ def _write_transformer(folder: Path, encoder: BertEncoder, tokenizer: TextTokeni
                 rows = encoder.config["hidden_size"] if value.ndim == 3 else value.shape[0]
                 value = value.reshape(rows, -1).T if part == "weight" else value.reshape(-1)
             weights[f"{name}.{part}"] = np.ascontiguousarray(value)
-    save_file(weights, str(folder / "model.safetensors"), metadata={"format": "pt"})
-    tokenizer.save(folder, pad_id=max(offset - 1, 0))
+    return weights
 
 
 def _listed(number: int, kind: str, path: str) -> dict[str, object]:

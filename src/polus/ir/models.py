@@ -12,10 +12,56 @@ from keras import ops
 
 from polus.host import did_you_mean
 from polus.ir.bert import BertEncoder
-from polus.ir.pretrained import TextSettings, text_settings, transformer_folder
+from polus.ir.families import FAMILIES, load_transformer
+from polus.ir.pooled import PooledBackbone
+from polus.ir.pretrained import (
+    BERT_TYPES,
+    TextSettings,
+    model_config,
+    text_settings,
+    transformer_folder,
+)
 from polus.ir.scores import Representation
+from polus.ir.transformer import TransformerEncoder
 
-__all__ = ["BertEncoder", "DualEncoder", "IdentityProjection", "TextTokenizer"]
+__all__ = [
+    "BertEncoder",
+    "DualEncoder",
+    "IdentityProjection",
+    "PooledBackbone",
+    "TextTokenizer",
+    "TransformerEncoder",
+    "load_encoder",
+]
+
+
+def load_encoder(folder: str | Path, **overrides: Any) -> BertEncoder | TransformerEncoder:
+    """Loads the encoder in a folder that transformers or sentence-transformers has saved.
+
+    BERT, RoBERTa, XLM-RoBERTa and CamemBERT become a `BertEncoder`; MPNet, ModernBERT and Qwen3 a
+    `TransformerEncoder`. Pooling, dense layers and normalization are those of
+    sentence-transformers' `modules.json`. Without that file they are "mean" ("last" for Qwen3),
+    none and no normalization.
+
+    Args:
+        folder: The folder of `config.json` and `model.safetensors` or its shards.
+        overrides: Arguments of the class, such as `dropout=0.0`.
+
+    Raises:
+        FileNotFoundError: If there is no `config.json`, or no weights in the safetensors format.
+        ValueError: If the model is of another family, or has a setting that isn't implemented.
+    """
+    folder = Path(folder)
+    found = model_config(folder)["model_type"]
+    if found in BERT_TYPES:
+        return BertEncoder.from_pretrained(folder, **overrides)
+    if found in FAMILIES:
+        return load_transformer(folder, **overrides)
+    raise ValueError(
+        f"load_encoder reads the families {', '.join((*BERT_TYPES, *FAMILIES))}, got {found!r} in "
+        f"{folder}. Use PooledBackbone with a model of KerasHub, or any Keras model from tokens to "
+        "vectors, as the encoder; DualEncoder takes any."
+    )
 
 
 class TextTokenizer:
@@ -73,6 +119,7 @@ class TextTokenizer:
         self.multiple = multiple
         self.prompt = _choose_prompt(folder, settings, prompt_name) if prompt is None else prompt
         self._truncation_side = settings.truncation_side
+        self._pad_token = settings.pad_token
         self._tokenizer = Tokenizer.from_file(str(file))
         self._tokenizer.no_padding()
         self._tokenizer.enable_truncation(self.max_length, direction=settings.truncation_side)
@@ -117,24 +164,29 @@ class TextTokenizer:
         encodings: list[Any] = self._tokenizer.encode_batch([self.prompt + text for text in texts])
         return encodings
 
-    def save(self, folder: str | Path, pad_id: int = 0) -> None:
+    def save(self, folder: str | Path, pad_id: int = 0) -> int:
         """Writes `tokenizer.json` and the files that transformers needs beside it.
 
         Args:
             folder: An existing folder.
-            pad_id: The id of the token for padding.
+            pad_id: The id of the token for padding, if the tokenizer's folder names none.
+
+        Returns:
+            The id of the token for padding.
         """
         folder = Path(folder)
+        pad_token = self._pad_token or self._tokenizer.id_to_token(pad_id)
         (folder / "tokenizer.json").write_text(self._tokenizer.to_str(), "utf-8")
         settings = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_max_length": self.max_length,
-            "pad_token": self._tokenizer.id_to_token(pad_id),
+            "pad_token": pad_token,
             "truncation_side": self._truncation_side,
         }
         (folder / "tokenizer_config.json").write_text(json.dumps(settings), "utf-8")
         length = {"max_seq_length": self.max_length, "do_lower_case": False}
         (folder / "sentence_bert_config.json").write_text(json.dumps(length), "utf-8")
+        return int(self._tokenizer.token_to_id(pad_token))
 
     @property
     def fingerprint(self) -> str:

@@ -33,13 +33,22 @@ def _pool(vectors: Any, weights: Any, mode: Pooling) -> Any:
     if mode == "max":
         return ops.max(ops.where(weights[..., None] > 0, vectors, -float("inf")), axis=1)
     if mode in ("last", "weighted_mean"):
-        weights = weights * ops.arange(1, ops.shape(weights)[1] + 1, dtype="float32")
+        weights = weights * (positions(weights) + 1)
     if mode == "last":
         last = ops.max(weights, axis=1, keepdims=True)
         weights = ops.cast(weights == ops.maximum(last, 1.0), "float32")
     total = ops.sum(vectors * weights[..., None], axis=1)
     divisor = ops.maximum(ops.sum(weights, axis=1, keepdims=True), 1.0)
     return total / (ops.sqrt(divisor) if mode == "mean_sqrt_length" else divisor)
+
+
+def positions(tokens: Tensor) -> Any:
+    """Returns 0, 1, 2 and so on for the L columns of `(B, L)`, in its dtype.
+
+    A function of the tensor, not of its shape: exporters that trace a call would take the length
+    for a constant.
+    """
+    return ops.cumsum(ops.ones_like(tokens[0])) - 1
 
 
 def check_pooling(modes: object) -> None:

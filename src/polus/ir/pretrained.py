@@ -9,8 +9,9 @@ from typing import Any, Literal, TypedDict
 from polus.ir.pooling import Pooling
 
 _ROBERTA = ("roberta", "xlm-roberta", "camembert")
+BERT_TYPES = ("bert", *_ROBERTA)
 _SERVED = {
-    "model_type": ("bert", *_ROBERTA),
+    "model_type": BERT_TYPES,
     "hidden_act": ("gelu",),
     "position_embedding_type": ("absolute",),
 }
@@ -74,6 +75,7 @@ class TextSettings:
         truncation_side: The end at which texts are truncated.
         prompts: The prompts that are prepended to texts, by name, perhaps empty.
         default_prompt: The name of the prompt for texts of no particular kind.
+        pad_token: The token for padding; None if nothing is known.
     """
 
     max_length: int | None = None
@@ -81,6 +83,7 @@ class TextSettings:
     truncation_side: Literal["left", "right"] = "right"
     prompts: dict[str, str] = dataclasses.field(default_factory=dict)
     default_prompt: str | None = None
+    pad_token: str | None = None
 
 
 def transformer_folder(folder: Path) -> Path:
@@ -89,6 +92,22 @@ def transformer_folder(folder: Path) -> Path:
         if _kind(module) == "Transformer":
             return folder / str(module["path"])
     return folder
+
+
+def model_config(folder: Path) -> dict[str, Any]:
+    """Returns a folder's `config.json`.
+
+    Raises:
+        FileNotFoundError: If there is none, or it doesn't say what model it is of.
+    """
+    path = transformer_folder(folder) / "config.json"
+    config = _read(path)
+    if "model_type" not in config:
+        raise FileNotFoundError(
+            f"{path} must say what kind of model the folder has, in model_type. Use a folder that "
+            "transformers or sentence-transformers has saved."
+        )
+    return config
 
 
 def bert_arguments(folder: Path) -> dict[str, Any]:
@@ -116,7 +135,10 @@ def bert_arguments(folder: Path) -> dict[str, Any]:
 
 def _position_offset(config: dict[str, Any]) -> int:
     # RoBERTa's table of positions starts with rows that no token has, one of them for padding.
-    return int(config["pad_token_id"]) + 1 if config.get("model_type") in _ROBERTA else 0
+    family = config.get("model_type")
+    if family == "mpnet":
+        return 2
+    return int(config["pad_token_id"]) + 1 if family in _ROBERTA else 0
 
 
 def output_settings(folder: Path) -> OutputSettings:
@@ -215,7 +237,9 @@ def text_settings(folder: Path) -> TextSettings:
     for path in sorted(inner.glob("sentence_*_config.json")):  # one per family in old versions
         transformer |= _read(path)
     unserved = {name: transformer[name] for name in _NOT_SERVED if transformer.get(name)}
-    if tokenizer.get("padding_side", "right") != "right":
+    # Rotary positions are relative, so the vectors don't depend on the side.
+    rotary = _read(inner / "config.json").get("model_type") in ("modernbert", "qwen3")
+    if tokenizer.get("padding_side", "right") != "right" and not rotary:
         unserved["padding_side"] = tokenizer["padding_side"]
     if unserved:
         raise ValueError(
@@ -229,6 +253,7 @@ def text_settings(folder: Path) -> TextSettings:
         positions and positions - _position_offset(config),
     ]
     known = [limit for limit in limits if limit is not None]
+    pad = tokenizer.get("pad_token")
     sentence_transformers = _read(folder / "config_sentence_transformers.json")
     prompts = sentence_transformers.get("prompts") or {}
     return TextSettings(
@@ -237,6 +262,7 @@ def text_settings(folder: Path) -> TextSettings:
         truncation_side=tokenizer.get("truncation_side", "right"),
         prompts=_PROMPTS | {name: text or "" for name, text in prompts.items()},
         default_prompt=sentence_transformers.get("default_prompt_name"),
+        pad_token=pad.get("content") if isinstance(pad, dict) else pad,
     )
 
 

@@ -1,0 +1,164 @@
+"""Vectors in a quarter or a 32nd of their memory, and search over them."""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from polus.ir.search import Floats, Ints, as_run, to_arrays, top_k
+
+Precision = Literal["int8", "binary"]
+Codes = NDArray[np.int8] | NDArray[np.uint8]
+_ROWS = 8192  # decoded at a time
+
+
+def int8_ranges(vectors: ArrayLike) -> Floats:
+    """Returns the smallest and the largest value of each dimension, `(2, E)`, to quantize with.
+
+    Args:
+        vectors: `(N, E)`, those to quantize or a sample of them.
+    """
+    found = np.asarray(to_arrays(vectors), np.float32)
+    return np.stack([found.min(axis=0), found.max(axis=0)])
+
+
+def quantize(vectors: ArrayLike, precision: Precision, ranges: Floats | None = None) -> Codes:
+    """Quantizes vectors `(N, E)`.
+
+    "int8" divides each dimension's range into 255 steps, and rounds to the nearest of the 256
+    borders: int8 `(N, E)`. Values out of range become its ends. "binary" keeps the signs, 8 in a
+    byte: uint8 `(N, E / 8)`, rounded up. Sentence-transformers' `quantize_embeddings` calls them
+    "int8", whose codes differ by at most 1 since it doesn't round, and "ubinary".
+
+    Args:
+        vectors: `(N, E)`.
+        precision: See above.
+        ranges: `(2, E)`, for "int8"; those of the vectors themselves by default.
+    """
+    found = np.asarray(to_arrays(vectors), np.float32)
+    if precision == "binary":
+        return np.packbits(found > 0, axis=-1)
+    start, step = _grid(int8_ranges(found) if ranges is None else ranges)
+    return np.clip(np.rint((found - start) / step) - 128, -128, 127).astype(np.int8)
+
+
+def dequantize(codes: Codes, precision: Precision, size: int, ranges: Floats | None = None) -> Any:
+    """Returns approximations of quantized vectors, float32 `(N, size)`; of signs 1 or -1.
+
+    Args:
+        codes: The result of `quantize`.
+        precision: That of the codes.
+        size: The length of a vector.
+        ranges: `(2, E)`, for "int8": those it was quantized with.
+    """
+    if precision == "binary":
+        return np.unpackbits(codes.view(np.uint8), axis=-1, count=size) * np.float32(2) - 1
+    assert ranges is not None  # or there would be no codes
+    start, step = _grid(ranges)
+    return (codes.astype(np.float32) + 128) * step + start
+
+
+def _grid(ranges: Floats) -> tuple[Floats, Floats]:
+    low, high = np.asarray(ranges, np.float32)
+    step = (high - low) / np.float32(255)
+    return low, np.where(step > 0, step, np.float32(1))  # a dimension may be constant
+
+
+class QuantizedIndex:
+    """Quantized document vectors and their ids: search with a query's full vector.
+
+    Scores are inner products of a query and the approximate vectors. With `originals`, the best
+    `rescore * k` documents are scored again by their original vectors, which may stay on the disk:
+    only these rows are read.
+
+    Args:
+        vectors: `(D, E)`, an array, which may be memory-mapped, or a tensor.
+        ids: The D document ids.
+        precision: "int8" takes a quarter of the memory of float32, "binary" a 32nd.
+        ranges: `(2, E)`, for "int8"; see `int8_ranges`. Defaults to that of the vectors.
+        originals: Vectors `(D, E)` to score again with, such as `vectors` themselves.
+        rescore: How many times k documents are scored again.
+
+    Raises:
+        ValueError: If vectors and ids don't match, or the precision is unknown.
+
+    Example:
+        >>> index = QuantizedIndex([[1.0, -0.5], [-0.5, 1.0]], ["north", "east"], "binary")
+        >>> index.search([[0.75, 0.25]], k=1)
+        [[('north', 0.5)]]
+    """
+
+    def __init__(
+        self,
+        vectors: ArrayLike,
+        ids: Sequence[str],
+        precision: Precision,
+        *,
+        ranges: Floats | None = None,
+        originals: ArrayLike | None = None,
+        rescore: int = 4,
+    ) -> None:
+        found = to_arrays(vectors)
+        found = found if isinstance(found, np.ndarray) else np.asarray(found, np.float32)
+        self.ids = list(ids)
+        if precision not in ("int8", "binary"):
+            raise ValueError(f"precision must be 'int8' or 'binary', got {precision!r}.")
+        if found.ndim != 2 or len(found) != len(self.ids):
+            raise ValueError(
+                f"An index needs vectors (D, E) and D ids, got vectors of shape {found.shape} and "
+                f"{len(self.ids)} ids."
+            )
+        self.precision: Precision = precision
+        self.size = found.shape[1]
+        self.originals = originals
+        self.rescore = rescore
+        self.ranges = int8_ranges(found) if precision == "int8" and ranges is None else ranges
+        starts = range(0, len(found), _ROWS)
+        self.codes: Codes = np.concatenate(
+            [quantize(found[i : i + _ROWS], precision, self.ranges) for i in starts]
+        )
+
+    def search(self, queries: ArrayLike, k: int = 10) -> list[list[tuple[str, float]]]:
+        """Returns the k best documents of each query vector `(Q, E)` as `(id, score)`."""
+        scores, rows = self.top_k(queries, k)
+        return [
+            [(self.ids[row], float(score)) for score, row in zip(values, places, strict=True)]
+            for values, places in zip(scores, rows, strict=True)
+        ]
+
+    def run(
+        self, queries: ArrayLike, query_ids: Sequence[str], k: int = 100
+    ) -> dict[str, dict[str, float]]:
+        """Returns the k best documents of each query as a run."""
+        return as_run(query_ids, self.ids, *self.top_k(queries, k))
+
+    def top_k(self, queries: ArrayLike, k: int) -> tuple[Floats, Ints]:
+        """Returns the scores `(Q, k)` of the k best documents, and their rows."""
+        found = np.asarray(to_arrays(queries), np.float32)
+        if self.originals is None:
+            return self._best(found, k)
+        _, rows = self._best(found, k * self.rescore)
+        scores = np.stack(
+            [
+                np.asarray(self.originals[places], np.float32) @ query  # type: ignore[index]
+                for query, places in zip(found, rows, strict=True)
+            ]
+        )
+        return _first(scores, rows, k)
+
+    def _best(self, queries: Floats, k: int) -> tuple[Floats, Ints]:
+        scores, rows = np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), int)
+        for start in range(0, len(self.codes), _ROWS):
+            codes = self.codes[start : start + _ROWS]
+            vectors = dequantize(codes, self.precision, self.size, self.ranges)
+            more, places = top_k(queries, vectors, k)
+            scores = np.concatenate([scores, more], axis=1)
+            scores, rows = _first(scores, np.concatenate([rows, places + start], axis=1), k)
+        return scores, rows
+
+
+def _first(scores: Floats, rows: Ints, k: int) -> tuple[Floats, Ints]:
+    """Returns the k highest of the scores `(Q, N)` and their rows, of equal ones the first."""
+    order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    return np.take_along_axis(scores, order, axis=1), np.take_along_axis(rows, order, axis=1)
