@@ -186,7 +186,8 @@ class TextTokenizer:
         (folder / "tokenizer_config.json").write_text(json.dumps(settings), "utf-8")
         length = {"max_seq_length": self.max_length, "do_lower_case": False}
         (folder / "sentence_bert_config.json").write_text(json.dumps(length), "utf-8")
-        return int(self._tokenizer.token_to_id(pad_token))
+        known = None if pad_token is None else self._tokenizer.token_to_id(pad_token)
+        return pad_id if known is None else known
 
     @property
     def fingerprint(self) -> str:

@@ -40,7 +40,8 @@ def quantize(vectors: ArrayLike, precision: Precision, ranges: Floats | None = N
     if precision == "binary":
         return np.packbits(found > 0, axis=-1)
     start, step = _grid(int8_ranges(found) if ranges is None else ranges)
-    return np.clip(np.rint((found - start) / step) - 128, -128, 127).astype(np.int8)
+    codes: Codes = np.clip(np.rint((found - start) / step) - 128, -128, 127).astype(np.int8)
+    return codes
 
 
 def dequantize(codes: Codes, precision: Precision, size: int, ranges: Floats | None = None) -> Any:
