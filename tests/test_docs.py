@@ -28,10 +28,16 @@ MODULES = [
     if not module.name.startswith("polus.backends.") and not module.name.endswith("__main__")
 ]
 BLOCK = re.compile(
-    r"^(<!-- not run: \S.*-->\n)?```(?:python|\{code-cell\})\n(?::.*\n)*(.*?)^```$",
+    r"^(<!-- not run: \S[^\n]*-->\n)?```(?:python|\{code-cell\})\n(?::[^\n]*\n)*(.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
 LINK = re.compile(r"\]\((?!https?:|mailto:|#)([^)#\s]+)")
+
+
+def test_blocks_that_are_not_run_end_where_they_end():
+    text = "<!-- not run: a -->\n```python\n1\n```\n```python\n2\n```\n" * 2
+    assert [bool(block[1]) for block in BLOCK.finditer(text)] == [True, False] * 2
+
 
 every_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
 

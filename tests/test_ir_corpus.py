@@ -122,7 +122,7 @@ def test_vectors_that_are_not_finite_or_not_one_per_text_raise(tmp_path, tokeniz
 def test_the_search_page_encodes_its_documents_once(tmp_path, encoder, tokenizer, monkeypatch):
     lines = [json.dumps({"_id": name, "text": text}) for name, text in DOCUMENTS]
     (tmp_path / "corpus.jsonl").write_text("\n".join(lines))
-    monkeypatch.setattr(serve.BertEncoder, "from_pretrained", lambda folder, **settings: encoder)
+    monkeypatch.setattr(serve, "load_encoder", lambda folder, **settings: encoder)
     for _ in range(2):
         search, documents = serve.load_search(tmp_path, MODEL_DIR)
         assert documents == dict(DOCUMENTS)

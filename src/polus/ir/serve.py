@@ -15,7 +15,7 @@ from polus.ir.data import read_documents
 from polus.ir.encoding import TextEncoder
 from polus.ir.hybrid import BM25, Dense, Engine, Hybrid
 from polus.ir.index import DenseIndex
-from polus.ir.models import BertEncoder, TextTokenizer
+from polus.ir.models import TextTokenizer, load_encoder
 
 MAX_QUERY = 1000
 """Longer queries are cut, in characters."""
@@ -37,13 +37,13 @@ def load_search(
 
     Args:
         folder: A folder with `corpus.jsonl`, as in the layout of BEIR.
-        encoder: A folder that sentence-transformers has saved, as `BertEncoder.from_pretrained`
-            and `TextTokenizer` read it. Without one, the search is by words alone.
+        encoder: A folder that sentence-transformers has saved, as `load_encoder` and
+            `TextTokenizer` read it. Without one, the search is by words alone.
     """
     documents = read_documents(folder)
     engines: list[Engine] = [BM25(documents)]
     if encoder is not None:
-        model = BertEncoder.from_pretrained(encoder, normalize=True)
+        model = load_encoder(encoder, normalize=True)
         tokenizers = {
             kind: TextTokenizer(encoder, prompt_name=kind) for kind in ("query", "document")
         }

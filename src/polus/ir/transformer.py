@@ -287,9 +287,9 @@ class TransformerEncoder(PooledEncoder):
         bias = ops.where(seen, 0.0, _HIDDEN)
         if self.relative is None:
             return bias
-        buckets = ops.take(_buckets(self.max_positions), ops.add(distances, self.max_positions - 1))
-        of_heads = ops.transpose(ops.cast(self.relative(buckets), "float32"), (2, 0, 1))
-        return bias + of_heads
+        by_distance = ops.cast(self.relative(_buckets(self.max_positions)), "float32")
+        of_heads = ops.take(by_distance, ops.add(distances, self.max_positions - 1), axis=0)
+        return bias + ops.transpose(of_heads, (2, 0, 1))
 
 
 def _norm(settings: Mapping[str, Any], **kwargs: Any) -> layers.Layer:
