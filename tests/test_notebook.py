@@ -23,7 +23,7 @@ validation = polus.ValidationDataCallback(data)
 """,
     "history = trainer.train(data, 3, [polus.ConsoleLogCallback(), validation])\nhistory",
     "history.plot()",
-    "result = trainer.lr_finder(data)\nresult",
+    "result = trainer.lr_finder(data, end_lr=1e4)\nresult",
     "result.plot()",
     "logging.getLogger('polus').warning('careful')",
     """
