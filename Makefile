@@ -54,8 +54,10 @@ check: .venv/.setup
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
 
+# Half an hour or more on two cores, with nothing else running.
 bench: .venv/.setup
 	.venv/bin/python benchmarks/speed.py
+	.venv/bin/python benchmarks/whole_runs.py
 
 # The site, in build/site. What its pages say is run as well.
 docs: .venv/.setup
