@@ -523,6 +523,27 @@ def refused(engine):
 
 
 @task
+def uneven_means(engine):
+    """What a warning says of losses whose mean over the replicas is another one."""
+    import keras
+
+    from polus.training import ClassifierTrainer
+
+    told = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())
+    logging.disable(logging.NOTSET)
+    logging.getLogger("polus").addHandler(handler)
+    for settings in ({}, {"ignore_class": 1}, {"reduction": "sum"}):
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, **settings)
+        model = model_of(dense(5))
+        ClassifierTrainer(model, keras.optimizers.SGD(0.0), loss).train(arrays(), 1)
+    logging.getLogger("polus").removeHandler(handler)
+    logging.disable(logging.WARNING)
+    return {"told": [text.split(",")[0] for text in told if "The loss" in text]}
+
+
+@task
 def written(engine):
     """Files and lines of the first process only."""
     import io

@@ -252,6 +252,12 @@ def test_a_signal_to_one_process_ends_all_and_they_resume(processes, reference):
         assert_same(resumed["steps"]["loss"], expected["steps"]["loss"])
 
 
+@on_processes("uneven_means")
+def test_losses_that_are_no_mean_over_examples_warn(processes):
+    told = ["The loss divides by the number of labels that it does not ignore", "The loss is a sum"]
+    assert processes[0]["uneven_means"]["told"] == (told if NAME != "jax" else [])
+
+
 @on_processes("refused")
 def test_processes_that_differ_are_refused(processes):
     for results in processes:

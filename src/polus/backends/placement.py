@@ -55,6 +55,7 @@ class Placement:
         count: The number of processes.
         replicas: The number of parts of a batch.
         has_whole_weights: Whether each process can read all values of each variable by itself.
+        splits_steps: Whether a step sees a replica's rows, not the whole batch.
     """
 
     name = ""
@@ -62,6 +63,7 @@ class Placement:
     count = 1
     replicas = 1
     has_whole_weights = True
+    splits_steps = False
 
     @property
     def is_first(self) -> bool:

@@ -53,6 +53,8 @@ class Replicas(Placement):
         strategy: The strategy in effect.
     """
 
+    splits_steps = True
+
     def __init__(self, strategy: Any) -> None:
         self.strategy = strategy
         self.name = f"tf.distribute.{type(strategy).__name__}"

@@ -52,6 +52,8 @@ class OneProcess(Placement):
 class ProcessGroup(OwnRows, OneProcess, Agreement):
     """The processes of `torch.distributed`, each with its own rows of a batch."""
 
+    splits_steps = True
+
     def __init__(self) -> None:
         Agreement.__init__(self)
         self.replicas = self.count

@@ -61,6 +61,11 @@ def check_loss(loss: object, attributes: Mapping[str, Any], default_step: bool) 
 
 def check_model(model: object, what: str = "model") -> None:
     """Raises TypeError if it is not a model of this Keras."""
+    if isinstance(getattr(model, "module", None), keras.Model):
+        raise TypeError(
+            f"{what} must be a keras.Model, got it wrapped in {type(model).__name__}. Pass it "
+            "unwrapped: with several processes Polus averages the gradients itself."
+        )
     if not isinstance(model, keras.Model):
         raise TypeError(
             f"{what} must be a keras.Model, got {_kind(model)}. It has to come from this Keras "

@@ -6,8 +6,9 @@ from typing import Any, TypedDict, Unpack, overload
 import keras
 from keras import ops
 
+from polus.backends import backend
 from polus.backends.scopes import active_dry_run
-from polus.masks import own_weights
+from polus.masks import mask_of, own_weights
 from polus.metrics import MetricLike, WeightedSamples
 from polus.steps.variables import StepVariables
 from polus.training.checks import add_penalties, check_model
@@ -123,6 +124,13 @@ class ClassifierTrainer(BaseTrainer):
             ValueError: If `class_weight` was given, and the step does not use it.
         """
         super().check_step(variables)
+        if backend.placement().splits_steps and (kind := _uneven_mean(self.loss, variables)):
+            self.logger.warning(
+                "The loss %s, and here each replica computes that of its own rows: their mean is "
+                "not the loss of the whole batch. See the documentation, Several devices, What "
+                "each engine gives.",
+                kind,
+            )
         if self.class_weight is not None and "class_weight" not in variables.settings:
             raise ValueError(
                 f"class_weight was given, and the step of {type(self).__name__} does not use it: "
@@ -164,12 +172,26 @@ def _classified(
 ) -> tuple[Any, ...]:
     prediction = trainer.predicted(trainer.model(x, training=True))
     y = _as_columns(y, prediction, trainer.loss)
+    dry_run = active_dry_run()
+    if dry_run is not None and not isinstance(prediction, dict) and mask_of(prediction) is not None:
+        dry_run.settings.add("mask")
     if trainer.class_weight is not None:
-        if (dry_run := active_dry_run()) is not None:
+        if dry_run is not None:
             dry_run.settings.add("class_weight")
         by_class = _weights_of(y, prediction, trainer.class_weight)
         sample_weight = by_class if sample_weight is None else sample_weight * by_class
     return (y, prediction) if sample_weight is None else (y, prediction, own_weights(sample_weight))
+
+
+def _uneven_mean(loss: object, variables: StepVariables) -> str | None:
+    """Returns why the mean of the replicas' losses is not the loss of all; None if it is."""
+    if getattr(loss, "reduction", None) == "sum":
+        return "is a sum"
+    if getattr(loss, "ignore_class", None) is not None:
+        return "divides by the number of labels that it does not ignore"
+    if "mask" in variables.settings:
+        return "divides by the number of entries that the mask leaves"
+    return None
 
 
 def _as_columns(y: Any, prediction: Any, loss: object) -> Any:
