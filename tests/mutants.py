@@ -302,7 +302,9 @@ MUTANTS = [
         "for path in self.paths():",
         STORE + "falls_back or round_trips",
     ),
-    Mutant("checkpoint/store.py", "1 + max(map(_number", "max(map(_number", STORE + "keep_removes"),
+    Mutant(
+        "checkpoint/store.py", "1 + max(map(number_of", "max(map(number_of", STORE + "keep_removes"
+    ),
     Mutant(
         "checkpoint/callback.py",
         "run.step % self.every_steps == 0",

@@ -17,6 +17,13 @@ QUERIES = rng.normal(size=(7, 20)).astype("float32")
 IDS = [f"d{i}" for i in range(300)]
 
 
+def test_ids_and_vectors_are_checked_as_by_the_exact_index():
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        QuantizedIndex([[1.0, np.nan]], ["a"], "binary")
+    with pytest.raises(ValueError, match=r"twice|unique|more than once"):
+        QuantizedIndex([[1.0], [2.0]], ["a", "a"], "int8")
+
+
 def test_codes_are_those_of_sentence_transformers():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

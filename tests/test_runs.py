@@ -229,6 +229,18 @@ def test_checkpoints_elsewhere_raise(tmp_path, given):
         make_trainer().train(from_arrays((X, Y), 4), 1, run_dir=tmp_path, **given)
 
 
+def test_a_folder_that_cannot_be_written_raises_before_the_first_step(
+    tmp_path, monkeypatch, caplog
+):
+    def refuse(dir):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("polus.runs.directory.tempfile.TemporaryFile", refuse)
+    with pytest.raises(OSError, match=r"can't be written to: .*denied. Pass another folder"):
+        run(tmp_path / "a")
+    assert "NO CHECKPOINT" not in caplog.text
+
+
 def test_a_record_elsewhere_raises(tmp_path):
     with pytest.raises(ValueError, match="a RunDirectory of another folder"):
         run(tmp_path / "a", RunDirectory(tmp_path / "b"))

@@ -831,6 +831,14 @@ def test_class_weights_that_the_step_does_not_use_raise():
     assert loss(Extended) > 3  # ten times the loss of three classes
 
 
+def test_an_error_in_a_validation_names_the_set():
+    once = iter(BATCHES)
+    held_out = ValidationDataCallback(once, "held_out")
+    with pytest.raises(ValueError, match=r"yielded no batch.*function that makes a gen") as error:
+        make_trainer(metrics=[Accuracy(3)]).train(BATCHES, 2, [held_out])
+    assert error.value.__notes__ == ["This was the validation on 'held_out'."]
+
+
 def test_an_evaluation_of_nothing_raises():
     class Own(BaseTrainer):
         def train_step(self, x, y):

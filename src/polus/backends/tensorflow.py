@@ -176,9 +176,8 @@ def program(
             stacked = many or unpack is not None
             batch = first_batch(unpack, arguments[-1]) if stacked else arguments
             graph = tf.function(step, autograph=False)
-            tracing.for_xla = bool(jit_compile)
-            outputs = graph.get_concrete_function(*batch).structured_outputs
-            tracing.for_xla = False
+            with tracing.by_xla(bool(jit_compile)):
+                outputs = graph.get_concrete_function(*batch).structured_outputs
             if many:
                 whole = loop_of(graph, outputs, unpack, True)
             else:

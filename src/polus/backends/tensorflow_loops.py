@@ -1,7 +1,8 @@
 """Loops over the batches of a payload, as graphs."""
 
+import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import keras
@@ -17,6 +18,15 @@ class Tracing(threading.local):
     """Whether what is traced in this thread is compiled by XLA."""
 
     for_xla = False
+
+    @contextlib.contextmanager
+    def by_xla(self, for_xla: bool) -> Iterator[None]:
+        """Says it of what is traced in the block."""
+        self.for_xla = for_xla
+        try:
+            yield
+        finally:
+            self.for_xla = False
 
 
 tracing = Tracing()

@@ -22,10 +22,18 @@ def lost_processes_explained() -> Iterator[None]:
 
 
 class Agreement(Placement):
-    """The processes of `torch.distributed`."""
+    """The processes of `torch.distributed`, whose steps run without `torch.compile`."""
 
     def __init__(self) -> None:
         self.index, self.count = dist.get_rank(), dist.get_world_size()
+
+    def compilers(self, mode: bool | str, candidates: Sequence[bool]) -> tuple[bool, ...]:
+        if mode is True:
+            raise NotImplementedError(
+                f"torch.compile is asked for under {self.name}, and Polus runs steps there without "
+                'it. Write polus.core.set_jit_compile(False), or "auto".'
+            )
+        return (False,)
 
     @lost_processes_explained()
     def agreed(self, values: Sequence[float]) -> list[float]:

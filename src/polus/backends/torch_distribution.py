@@ -59,14 +59,6 @@ class ProcessGroup(OwnRows, OneProcess, Agreement):
         self.replicas = self.count
         self.name = f"a torch.distributed process group of {self.count} processes"
 
-    def compilers(self, mode: bool | str, candidates: Sequence[bool]) -> tuple[bool, ...]:
-        if mode is True:
-            raise NotImplementedError(
-                f"torch.compile is asked for under {self.name}, and Polus runs steps there without "
-                'it. Write polus.core.set_jit_compile(False), or "auto".'
-            )
-        return (False,)
-
     # ------------------------------------------------------------------ steps
 
     def program(self, program: Program, size: int, state: ReplicaState) -> Program:

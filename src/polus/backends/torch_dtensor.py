@@ -43,14 +43,6 @@ class GlobalView(Agreement):
         self.replicas = self.mesh.size(self.batch_axis)
         self.place_in_batch = self.mesh.get_local_rank(self.batch_axis)
 
-    def compilers(self, mode: bool | str, candidates: Sequence[bool]) -> tuple[bool, ...]:
-        if mode is True:
-            raise NotImplementedError(
-                f"torch.compile is asked for under {self.name}, and Polus runs steps there without "
-                'it. Write polus.core.set_jit_compile(False), or "auto".'
-            )
-        return (False,)
-
     # ------------------------------------------------------------------ batches
 
     def place(self, array: Tensor, size: int) -> Tensor:

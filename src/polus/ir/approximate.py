@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from polus.files import atomic_write
-from polus.ir.index import DenseIndex, check_finite, check_ids
+from polus.ir.index import DenseIndex, VectorIndex, check_finite, check_ids
 from polus.ir.search import Floats, Ints, to_arrays
 
 Library = Literal["usearch", "faiss"]
@@ -39,7 +39,7 @@ class Parameters(NamedTuple):
     """efConstruction: the number of candidates while a vector is added."""
 
 
-class ApproximateIndex:
+class ApproximateIndex(VectorIndex):
     """Finds most of the nearest documents of a query, without comparing it with all of them.
 
     It is used as `DenseIndex` is. Search takes time about logarithmic in the number of documents,
@@ -100,26 +100,20 @@ class ApproximateIndex:
             check_finite(block, self.ids[start : start + _ROWS])
             self._graph.add(start, block, threads)
 
-    def search(self, queries: ArrayLike, k: int = 10) -> list[list[tuple[str, float]]]:
-        """Returns k documents of each query vector `(Q, E)` as `(id, inner product)`, best first.
-
-        Of documents with equal scores, the one that is first in the index comes first.
-        """
-        return [
-            [
-                (self.ids[row], float(score))
-                for score, row in zip(values, places, strict=True)
-                if row >= 0
-            ]
-            for values, places in zip(*self._nearest(queries, k), strict=True)
-        ]
-
-    def run(
-        self, queries: ArrayLike, query_ids: Sequence[str], k: int = 100
-    ) -> dict[str, dict[str, float]]:
-        """Returns k documents of each query as a run."""
-        found = self.search(queries, k)
-        return {query: dict(each) for query, each in zip(query_ids, found, strict=True)}
+    def top_k(self, queries: ArrayLike, k: int) -> tuple[Floats, Ints]:
+        array = np.ascontiguousarray(to_arrays(queries), np.float32)
+        if array.ndim != 2 or array.shape[1] != self.parameters.size or k < 1:
+            raise ValueError(
+                f"Queries must have the shape (Q, {self.parameters.size}) and k be positive, got "
+                f"the shape {array.shape} and k={k}."
+            )
+        k = min(k, len(self.ids))
+        if not len(array):
+            return np.empty((0, k), np.float32), np.empty((0, k), np.int64)
+        expansion = max(self.expansion_search, k)
+        scores, rows = self._graph.search(array, k, expansion, self.threads)
+        order = np.lexsort((rows, -scores), axis=1)
+        return np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)
 
     def recall(self, queries: ArrayLike, exact: DenseIndex, k: int = 10) -> float:
         """Returns the fraction of the k nearest documents that are found, a mean over queries.
@@ -195,22 +189,6 @@ class ApproximateIndex:
         library = self.parameters.library
         self._graph = _graph_of(library).load(folder / f"graph.{library}", mapped)
         return self
-
-    def _nearest(self, queries: ArrayLike, k: int) -> tuple[Floats, Ints]:
-        """Returns scores `(Q, k)`, descending, and rows, -1 where no more were found."""
-        array = np.ascontiguousarray(to_arrays(queries), np.float32)
-        if array.ndim != 2 or array.shape[1] != self.parameters.size or k < 1:
-            raise ValueError(
-                f"Queries must have the shape (Q, {self.parameters.size}) and k be positive, got "
-                f"the shape {array.shape} and k={k}."
-            )
-        k = min(k, len(self.ids))
-        if not len(array):
-            return np.empty((0, k), np.float32), np.empty((0, k), np.int64)
-        expansion = max(self.expansion_search, k)
-        scores, rows = self._graph.search(array, k, expansion, self.threads)
-        order = np.lexsort((rows, -scores), axis=1)
-        return np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)
 
 
 class _Graph(Protocol):

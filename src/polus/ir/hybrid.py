@@ -5,9 +5,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from polus.ir.approximate import ApproximateIndex
 from polus.ir.evaluation import Qrels, Run, evaluate, reciprocal_rank_fusion
-from polus.ir.index import DenseIndex
+from polus.ir.index import VectorIndex
 
 Results = list[tuple[str, float]]
 
@@ -63,13 +62,11 @@ class Dense:
     """Search by vectors.
 
     Args:
-        index: The vectors of the documents: a `DenseIndex` or an `ApproximateIndex`.
+        index: The vectors of the documents: a `DenseIndex`, `ApproximateIndex` or `QuantizedIndex`.
         encode: Maps N texts of queries to `(N, E)`, such as a `TextEncoder`.
     """
 
-    def __init__(
-        self, index: DenseIndex | ApproximateIndex, encode: Callable[[Sequence[str]], Any]
-    ) -> None:
+    def __init__(self, index: VectorIndex, encode: Callable[[Sequence[str]], Any]) -> None:
         self.index = index
         self.encode = encode
 

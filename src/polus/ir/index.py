@@ -12,12 +12,51 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from polus.files import atomic_write
-from polus.ir.search import Floats, Ints, as_run, to_arrays, top_k
+from polus.ir.search import Floats, Ints, to_arrays, top_k
 
 _ROWS = 8192  # checked at a time, so that a check takes little memory
 
 
-class DenseIndex:
+class VectorIndex:
+    """Document ids, and the search of query vectors that indexes have in common.
+
+    Attributes:
+        ids: The document ids.
+    """
+
+    ids: list[str]
+
+    def top_k(self, queries: ArrayLike, k: int) -> tuple[Floats, Ints]:
+        """Returns scores `(Q, k)` of query vectors `(Q, E)`, best first, and the documents' rows.
+
+        A row is -1 where nothing more was found. Of documents with equal scores, the one that is
+        first in the index comes first.
+        """
+        raise NotImplementedError
+
+    def search(self, queries: ArrayLike, k: int = 10) -> list[list[tuple[str, float]]]:
+        """Returns the k best documents of each query vector `(Q, E)` as `(id, score)`.
+
+        A score is an inner product.
+        """
+        return [
+            [
+                (self.ids[row], float(score))
+                for score, row in zip(values, places, strict=True)
+                if row >= 0
+            ]
+            for values, places in zip(*self.top_k(queries, k), strict=True)
+        ]
+
+    def run(
+        self, queries: ArrayLike, query_ids: Sequence[str], k: int = 100
+    ) -> dict[str, dict[str, float]]:
+        """Returns the k best documents of each query as a run."""
+        found = self.search(queries, k)
+        return {query: dict(each) for query, each in zip(query_ids, found, strict=True)}
+
+
+class DenseIndex(VectorIndex):
     """Document vectors and their ids: exact search, saved as one file.
 
     Args:
@@ -47,24 +86,7 @@ class DenseIndex:
             rows = slice(start, start + _ROWS)
             check_finite(self.vectors[rows], self.ids[rows])
 
-    def search(self, queries: ArrayLike, k: int = 10) -> list[list[tuple[str, float]]]:
-        """Returns the k best documents of each query vector `(Q, E)` as `(id, inner product)`.
-
-        Of documents with equal scores, the one that is first in the index comes first.
-        """
-        scores, rows = self._top_k(queries, k)
-        return [
-            [(self.ids[row], float(score)) for score, row in zip(values, places, strict=True)]
-            for values, places in zip(scores, rows, strict=True)
-        ]
-
-    def run(
-        self, queries: ArrayLike, query_ids: Sequence[str], k: int = 100
-    ) -> dict[str, dict[str, float]]:
-        """Returns the k best documents of each query as a run."""
-        return as_run(query_ids, self.ids, *self._top_k(queries, k))
-
-    def _top_k(self, queries: Any, k: int) -> tuple[Floats, Ints]:
+    def top_k(self, queries: ArrayLike, k: int) -> tuple[Floats, Ints]:
         return top_k(np.asarray(to_arrays(queries), np.float32), self.vectors, k)
 
     def save(self, path: str | Path) -> None:

@@ -6,7 +6,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from polus.ir.search import Floats, Ints, as_run, to_arrays, top_k
+from polus.ir.index import VectorIndex, check_finite, check_ids
+from polus.ir.search import Floats, Ints, to_arrays, top_k
 
 Precision = Literal["int8", "binary"]
 Codes = NDArray[np.int8] | NDArray[np.uint8]
@@ -66,7 +67,7 @@ def _grid(ranges: Floats) -> tuple[Floats, Floats]:
     return low, np.where(step > 0, step, np.float32(1))  # a dimension may be constant
 
 
-class QuantizedIndex:
+class QuantizedIndex(VectorIndex):
     """Quantized document vectors and their ids: search with a query's full vector.
 
     Scores are inner products of a query and the approximate vectors. With `originals`, the best
@@ -82,7 +83,8 @@ class QuantizedIndex:
         rescore: How many times k documents are scored again.
 
     Raises:
-        ValueError: If vectors and ids don't match, or the precision is unknown.
+        ValueError: If vectors and ids don't match, an id isn't a string or not unique, a vector
+            isn't finite, or the precision is unknown.
 
     Example:
         >>> index = QuantizedIndex([[1.0, -0.5], [-0.5, 1.0]], ["north", "east"], "binary")
@@ -110,32 +112,20 @@ class QuantizedIndex:
                 f"An index needs vectors (D, E) and D ids, got vectors of shape {found.shape} and "
                 f"{len(self.ids)} ids."
             )
+        check_ids(self.ids)
+        starts = range(0, len(found), _ROWS)
+        for start in starts:
+            check_finite(found[start : start + _ROWS], self.ids[start : start + _ROWS])
         self.precision: Precision = precision
         self.size = found.shape[1]
         self.originals = originals
         self.rescore = rescore
         self.ranges = int8_ranges(found) if precision == "int8" and ranges is None else ranges
-        starts = range(0, len(found), _ROWS)
         self.codes: Codes = np.concatenate(
             [quantize(found[i : i + _ROWS], precision, self.ranges) for i in starts]
         )
 
-    def search(self, queries: ArrayLike, k: int = 10) -> list[list[tuple[str, float]]]:
-        """Returns the k best documents of each query vector `(Q, E)` as `(id, score)`."""
-        scores, rows = self.top_k(queries, k)
-        return [
-            [(self.ids[row], float(score)) for score, row in zip(values, places, strict=True)]
-            for values, places in zip(scores, rows, strict=True)
-        ]
-
-    def run(
-        self, queries: ArrayLike, query_ids: Sequence[str], k: int = 100
-    ) -> dict[str, dict[str, float]]:
-        """Returns the k best documents of each query as a run."""
-        return as_run(query_ids, self.ids, *self.top_k(queries, k))
-
     def top_k(self, queries: ArrayLike, k: int) -> tuple[Floats, Ints]:
-        """Returns the scores `(Q, k)` of the k best documents, and their rows."""
         found = np.asarray(to_arrays(queries), np.float32)
         if self.originals is None:
             return self._best(found, k)
