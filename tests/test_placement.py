@@ -4,6 +4,7 @@ What it trains on is tested in `tests/distributed`, where each engine has proces
 """
 
 import contextlib
+import logging
 
 import keras
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 
 from polus import core
 from polus.backends import backend
+from polus.backends.placement import report_idle
 from polus.data import from_arrays
 from polus.training import ClassifierTrainer
 
@@ -129,16 +131,69 @@ def test_what_is_not_served_raises(engine, message, tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(NAME != "tensorflow", reason="strategies of TensorFlow")
-def test_scopes_around_a_part_raise():
+@pytest.mark.parametrize(
+    ("inside", "named"),
+    [
+        ("model", "variable sequential.*in the scope"),
+        ("optimizer", "optimizer 'sgd.*in the scope"),
+        ("model optimizer trainer", "variable sequential.*in the scope"),
+        ("run", "variable sequential.*outside of the scope of tf.distribute.Mirrored"),
+        ("optimizer run", "variable sequential.*outside of the scope"),
+        ("model run", "optimizer 'sgd.*outside of the scope"),
+        ("model optimizer run", "variable step_counter.*outside of the scope"),
+    ],
+)
+@pytest.mark.parametrize("what", ["train", "evaluate"])
+def test_scopes_around_a_part_raise(inside, named, what):
     """One device would be trained, or each replica would assign the same variable."""
+    import tensorflow as tf
+
+    strategy = tf.distribute.MirroredStrategy(["CPU:0"])
+
+    def scope(part):
+        return strategy.scope() if part in inside.split() else contextlib.nullcontext()
+
+    with scope("model"):
+        model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)], name="sequential")
+    with scope("optimizer"):
+        optimizer = keras.optimizers.SGD(0.1)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    with scope("trainer"):
+        trainer = ClassifierTrainer(model, optimizer, loss)
     data = from_arrays((X, Y), 16)
-    with mirrored():
-        trainer = make_trainer()
-    with pytest.raises(RuntimeError, match=r"called outside of it.*strategy\.scope\(\)"):
-        trainer.train(data, 1)
-    outside = make_trainer()
-    with mirrored(), pytest.raises(RuntimeError, match=r"outside of the scope.*MirroredStrategy"):
-        outside.train(data, 1)
+    with scope("run"), pytest.raises(RuntimeError, match=named) as error:
+        trainer.evaluate(data) if what == "evaluate" else trainer.train(data, 1)
+    assert "with strategy.scope():" in str(error.value)
+
+
+def test_devices_that_stay_idle_are_named_once(monkeypatch, caplog):
+    if NAME == "tensorflow":
+        import tensorflow as tf
+
+        devices = {"CPU": ["CPU:0", "CPU:1"], "GPU": []}
+        monkeypatch.setattr(tf.config, "list_logical_devices", devices.get)
+        remedy = "tf.distribute.MirroredStrategy"
+    elif NAME == "jax":
+        import jax
+
+        monkeypatch.setattr(jax, "local_device_count", lambda: 2)
+        remedy = "keras.distribution.set_distribution"
+    else:
+        import torch
+
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        remedy = "torchrun"
+    report_idle.cache_clear()
+    try:
+        with caplog.at_level(logging.INFO, "polus"):
+            for _ in range(2):
+                make_trainer().train(from_arrays((X, Y), 16), 1)
+    finally:
+        report_idle.cache_clear()
+    told = [record.getMessage() for record in caplog.records if "devices" in record.getMessage()]
+    assert len(told) == 1
+    assert "Training on 1 of 2 devices" in told[0]
+    assert remedy in told[0]
 
 
 @pytest.mark.skipif(NAME != "tensorflow", reason="strategies of TensorFlow")

@@ -67,11 +67,11 @@ class BaseLogger:
 
 
 @contextlib.contextmanager
-def only_warnings() -> Iterator[None]:
-    """Drops messages below WARNING in the block: another process of the same run has them too."""
+def told_by(first: bool) -> Iterator[None]:
+    """Drops messages below WARNING in the block, except in the first of several processes."""
     shared = logging.getLogger("polus")
     level = shared.level
-    shared.setLevel(max(level, logging.WARNING))
+    shared.setLevel(level if first else max(level, logging.WARNING))
     try:
         yield
     finally:

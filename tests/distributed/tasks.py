@@ -514,7 +514,9 @@ def refused(engine):
 
     messages = []
     callbacks = [TimerCallback()] if engine.index else []
-    for arguments in [(arrays(seed=engine.index), 1), (arrays(), 1, callbacks)]:
+    shorter = list(arrays(96 - 32 * engine.index, shuffle=False))
+    given = [(arrays(seed=engine.index), 1), (arrays(), 1, callbacks), (shorter, 1)]
+    for arguments in [*given, (lambda: iter(shorter), 2)]:
         try:
             classifier().train(*arguments)
         except RuntimeError as error:
@@ -523,24 +525,41 @@ def refused(engine):
 
 
 @task
-def uneven_means(engine):
-    """What a warning says of losses whose mean over the replicas is another one."""
+def other_means(engine):
+    """Losses that don't divide by the number of rows: masks, ignored classes, weights, sums."""
     import keras
 
+    from polus.data import from_arrays
     from polus.training import ClassifierTrainer
 
-    told = []
-    handler = logging.Handler()
-    handler.emit = lambda record: told.append(record.getMessage())
-    logging.disable(logging.NOTSET)
-    logging.getLogger("polus").addHandler(handler)
-    for settings in ({}, {"ignore_class": 1}, {"reduction": "sum"}):
-        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, **settings)
-        model = model_of(dense(5))
-        ClassifierTrainer(model, keras.optimizers.SGD(0.0), loss).train(arrays(), 1)
-    logging.getLogger("polus").removeHandler(handler)
-    logging.disable(logging.WARNING)
-    return {"told": [text.split(",")[0] for text in told if "The loss" in text]}
+    rng = np.random.default_rng(3)
+    tokens = rng.integers(1, 9, (48, 6)) * (np.arange(6) < rng.integers(1, 7, (48, 1)))
+    labels = (tokens + np.arange(6)) % 5
+    weights = rng.uniform(size=(48, 6)).astype("float32")
+    entropy = keras.losses.SparseCategoricalCrossentropy
+    rows = {
+        "mask": (True, entropy(from_logits=True), ()),
+        "ignored": (True, entropy(from_logits=True, ignore_class=1), ()),
+        "weighted": (True, entropy(from_logits=True, reduction="mean_with_sample_weight"), weights),
+        "ignored, no mask": (False, entropy(from_logits=True, ignore_class=1), ()),
+        "sum": (False, entropy(from_logits=True, reduction="sum"), ()),
+        "dice": (False, keras.losses.Dice(), ()),
+    }
+    found = {}
+    for name, (mask, loss, given) in rows.items():
+        embedding = keras.layers.Embedding(9, 8, embeddings_initializer="ones", mask_zero=mask)
+        activation = "softmax" if name == "dice" else None
+        head = keras.layers.Dense(5, activation, kernel_initializer=keras.initializers.Constant(0))
+        model = keras.Sequential([keras.Input((6,), dtype="int32"), embedding, head])
+        head.kernel.assign(np.random.default_rng(1).normal(size=(8, 5)))
+        y = np.eye(5, dtype="float32")[labels] if name == "dice" else labels.astype("int32")
+        data = (tokens.astype("int32"), y, *([given] if len(given) else []))
+        rate = 0.05 if name != "sum" else 0.001
+        trainer = ClassifierTrainer(model, keras.optimizers.SGD(rate), loss)
+        history = trainer.train(from_arrays(data, 10 if name == "mask" else 12, shuffle=False), 2)
+        evaluated = trainer.evaluate(from_arrays(data, 18, shuffle=False))
+        found[name] = summary(history, model) | {"evaluated": evaluated}
+    return found
 
 
 @task
@@ -567,6 +586,8 @@ def written(engine):
         keras.callbacks.ModelCheckpoint(folder / "keras.keras"),
     ]
     classifier().train(arrays(), 1, callbacks)
+    classifier().train(arrays(), 1, dry_run=True)
+    classifier().lr_finder(arrays(), num_steps=16, start_lr=1e-4, suggestion="steep")
     logging.disable(logging.WARNING)
     files = sorted(path.name for path in folder.iterdir())
     return {"files": files, "lines": output.getvalue(), "logged": sorted(set(logged))}

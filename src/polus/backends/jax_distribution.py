@@ -15,7 +15,13 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-from polus.backends.placement import BackendStack, Placement, Stateful, report_sharded
+from polus.backends.placement import (
+    BackendStack,
+    Placement,
+    Stateful,
+    report_idle,
+    report_sharded,
+)
 from polus.sharded import ShardedArray, StoredArray, split
 from polus.types import Tensor
 
@@ -101,6 +107,17 @@ class GlobalView(Placement):
         report_sharded(variables, sharded, dict(self.mesh.shape))
 
 
+class OneDevice(Placement):
+    """JAX's first device, beside which there may be others."""
+
+    def report_layouts(self, variables: Sequence[keras.Variable]) -> None:
+        report_idle(
+            jax.local_device_count(),
+            "write keras.distribution.set_distribution(keras.distribution.DataParallel()) before "
+            "the model is made",
+        )
+
+
 def active() -> Placement:
     """Returns where steps run now.
 
@@ -116,7 +133,7 @@ def active() -> Placement:
             "work: each would train a model of its own. Write keras.distribution.set_distribution("
             "keras.distribution.DataParallel()) before the model is made."
         )
-    return Placement()
+    return OneDevice()
 
 
 def join_rows(rows: Sequence[Tensor], capacity: int) -> np.ndarray[Any, Any]:

@@ -1,6 +1,7 @@
 """Where a step runs: on one device, or on several that share each batch."""
 
 import dataclasses
+import functools
 import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -76,7 +77,7 @@ class Placement:
     __hash__ = None  # type: ignore[assignment]
 
     def check(self, parts: Iterable[object]) -> None:
-        """Raises a NotImplementedError if the engine can't train these.
+        """Raises a NotImplementedError or a RuntimeError if the engine can't train these.
 
         Args:
             parts: What the trainer holds: models, layers, and anything else.
@@ -151,7 +152,7 @@ class Placement:
         """Gives each process the values that process 0 has."""
 
     def report_layouts(self, variables: Sequence[keras.Variable]) -> None:
-        """Logs how many variables are sharded, if the engine shards any."""
+        """Logs how many variables are sharded, if the engine shards any, and of idle devices."""
 
 
 class OwnRows(Placement):
@@ -199,6 +200,18 @@ def report_sharded(
             len(variables),
             variables[0].path if variables else "",
         )
+
+
+@functools.cache
+def report_idle(devices: int, remedy: str) -> None:
+    """Logs, once in a process, that one of several devices trains.
+
+    Args:
+        devices: How many there are.
+        remedy: What to do for all of them to train.
+    """
+    if devices > 1:
+        logger.info("Training on 1 of %d devices. For all of them, %s.", devices, remedy)
 
 
 def check_same(placement: Placement, value: float, message: str) -> None:

@@ -26,6 +26,7 @@ from polus.backends.placement import (
     Program,
     ReplicaState,
     Stateful,
+    report_idle,
 )
 from polus.backends.scopes import BackendVariable, current_scope
 from polus.backends.tensorflow_replica import (
@@ -114,6 +115,14 @@ class Replicas(Placement):
         return tensor[replica.number * part : (replica.number + 1) * part]
 
     # ------------------------------------------------------------------ variables
+
+    def check(self, parts: Iterable[object]) -> None:
+        for part in parts:
+            for each in _all_optimizers([part]):
+                if each._distribution_strategy is not self.strategy:
+                    raise RuntimeError(_outside(f"The optimizer {each.name!r}", self.name))
+            for variable in _variables_of(part):
+                _check_distributed(variable, self.name)
 
     def broadcast(self, variables: Iterable[Stateful]) -> None:
         for variable in variables:
@@ -237,14 +246,26 @@ def active() -> Placement:
 class OneDevice(Placement):
     """No strategy, in whose scope the model may still have been made."""
 
+    def check(self, parts: Iterable[object]) -> None:
+        for part in parts:
+            for each in _all_optimizers([part]):
+                if each._distribution_strategy is not default_strategy():
+                    raise RuntimeError(_left(f"The optimizer {each.name!r}"))
+            self.broadcast(_variables_of(part))
+
     def broadcast(self, variables: Iterable[Stateful]) -> None:
         for variable in variables:
             if isinstance(variable.value, tf.distribute.DistributedValues):
-                raise RuntimeError(
-                    f"The variable {variable.path} was made in the scope of a tf.distribute "
-                    "strategy, and training was called outside of it: one device would be trained. "
-                    "Write `with strategy.scope():` around both."
-                )
+                raise RuntimeError(_left(f"The variable {variable.path}"))
+
+    def report_layouts(self, variables: Sequence[keras.Variable]) -> None:
+        kinds = "GPU", "CPU"
+        counts = [len(tf.config.list_logical_devices(kind)) for kind in kinds]
+        report_idle(
+            counts[0] or counts[1],
+            "write `with tf.distribute.MirroredStrategy().scope():` around the model, the "
+            "optimizer, the metrics, the trainer and train(...)",
+        )
 
 
 @contextlib.contextmanager
@@ -296,11 +317,27 @@ def _check_distributed(variable: Stateful, name: str) -> None:
             f"train under {name}. Use keras.Variable, and keras.random with a SeedGenerator."
         )
     if not isinstance(variable.value, tf.distribute.DistributedValues):
-        raise RuntimeError(
-            f"The variable {variable.path} was made outside of the scope of {name}, so only one "
-            "device has it. Write `with strategy.scope():` around the model, the optimizer, the "
-            "metrics and the trainer."
-        )
+        raise RuntimeError(_outside(f"The variable {variable.path}", name))
+
+
+def _outside(what: str, name: str) -> str:
+    return (
+        f"{what} was made outside of the scope of {name}, so only one device has it. Write `with "
+        "strategy.scope():` around the model, the optimizer, the metrics and the trainer."
+    )
+
+
+def _left(what: str) -> str:
+    return (
+        f"{what} was made in the scope of a tf.distribute strategy, and this call is outside of "
+        "it: one device would be used. Write `with strategy.scope():` around the call as well."
+    )
+
+
+def _variables_of(part: object) -> list[Any]:
+    """Returns the variables of a layer, an optimizer or a metric; none of anything else."""
+    kinds = keras.layers.Layer, keras.optimizers.Optimizer, keras.metrics.Metric
+    return list(part.variables) if isinstance(part, kinds) else []
 
 
 def assign(variable: Any, value: Any) -> None:

@@ -17,7 +17,14 @@ import keras
 import torch
 import torch.distributed as dist
 
-from polus.backends.placement import OwnRows, Placement, Program, ReplicaState, own_part
+from polus.backends.placement import (
+    OwnRows,
+    Placement,
+    Program,
+    ReplicaState,
+    own_part,
+    report_idle,
+)
 from polus.backends.scopes import current_scope
 from polus.backends.torch_agreement import Agreement, lost_processes_explained
 from polus.backends.torch_dtensor import GlobalView
@@ -47,6 +54,13 @@ class OneProcess(Placement):
             modules = part.modules() if isinstance(part, torch.nn.Module) else ()
             for module in modules:
                 _check_not_wrapped(module)
+
+    def report_layouts(self, variables: Sequence[keras.Variable]) -> None:
+        report_idle(
+            torch.cuda.device_count() if self.count == 1 else 1,
+            "write torch.distributed.init_process_group() at the start of the program, and start "
+            "it by torchrun",
+        )
 
 
 class ProcessGroup(OwnRows, OneProcess, Agreement):

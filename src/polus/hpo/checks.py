@@ -6,6 +6,7 @@ from typing import Any
 
 import optuna
 
+from polus.backends import backend
 from polus.training.config import check_count
 
 State = optuna.trial.TrialState
@@ -24,7 +25,14 @@ def check_search(arguments: Mapping[str, Any]) -> None:
 
     Raises:
         ValueError, TypeError: For an argument that can't be meant.
+        NotImplementedError: In one of several processes that train together.
     """
+    if (count := backend.placement().count) > 1:
+        raise NotImplementedError(
+            f"search was called in {count} processes that train one model together, and each would "
+            "take another trial. Start it without the launcher, once for each device: the "
+            "processes share the trials of a storage."
+        )
     n_trials, secs, catch = (arguments[name] for name in ("n_trials", "timeout_secs", "catch"))
     if n_trials is None:
         raise ValueError(

@@ -318,6 +318,7 @@ def _batches_forever(reader: DataReader, poll: Callable[[], None]) -> Generator[
 def _progress(num_steps: int) -> Iterator[Callable[[str], None]]:
     """Shows a progress bar on a terminal and yields a function that advances it by one step."""
     console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+    shown = console.is_terminal and logger.isEnabledFor(logging.INFO)
+    with Progress(console=console, transient=True, disable=not shown) as progress:
         task = progress.add_task("", total=num_steps)
         yield lambda stage: progress.update(task, advance=1, description=stage)

@@ -17,7 +17,7 @@ from polus.data import EpochReader
 from polus.data.batches import batch_size_of
 from polus.metrics import IMetric, kept_has_samples
 from polus.optimizers import optimizers_of
-from polus.state import Snapshot, layers_of
+from polus.state import Snapshot
 from polus.steps.autotune import Autotuner, Limits, Timing, Timings, Tuning, Way
 from polus.steps.compiled import CompiledStep
 from polus.steps.finish import array_terms, finished_step
@@ -31,10 +31,11 @@ from polus.steps.tuning_cache import active_cache, kind_of_step
 from polus.steps.variables import (
     MetricsOwner,
     StepVariables,
+    build_optimizers,
     fed_metrics,
     has_convolutions,
-    held,
     held_layers,
+    held_parts,
     held_variables,
     is_built,
     plain_attributes,
@@ -201,13 +202,12 @@ class StepExecutor:
             )
             if not any(is_built(layer) for layer in unbuilt) and all(w for _, w in seen.updates):
                 break
+        self._placement.check(held_parts(self.owner))
         self._finished = self.step
         if self.norms:
             names = {id(o): name for name, o in optimizers_of(self.owner).items()}
             self.step = with_norms(self.step, names, self.norms == "variables")
-        for optimizer, weights in seen.updates:
-            if weights and not optimizer.built:
-                optimizer.build(unique(weights))
+        build_optimizers(seen.updates)
         self.variables = variables = StepVariables.of(seen)
         self.fed_metrics = fed_metrics(self.owner, variables)
         self.array_terms = array_terms(variables.result)
@@ -223,10 +223,8 @@ class StepExecutor:
         return variables
 
     def _place(self, variables: StepVariables) -> None:
-        """Checks that the engine can train this, and gives each process the same values."""
+        """Gives each process the same values."""
         placement = self._placement
-        layers = [part for layer in held_layers(self.owner) for part in layers_of(layer)]
-        placement.check([*held(self.owner), *layers])
         every = unique([self.owner.step_counter, *held_variables(self.owner), *variables.used])
         placement.broadcast(every)
         placement.report_layouts([v for update in variables.updates for v in update.variables])
@@ -408,6 +406,7 @@ class StepExecutor:
             variables = StepVariables.of(seen)
             if self.variables is None:
                 self._placement = backend.placement()
+                self._placement.check(held_parts(self.owner))
                 self._place(variables)
             step = self._compiled(written, variables, mode)
             known = self._evaluation[key] = step, variables.assigned

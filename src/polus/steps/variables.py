@@ -106,6 +106,12 @@ def held_layers(owner: object) -> list[keras.layers.Layer]:
     return unique(value for value in held(owner) if isinstance(value, keras.layers.Layer))
 
 
+def held_parts(owner: object) -> list[Any]:
+    """Returns what the attributes of an object hold, and the layers in it."""
+    layers = [part for layer in held_layers(owner) for part in layers_of(layer)]
+    return [*held(owner), *layers]
+
+
 def held_variables(owner: object) -> Variables:
     """Returns the variables of the layers, optimizers and metrics that an object holds."""
     found = [
@@ -211,3 +217,10 @@ def _is_plain(value: Any) -> bool:
 def has_convolutions(layers: Iterable[keras.layers.Layer]) -> bool:
     """Returns whether one of the layers is a convolution of Keras', or has one in it."""
     return any(isinstance(part, CONVOLUTIONS) for layer in layers for part in layers_of(layer))
+
+
+def build_optimizers(updates: Iterable[tuple[keras.optimizers.Optimizer, Variables]]) -> None:
+    """Builds the optimizers that are not built yet for the weights that they update."""
+    for optimizer, weights in updates:
+        if weights and not optimizer.built:
+            optimizer.build(unique(weights))

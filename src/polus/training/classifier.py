@@ -11,6 +11,7 @@ from polus.backends.scopes import active_dry_run
 from polus.masks import mask_of, own_weights
 from polus.metrics import MetricLike, WeightedSamples
 from polus.steps.variables import StepVariables
+from polus.training.batch_loss import of_whole_batch
 from polus.training.checks import add_penalties, check_model
 from polus.training.labels import check_labels, num_classes
 from polus.training.trainer import BaseTrainer
@@ -124,12 +125,12 @@ class ClassifierTrainer(BaseTrainer):
             ValueError: If `class_weight` was given, and the step does not use it.
         """
         super().check_step(variables)
-        if backend.placement().splits_steps and (kind := _uneven_mean(self.loss, variables)):
+        splits = backend.placement().splits_steps
+        if splits and "mask" in variables.settings and not isinstance(self.loss, keras.losses.Loss):
             self.logger.warning(
-                "The loss %s, and here each replica computes that of its own rows: their mean is "
-                "not the loss of the whole batch. See the documentation, Several devices, What "
-                "each engine gives.",
-                kind,
+                "The model's output has a mask. If the loss, a function, divides by the number of "
+                "entries that the mask leaves, the mean over the replicas is not the loss of the "
+                "whole batch. See the documentation, Several devices, What each engine gives."
             )
         if self.class_weight is not None and "class_weight" not in variables.settings:
             raise ValueError(
@@ -164,7 +165,8 @@ class ClassifierTrainer(BaseTrainer):
 
     def evaluation_loss(self, *samples: Any, **named: Any) -> Any:
         """Returns the loss over validation data, weighted as the training loss is."""
-        return add_penalties(self.loss(*samples), self.model.losses)
+        loss = of_whole_batch(self.loss, samples, self.loss(*samples))
+        return add_penalties(loss, self.model.losses)
 
 
 def _classified(
@@ -181,17 +183,6 @@ def _classified(
         by_class = _weights_of(y, prediction, trainer.class_weight)
         sample_weight = by_class if sample_weight is None else sample_weight * by_class
     return (y, prediction) if sample_weight is None else (y, prediction, own_weights(sample_weight))
-
-
-def _uneven_mean(loss: object, variables: StepVariables) -> str | None:
-    """Returns why the mean of the replicas' losses is not the loss of all; None if it is."""
-    if getattr(loss, "reduction", None) == "sum":
-        return "is a sum"
-    if getattr(loss, "ignore_class", None) is not None:
-        return "divides by the number of labels that it does not ignore"
-    if "mask" in variables.settings:
-        return "divides by the number of entries that the mask leaves"
-    return None
 
 
 def _as_columns(y: Any, prediction: Any, loss: object) -> Any:

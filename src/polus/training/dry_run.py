@@ -7,6 +7,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from polus.backends import backend
 from polus.callbacks import Callback, SaveModelCallback, TensorBoardLog, ValidationDataCallback
 from polus.callbacks.base import Phase
 from polus.callbacks.monitor import Monitor
@@ -14,6 +15,7 @@ from polus.data import DataReader
 from polus.data.isolated import isolated_copy
 from polus.history import History
 from polus.host import as_number, to_host
+from polus.log import told_by
 from polus.state import Snapshot, layers_of, random_state_kept
 from polus.steps.variables import held_layers
 from polus.training.config import TrainConfig
@@ -48,10 +50,11 @@ def dry_run(trainer: Any, engine: Engine, arguments: dict[str, Any]) -> History:
     live = data.live_state()
     with random_state_kept():
         inputs = DataReader(data, config.transform, prefetch=0).epoch(0).example
-    engine.executor.prepare(inputs)
+    with told_by(first := backend.placement().is_first):
+        engine.executor.prepare(inputs)
     engine.executor.example = inputs
     layers = [part for layer in held_layers(trainer) for part in layers_of(layer)]
-    trainable = [layer.trainable for layer in layers]
+    trainable = [(layer, layer.trainable) for layer in layers]
     called, left_out = _callbacks(config)
     best = [c for c in left_out if isinstance(c, SaveModelCallback) and c.strategy == "best"]
     monitors = [copy.copy(callback.monitor) for callback in best]
@@ -71,12 +74,13 @@ def dry_run(trainer: Any, engine: Engine, arguments: dict[str, Any]) -> History:
             **kept,
         )
     finally:
-        for layer, value in zip(layers, trainable, strict=True):
+        for layer, value in trainable:
             if layer.trainable != value:
                 layer.trainable = value
         snapshot.restore()
         data.set_live_state(live)
-    logger.info("%s", _described(history, inputs, called, left_out))
+    with told_by(first):
+        logger.info("%s", _described(history, inputs, called, left_out))
     return history
 
 

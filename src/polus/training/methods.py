@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, Never, Unpack
 import keras
 
 from polus.average import Average, weights_for
+from polus.backends import backend
 from polus.callbacks.base import ICallback, KerasCallbackLike
-from polus.log import BaseLogger
+from polus.log import BaseLogger, told_by
 from polus.training.config import TrainArguments, check_names, one_transform, refuse
 from polus.training.engine import Engine
 from polus.training.evaluation import evaluate
@@ -293,7 +294,7 @@ class TrainerMethods(BaseLogger):
             for_schedule,
             monitor,
         )
-        with engine.paused():
+        with engine.paused(), told_by(backend.placement().is_first):
             return find(
                 engine.executor,
                 engine.arguments,

@@ -3,6 +3,7 @@
 import zlib
 
 from polus.backends.placement import Placement, check_same
+from polus.data import DataReader
 from polus.data.fingerprint import checksum
 from polus.training.config import TrainConfig
 
@@ -24,6 +25,31 @@ def check_same_programs(placement: Placement, config: TrainConfig) -> None:
         "steps_per_execution and the kinds of callbacks have to be the same, and here they are "
         f"{given}. Give a callback that only one process needs to all of them, and let it ask "
         "self.coordinator.run.placement.is_first.",
+    )
+
+
+def check_same_length(reader: DataReader, steps: int | None = None) -> None:
+    """Checks that all processes have data for as many steps.
+
+    Args:
+        reader: The data.
+        steps: The steps of the next call, 0 at the end of an epoch, where the length of the data is
+            not known beforehand; nothing is checked where it is. None compares the known length.
+
+    Raises:
+        RuntimeError: If they differ; one process would wait for the others.
+    """
+    known = reader.adapter.num_batches
+    if reader.placement.count == 1 or (steps is None) != (known is not None):
+        return
+    have = known if steps is None else steps
+    more = "" if steps is None else " for the next call"
+    check_same(
+        reader.placement,
+        have or 0,
+        "The datasets of the processes have different lengths: "
+        + (f"this one has {have} batches{more}. " if have else "this one has ended first. ")
+        + "Each process takes its own rows of each batch, so give all of them the whole dataset.",
     )
 
 

@@ -17,7 +17,7 @@ from polus.callbacks.time_limit import TIME_IS_UP
 from polus.data import EpochReader, StepBlock
 from polus.history import History
 from polus.host import DeviceValues
-from polus.log import BaseLogger, only_warnings
+from polus.log import BaseLogger, told_by
 from polus.metrics import IMetric
 from polus.optimizers import begin_schedules, rates_of
 from polus.signals import Signals
@@ -29,7 +29,7 @@ from polus.training.config import TrainConfig
 from polus.training.epoch_logs import EpochRecord, Spent, weighted_means
 from polus.training.nonfinite import STOPPED, NonFiniteSteps, non_finite_error, sizes_of
 from polus.training.parts import TrainerParts
-from polus.training.processes import check_same_batch, check_same_programs
+from polus.training.processes import check_same_batch, check_same_length, check_same_programs
 from polus.training.reports import log_stop, stays_ended, warn_of_missing_steps, warn_of_unsaved
 from polus.training.run_state import Settings, check_state, data_state, use_own_generators
 from polus.training.status import TRANSITIONS, RunStatus
@@ -138,12 +138,12 @@ class Run(BaseLogger):
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """Begins the run, and ends it for each callback that began, whatever happens."""
-        quiet = contextlib.nullcontext() if self.placement.is_first else only_warnings()
-        with self.closing, quiet:
+        with self.closing, told_by(self.placement.is_first):
             try:
                 with self.signals:
                     self.signals.shared = self.placement.count > 1
                     check_same_programs(self.placement, self.config)
+                    check_same_length(self.reader)
                     if self.reader.tracked or self.config.resume is not None:
                         self.settings.begin()
                     self.callbacks.on_train_begin()
@@ -224,6 +224,7 @@ class Run(BaseLogger):
 
     def begin(self, block: StepBlock) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         """Tells the callbacks that a block begins. Returns its program, and the arguments of it."""
+        check_same_length(self.reader, block.count)
         self.block = block
         if block.count == 1:
             self.callbacks.on_train_batch_begin()
@@ -279,6 +280,7 @@ class Run(BaseLogger):
     def close_epoch(self) -> None:
         """Ends an epoch: its logs, the callbacks, signals; the next one begins."""
         if not self.stopping:
+            check_same_length(self.reader, 0)
             warn_of_missing_steps(self.logger, self.step, self.reader.steps, self.epoch)
         if not self.open_ended:
             self.steps = self.steps or self.step

@@ -1,0 +1,70 @@
+"""Keras' losses where each replica computes that of its own rows.
+
+The mean over the replicas is the loss of the whole batch where a loss divides by the number of
+rows, which all replicas have alike. Some divide by what a mask, `ignore_class` or weights leave of
+their rows, and sums divide by nothing. Those are scaled, so that the mean over the replicas is what
+one device computes. Losses that compare rows with each other are given those of all replicas.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+from keras import ops
+
+from polus.backends import backend
+from polus.masks import mask_of
+from polus.types import Tensor
+
+COMPARING = (keras.losses.Circle, keras.losses.Dice, keras.losses.Tversky)
+
+
+def of_whole_batch(loss: object, outputs: Sequence[Any], value: Any) -> Any:
+    """Returns the loss of a replica's rows such that the mean over replicas is that of the batch.
+
+    Args:
+        loss: The loss. Functions and losses that return several terms stay as they are.
+        outputs: What it was given: the labels, the prediction and, maybe, weights.
+        value: What it returned.
+    """
+    placement = backend.placement()
+    parts = placement.parts
+    if parts == 1 or not isinstance(loss, keras.losses.Loss) or len(getattr(value, "shape", (0,))):
+        return value
+    if isinstance(loss, COMPARING):
+        return loss(*keras.tree.map_structure(placement.gather, list(outputs)))
+    if loss.reduction == "sum":
+        return value * parts
+    own = _divisor(loss, *outputs)
+    if own is None:
+        return value
+    mean = ops.mean(placement.gather(ops.reshape(own, (1,))))
+    return value * ops.cast(ops.divide_no_nan(own, mean), value.dtype)
+
+
+def _divisor(loss: Any, y: Any, prediction: Any, weights: Any = None) -> Tensor | None:
+    """Returns what a mean is divided by, up to a factor; None for the number of entries.
+
+    It is that of `keras.losses.Loss`: a mean over what the mask leaves, and for the reduction
+    "mean_with_sample_weight" one weighted by what is left.
+    """
+    mask = None if keras.tree.is_nested(prediction) else mask_of(prediction)
+    if (ignored := getattr(loss, "ignore_class", None)) is not None:
+        labels = ops.convert_to_tensor(y)
+        if len(labels.shape) == len(prediction.shape) and labels.shape[-1] == 1:
+            labels = ops.squeeze(labels, -1)
+        valid = ops.not_equal(labels, ops.cast(ignored, labels.dtype))
+        mask = valid if mask is None else ops.logical_and(mask, valid)
+    counted = None if mask is None else ops.cast(mask, "float32")
+    if loss.reduction == "mean_with_sample_weight" and weights is not None:
+        weights = ops.cast(weights, "float32")
+        if counted is None:
+            counted = weights
+        else:
+            rank = max(len(counted.shape), len(weights.shape))
+            counted = _of_rank(counted, rank) * _of_rank(weights, rank)
+    return None if counted is None else ops.stop_gradient(ops.sum(counted))
+
+
+def _of_rank(tensor: Tensor, rank: int) -> Tensor:
+    return ops.expand_dims(tensor, -1) if len(tensor.shape) < rank else tensor
