@@ -85,6 +85,20 @@ def callbacks(count: int) -> Case:
     return lambda: trainer.train(data, epochs=2, callbacks=all_), 40_000 * 1e-6
 
 
+def calls(count: int) -> Case:
+    x = np.random.default_rng(0).normal(size=(500 * 32, 64)).astype("float32")
+    layers = keras.layers.Dense(128, "relu"), keras.layers.Dense(1)
+    trainer = trainer_of(keras.Sequential([keras.Input((64,)), *layers]))
+    data = polus.from_arrays((x, x[:, :1]), batch_size=32)
+    trainer.train(data, epochs=4)
+
+    def run() -> None:
+        for _ in range(count):
+            trainer.train(data, epochs=60 // count)
+
+    return run, 30_000 * 1e-6
+
+
 @keras.saving.register_keras_serializable()
 class Many(keras.layers.Layer):
     """A layer of many weights."""
@@ -165,6 +179,7 @@ class Row(NamedTuple):
 ROWS = [
     Row(history, (10**4, 10**5, 10**6, 10**7), "µs", "a step of one epoch, all losses kept"),
     Row(callbacks, (1, 10, 100, 500), "µs", "a step, with so many callbacks"),
+    Row(calls, (1, 6, 60), "µs", "a step, where 60 epochs of 500 steps are so many calls"),
     Row(variables, (10, 100, 1_000, 5_000), "s", "ten first steps of so many weights", "torch"),
     Row(checkpoint, (10, 100, 1_000, 5_000), "s", "two steps of these and a checkpoint", "torch"),
     Row(examples, (10**4, 10**6, 10**7, 10**8), "ms", "the first batch of a shuffled epoch"),

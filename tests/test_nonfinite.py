@@ -1,6 +1,7 @@
 """Steps that are not finite: nothing of them is applied, and nothing of them is hidden."""
 
 import logging
+import time
 
 import keras
 import numpy as np
@@ -12,6 +13,7 @@ from polus.callbacks import Callback
 from polus.checkpoint import Checkpoint
 from polus.core import value_and_grad
 from polus.data import from_arrays
+from polus.steps import finite
 from polus.training import BaseTrainer, ClassifierTrainer
 
 STEPS, SIZE = 12, 4
@@ -307,6 +309,36 @@ def test_a_session_raises_too():
 
     with pytest.raises(NonFiniteError, match="Batch 2 of epoch 1"):
         loop()
+
+
+@pytest.mark.skipif(keras.backend.backend() != "torch", reason="the loop over steps is Python's")
+def test_slow_steps_keep_no_copies_of_the_weights(monkeypatch):
+    """A call of one step looks at its gradients; one of many has to keep what it began with."""
+    kept = []
+    hold = finite.backend.hold
+
+    def counted(variables):
+        kept.append(len(variables))
+        return hold(variables)
+
+    class Slow(ClassifierTrainer):
+        secs = 0.1
+
+        def forward_without_grads(self, x, y):
+            time.sleep(self.secs)
+            return x, y
+
+    monkeypatch.setattr(finite.backend, "hold", counted)
+    trainer = Slow(make_model(), keras.optimizers.Adam(0.01), keras.losses.MeanSquaredError())
+    weights = len(trainer.model.trainable_weights)
+    trainer.train(data(count=6), 1)
+    assert kept[-1] < weights  # how slow it is, the first calls have shown
+    with pytest.raises(NonFiniteError):
+        trainer.train(data(4, count=6), 1)
+    kept.clear()
+    trainer.secs = 0.0
+    trainer.train(data(), 2)
+    assert max(kept) > weights
 
 
 def test_a_resumed_run_meets_the_step_again_and_can_skip_it(tmp_path):

@@ -89,11 +89,20 @@ class GuardedSteps:
         self._held = None
         if self.limit is None:
             return self.step.program(block)
-        many = block.capacity > 1  # however few there are: bits must not depend on late data
-        if many and self.step.held and self.trusting:
+        single = block.capacity == 1 or (block.count == 1 and self._loops_in_python)
+        if not single and self.step.held and self.trusting:
             self._held = backend.hold(self._whole.assigned)
             return self.step.program(block)
-        return self._guarded(not many).program(block)
+        return self._guarded(single).program(block)
+
+    @property
+    def _loops_in_python(self) -> bool:
+        """Whether a step is the same in a loop and by itself.
+
+        Elsewhere these are two programs, which may differ in their last bits, and how many batches
+        a block has may depend on how late the data are.
+        """
+        return not backend.COMPILES and not self.step.jit_compile
 
     def checked(self, block: StepBlock, outputs: Any) -> Any:
         """Returns what the steps of a block returned, and sets `finite`."""
