@@ -50,6 +50,46 @@ def test_gradients_by_inputs_are_differentiated_by_outer_ones():
     assert host(gradient) == pytest.approx(6 * 3 * 4)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_an_input_is_another_thing_than_what_it_was_made_from(compiled):
+    """Of a * b * x * w at a = b = x = w = v, by each alone: v^3, however they hang together."""
+    v = np.float32([2, 3])
+    w = keras.Variable(v)
+
+    def from_outside():
+        x = ops.convert_to_tensor(v)
+        return core.value_and_grad(lambda a, b: ops.sum(a * b * x * w), [w], inputs=[x, x])
+
+    def from_a_variable():
+        return core.value_and_grad(lambda a, b: ops.sum(a * b * w * w), [w], inputs=[w, w.value])
+
+    run = core.function if compiled else lambda fn: fn
+    for gradients, by_w in (from_outside, v**3), (from_a_variable, 2 * v**3):
+        _, found = run(gradients)()
+        for gradient, expected in zip(found, (by_w, v**3, v**3), strict=True):
+            np.testing.assert_allclose(host(gradient), expected)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_an_inner_gradient_separates_inputs_from_variables(compiled):
+    """d/dw of (d/dx + d/du) of x^2 u w at x = u w: 2 x u w + x^2 w = 2 u^2 w^2 + u^2 w^3."""
+    w, u = keras.Variable(np.float32(2)), keras.Variable(np.float32(3))
+
+    def outer():
+        x = u * w
+        _, (by_u, by_x) = core.value_and_grad(lambda x: x**2 * u * w, [u], inputs=[x])
+        return by_x + by_u, (by_u, by_x)
+
+    run = core.function if compiled else lambda fn: fn
+    take = run(lambda: core.value_and_grad(outer, [w, u], has_aux=True))
+    (_, (by_u, by_x)), (by_w, again_by_u) = take()
+    w, u = 2.0, 3.0
+    assert host(by_u) == pytest.approx(u**2 * w**3)
+    assert host(by_x) == pytest.approx(2 * u**2 * w**2)
+    assert host(by_w) == pytest.approx(4 * u**2 * w + 3 * u**2 * w**2)
+    assert host(again_by_u) == pytest.approx(4 * u * w**2 + 2 * u * w**3)
+
+
 def test_gradients_by_inputs_that_are_not_real_raise():
     with pytest.raises(TypeError, match=r"floating point numbers, got .*int32.*ops\.cast"):
         core.value_and_grad(lambda x: ops.sum(x), [], inputs=[np.int32([1])])

@@ -104,6 +104,7 @@ def value_and_grad(
     # TensorFlow orders the reads in here before an update that follows. One of ours between the
     # value and the update took its own away (its graph optimizer drops the one for the other, then
     # folds ours).
+    inputs = [tf.identity(x) for x in inputs]  # `fn` may use the given ones as well: constants
     with differentiating() as replica, tf.GradientTape() as tape:
         tape.watch(inputs)
         result = fn(*inputs)
