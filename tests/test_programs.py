@@ -126,6 +126,41 @@ def test_asking_for_a_loss_that_is_not_there_raises():
         ClassifierTrainer(dense(6, 2), keras.optimizers.SGD())
 
 
+class Distance(BaseTrainer):
+    def train_step(self, x):
+        return {
+            "gap": self.minimize(lambda: ops.mean((self.model(x) - x) ** 2), self.trainable_weights)
+        }
+
+
+def test_a_monitor_knows_which_way_a_term_improves(tmp_path):
+    """A name that doesn't tell was taken for a score: the worst epoch was the best one."""
+
+    def train(callbacks, **arguments):
+        trainer = Distance(dense(6, 6), keras.optimizers.Adam(1e-2), **arguments)
+        history = trainer.train(BATCHES, 3, callbacks)
+        assert history.epochs[2]["gap"] < history.epochs[1]["gap"]
+        return trainer, history
+
+    paths = tmp_path / "ours.keras", tmp_path / "keras.keras"
+    trainer, _ = train(
+        [
+            SaveModelCallback("best", paths[0], monitor="gap"),
+            keras.callbacks.ModelCheckpoint(paths[1], monitor="gap", save_best_only=True),
+            EarlyStop("gap", patience=1),
+        ],
+        primary="gap",
+    )
+    for path in paths:
+        saved = keras.saving.load_model(path)
+        for kept, last in zip(saved.weights, trainer.model.weights, strict=True):
+            np.testing.assert_array_equal(ops.convert_to_numpy(kept), ops.convert_to_numpy(last))
+    with pytest.raises(ValueError, match=r"high or a low 'gap' is better.*mode=\"min\", or"):
+        train([EarlyStop("gap")])
+    _, history = train([EarlyStop("gap", patience=1, mode="min")])
+    assert len(history.epochs) == 3
+
+
 def test_a_method_named_loss_is_the_loss(caplog):
     class Own(BaseTrainer):
         def forward_with_grads(self, x):
