@@ -8,6 +8,7 @@ import pytest
 from keras import layers, ops
 from recorder import Recorder
 
+from polus import core
 from polus.average import Average
 from polus.callbacks import (
     ConsoleLogCallback,
@@ -19,6 +20,7 @@ from polus.callbacks import (
     ValidationDataCallback,
 )
 from polus.checkpoint import Checkpoint, CheckpointError
+from polus.optimizers import by_name
 from polus.training import BaseTrainer, ClassifierTrainer
 
 X = np.random.default_rng(0).normal(size=(64, 6)).astype("float32")
@@ -367,6 +369,50 @@ def test_an_evaluation_step_returns_samples_by_metric():
 
 
 # ---------------------------------------------------------------------- several optimizers
+
+
+class ByHand(BaseTrainer):
+    """Takes its gradients and calls its optimizer itself."""
+
+    def train_step(self, x):
+        weights = self.trainable_weights
+        value, gradients = core.value_and_grad(
+            lambda: ops.mean((self.model(x, training=True) - x) ** 2), weights
+        )
+        if isinstance(self.optimizer, keras.optimizers.MultiOptimizer):
+            self.optimizer.apply_gradients(zip(gradients, weights, strict=True))
+        else:
+            self.optimizer.apply(gradients, weights)
+        return {"gap": value}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: keras.optimizers.Adam(1e-2),
+        lambda: by_name({"*/bias": keras.optimizers.Adam(1e-1), "*": keras.optimizers.Adam(1e-2)}),
+    ],
+)
+def test_an_optimizer_that_the_step_calls_is_built_and_named(make, caplog):
+    """The step was said to update nothing, and on TensorFlow slots that are made late failed."""
+
+    def train(cls, **arguments):
+        keras.utils.set_random_seed(1)
+        trainer = cls(dense(6, 6), make(), **arguments)
+        return trainer.train(BATCHES, 2).steps["gap"], trainer
+
+    expected, _ = train(Distance)
+    caplog.clear()
+    gaps, trainer = train(ByHand)
+    np.testing.assert_allclose(gaps, expected, rtol=1e-5)
+    assert caplog.messages[0].startswith("Training all 4 trainable variables of the model")
+    bad = np.full((1, 6), np.nan, "float32")
+    before = trainer.model.get_weights()
+    history = trainer.train([BATCHES[0], bad], 1, on_nonfinite="skip", steps_per_execution=1)
+    after = trainer.model.get_weights()
+    assert np.isfinite(after[0]).all()
+    assert not np.array_equal(before[0], after[0])
+    assert history.record[0]["skipped_steps"] == 1
 
 
 def test_the_rates_of_several_optimizers(caplog):

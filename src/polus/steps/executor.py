@@ -15,7 +15,7 @@ from polus.backends.placement import Placement
 from polus.core import function, get_jit_compile, times_ways
 from polus.data import EpochReader
 from polus.data.batches import batch_size_of
-from polus.metrics import IMetric, kept_has_samples
+from polus.metrics import IMetric
 from polus.optimizers import optimizers_of
 from polus.state import Snapshot, layers_of
 from polus.steps.autotune import Autotuner, Limits, Timing, Timings, Tuning, Way
@@ -26,6 +26,7 @@ from polus.steps.guard import Guard
 from polus.steps.norms import Norms, with_norms
 from polus.steps.pace import Pace
 from polus.steps.progress import Progress
+from polus.steps.rehearsal import rehearsed
 from polus.steps.sizes import kinds_of, num_bytes, num_state_bytes, warn_of_whole_batches
 from polus.steps.tuning_cache import active_cache, kind_of_step
 from polus.steps.variables import (
@@ -194,7 +195,7 @@ class StepExecutor:
         for _ in range(2):  # the second time with the weights that the first one made
             self.step = written
             unbuilt = [layer for layer in held_layers(self.owner) if not is_built(layer)]
-            with kept_has_samples(self.owner.metrics):
+            with rehearsed(self.owner):
                 seen = backend.trace(self.step, inputs, self.run_eagerly)
             self.step = finished_step(
                 self.step, self.owner, self.owner.step_counter, self._placement, seen
@@ -436,8 +437,7 @@ class StepExecutor:
 
 
 def _fixed_mode() -> bool | None:
-    mode = get_jit_compile()
-    return None if mode == "auto" else mode
+    return None if (mode := get_jit_compile()) == "auto" else mode
 
 
 def _plain_parts(owner: StepOwner) -> dict[str, Any]:
