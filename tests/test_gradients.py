@@ -195,6 +195,66 @@ def test_losses_minimized_together():
     assert keras.backend.backend() != "torch" or trainer.traces == before + 2
 
 
+class Shared(BaseTrainer):
+    """Two losses by two groups of weights and one optimizer."""
+
+    def __init__(self):
+        keras.utils.set_random_seed(2)
+        model = keras.Sequential([keras.Input((4,)), layers.Dense(3, "tanh"), layers.Dense(4)])
+        super().__init__(model, keras.optimizers.Adam(0.01))
+        self.groups = model.weights[:2], model.weights[2:]
+
+    def losses(self, x):
+        y = self.model(x, training=True)
+        return {"a": ops.mean(y**2), "b": ops.mean((y - x) ** 2)}
+
+    def by_hand(self, x, name):
+        index = ("a", "b").index(name)
+        return core.value_and_grad(lambda: self.losses(x)[name], self.groups[index])
+
+
+class SharedTogether(Shared):
+    def train_step(self, x):
+        groups = {n: (g, self.optimizer) for n, g in zip("ab", self.groups, strict=True)}
+        return self.minimize_together(lambda: self.losses(x), groups)
+
+
+class SharedByTurns(Shared):
+    def train_step(self, x):
+        a = self.minimize(lambda: self.losses(x)["a"], self.groups[0])
+        return {"a": a, "b": self.minimize(lambda: self.losses(x)["b"], self.groups[1])}
+
+
+class OneUpdate(Shared):
+    def train_step(self, x):
+        (a, by_a), (b, by_b) = self.by_hand(x, "a"), self.by_hand(x, "b")
+        self.optimizer.apply([*by_a, *by_b], [*self.groups[0], *self.groups[1]])
+        return {"a": a, "b": b}
+
+
+class TwoUpdates(Shared):
+    def train_step(self, x):
+        a, by_a = self.by_hand(x, "a")
+        self.optimizer.apply(by_a, self.groups[0])
+        b, by_b = self.by_hand(x, "b")
+        self.optimizer.apply(by_b, self.groups[1])
+        return {"a": a, "b": b}
+
+
+@pytest.mark.parametrize(
+    ("ours", "hand", "steps"), [(SharedTogether, OneUpdate, 4), (SharedByTurns, TwoUpdates, 8)]
+)
+def test_one_optimizer_of_several_groups(ours, hand, steps):
+    """It was built with the first group alone, and refused the second."""
+    trainer, reference = ours(), hand()
+    reference.optimizer.build(reference.model.trainable_weights)
+    history = trainer.train([X] * 4, 1)
+    expected = reference.train([X] * 4, 1)
+    for name in "ab":
+        np.testing.assert_allclose(history.steps[name], expected.steps[name], rtol=1e-4)
+    assert int(host(trainer.optimizer.iterations)) == steps
+
+
 def test_losses_minimized_together_that_are_wrong_raise():
     class Wrong(Pair):
         def train_step(self, x):

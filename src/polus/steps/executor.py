@@ -206,9 +206,9 @@ class StepExecutor:
         if self.norms:
             names = {id(o): name for name, o in optimizers_of(self.owner).items()}
             self.step = with_norms(self.step, names, self.norms == "variables")
-        for optimizer, weights in seen.updates:
+        for optimizer, weights in seen.merged_updates():
             if weights and not optimizer.built:
-                optimizer.build(unique(weights))
+                optimizer.build(weights)
         self.variables = variables = StepVariables.of(seen)
         self.fed_metrics = fed_metrics(self.owner, variables)
         self.array_terms = array_terms(variables.result)

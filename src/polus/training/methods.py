@@ -142,7 +142,8 @@ class TrainerMethods(BaseLogger):
         Args:
             losses_fn: Takes nothing and returns a dict with a scalar for each group. It may have
                 other terms, which are returned as well.
-            groups: The name of a loss to the variables that minimize it, and their optimizer.
+            groups: The name of a loss to the variables that minimize it, and their optimizer. One
+                that serves several groups makes one step with all their gradients.
 
         Returns:
             What `losses_fn` returned.
