@@ -15,10 +15,11 @@ from polus.backends.placement import Placement
 from polus.core import function, get_jit_compile, times_ways
 from polus.data import EpochReader
 from polus.data.batches import batch_size_of
-from polus.metrics import IMetric
+from polus.metrics import IMetric, kept_has_samples
 from polus.optimizers import optimizers_of
 from polus.state import Snapshot, layers_of
 from polus.steps.autotune import Autotuner, Limits, Timing, Timings, Tuning, Way
+from polus.steps.by_hand import followed
 from polus.steps.compiled import CompiledStep
 from polus.steps.finish import array_terms, finished_step
 from polus.steps.finite import GuardedSteps
@@ -26,7 +27,6 @@ from polus.steps.guard import Guard
 from polus.steps.norms import Norms, with_norms
 from polus.steps.pace import Pace
 from polus.steps.progress import Progress
-from polus.steps.rehearsal import rehearsed
 from polus.steps.sizes import kinds_of, num_bytes, num_state_bytes, warn_of_whole_batches
 from polus.steps.tuning_cache import active_cache, kind_of_step
 from polus.steps.variables import (
@@ -195,7 +195,7 @@ class StepExecutor:
         for _ in range(2):  # the second time with the weights that the first one made
             self.step = written
             unbuilt = [layer for layer in held_layers(self.owner) if not is_built(layer)]
-            with rehearsed(self.owner):
+            with kept_has_samples(self.owner.metrics), followed(self.owner):
                 seen = backend.trace(self.step, inputs, self.run_eagerly)
             self.step = finished_step(
                 self.step, self.owner, self.owner.step_counter, self._placement, seen
