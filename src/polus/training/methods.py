@@ -89,6 +89,7 @@ class TrainerMethods(BaseLogger):
         on_nonfinite: Policy | None = None,
         max_skips: int | None = None,
         run_dir: str | PathLike[str] | None = None,
+        run_eagerly: bool | None = None,
     ) -> contextlib.AbstractContextManager[Session]:
         """Begins a run whose loop is your own, with callbacks, history and checkpoints as `train`.
 
@@ -110,6 +111,7 @@ class TrainerMethods(BaseLogger):
             on_nonfinite: As for `train`.
             max_skips: As for `train`.
             run_dir: As for `train`; instead of `resume`.
+            run_eagerly: As for `train`.
         """
         given = {
             "resume": resume,
@@ -117,6 +119,7 @@ class TrainerMethods(BaseLogger):
             "on_nonfinite": on_nonfinite,
             "max_skips": max_skips,
             "run_dir": run_dir,
+            "run_eagerly": run_eagerly,
         }
         given = {name: value for name, value in given.items() if value is not None}
         trainer: Any = self
