@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from inspect import ismethod
@@ -18,7 +17,7 @@ from polus.data.batches import batch_size_of
 from polus.metrics import IMetric, kept_has_samples
 from polus.optimizers import optimizers_of
 from polus.state import Snapshot, layers_of
-from polus.steps.autotune import Autotuner, Limits, Timing, Timings, Tuning, Way
+from polus.steps.autotune import Autotuner, Limits, RunLength, Timing, Timings, Tuning, Way
 from polus.steps.by_hand import followed
 from polus.steps.compiled import CompiledStep
 from polus.steps.finish import array_terms, finished_step
@@ -307,7 +306,7 @@ class StepExecutor:
         data: EpochReader,
         max_steps: int,
         steps_per_execution: int | None,
-        total_steps: float = math.inf,
+        length: RunLength,
     ) -> CompiledStep:
         """Returns the compiled step for the batches of an epoch, tuned for its first batch.
 
@@ -315,7 +314,7 @@ class StepExecutor:
             data: The epoch. Its first batch is used for timing, and stays in its place.
             max_steps: The steps that may run in one call at most.
             steps_per_execution: The steps of one call if the user fixed them.
-            total_steps: The steps to run, infinite if unknown.
+            length: How long the run is.
         """
         assert self.variables is not None  # the step was prepared
         if self.run_eagerly:
@@ -337,7 +336,7 @@ class StepExecutor:
                 tuned.tuner.tuned = True
         most = self.max_batches(data.example)
         ways = self._ways(modes)
-        limits = Limits(ways, max_steps, most, steps_per_execution, total_steps)
+        limits = Limits(ways, max_steps, most, steps_per_execution, length)
 
         def time_step(tuning: Tuning) -> Timing:
             tuned.step.jit_compile = tuning.jit_compile
