@@ -118,6 +118,25 @@ def test_nor_where_a_trainers_step_calls_its_optimizer(tmp_path):
     assert [pair for graph in graphs for pair in unordered(graph)] == []
 
 
+def test_nor_where_a_function_updates_by_several_gradients(tmp_path):
+    dense = keras.layers.Dense
+    model = keras.Sequential([keras.Input((4,)), dense(3, "tanh"), dense(4)])
+    optimizer = keras.optimizers.Adam(0.01)
+    optimizer.build(model.trainable_variables)
+    first, second = model.weights[:2], model.weights[2:]
+
+    @core.function
+    def step(x):
+        a, by_first = core.value_and_grad(lambda: ops.mean(model(x) ** 2), first)
+        b, by_second = core.value_and_grad(lambda: ops.mean((model(x) - 1) ** 2), second)
+        optimizer.apply([*by_first, *by_second], [*first, *second])
+        return a, b
+
+    graphs = list(optimized_graphs(lambda: step(ops.ones((8, 4))), tmp_path))
+    assert any("Assign" in node.op for graph in graphs for node in graph.node)
+    assert [pair for graph in graphs for pair in unordered(graph)] == []
+
+
 def test_nor_where_the_optimizer_is_called_by_hand(tmp_path):
     trainer = build("ema_target_network").trainer
     model, optimizer = trainer.model, trainer.optimizer

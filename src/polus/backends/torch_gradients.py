@@ -69,7 +69,7 @@ def _separate_gradients(
     value: Any, weights: Sequence[Any], watched: Sequence[Any], nested: bool
 ) -> list[Tensor | None]:
     """Returns the gradients by weights and inputs, by each as if the others were constants."""
-    found = _gradients(value, [*weights, *watched], nested)
+    found: list[Any] = _gradients(value, [*weights, *watched], nested)
     by_inputs = zip(watched, found[len(weights) :], strict=True)
     made = [(x, g) for x, g in by_inputs if g is not None and x.grad_fn is not None]
     if not made or not weights:
