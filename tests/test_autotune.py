@@ -22,7 +22,7 @@ from polus.data import DataReader, as_adapter, from_arrays
 from polus.host import to_host
 from polus.signals import Signals
 from polus.state import random_state
-from polus.steps.autotune import Autotuner, Limits, Timing, Tuning, Way
+from polus.steps.autotune import Autotuner, Limits, RunLength, Timing, Tuning, Way
 from polus.steps.compiled import CompiledStep
 from polus.steps.pace import Pace
 from polus.steps.variables import has_convolutions
@@ -183,8 +183,9 @@ class Clock:
         self.limits = {"ways": ways, "max_steps": 64, "max_batches": 10_000, "long_run_secs": {}}
         self.limits |= limits
 
-    def tune(self, total_steps=math.inf, **limits):
-        limits = Limits(**{**self.limits, "total_steps": total_steps, **limits})
+    def tune(self, total_steps=math.inf, max_secs=math.inf, **limits):
+        length = RunLength(total_steps, max_secs)
+        limits = Limits(**{**self.limits, "length": length, **limits})
         return self.tuner(limits, self.time, contextlib.nullcontext)
 
     def time(self, tuning):
@@ -207,7 +208,7 @@ def test_timing_leaves_no_trace():
     variables = executor.state_variables()
     before = [np.array(variable) for variable in variables]
     generators = random_state()
-    executor.tuned(data, max_steps=64, steps_per_execution=None, total_steps=10**9)
+    executor.tuned(data, 64, steps_per_execution=None, length=RunLength(10**9))
     for variable, value in zip(variables, before, strict=True):
         np.testing.assert_array_equal(np.array(variable), value, err_msg=variable.path)
     assert str(random_state()) == str(generators)
@@ -279,6 +280,18 @@ def test_what_one_compiler_cannot_do_the_other_does():
     for _ in range(2):
         assert clock.tune(10_000) == PLAIN
         assert clock.asked == [PLAIN, COMPILED]
+
+
+def test_a_run_of_limited_time_compiles_no_longer_than_it_may_take():
+    clock = Clock({PLAIN: 5e-3, COMPILED: 4e-3})
+    assert clock.tune(10**9, max_secs=9) == PLAIN  # ten times what compiling takes
+    assert clock.asked == [PLAIN]
+    assert clock.tune(10**9, max_secs=11) == COMPILED
+    # What another run found faster takes longer to compile than it saves.
+    clock.tuner = Autotuner(clock.tuner.timings)
+    clock.tuner.timings.costs[COMPILED] = Timing(4e-3, compile_secs=10.0)
+    assert clock.tune(10**9, max_secs=3) == PLAIN
+    assert clock.asked == [PLAIN, COMPILED]
 
 
 def test_a_slow_compiler_is_tried_in_long_runs_only():
@@ -441,7 +454,7 @@ def test_a_step_that_xla_refuses_runs_without_xla(caplog):
     executor = executor_of(trainer)
     executor.prepare(data.example)
     with caplog.at_level(logging.WARNING, "polus"):
-        step = executor.tuned(data, 64, steps_per_execution=None, total_steps=10**9)
+        step = executor.tuned(data, 64, steps_per_execution=None, length=RunLength(10**9))
     assert step.jit_compile is False
     assert "can't compile this step" in caplog.text
 

@@ -50,6 +50,46 @@ def test_gradients_by_inputs_are_differentiated_by_outer_ones():
     assert host(gradient) == pytest.approx(6 * 3 * 4)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_an_input_is_another_thing_than_what_it_was_made_from(compiled):
+    """Of a * b * x * w at a = b = x = w = v, by each alone: v^3, however they hang together."""
+    v = np.float32([2, 3])
+    w = keras.Variable(v)
+
+    def from_outside():
+        x = ops.convert_to_tensor(v)
+        return core.value_and_grad(lambda a, b: ops.sum(a * b * x * w), [w], inputs=[x, x])
+
+    def from_a_variable():
+        return core.value_and_grad(lambda a, b: ops.sum(a * b * w * w), [w], inputs=[w, w.value])
+
+    run = core.function if compiled else lambda fn: fn
+    for gradients, by_w in (from_outside, v**3), (from_a_variable, 2 * v**3):
+        _, found = run(gradients)()
+        for gradient, expected in zip(found, (by_w, v**3, v**3), strict=True):
+            np.testing.assert_allclose(host(gradient), expected)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_an_inner_gradient_separates_inputs_from_variables(compiled):
+    """d/dw of (d/dx + d/du) of x^2 u w at x = u w: 2 x u w + x^2 w = 2 u^2 w^2 + u^2 w^3."""
+    w, u = keras.Variable(np.float32(2)), keras.Variable(np.float32(3))
+
+    def outer():
+        x = u * w
+        _, (by_u, by_x) = core.value_and_grad(lambda x: x**2 * u * w, [u], inputs=[x])
+        return by_x + by_u, (by_u, by_x)
+
+    run = core.function if compiled else lambda fn: fn
+    take = run(lambda: core.value_and_grad(outer, [w, u], has_aux=True))
+    (_, (by_u, by_x)), (by_w, again_by_u) = take()
+    w, u = 2.0, 3.0
+    assert host(by_u) == pytest.approx(u**2 * w**3)
+    assert host(by_x) == pytest.approx(2 * u**2 * w**2)
+    assert host(by_w) == pytest.approx(4 * u**2 * w + 3 * u**2 * w**2)
+    assert host(again_by_u) == pytest.approx(4 * u * w**2 + 2 * u * w**3)
+
+
 def test_gradients_by_inputs_that_are_not_real_raise():
     with pytest.raises(TypeError, match=r"floating point numbers, got .*int32.*ops\.cast"):
         core.value_and_grad(lambda x: ops.sum(x), [], inputs=[np.int32([1])])
@@ -153,6 +193,66 @@ def test_losses_minimized_together():
     trainer.train_step(X)
     # One pass a step; where steps are compiled, its passes are those of the compilation.
     assert keras.backend.backend() != "torch" or trainer.traces == before + 2
+
+
+class Shared(BaseTrainer):
+    """Two losses by two groups of weights and one optimizer."""
+
+    def __init__(self):
+        keras.utils.set_random_seed(2)
+        model = keras.Sequential([keras.Input((4,)), layers.Dense(3, "tanh"), layers.Dense(4)])
+        super().__init__(model, keras.optimizers.Adam(0.01))
+        self.groups = model.weights[:2], model.weights[2:]
+
+    def losses(self, x):
+        y = self.model(x, training=True)
+        return {"a": ops.mean(y**2), "b": ops.mean((y - x) ** 2)}
+
+    def by_hand(self, x, name):
+        index = ("a", "b").index(name)
+        return core.value_and_grad(lambda: self.losses(x)[name], self.groups[index])
+
+
+class SharedTogether(Shared):
+    def train_step(self, x):
+        groups = {n: (g, self.optimizer) for n, g in zip("ab", self.groups, strict=True)}
+        return self.minimize_together(lambda: self.losses(x), groups)
+
+
+class SharedByTurns(Shared):
+    def train_step(self, x):
+        a = self.minimize(lambda: self.losses(x)["a"], self.groups[0])
+        return {"a": a, "b": self.minimize(lambda: self.losses(x)["b"], self.groups[1])}
+
+
+class OneUpdate(Shared):
+    def train_step(self, x):
+        (a, by_a), (b, by_b) = self.by_hand(x, "a"), self.by_hand(x, "b")
+        self.optimizer.apply([*by_a, *by_b], [*self.groups[0], *self.groups[1]])
+        return {"a": a, "b": b}
+
+
+class TwoUpdates(Shared):
+    def train_step(self, x):
+        a, by_a = self.by_hand(x, "a")
+        self.optimizer.apply(by_a, self.groups[0])
+        b, by_b = self.by_hand(x, "b")
+        self.optimizer.apply(by_b, self.groups[1])
+        return {"a": a, "b": b}
+
+
+@pytest.mark.parametrize(
+    ("ours", "hand", "steps"), [(SharedTogether, OneUpdate, 4), (SharedByTurns, TwoUpdates, 8)]
+)
+def test_one_optimizer_of_several_groups(ours, hand, steps):
+    """It was built with the first group alone, and refused the second."""
+    trainer, reference = ours(), hand()
+    reference.optimizer.build(reference.model.trainable_weights)
+    history = trainer.train([X] * 4, 1)
+    expected = reference.train([X] * 4, 1)
+    for name in "ab":
+        np.testing.assert_allclose(history.steps[name], expected.steps[name], rtol=1e-4)
+    assert int(host(trainer.optimizer.iterations)) == steps
 
 
 def test_losses_minimized_together_that_are_wrong_raise():

@@ -10,6 +10,7 @@ from conformance import ROWS, X, build
 from keras import ops
 
 from polus import core
+from polus.training import BaseTrainer
 
 if keras.backend.backend() != "tensorflow":
     pytest.skip(
@@ -89,6 +90,49 @@ def test_nothing_is_read_while_a_step_changes_it(name, at_a_time, tmp_path):
         case.trainer.train(case.batches[:2], epochs=1, steps_per_execution=at_a_time)
 
     graphs = list(optimized_graphs(train, tmp_path))
+    assert any("Assign" in node.op for graph in graphs for node in graph.node)
+    assert [pair for graph in graphs for pair in unordered(graph)] == []
+
+
+class OneUpdate(BaseTrainer):
+    """Two gradients before one update, by an optimizer that the step calls itself."""
+
+    def train_step(self, x):
+        first, second = self.model.weights[:2], self.model.weights[2:]
+        a, by_first = core.value_and_grad(lambda: ops.mean(self.model(x) ** 2), first)
+        b, by_second = core.value_and_grad(lambda: ops.mean((self.model(x) - 1) ** 2), second)
+        self.optimizer.apply([*by_first, *by_second], [*first, *second])
+        return {"a": a, "b": b}
+
+
+def test_nor_where_a_trainers_step_calls_its_optimizer(tmp_path):
+    dense = keras.layers.Dense
+    model = keras.Sequential([keras.Input((4,)), dense(3, "tanh"), dense(4)])
+    trainer = OneUpdate(model, keras.optimizers.Adam(0.01))
+    batches = [ops.ones((8, 4))] * 2
+
+    graphs = list(
+        optimized_graphs(lambda: trainer.train(batches, 1, steps_per_execution=2), tmp_path)
+    )
+    assert any("Assign" in node.op for graph in graphs for node in graph.node)
+    assert [pair for graph in graphs for pair in unordered(graph)] == []
+
+
+def test_nor_where_a_function_updates_by_several_gradients(tmp_path):
+    dense = keras.layers.Dense
+    model = keras.Sequential([keras.Input((4,)), dense(3, "tanh"), dense(4)])
+    optimizer = keras.optimizers.Adam(0.01)
+    optimizer.build(model.trainable_variables)
+    first, second = model.weights[:2], model.weights[2:]
+
+    @core.function
+    def step(x):
+        a, by_first = core.value_and_grad(lambda: ops.mean(model(x) ** 2), first)
+        b, by_second = core.value_and_grad(lambda: ops.mean((model(x) - 1) ** 2), second)
+        optimizer.apply([*by_first, *by_second], [*first, *second])
+        return a, b
+
+    graphs = list(optimized_graphs(lambda: step(ops.ones((8, 4))), tmp_path))
     assert any("Assign" in node.op for graph in graphs for node in graph.node)
     assert [pair for graph in graphs for pair in unordered(graph)] == []
 

@@ -245,3 +245,29 @@ def test_a_session_ends_in_order_where_it_is_stopped(caplog):
         run.step(X)
     assert seen.names[-1] == "train_end"
     assert seen.names.count("epoch_end") == 1  # of the first one only
+
+
+def test_no_step_follows_the_end_of_a_session():
+    trainer = follow()
+    with trainer.session() as run:
+        run.step(X)
+    before = ops.convert_to_numpy(trainer.model.weights[0]).copy()
+    with pytest.raises(RuntimeError, match=r"ended with its `with` block\. Open another"):
+        run.step(X)
+    np.testing.assert_array_equal(ops.convert_to_numpy(trainer.model.weights[0]), before)
+
+
+class Looking(BaseTrainer):
+    def train_step(self, x):
+        loss = self.minimize(lambda: ops.mean(self.model(x) ** 2), self.trainable_weights)
+        self.seen.append(float(ops.convert_to_numpy(loss)))
+        return {"loss": loss}
+
+
+def test_the_steps_of_a_session_run_eagerly():
+    trainer = Looking(follow().model, keras.optimizers.SGD(0.1))
+    trainer.seen = []
+    with trainer.session(run_eagerly=True) as run:
+        for _ in range(3):
+            run.step(X)
+    np.testing.assert_allclose(trainer.seen[1:], run.history.steps["loss"], rtol=1e-6)

@@ -8,6 +8,7 @@ import pytest
 from keras import layers, ops
 from recorder import Recorder
 
+from polus import core
 from polus.average import Average
 from polus.callbacks import (
     ConsoleLogCallback,
@@ -19,6 +20,7 @@ from polus.callbacks import (
     ValidationDataCallback,
 )
 from polus.checkpoint import Checkpoint, CheckpointError
+from polus.optimizers import by_name
 from polus.training import BaseTrainer, ClassifierTrainer
 
 X = np.random.default_rng(0).normal(size=(64, 6)).astype("float32")
@@ -124,6 +126,41 @@ def test_asking_for_a_loss_that_is_not_there_raises():
         LossNamedGAN(primary="d_loss").train(BATCHES, 1)
     with pytest.raises(TypeError, match=r"loss must be a callable.*overrides train_step"):
         ClassifierTrainer(dense(6, 2), keras.optimizers.SGD())
+
+
+class Distance(BaseTrainer):
+    def train_step(self, x):
+        return {
+            "gap": self.minimize(lambda: ops.mean((self.model(x) - x) ** 2), self.trainable_weights)
+        }
+
+
+def test_a_monitor_knows_which_way_a_term_improves(tmp_path):
+    """A name that doesn't tell was taken for a score: the worst epoch was the best one."""
+
+    def train(callbacks, **arguments):
+        trainer = Distance(dense(6, 6), keras.optimizers.Adam(1e-2), **arguments)
+        history = trainer.train(BATCHES, 3, callbacks)
+        assert history.epochs[2]["gap"] < history.epochs[1]["gap"]
+        return trainer, history
+
+    paths = tmp_path / "ours.keras", tmp_path / "keras.keras"
+    trainer, _ = train(
+        [
+            SaveModelCallback("best", paths[0], monitor="gap"),
+            keras.callbacks.ModelCheckpoint(paths[1], monitor="gap", save_best_only=True),
+            EarlyStop("gap", patience=1),
+        ],
+        primary="gap",
+    )
+    for path in paths:
+        saved = keras.saving.load_model(path)
+        for kept, last in zip(saved.weights, trainer.model.weights, strict=True):
+            np.testing.assert_array_equal(ops.convert_to_numpy(kept), ops.convert_to_numpy(last))
+    with pytest.raises(ValueError, match=r"high or a low 'gap' is better.*mode=\"min\", or"):
+        train([EarlyStop("gap")])
+    _, history = train([EarlyStop("gap", patience=1, mode="min")])
+    assert len(history.epochs) == 3
 
 
 def test_a_method_named_loss_is_the_loss(caplog):
@@ -332,6 +369,54 @@ def test_an_evaluation_step_returns_samples_by_metric():
 
 
 # ---------------------------------------------------------------------- several optimizers
+
+
+class ByHand(BaseTrainer):
+    """Takes its gradients and calls its optimizer itself."""
+
+    def train_step(self, x):
+        weights = self.trainable_weights
+
+        def loss():
+            value = ops.mean((self.model(x, training=True) - x) ** 2)
+            return self.optimizer.scale_loss(value), value
+
+        (_, value), gradients = core.value_and_grad(loss, weights, has_aux=True)
+        if isinstance(self.optimizer, keras.optimizers.MultiOptimizer):
+            self.optimizer.apply_gradients(zip(gradients, weights, strict=True))
+        else:
+            self.optimizer.apply(gradients, weights)
+        return {"gap": value}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: keras.optimizers.Adam(1e-2),
+        lambda: by_name({"*/bias": keras.optimizers.Adam(1e-1), "*": keras.optimizers.Adam(1e-2)}),
+        lambda: keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam(1e-2)),
+    ],
+)
+def test_an_optimizer_that_the_step_calls_is_built_and_named(make, caplog):
+    """Slots that are made late failed on TensorFlow, and loss scaling moved nothing on JAX."""
+
+    def train(cls, **arguments):
+        keras.utils.set_random_seed(1)
+        trainer = cls(dense(6, 6), make(), **arguments)
+        return trainer.train(BATCHES, 2).steps["gap"], trainer
+
+    expected, _ = train(Distance)
+    caplog.clear()
+    gaps, trainer = train(ByHand)
+    np.testing.assert_allclose(gaps, expected, rtol=1e-5)
+    assert caplog.messages[0].startswith("Training all 4 trainable variables of the model")
+    bad = np.full((1, 6), np.nan, "float32")
+    before = trainer.model.get_weights()
+    history = trainer.train([BATCHES[0], bad], 1, on_nonfinite="skip", steps_per_execution=1)
+    after = trainer.model.get_weights()
+    assert np.isfinite(after[0]).all()
+    assert not np.array_equal(before[0], after[0])
+    assert history.record[0]["skipped_steps"] == 1
 
 
 def test_the_rates_of_several_optimizers(caplog):

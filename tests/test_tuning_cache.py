@@ -12,7 +12,7 @@ import pytest
 
 import polus.core
 from polus.backends import backend
-from polus.steps.autotune import Autotuner, Limits, Timing, Timings, Tuning, Way
+from polus.steps.autotune import Autotuner, Limits, RunLength, Timing, Timings, Tuning, Way
 from polus.steps.compiled import CompiledStep
 from polus.training import BaseTrainer, ClassifierTrainer
 
@@ -54,7 +54,7 @@ def choose(trainer, x=X, y=Y, steps=10_000):
     data = DataReader(as_adapter([(x, y)] * 3)).epoch(0)
     executor.example = data.example
     executor.prepare(data.example)
-    executor.tuned(data, max_steps=64, steps_per_execution=None, total_steps=steps)
+    executor.tuned(data, 64, steps_per_execution=None, length=RunLength(steps))
     return executor.tuning.jit_compile
 
 
@@ -162,7 +162,7 @@ def test_a_short_run_does_not_pay_for_the_compilation_of_what_others_found_faste
     timings = Timings({plain: Timing(5e-3, 0.1), compiled: Timing(1e-3, 10.0)})
 
     def tune(tuner, steps):
-        limits = Limits([Way(False, True), Way(True, True)], 64, 10**6, total_steps=steps)
+        limits = Limits([Way(False, True), Way(True, True)], 64, 10**6, length=RunLength(steps))
         never = lambda tuning: pytest.fail("measured again")  # noqa: E731
         return tuner(limits, never, contextlib.nullcontext)
 

@@ -242,7 +242,8 @@ def value_and_grad(
             a scalar and any structure of tensors. It may assign variables.
         variables: The variables to differentiate with respect to.
         has_aux: Whether `fn` returns such a pair.
-        inputs: Tensors or arrays of floating point numbers.
+        inputs: Tensors, arrays or variables of floating point numbers. Only what `fn` does with its
+            arguments counts: one of them that it also reads from outside is a constant there.
 
     Returns:
         What `fn` returned, and a list with one gradient per variable, then one per input, of the
@@ -289,6 +290,7 @@ def _check_takes(fn: Callable[..., Any], inputs: Sequence[Any]) -> None:
 
 
 def _differentiable(value: Any) -> Any:
+    value = value.value if isinstance(value, keras.Variable) else value
     tensor = keras.ops.convert_to_tensor(value)
     if not keras.backend.is_float_dtype(keras.backend.standardize_dtype(tensor.dtype)):
         raise TypeError(

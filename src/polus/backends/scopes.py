@@ -124,6 +124,7 @@ class DryRun(VariableRecorder):
     Attributes:
         updates: Each optimizer with the variables that it would have updated, in order.
         num_decisions: How often updates were made, of which several may go together.
+        by_hand: Whether the function called an optimizer itself.
         backend_variables: The backend's own variables that were used.
         differentiated: The variables that were read where gradients flow.
         settings: The names of settings of the trainer that a step has to use, and has used.
@@ -140,6 +141,7 @@ class DryRun(VariableRecorder):
         super().__init__(values, outer, copies, initialize_variables)
         self.updates: list[tuple[keras.optimizers.Optimizer, list[keras.Variable]]] = []
         self.num_decisions = 0
+        self.by_hand = False
         self.backend_variables: list[BackendVariable] = []
         self.differentiated: list[keras.Variable] = []
         self.settings: set[str] = set()
@@ -171,10 +173,13 @@ class DryRun(VariableRecorder):
         return [*super().variables, *self.backend_variables]
 
     def record_updates(
-        self, *updates: tuple[keras.optimizers.Optimizer, Sequence[keras.Variable]]
+        self,
+        *updates: tuple[keras.optimizers.Optimizer, Sequence[keras.Variable]],
+        by_hand: bool = False,
     ) -> None:
         """Notes updates that are made together, in place of carrying them out."""
         self.num_decisions += 1
+        self.by_hand |= by_hand
         for optimizer, variables in updates:
             self.updates.append((optimizer, list(variables)))
             self.record_assigned(variables)

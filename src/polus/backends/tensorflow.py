@@ -21,7 +21,7 @@ from polus.backends.tensorflow_loops import (
     row_specs,
     tracing,
 )
-from polus.backends.tensorflow_replica import averaged, current, differentiating
+from polus.backends.tensorflow_replica import alone, averaged, current, differentiating
 from polus.sharded import ShardedArray, StoredArray
 from polus.types import Tensor
 
@@ -43,7 +43,7 @@ def function(fn: Callable[P, R], jit_compile: bool | None = None) -> Callable[P,
     """
 
     def tensors(*args: Any, **kwargs: Any) -> Tree:
-        return _read_out(fn(*args, **kwargs))
+        return _read_out(alone(fn)(*args, **kwargs))
 
     # Of a function without defaults: programs can't be called by themselves where there are some.
     compiled = tf.function(tensors, jit_compile=bool(jit_compile), autograph=False)
@@ -104,6 +104,7 @@ def value_and_grad(
     # TensorFlow orders the reads in here before an update that follows. One of ours between the
     # value and the update took its own away (its graph optimizer drops the one for the other, then
     # folds ours).
+    inputs = [tf.identity(x) for x in inputs]  # `fn` may use the given ones as well: constants
     with differentiating() as replica, tf.GradientTape() as tape:
         tape.watch(inputs)
         result = fn(*inputs)
@@ -259,16 +260,8 @@ def apply_gradients(
     variables: Sequence[keras.Variable],
 ) -> None:
     """Updates `variables` once by `optimizer`, which is built."""
-    # Without replicas there is nothing to sum over them. Keras' sum over the only one ties all
-    # gradients together, and TensorFlow's graph optimizer takes the tie, which it removes later,
-    # for a reason to drop the order between the read of a weight and its update: on a busy machine
-    # a step in some thousands was computed with weights half updated. A scaled loss is a real tie.
-    if tf.distribute.has_strategy() or isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
-        optimizer.apply(gradients, variables)
-    else:
-        tf.distribute.get_replica_context().merge_call(
-            lambda _: optimizer.apply(gradients, variables)
-        )
+    scaled = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)  # a real tie: see `alone`
+    (optimizer.apply if scaled else alone(optimizer.apply))(gradients, variables)
 
 
 def only_if(

@@ -7,15 +7,17 @@ what it means on one device.
 
 import contextlib
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import keras
 import tensorflow as tf
 
 from polus.backends.placement import Placement, ReplicaState
 
+P = ParamSpec("P")
+R = TypeVar("R")
 # Far apart, so that the replicas' random numbers don't meet; see `torch_distribution`.
 SEED_STRIDE = 8_000_009
 SUM, MEAN = tf.distribute.ReduceOp.SUM, tf.distribute.ReduceOp.MEAN
@@ -121,6 +123,26 @@ def default_strategy() -> Any:
     """Returns the strategy that TensorFlow has where none was entered: in another thread."""
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(tf.distribute.get_strategy).result()
+
+
+def alone(fn: Callable[P, R]) -> Callable[P, R]:
+    """Returns `fn` that runs as on no replica where there is one alone, and else as it is.
+
+    Without replicas there is nothing to sum over them. Keras' sum over the only one ties all
+    gradients of an update together, and TensorFlow's graph optimizer takes the tie, which it
+    removes later, for a reason to drop the order between the read of a weight and its update: on a
+    busy machine a step in some thousands was computed with weights half updated, and many more
+    where the gradients of several calls meet in one update.
+    """
+
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        context = tf.distribute.get_replica_context()
+        if context is None or tf.distribute.has_strategy():
+            return fn(*args, **kwargs)
+        result: R = context.merge_call(lambda _: fn(*args, **kwargs))
+        return result
+
+    return call
 
 
 def current() -> Replica | None:

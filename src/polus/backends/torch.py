@@ -1,6 +1,5 @@
 """PyTorch: eager, and `torch.compile` where it is asked for."""
 
-import functools
 import importlib.util
 import operator
 import os
@@ -18,6 +17,10 @@ from polus.backends.base import Held, Known, TensorFlowDataset, Unpack, as_argum
 from polus.backends.placement import Placement
 from polus.backends.scopes import BackendVariable, DryRun
 from polus.backends.torch_compile import compiled, gradient_depth
+from polus.backends.torch_gradients import mapped
+from polus.backends.torch_gradients import value_and_grad as value_and_grad
+from polus.backends.torch_gradients import value_and_input_grad as value_and_input_grad
+from polus.backends.torch_gradients import values_and_grads as values_and_grads
 from polus.sharded import ShardedArray, StoredArray
 from polus.types import Tensor
 
@@ -37,7 +40,7 @@ def function(fn: Callable[P, R], jit_compile: bool | None = None) -> Callable[P,
     def call(*args: Any, **kwargs: Any) -> Tree:
         if gradient_depth.value or torch.compiler.is_compiling():
             return fn(*args, **kwargs)  # inside a gradient or another program: part of it
-        args, kwargs = _mapped(_tensor, (args, kwargs))
+        args, kwargs = mapped(_tensor, (args, kwargs))
         with torch.no_grad():
             return _read_out(run(*args, **kwargs))
 
@@ -51,18 +54,7 @@ def _read_out(tree: Tree) -> Tree:
         value = leaf.value if isinstance(leaf, keras.Variable) else leaf
         return value.detach().clone() if isinstance(value, torch.nn.Parameter) else value
 
-    return _mapped(read, tree)
-
-
-def _mapped(fn: Callable[[Any], Any], tree: Tree) -> Tree:
-    """`keras.tree.map_structure`, whose call takes ten times as long as a small operation."""
-    if isinstance(tree, torch.Tensor):
-        return fn(tree)
-    if type(tree) is tuple or type(tree) is list:
-        return type(tree)(_mapped(fn, part) for part in tree)
-    if type(tree) is dict:
-        return {name: _mapped(fn, part) for name, part in tree.items()}
-    return None if tree is None else keras.tree.map_structure(fn, tree)  # None: left out of a batch
+    return mapped(read, tree)
 
 
 def _tensor(leaf: Any) -> Any:
@@ -70,105 +62,6 @@ def _tensor(leaf: Any) -> Any:
     if isinstance(leaf, keras.Variable | np.ndarray | np.generic | torch.Tensor):
         return to_device(leaf)
     return leaf
-
-
-def value_and_grad(
-    fn: Callable[..., R],
-    variables: Sequence[keras.Variable],
-    loss: Callable[[R], Tensor] | None = None,
-    sparse: bool = False,
-    inputs: Sequence[Tensor] = (),
-) -> tuple[R, list[Tensor | None]]:
-    """Returns `fn(*inputs)` and the gradients of its loss; see `Backend`.
-
-    `sparse` changes nothing: only TensorFlow has sparse gradients.
-    """
-    depth = gradient_depth.value
-    gradient_depth.value = depth + 1
-    try:
-        with torch.enable_grad():
-            watched = [_watched(x) for x in inputs]
-            result = fn(*watched)
-            value: Any = result if loss is None else loss(result)
-            weights = [variable.value for variable in variables]  # inputs are each replica's own
-            # A gradient inside another one's function is itself differentiated.
-            backward = functools.partial(_gradients, value, [*weights, *watched], depth > 0)
-            gradients = backward() if depth else torch_distribution.gradients_of(weights, backward)
-    finally:
-        gradient_depth.value = depth
-    if depth == 0:
-        result = _mapped(_detached, result)
-    return result, gradients
-
-
-def _watched(tensor: Any) -> Any:
-    """Returns a tensor to differentiate by; one that an outer gradient flows through, as it is."""
-    return tensor if tensor.requires_grad else tensor.detach().requires_grad_()
-
-
-def _gradients(
-    value: Any, tensors: Sequence[Any], create_graph: bool, retain_graph: bool | None = None
-) -> list[Tensor | None]:
-    gradients: list[Tensor | None] = [None] * len(tensors)
-    wanted = [i for i, tensor in enumerate(tensors) if tensor.requires_grad]
-    if value.requires_grad and wanted:
-        found = torch.autograd.grad(
-            value,
-            [tensors[i] for i in wanted],
-            allow_unused=True,
-            create_graph=create_graph,
-            retain_graph=retain_graph,
-        )
-        for i, gradient in zip(wanted, found, strict=True):
-            gradients[i] = gradient
-    return gradients
-
-
-def values_and_grads(
-    fn: Callable[[], R],
-    groups: Sequence[Sequence[keras.Variable]],
-    losses: Callable[[R], Sequence[Tensor]],
-) -> tuple[R, list[list[Tensor | None]]]:
-    """Returns `fn()` and the gradients of several losses, each by its group; see `Backend`."""
-    depth = gradient_depth.value
-    gradient_depth.value = depth + 1
-    try:
-        with torch.enable_grad():
-            result = fn()
-            values = losses(result)
-            gradients: list[list[Tensor | None]] = []
-            for i, (value, variables) in enumerate(zip(values, groups, strict=True)):
-                tensors = [variable.value for variable in variables]
-                needed = depth > 0 or i + 1 < len(groups)  # by the losses that follow
-                backward = functools.partial(_gradients, value, tensors, depth > 0, needed)
-                found = backward() if depth else torch_distribution.gradients_of(tensors, backward)
-                gradients.append(found)
-    finally:
-        gradient_depth.value = depth
-    if depth == 0:
-        result = _mapped(_detached, result)
-    return result, gradients
-
-
-def value_and_input_grad(
-    fn: Callable[..., Tensor], inputs: Sequence[Tensor]
-) -> tuple[Tensor, list[Tensor]]:
-    """Returns `fn(*inputs)` and its gradients with respect to the inputs; see `Backend`."""
-    depth = gradient_depth.value
-    gradient_depth.value = depth + 1
-    try:
-        with torch.enable_grad():
-            own: list[Any] = list(inputs)
-            tensors = [tensor.detach().requires_grad_() for tensor in own]
-            value: Any = fn(*tensors)
-            gradients = torch.autograd.grad(value, tensors, materialize_grads=True)
-    finally:
-        gradient_depth.value = depth
-    return value.detach(), list(gradients)
-
-
-def _detached(leaf: Any) -> Any:
-    return leaf.detach() if isinstance(leaf, torch.Tensor) else leaf
 
 
 def program(
@@ -188,7 +81,7 @@ def program(
 
     def single(*arguments: Any) -> Tree:
         if unpack is not None:
-            arguments = as_arguments(_mapped(operator.itemgetter(0), unpack(*arguments)))
+            arguments = as_arguments(mapped(operator.itemgetter(0), unpack(*arguments)))
         with torch.no_grad():
             return _read_out(run(*arguments))
 
@@ -197,7 +90,7 @@ def program(
         outputs = []
         with torch.no_grad():
             for i in range(int(count)):
-                outputs.append(_read_out(run(*_mapped(operator.itemgetter(i), batches))))
+                outputs.append(_read_out(run(*mapped(operator.itemgetter(i), batches))))
         return keras.tree.map_structure(
             lambda *rows: rows[-1] if rows[0].ndim else torch.stack(rows), *outputs
         )
@@ -212,7 +105,7 @@ def eager_program(step: Callable[..., object], unpack: Unpack | None = None) -> 
 
 def repeat(fn: Callable[[Any], R], count: int, rows: object) -> R:
     """Applies `fn` to each row and stacks what it returns, inside a step; see `Backend`."""
-    each = [fn(_mapped(operator.itemgetter(i), rows)) for i in range(count)]
+    each = [fn(mapped(operator.itemgetter(i), rows)) for i in range(count)]
     stacked: R = keras.tree.map_structure(lambda *rows: torch.stack(rows), *each)
     return stacked
 

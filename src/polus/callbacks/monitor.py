@@ -13,10 +13,10 @@ Mode = Literal["auto", "min", "max"]
 # What a value is, judging by words in its name.
 LOWER_IS_BETTER = (
     *("loss", "error", "mse", "mae", "divergence", "perplexity"),
-    *("entropy", "hinge", "poisson", "cosh"),
+    *("entropy", "hinge", "poisson", "cosh", "nll"),
 )
 HIGHER_IS_BETTER = (
-    *("acc", "auc", "f1", "score", "iou", "precision", "recall"),
+    *("acc", "auc", "f1", "score", "iou", "precision", "recall", "reward", "return"),
     *("ndcg", "mrr", "@"),  # measures of retrieval have their cutoff in the name: "MAP@10"
 )
 
@@ -29,7 +29,8 @@ def lower_is_better(name: str) -> bool:
 def improving_direction(name: str, coordinator: Coordinator) -> Direction | None:
     """Returns the direction in which a value of the logs improves, None if nothing tells.
 
-    The metric itself is asked first, as Keras does, then the words in the name.
+    The metric itself is asked first, as Keras does, then whether it is the trainer's `primary`
+    term, its loss, then the words in the name.
 
     Args:
         name: The name in the logs: `"loss"`, `"val_accuracy"`, ...
@@ -45,6 +46,10 @@ def improving_direction(name: str, coordinator: Coordinator) -> Direction | None
         direction = getattr(getattr(metric, "metric", metric), "_direction", None)
         if metric.name in {name, *metric_names} and direction is not None:
             return "max" if direction == "up" else "min"
+    return "min" if trainer.primary in {name, *metric_names} else _direction_by_name(name)
+
+
+def _direction_by_name(name: str) -> Direction | None:
     if lower_is_better(name):
         return "min"
     return "max" if any(word in name.lower() for word in HIGHER_IS_BETTER) else None
@@ -57,8 +62,8 @@ class Monitor:
         name: The name in the logs: `"loss"`, a loss term, a metric, or `"<set>_<metric>"` for a
             validation set.
         mode: `"min"`, `"max"` or `"auto"`. `"auto"` asks the metric of that name, if it is one of
-            Keras; otherwise it minimizes values named like a loss or an error and maximizes all
-            others.
+            Keras; otherwise it minimizes the trainer's `primary` term and values named like a loss
+            or an error, and maximizes those named like a score. Other names need a mode.
         min_delta: The smallest change that counts as an improvement.
 
     Attributes:
@@ -75,7 +80,7 @@ class Monitor:
         self.mode = mode
         self.min_delta = min_delta
         self.best: float | None = None
-        self._sign = -1 if mode == "min" or (mode == "auto" and lower_is_better(name)) else 1
+        self._direction = _direction_by_name(name) if mode == "auto" else mode
 
     def value(self, coordinator: Coordinator) -> float | None:
         """Returns the value of this epoch, None if its validation set was not evaluated in it.
@@ -84,7 +89,7 @@ class Monitor:
             ValueError: If the logs have no such name.
         """
         if self.mode == "auto":
-            self._sign = -1 if improving_direction(self.name, coordinator) == "min" else 1
+            self._direction = improving_direction(self.name, coordinator)
         logs = coordinator.logs
         if self.name in logs:
             return float(logs[self.name])
@@ -99,10 +104,20 @@ class Monitor:
         )
 
     def improved(self, value: float) -> bool:
-        """Returns True and keeps `value` as the best one if it is better; NaN never is."""
+        """Returns True and keeps `value`, which `value()` returned, if it is better; NaN never is.
+
+        Raises:
+            ValueError: With `mode="auto"`, if nothing tells whether high or low is better.
+        """
+        if self._direction is None:
+            raise ValueError(
+                f"Nothing tells whether a high or a low {self.name!r} is better. Say so: "
+                f'monitor={self.name!r}, mode="min", or mode="max".'
+            )
         if math.isnan(value):
             return False
-        better = self.best is None or self._sign * (value - self.best) > self.min_delta
+        sign = -1 if self._direction == "min" else 1
+        better = self.best is None or sign * (value - self.best) > self.min_delta
         if better:
             self.best = value
         return better

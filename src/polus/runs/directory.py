@@ -12,7 +12,7 @@ from itertools import zip_longest
 from typing import Any
 
 from polus.callbacks.base import Callback, Coordinator, Phase
-from polus.callbacks.monitor import Mode, Monitor
+from polus.callbacks.monitor import Mode, Monitor, improving_direction
 from polus.checkpoint import Checkpoint
 from polus.files import atomic_write, check_directory, make_folder
 from polus.history import Validation
@@ -257,13 +257,17 @@ class RunDirectory(Callback):
                     model.save_weights(temporary)
 
     def _monitored(self) -> str | None:
-        """Returns the name in the logs of what is monitored; None without validation."""
+        """Returns the name in the logs of what is monitored; None if no validation tells."""
         logs = self.coordinator.logs
         for name, metrics in self.coordinator.shared_dict["validation"].items():
             for metric in ("loss", *metrics):
-                if f"{name}_{metric}" in logs:
-                    return f"{name}_{metric}"
+                full = f"{name}_{metric}"
+                if full in logs and (self.mode != "auto" or self._improves(full)):
+                    return full
         return None
+
+    def _improves(self, name: str) -> bool:
+        return improving_direction(name, self.coordinator) is not None
 
     def get_state(self) -> dict[str, Any]:
         return {"best": self.best}

@@ -43,6 +43,17 @@ class Way(NamedTuple):
     most: int = MAX_STEPS
 
 
+class RunLength(NamedTuple):
+    """How long a run is: its steps, and the seconds that it may take; infinite if unknown."""
+
+    steps: float = math.inf
+    secs: float = math.inf
+
+    def secs_at(self, step_secs: float) -> float:
+        """Returns the seconds of the run if a step takes so many."""
+        return min(self.steps * step_secs, self.secs)
+
+
 @dataclass(frozen=True)
 class Limits:
     """What may be chosen for a run.
@@ -52,7 +63,7 @@ class Limits:
         max_steps: The steps per call that callbacks and the epoch's length allow.
         max_batches: The batches that fit into the memory set aside for a call.
         steps_per_execution: The steps per call if the user fixed them.
-        total_steps: The steps of the whole run; infinite if unknown.
+        length: The length of the whole run.
         long_run_secs: From how many seconds of a run on a compiler is worth a try; by default the
             backend's own.
     """
@@ -61,7 +72,7 @@ class Limits:
     max_steps: int
     max_batches: int
     steps_per_execution: int | None = None
-    total_steps: float = math.inf
+    length: RunLength = field(default_factory=RunLength)
     long_run_secs: Mapping[bool, float] = field(default_factory=lambda: backend.LONG_RUN_SECS)
 
     def tunings(self) -> list[Tuning]:
@@ -149,13 +160,16 @@ class Autotuner:
         self.max_steps = min(limits.max_steps, MAX_STEPS)
         tunings = [t for t in limits.tunings() if t not in self.timings.failed]
         self.tuned = len(tunings) == 1
-        timed = TIMED_STEPS <= limits.total_steps < math.inf
+        timed = TIMED_STEPS <= limits.length.steps < math.inf
         if len(tunings) > 1 and timed and self._worth_timing(tunings, limits):
             with undone():
                 self._time(tunings, limits, time_step)
             self.timings.save()
         known = [tuning for tuning in tunings if tuning in self.timings.costs]
-        steps = limits.total_steps if limits.total_steps < math.inf else TIMED_STEPS
+        usual = self.timings.costs.get(tunings[0])
+        steps = limits.length.steps if limits.length.steps < math.inf else TIMED_STEPS
+        if usual is not None:
+            steps = min(steps, limits.length.secs / max(usual.secs, 1e-9))
         choice = min(known, key=lambda t: self._secs(t, steps)) if known else tunings[0]
         self.compiled.add(choice)
         return choice
@@ -177,11 +191,11 @@ class Autotuner:
         secs, compile_secs = self.timings.costs[usual].secs, self.timings.compile_secs
         if tuning.jit_compile == usual.jit_compile:
             worth = secs > LONG_STEP_SECS
-            return worth and limits.total_steps * secs > 10 * compile_secs
+            return worth and limits.length.secs_at(secs) > 10 * compile_secs
         least = limits.long_run_secs.get(bool(tuning.jit_compile), 0.0)
         if secs < SMALL_STEP_SECS:
             least /= 10
-        return limits.total_steps * secs > max(least, 10 * compile_secs)
+        return limits.length.secs_at(secs) > max(least, 10 * compile_secs)
 
     def _time(
         self, tunings: Sequence[Tuning], limits: Limits, time_step: Callable[[Tuning], Timing]

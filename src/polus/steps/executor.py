@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from inspect import ismethod
@@ -18,7 +17,8 @@ from polus.data.batches import batch_size_of
 from polus.metrics import IMetric, kept_has_samples
 from polus.optimizers import optimizers_of
 from polus.state import Snapshot
-from polus.steps.autotune import Autotuner, Limits, Timing, Timings, Tuning, Way
+from polus.steps.autotune import Autotuner, Limits, RunLength, Timing, Timings, Tuning, Way
+from polus.steps.by_hand import followed
 from polus.steps.compiled import CompiledStep
 from polus.steps.finish import array_terms, finished_step
 from polus.steps.finite import GuardedSteps
@@ -195,7 +195,7 @@ class StepExecutor:
         for _ in range(2):  # the second time with the weights that the first one made
             self.step = written
             unbuilt = [layer for layer in held_layers(self.owner) if not is_built(layer)]
-            with kept_has_samples(self.owner.metrics):
+            with kept_has_samples(self.owner.metrics), followed(self.owner):
                 seen = backend.trace(self.step, inputs, self.run_eagerly)
             self.step = finished_step(
                 self.step, self.owner, self.owner.step_counter, self._placement, seen
@@ -207,7 +207,7 @@ class StepExecutor:
         if self.norms:
             names = {id(o): name for name, o in optimizers_of(self.owner).items()}
             self.step = with_norms(self.step, names, self.norms == "variables")
-        build_optimizers(seen.updates)
+        build_optimizers(seen.merged_updates())
         self.variables = variables = StepVariables.of(seen)
         self.fed_metrics = fed_metrics(self.owner, variables)
         self.array_terms = array_terms(variables.result)
@@ -304,7 +304,7 @@ class StepExecutor:
         data: EpochReader,
         max_steps: int,
         steps_per_execution: int | None,
-        total_steps: float = math.inf,
+        length: RunLength,
     ) -> CompiledStep:
         """Returns the compiled step for the batches of an epoch, tuned for its first batch.
 
@@ -312,7 +312,7 @@ class StepExecutor:
             data: The epoch. Its first batch is used for timing, and stays in its place.
             max_steps: The steps that may run in one call at most.
             steps_per_execution: The steps of one call if the user fixed them.
-            total_steps: The steps to run, infinite if unknown.
+            length: How long the run is.
         """
         assert self.variables is not None  # the step was prepared
         if self.run_eagerly:
@@ -334,7 +334,7 @@ class StepExecutor:
                 tuned.tuner.tuned = True
         most = self.max_batches(data.example)
         ways = self._ways(modes)
-        limits = Limits(ways, max_steps, most, steps_per_execution, total_steps)
+        limits = Limits(ways, max_steps, most, steps_per_execution, length)
 
         def time_step(tuning: Tuning) -> Timing:
             tuned.step.jit_compile = tuning.jit_compile
@@ -435,8 +435,7 @@ class StepExecutor:
 
 
 def _fixed_mode() -> bool | None:
-    mode = get_jit_compile()
-    return None if mode == "auto" else mode
+    return None if (mode := get_jit_compile()) == "auto" else mode
 
 
 def _plain_parts(owner: StepOwner) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import keras
 from polus.average import averages_of
 from polus.backends.placement import Placement
 from polus.backends.scopes import DryRun
+from polus.steps.by_hand import following
 from polus.steps.compiled import as_terms
 
 
@@ -21,6 +22,7 @@ def finished_step(
     """Returns a step that also does what the user's step leaves to Polus.
 
     Of several replicas, each has its own rows of what the step returns: all get those of all.
+    Optimizers that the step calls itself are followed.
 
     Args:
         step: The step as its user wrote it.
@@ -29,6 +31,8 @@ def finished_step(
         placement: The devices.
         seen: A dry run of the step, which learns what is assigned besides.
     """
+    if seen.by_hand:
+        step = following(step, owner)
     gather = placement.gather
     counts = id(counter) in seen.assigned
     averages = [a for a in averages_of(owner) if id(a.count) not in seen.assigned]

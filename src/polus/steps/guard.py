@@ -60,7 +60,8 @@ class Guard:
         terms = as_terms(variables.result, primary)
         scalars = [n for n, v in terms.items() if not len(getattr(v, "shape", ()))]
         self.monitored_names = ["loss"] if "loss" in scalars else scalars
-        self.gates = gates and variables.num_decisions == 1 and not by_hand
+        once = variables.num_decisions == 1 and not variables.by_hand
+        self.gates = gates and once and not by_hand
         self.kept = self.assigned
         if self.gates:
             updated = [v for u in variables.updates for v in (*u.variables, *u.optimizer.variables)]

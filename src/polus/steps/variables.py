@@ -45,6 +45,8 @@ class StepVariables:
         assigned: Those that it assigns, and those of the backend's own, which may be assigned.
         differentiated: Those that it reads where gradients flow.
         updates: What each optimizer updates.
+        num_decisions: How often updates were made, of which several may go together.
+        by_hand: Whether the step called an optimizer itself.
         settings: The names of settings of the trainer that it has used.
         result: What the step returned: tensors, or descriptions of them.
     """
@@ -54,6 +56,7 @@ class StepVariables:
     differentiated: Variables
     updates: list[Update]
     num_decisions: int
+    by_hand: bool
     settings: set[str]
     result: Any
 
@@ -68,6 +71,7 @@ class StepVariables:
             differentiated=unique(seen.differentiated),
             updates=updates,
             num_decisions=seen.num_decisions,
+            by_hand=seen.by_hand,
             settings=seen.settings,
             result=seen.result,
         )

@@ -1,6 +1,7 @@
 """The arguments of `train`, given at once or kept for a later call."""
 
 import contextlib
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -20,6 +21,7 @@ from polus.data.prefetch import PREFETCH
 from polus.files import check_directory
 from polus.host import did_you_mean, to_host
 from polus.optimizers import MultiOptimizer
+from polus.steps.autotune import RunLength
 from polus.steps.norms import Norms
 from polus.training.nonfinite import MAX_SKIPS, POLICIES, Policy
 from polus.training.parts import TrainerParts
@@ -126,6 +128,11 @@ class TrainConfig:
             limit = TimeLimit(given["max_secs"])
             given["callbacks"] = [*checked_list(given.get("callbacks", ())), limit]
         return cls(**{**given, **_reading(as_adapter(given["dataset"]), given)})
+
+    def length(self, steps: float) -> RunLength:
+        """Returns how long a run of so many steps is, with the least of its time limits."""
+        limits = [c.max_secs for c in self.callbacks if isinstance(c, TimeLimit)]
+        return RunLength(steps, min(limits, default=math.inf))
 
     def reader(self, trainer: TrainerParts, first_epoch: int) -> DataReader:
         """Returns the reader of the training data.

@@ -90,6 +90,7 @@ class TrainerMethods(BaseLogger):
         on_nonfinite: Policy | None = None,
         max_skips: int | None = None,
         run_dir: str | PathLike[str] | None = None,
+        run_eagerly: bool | None = None,
     ) -> contextlib.AbstractContextManager[Session]:
         """Begins a run whose loop is your own, with callbacks, history and checkpoints as `train`.
 
@@ -111,6 +112,7 @@ class TrainerMethods(BaseLogger):
             on_nonfinite: As for `train`.
             max_skips: As for `train`.
             run_dir: As for `train`; instead of `resume`.
+            run_eagerly: As for `train`.
         """
         given = {
             "resume": resume,
@@ -118,6 +120,7 @@ class TrainerMethods(BaseLogger):
             "on_nonfinite": on_nonfinite,
             "max_skips": max_skips,
             "run_dir": run_dir,
+            "run_eagerly": run_eagerly,
         }
         given = {name: value for name, value in given.items() if value is not None}
         trainer: Any = self
@@ -143,7 +146,8 @@ class TrainerMethods(BaseLogger):
         Args:
             losses_fn: Takes nothing and returns a dict with a scalar for each group. It may have
                 other terms, which are returned as well.
-            groups: The name of a loss to the variables that minimize it, and their optimizer.
+            groups: The name of a loss to the variables that minimize it, and their optimizer. One
+                that serves several groups makes one step with all their gradients.
 
         Returns:
             What `losses_fn` returned.

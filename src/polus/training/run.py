@@ -212,7 +212,7 @@ class Run(BaseLogger):
                 data,
                 self.callbacks.max_steps_per_execution,
                 self.config.steps_per_execution,
-                self.steps_before + self.epochs * (self.steps or math.inf),
+                self.config.length(self.steps_before + self.epochs * (self.steps or math.inf)),
             )
         )
         return data.blocks(

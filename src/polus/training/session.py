@@ -33,6 +33,7 @@ class Session:
         self.run = run
         self._data = data
         self._blocks: Generator[StepBlock] | None = None
+        self._ended = False
 
     @property
     def history(self) -> History:
@@ -66,8 +67,16 @@ class Session:
 
         Returns:
             What the step returned, on the device.
+
+        Raises:
+            RuntimeError: If the block of the session has ended.
         """
         run = self.run
+        if self._ended:
+            raise RuntimeError(
+                "The session has ended with its `with` block. Open another: "
+                "with trainer.session(...) as run."
+            )
         if run.stopping:
             raise _StoppedError
         self._data.push(batch)
@@ -106,7 +115,8 @@ class Session:
         return self.run.logs
 
     def close(self) -> None:
-        """Ends an epoch that is still open."""
+        """Ends an epoch that is still open, and the session."""
+        self._ended = True
         if self._blocks is not None:
             self.end_epoch()
 

@@ -7,7 +7,7 @@ import keras
 
 from polus.backends import backend
 from polus.backends.scopes import active_dry_run
-from polus.steps.update import PostProcess, apply_gradients
+from polus.steps.update import PostProcess, Update, apply_gradients
 from polus.steps.variables import unique
 from polus.training.checks import check_connected, check_minimized, scalar_loss
 
@@ -35,11 +35,14 @@ def minimize_together(
         return [optimizers[n].scale_loss(v) for n, v in zip(chosen, values, strict=True)]
 
     result, gradients = backend.values_and_grads(losses_fn, list(chosen.values()), scaled_losses)
-    updates = []
+    updates: dict[int, Update] = {}  # an optimizer of several groups makes one step with them all
     for (name, variables), found in zip(chosen.items(), gradients, strict=True):
         check_connected(found, variables)
-        updates.append((optimizers[name], found, variables))
-    apply_gradients(updates, post_process_grads, True, sum(_scalars(result, chosen)))
+        optimizer = optimizers[name]
+        _, others, known = updates.get(id(optimizer), (optimizer, (), ()))
+        updates[id(optimizer)] = optimizer, [*others, *found], [*known, *variables]
+    loss = sum(_scalars(result, chosen))
+    apply_gradients(list(updates.values()), post_process_grads, True, loss)
     return result
 
 

@@ -1,0 +1,64 @@
+"""Optimizers that a step calls itself, in place of `minimize`."""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import keras
+
+from polus.backends.scopes import active_dry_run
+from polus.steps.update import apply_gradients
+from polus.steps.variables import held, unique
+
+
+@contextlib.contextmanager
+def followed(owner: object) -> Iterator[None]:
+    """Makes of updates by the optimizers of `owner` what those of `minimize` are.
+
+    A dry run notes them: Keras would build an optimizer inside the trace, and its slots would hold
+    nothing. Else they are watched and applied as this backend needs it, and not as Keras does it.
+    """
+    optimizers = _outer_optimizers(owner)
+    for optimizer in optimizers:
+        optimizer.apply = functools.partial(_apply, optimizer)
+    try:
+        yield
+    finally:
+        for optimizer in optimizers:
+            del optimizer.apply  # the class's own again
+
+
+def following(step: Callable[..., Any], owner: object) -> Callable[..., Any]:
+    """Returns a step in which `owner`'s optimizers are followed."""
+
+    def followed_step(*inputs: Any, **named: Any) -> Any:
+        with followed(owner):
+            return step(*inputs, **named)
+
+    return followed_step
+
+
+def _outer_optimizers(owner: object) -> list[Any]:
+    parts = unique(part for part in held(owner) if isinstance(part, keras.optimizers.Optimizer))
+    inner = [each for part in parts for each in getattr(part, "optimizers", ())]
+    inner += [getattr(part, "inner_optimizer", None) for part in parts]
+    return [part for part in parts if not any(part is each for each in inner)]
+
+
+def _apply(
+    optimizer: Any, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None
+) -> None:
+    variables = trainable_variables
+    if (dry_run := active_dry_run()) is not None and variables is not None:
+        dry_run.record_updates((optimizer, unique(variables)), by_hand=True)
+        return
+    followed_apply = optimizer.apply
+    del optimizer.apply
+    try:
+        if variables is None or len(variables) != len(grads):  # Keras knows, or says what is wrong
+            optimizer.apply(grads, variables)
+        else:
+            apply_gradients([(optimizer, grads, variables)], scaled=True)
+    finally:
+        optimizer.apply = followed_apply
