@@ -13,6 +13,7 @@ from typing import Any, Literal, ParamSpec, TypeVar, overload
 import keras
 
 from polus.backends import backend
+from polus.backends.placement import gathers
 from polus.files import check_directory, make_folder
 from polus.log import BaseLogger as BaseLogger
 from polus.types import Tensor
@@ -318,4 +319,5 @@ def gather(tensor: Tensor) -> Tensor:
     Returns:
         A tensor (B, ...) of the same dtype.
     """
+    gathers.count += 1
     return backend.placement().gather(tensor)

@@ -529,6 +529,7 @@ def other_means(engine):
     """Losses that don't divide by the number of rows: masks, ignored classes, weights, sums."""
     import keras
 
+    import polus
     from polus.data import from_arrays
     from polus.training import ClassifierTrainer
 
@@ -559,6 +560,14 @@ def other_means(engine):
         history = trainer.train(from_arrays(data, 10 if name == "mask" else 12, shuffle=False), 2)
         evaluated = trainer.evaluate(from_arrays(data, 18, shuffle=False))
         found[name] = summary(history, model) | {"evaluated": evaluated}
+
+    class Gathers(ClassifierTrainer):
+        def forward_with_grads(self, x, y):
+            return polus.gather(keras.ops.convert_to_tensor(y)), polus.gather(self.model(x))
+
+    model = model_of(dense(5))
+    trainer = Gathers(model, keras.optimizers.SGD(0.01), entropy(from_logits=True, reduction="sum"))
+    found["gathered"] = summary(trainer.train(arrays(), 1, steps_per_execution=2), model)
     return found
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import logging
 import math
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
 
@@ -22,6 +23,15 @@ logger = logging.getLogger("polus.steps")
 Program = Callable[..., Any]
 BackendStack = Callable[[Sequence[Tensor], int], Tensor]
 Stateful: TypeAlias = keras.Variable | BackendVariable
+
+
+class _Gathers(threading.local):
+    """How often this thread has called `polus.core.gather`."""
+
+    count = 0
+
+
+gathers = _Gathers()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,30 +6,45 @@ their rows, and sums divide by nothing. Those are scaled, so that the mean over 
 one device computes. Losses that compare rows with each other are given those of all replicas.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeGuard
 
 import keras
 from keras import ops
 
 from polus.backends import backend
+from polus.backends.placement import gathers
 from polus.masks import mask_of
 from polus.types import Tensor
 
 COMPARING = (keras.losses.Circle, keras.losses.Dice, keras.losses.Tversky)
 
 
+def forward_and_loss(
+    forward: Callable[[], tuple[Any, ...]], loss: Callable[..., Any]
+) -> tuple[tuple[Any, ...], Any]:
+    """Runs a forward pass and returns its outputs and their loss, as `of_whole_batch`.
+
+    Where the forward pass has called `polus.core.gather`, the loss is that of the whole batch.
+    """
+    before = gathers.count
+    outputs = forward()
+    value = loss(*outputs)
+    return outputs, value if gathers.count > before else of_whole_batch(loss, outputs, value)
+
+
 def of_whole_batch(loss: object, outputs: Sequence[Any], value: Any) -> Any:
     """Returns the loss of a replica's rows such that the mean over replicas is that of the batch.
 
     Args:
-        loss: The loss. Functions and losses that return several terms stay as they are.
+        loss: The loss. Functions, classes with a `__call__` of their own, and losses that are not
+            scalar stay as they are.
         outputs: What it was given: the labels, the prediction and, maybe, weights.
         value: What it returned.
     """
     placement = backend.placement()
     parts = placement.parts
-    if parts == 1 or not isinstance(loss, keras.losses.Loss) or len(getattr(value, "shape", (0,))):
+    if parts == 1 or not is_reduced_by_keras(loss) or len(getattr(value, "shape", (0,))):
         return value
     if isinstance(loss, COMPARING):
         return loss(*keras.tree.map_structure(placement.gather, list(outputs)))
@@ -40,6 +55,11 @@ def of_whole_batch(loss: object, outputs: Sequence[Any], value: Any) -> Any:
         return value
     mean = ops.mean(placement.gather(ops.reshape(own, (1,))))
     return value * ops.cast(ops.divide_no_nan(own, mean), value.dtype)
+
+
+def is_reduced_by_keras(loss: object) -> TypeGuard[Any]:
+    """Returns whether a loss is a `keras.losses.Loss` that leaves masks and weights to Keras."""
+    return isinstance(loss, keras.losses.Loss) and type(loss).__call__ is keras.losses.Loss.__call__
 
 
 def _divisor(loss: Any, y: Any, prediction: Any, weights: Any = None) -> Tensor | None:

@@ -22,7 +22,7 @@ from polus.steps.progress import ProgressVariable
 from polus.steps.update import apply_gradients
 from polus.steps.variables import StepVariables, unique
 from polus.training import checks
-from polus.training.batch_loss import of_whole_batch
+from polus.training.batch_loss import forward_and_loss
 from polus.training.config import TrainConfig, given_arguments
 from polus.training.copies import deep_copy, shallow_copy
 from polus.training.dry_run import dry_run as rehearse
@@ -241,8 +241,9 @@ class BaseTrainer(TrainerMethods):
         inputs = as_arguments(self.forward_without_grads(*inputs))
 
         def forward() -> Any:
-            outputs = as_arguments(self.forward_with_grads(*inputs))
-            result = of_whole_batch(self.loss, outputs, self.loss(*outputs))
+            outputs, result = forward_and_loss(
+                lambda: as_arguments(self.forward_with_grads(*inputs)), self.loss
+            )
             result = checks.add_penalties(result, self.model.losses)
             if self.metrics and (samples := self.metric_samples(*outputs)) is not None:
                 samples = keras.tree.map_structure(stop_gradient, samples)
