@@ -521,6 +521,12 @@ def refused(engine):
             classifier().train(*arguments)
         except RuntimeError as error:
             messages.append(str(error))
+    for method in ("evaluate", "predict"):
+        for data in (shorter, lambda: iter(shorter)):
+            try:
+                getattr(classifier(), method)(data)
+            except RuntimeError as error:
+                messages.append(str(error))
     return {"messages": messages}
 
 

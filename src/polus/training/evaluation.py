@@ -17,7 +17,7 @@ from polus.steps.executor import StepExecutor, StepOwner
 from polus.steps.variables import unique
 from polus.training.checks import at_least_float32, check_function, terms_of
 from polus.training.config import check_count
-from polus.training.processes import check_same_batch
+from polus.training.processes import check_same_batch, same_blocks
 
 
 def evaluation_step(trainer: Any, *inputs: Any) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def evaluate(
             for metric in metrics:
                 metric.reset()
             capacity = min(executor.tuning[1], executor.max_batches(data.example))
-            losses, sizes = _run(step, data, min(capacity, reader.num_batches or capacity))
+            losses, sizes = _run(step, reader, data, min(capacity, reader.num_batches or capacity))
             results = {metric.name: metric.evaluate() for metric in metrics}
         finally:
             snapshot.restore()
@@ -89,11 +89,13 @@ def _fed_metrics(owner: StepOwner, assigned: Sequence[keras.Variable]) -> list[I
     return [m for m in every if not m.variables or any(id(v) in fed for v in m.variables)]
 
 
-def _run(step: CompiledStep, data: Any, capacity: int) -> tuple[list[dict[str, Any]], list[int]]:
+def _run(
+    step: CompiledStep, reader: DataReader, data: Any, capacity: int
+) -> tuple[list[dict[str, Any]], list[int]]:
     """Runs all batches. Returns the losses of each block, and the size of each batch."""
     losses, sizes = [], []
     with contextlib.closing(data.blocks(capacity, pace=step.pace)) as blocks:
-        for block in blocks:
+        for block in same_blocks(reader, blocks):
             began = time.perf_counter()
             terms = step(block)
             step.pace.observe(block.count, terms, began)

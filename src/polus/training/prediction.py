@@ -14,6 +14,7 @@ from polus.state import Snapshot
 from polus.steps.executor import StepExecutor
 from polus.training.checks import check_function
 from polus.training.config import check_count
+from polus.training.processes import check_same_batch, same_blocks
 
 
 def predict(
@@ -31,6 +32,7 @@ def predict(
     reader = DataReader(as_adapter(dataset), transform, steps)
     reader.check_ends("predict")
     data = reader.epoch(0)
+    check_same_batch(reader.placement, data.example)
 
     def gathered(*inputs: Any) -> Any:
         # Each replica predicts its own rows; what a program returns is that of all replicas.
@@ -43,7 +45,7 @@ def predict(
     snapshot = Snapshot(assigned)
     try:
         with contextlib.closing(data.blocks(1)) as blocks:
-            for block in blocks:
+            for block in same_blocks(reader, blocks):
                 run, arguments = program.program(block)
                 waiting.append(run(*arguments))
                 if len(waiting) > 1:

@@ -1,9 +1,10 @@
 """What several processes that train one model have to have in common."""
 
 import zlib
+from collections.abc import Iterable, Iterator
 
 from polus.backends.placement import Placement, check_same
-from polus.data import DataReader
+from polus.data import DataReader, StepBlock
 from polus.data.fingerprint import checksum
 from polus.training.config import TrainConfig
 
@@ -51,6 +52,15 @@ def check_same_length(reader: DataReader, steps: int | None = None) -> None:
         + (f"this one has {have} batches{more}. " if have else "this one has ended first. ")
         + "Each process takes its own rows of each batch, so give all of them the whole dataset.",
     )
+
+
+def same_blocks(reader: DataReader, blocks: Iterable[StepBlock]) -> Iterator[StepBlock]:
+    """Yields the blocks of an epoch, and checks that all processes have data for as many steps."""
+    check_same_length(reader)
+    for block in blocks:
+        check_same_length(reader, block.count)
+        yield block
+    check_same_length(reader, 0)
 
 
 def check_same_batch(placement: Placement, batch: object) -> None:
