@@ -171,7 +171,7 @@ EQUAL = [
     "skipped",
     "embedded",
 ]
-EQUAL += ["retrieval", "cached", "swept", "predicted", "other_means"]
+EQUAL += ["retrieval", "cached", "swept", "predicted", "other_means", "compared"]
 
 # PyTorch itself refuses the reshape in the backward pass of "retrieval".
 EQUAL_ON_DTENSORS = [name for name in EQUAL if name not in ("retrieval", "cached")]

@@ -14,7 +14,7 @@ from keras import ops
 
 from polus.backends import backend
 from polus.backends.placement import gathers
-from polus.masks import mask_of
+from polus.masks import mask_of, own_weights
 from polus.types import Tensor
 
 COMPARING = (keras.losses.Circle, keras.losses.Dice, keras.losses.Tversky)
@@ -23,31 +23,32 @@ COMPARING = (keras.losses.Circle, keras.losses.Dice, keras.losses.Tversky)
 def forward_and_loss(
     forward: Callable[[], tuple[Any, ...]], loss: Callable[..., Any]
 ) -> tuple[tuple[Any, ...], Any]:
-    """Runs a forward pass and returns its outputs and their loss, as `of_whole_batch`.
+    """Runs a forward pass and returns its outputs and their loss, as `loss_of_batch`.
 
     Where the forward pass has called `polus.core.gather`, the loss is that of the whole batch.
     """
     before = gathers.count
     outputs = forward()
-    value = loss(*outputs)
-    return outputs, value if gathers.count > before else of_whole_batch(loss, outputs, value)
+    if gathers.count > before:
+        return outputs, _called(loss, outputs)
+    return outputs, loss_of_batch(loss, outputs)
 
 
-def of_whole_batch(loss: object, outputs: Sequence[Any], value: Any) -> Any:
+def loss_of_batch(loss: Callable[..., Any], outputs: Sequence[Any]) -> Any:
     """Returns the loss of a replica's rows such that the mean over replicas is that of the batch.
 
     Args:
-        loss: The loss. Functions, classes with a `__call__` of their own, and losses that are not
-            scalar stay as they are.
-        outputs: What it was given: the labels, the prediction and, maybe, weights.
-        value: What it returned.
+        loss: The loss. What functions return, and classes with a `__call__` of their own, and
+            losses that are not scalar, stays as it is.
+        outputs: Its arguments: the labels, the prediction and, maybe, weights.
     """
     placement = backend.placement()
     parts = placement.parts
+    if parts > 1 and isinstance(loss, COMPARING):
+        return loss(*keras.tree.map_structure(placement.gather, list(outputs)))
+    value = _called(loss, outputs)
     if parts == 1 or not is_reduced_by_keras(loss) or len(getattr(value, "shape", (0,))):
         return value
-    if isinstance(loss, COMPARING):
-        return loss(*keras.tree.map_structure(placement.gather, list(outputs)))
     if loss.reduction == "sum":
         return value * parts
     own = _divisor(loss, *outputs)
@@ -55,6 +56,13 @@ def of_whole_batch(loss: object, outputs: Sequence[Any], value: Any) -> Any:
         return value
     mean = ops.mean(placement.gather(ops.reshape(own, (1,))))
     return value * ops.cast(ops.divide_no_nan(own, mean), value.dtype)
+
+
+def _called(loss: Callable[..., Any], outputs: Sequence[Any]) -> Any:
+    """Returns the loss of its arguments, which Keras would change in place: the weights."""
+    if is_reduced_by_keras(loss) and len(outputs) == 3:
+        outputs = (*outputs[:2], own_weights(outputs[2]))
+    return loss(*outputs)
 
 
 def is_reduced_by_keras(loss: object) -> TypeGuard[Any]:

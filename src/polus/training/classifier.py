@@ -11,7 +11,7 @@ from polus.backends.scopes import active_dry_run
 from polus.masks import mask_of, own_weights
 from polus.metrics import MetricLike, WeightedSamples
 from polus.steps.variables import StepVariables
-from polus.training.batch_loss import is_reduced_by_keras, of_whole_batch
+from polus.training.batch_loss import is_reduced_by_keras, loss_of_batch
 from polus.training.checks import add_penalties, check_model
 from polus.training.labels import check_labels, num_classes
 from polus.training.trainer import BaseTrainer
@@ -165,8 +165,7 @@ class ClassifierTrainer(BaseTrainer):
 
     def evaluation_loss(self, *samples: Any, **named: Any) -> Any:
         """Returns the loss over validation data, weighted as the training loss is."""
-        loss = of_whole_batch(self.loss, samples, self.loss(*samples))
-        return add_penalties(loss, self.model.losses)
+        return add_penalties(loss_of_batch(self.loss, samples), self.model.losses)
 
 
 def _classified(
