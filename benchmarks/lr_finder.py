@@ -5,6 +5,7 @@
     KERAS_BACKEND=jax python benchmarks/lr_finder.py --more --epochs 10   # other tasks, longer runs
     KERAS_BACKEND=jax python benchmarks/lr_finder.py --schedule --epochs 5  # or --validation
     KERAS_BACKEND=jax python benchmarks/lr_finder.py --tried  # without the grid: some seconds a row
+    KERAS_BACKEND=jax python benchmarks/lr_finder.py --noise  # how far grids agree with each other
 
 Three tasks (an MLP on scikit-learn's digits, a CNN on 10,000 digits of MNIST, a transformer on SMS
 messages), Adam and SGD, three seeds: 18 rows. `--more` has others: the CNN, which normalizes
@@ -300,7 +301,8 @@ class Bench:
         self.start = Snapshot(
             [*model.variables, *self.optimizer.variables, self.trainer.step_counter]
         )
-        self.batches = from_arrays((x[~held_out], y[~held_out]), BATCH_SIZE, seed=seed)
+        self.examples = x[~held_out], y[~held_out]
+        self.batches = from_arrays(self.examples, BATCH_SIZE, seed=seed)
         self.judging = from_arrays((x[judged], y[judged]), 512, shuffle=False)
         self.trainer.changing_train_config(epochs=setup.epochs)
 
@@ -382,6 +384,27 @@ def tried(task: str, optimizer: str, seed: int, setup: Setup) -> dict[str, float
     return {"rate": result.suggestion, "loss": loss, "steps": steps, "secs": secs}
 
 
+def noise(task: str, optimizer: str, seed: int, setup: Setup) -> dict[str, int]:
+    """Returns whether `tried`, and a grid's best rate, are right by grids of other batch orders.
+
+    The rate found with the batches in one order is judged by the grid of another one, both ways.
+    """
+    bench = Bench(task, optimizer, seed, setup)
+    suggestion = bench.search().suggestion
+    bests, losses = [], []
+    for order in (seed, seed + 100):
+        bench.batches = from_arrays(bench.examples, BATCH_SIZE, seed=order)
+        grid = {float(rate): bench.loss_at(rate) for rate in GRID}
+        bests.append(min(grid, key=lambda rate: grid[rate]))
+        losses.append(grid | {suggestion: bench.loss_at(suggestion)})
+    count = {"tried": 0, "grid": 0}
+    for own, found in zip(losses, reversed(bests), strict=True):
+        best = min((own[float(rate)], float(rate)) for rate in GRID)[::-1]
+        count["tried"] += right((suggestion, own[suggestion]), best)
+        count["grid"] += right((found, own[found]), best)
+    return count
+
+
 def right(found: tuple[float, float], best: tuple[float, float]) -> bool:
     """Returns whether a rate and its loss are as good as the grid's best."""
     near = max(found[0] / best[0], best[0] / found[0]) <= 3
@@ -401,6 +424,7 @@ def main() -> None:
     parser.add_argument("--peers", action="store_true", help="run the other libraries only")
     parser.add_argument("--steps", type=int, default=100, help="of the sweeps of --peers")
     parser.add_argument("--tried", action="store_true", help="run no grid, only the default")
+    parser.add_argument("--noise", action="store_true", help="judge grids by grids")
     parser.add_argument("--with", dest="known", type=Path, help="the output of --peers")
     options = parser.parse_args()
     logging.disable(logging.WARNING)
@@ -415,6 +439,14 @@ def main() -> None:
     if options.tried:
         for each in rows:
             print(json.dumps([*each, tried(*each, setup)]), flush=True)
+        return
+    if options.noise:
+        counts = []
+        for each in rows:
+            counts.append(noise(*each, setup))
+            print(json.dumps([*each, counts[-1]]), flush=True)
+        total = {name: sum(count[name] for count in counts) for name in counts[0]}
+        print(f"right of {2 * len(rows)}: {total}")
         return
     if options.peers:
         found = {str(r): peer_rates(*r, options.steps) for r in rows}

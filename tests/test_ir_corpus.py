@@ -100,9 +100,11 @@ def test_changes_raise(tmp_path, encoder, tokenizer):
         open_corpus(tmp_path)
 
 
-def test_documents_that_are_no_strings_raise(tmp_path, encoder, tokenizer):
+def test_documents_that_are_no_strings_or_come_twice_raise(tmp_path, encoder, tokenizer):
     with pytest.raises(TypeError, match=r"got \('b', nan\) at row 1"):
         encode(tmp_path, [("a", "x"), ("b", float("nan"))], encoder, tokenizer)
+    with pytest.raises(ValueError, match="must be unique, got 'a' again at row 2"):
+        encode(tmp_path, [("a", "x"), ("b", "y"), ("a", "z")], encoder, tokenizer)
 
 
 def test_vectors_that_are_not_finite_or_not_one_per_text_raise(tmp_path, tokenizer):

@@ -47,6 +47,10 @@ def test_bm25_finds_documents_that_share_words():
     assert list(found["1"]) == ["rmtree"]
     assert found["2"] == {}
     assert engine.run({}) == {}
+    with pytest.raises(TypeError, match="documents must be strings by their ids, got nan for 'b'"):
+        BM25({"a": "text", "b": float("nan")})
+    with pytest.raises(TypeError, match="queries must be strings by their ids, got None for 'q'"):
+        BM25({"a": "text"}).run({"q": None})
     with pytest.raises(ValueError, match="at least one document"):
         BM25({})
 

@@ -84,7 +84,27 @@ def test_rescoring_reads_a_few_originals_and_finds_more(tmp_path):
         assert {name for name, _ in first} == {name for name, _ in again}
 
 
+@pytest.mark.parametrize("precision", ["int8", "binary"])
+def test_a_saved_index_searches_as_before(tmp_path, precision):
+    path = tmp_path / "index.safetensors"
+    for originals in (None, VECTORS):
+        index = QuantizedIndex(VECTORS, IDS, precision, originals=originals, rescore=2)
+        index.save(path)
+        loaded = QuantizedIndex.load(path, originals)
+        assert loaded.search(QUERIES, k=9) == index.search(QUERIES, k=9)
+        assert vars(loaded).keys() == vars(index).keys()
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:])
+    with pytest.raises(ValueError, match="damaged"):
+        QuantizedIndex.load(path)
+    DenseIndex(VECTORS, IDS).save(path)
+    with pytest.raises(ValueError, match=r"a file written by QuantizedIndex\.save"):
+        QuantizedIndex.load(path)
+
+
 def test_wrong_arguments_raise():
+    with pytest.raises(ValueError, match=r"originals must have the shape.*\(300, 20\)"):
+        QuantizedIndex(VECTORS, IDS, "int8", originals=VECTORS[:4])
     with pytest.raises(ValueError, match="precision must be 'int8' or 'binary', got 'int4'"):
         QuantizedIndex(VECTORS, IDS, "int4")
     with pytest.raises(ValueError, match=r"shape \(300, 20\) and 2 ids"):

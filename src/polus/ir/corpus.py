@@ -61,8 +61,8 @@ def encode_corpus(
 
     Raises:
         TypeError: If an id or a text isn't a string.
-        ValueError: If the folder is of another encoder or tokenizer, or of other documents, or a
-            vector isn't one finite vector per text.
+        ValueError: If the folder is of another encoder or tokenizer, or of other documents, an id
+            comes twice, or a vector isn't one finite vector per text.
 
     Example:
         ```python
@@ -93,12 +93,16 @@ def encode_corpus(
 
 
 def _checked(documents: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    seen: set[str] = set()
     for row, (name, text) in enumerate(documents):
         if not (isinstance(name, str) and isinstance(text, str)):
             raise TypeError(
                 f"documents must be pairs of strings, an id and a text, got {(name, text)!r} at "
                 f"row {row}."
             )
+        if name in seen:
+            raise ValueError(f"ids must be unique, got {name!r} again at row {row}.")
+        seen.add(name)
         yield name, text
 
 

@@ -27,6 +27,7 @@ class BM25:
 
     Raises:
         ImportError: If `bm25s` isn't installed.
+        TypeError: If a text, of a document or later of a query, isn't a string.
         ValueError: If there are no documents.
     """
 
@@ -36,14 +37,14 @@ class BM25:
         self.ids = list(documents)
         self._library = _bm25s()
         self._engine = self._library.BM25()
-        self._engine.index(self._tokens(documents.values()), show_progress=False)
+        self._engine.index(self._tokens(documents, "documents"), show_progress=False)
 
     def run(self, queries: Mapping[str, str], k: int = 100) -> dict[str, dict[str, float]]:
         """Returns the documents, k at most, that share words with each query, as a run."""
         if not queries:
             return {}
         k = min(k, len(self.ids))
-        tokens = self._tokens(queries.values())
+        tokens = self._tokens(queries, "queries")
         rows, scores = self._engine.retrieve(tokens, k=k, show_progress=False)
         return {
             query: {
@@ -54,8 +55,14 @@ class BM25:
             for query, found, values in zip(queries, rows, scores, strict=True)
         }
 
-    def _tokens(self, texts: Iterable[str]) -> Any:
-        return self._library.tokenize(list(texts), show_progress=False)
+    def _tokens(self, texts: Mapping[str, str], what: str) -> Any:
+        for name, text in texts.items():
+            if not isinstance(text, str):
+                raise TypeError(
+                    f"{what} must be strings by their ids, got {text!r} for {name!r}. Leave it "
+                    "out, or write an empty string."
+                )
+        return self._library.tokenize(list(texts.values()), show_progress=False)
 
 
 class Dense:

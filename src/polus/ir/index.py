@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ from safetensors.numpy import save_file
 
 from polus.files import atomic_write
 from polus.ir.search import Floats, Ints, to_arrays, top_k
+
+Array = np.ndarray[Any, Any]
 
 _ROWS = 8192  # checked at a time, so that a check takes little memory
 
@@ -94,10 +96,7 @@ class DenseIndex(VectorIndex):
 
         An interrupted `save` leaves the older file as it was.
         """
-        # Ids as a tensor: the header, where metadata is, can't be longer than 100 MB.
-        arrays = {"vectors": self.vectors, "ids": _encode_ids(self.ids)}
-        with atomic_write(path) as temporary:
-            save_file(arrays, str(temporary), metadata={"sha256": _checksum(arrays)})
+        save_index(path, {"vectors": self.vectors}, self.ids)
 
     @classmethod
     def load(cls, path: str | Path) -> "DenseIndex":
@@ -107,22 +106,8 @@ class DenseIndex(VectorIndex):
             FileNotFoundError: If there is no such file.
             ValueError: If the file isn't an index, or its checksum doesn't match.
         """
-        try:
-            with safe_open(str(path), "numpy") as file:
-                metadata = file.metadata() or {}
-                names = ("vectors", "ids")
-                found = set(names) <= set(file.keys()) and "sha256" in metadata
-                arrays = {name: file.get_tensor(name) for name in names} if found else {}
-        except SafetensorError as error:
-            raise ValueError(f"{path} is not a safetensors file, or damaged: {error}.") from error
-        if not arrays:
-            raise ValueError(f"{path} must be a file written by DenseIndex.save, but it isn't one.")
-        if _checksum(arrays) != metadata["sha256"]:
-            raise ValueError(
-                f"{path} is damaged: its checksum doesn't match. Restore it from a copy, or save "
-                "the index again."
-            )
-        return cls(arrays["vectors"], json.loads(arrays["ids"].tobytes()))
+        arrays, ids, _ = load_index(path, {"vectors"}, "DenseIndex.save")
+        return cls(arrays["vectors"], ids)
 
     def to_faiss(self) -> Any:
         """Returns a `faiss.IndexFlatIP` over the vectors, with row numbers as ids."""
@@ -167,13 +152,55 @@ def check_ids(ids: Sequence[str]) -> None:
         seen.add(each)
 
 
-def _encode_ids(ids: Sequence[str]) -> np.ndarray[Any, Any]:
-    return np.frombuffer(json.dumps(list(ids)).encode(), np.uint8)
+def save_index(
+    path: str | Path, arrays: Mapping[str, Array], ids: Sequence[str], **facts: str
+) -> None:
+    """Writes arrays, ids, facts and a checksum to one safetensors file, by replacing it."""
+    # Ids as a tensor: the header, where metadata is, can't be longer than 100 MB.
+    written = {**arrays, "ids": np.frombuffer(json.dumps(list(ids)).encode(), np.uint8)}
+    with atomic_write(path) as temporary:
+        metadata = {**facts, "sha256": _checksum(written, facts)}
+        save_file(written, str(temporary), metadata=metadata)
 
 
-def _checksum(arrays: dict[str, np.ndarray[Any, Any]]) -> str:
+def load_index(
+    path: str | Path, names: Set[str], writer: str
+) -> tuple[dict[str, Array], list[str], dict[str, str]]:
+    """Returns the arrays, the ids and the facts that `save_index` has written.
+
+    Args:
+        path: The file.
+        names: The arrays that it must have, beside the ids.
+        writer: The method that writes such files.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is no such file, or damaged.
+    """
+    arrays, facts = {}, {}
+    try:
+        with safe_open(str(path), "numpy") as file:
+            facts = dict(file.metadata() or {})
+            if {*names, "ids"} <= set(file.keys()):
+                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file, or damaged: {error}.") from error
+    if not arrays or "sha256" not in facts:
+        raise ValueError(f"{path} must be a file written by {writer}, but it isn't one.")
+    expected = facts.pop("sha256")
+    if _checksum(arrays, facts) != expected:
+        raise ValueError(
+            f"{path} is damaged: its checksum doesn't match. Restore it from a copy, or save the "
+            "index again."
+        )
+    ids = json.loads(arrays.pop("ids").tobytes())
+    return arrays, ids, facts
+
+
+def _checksum(arrays: Mapping[str, Array], facts: Mapping[str, str]) -> str:
     digest = hashlib.sha256()
-    for name, array in arrays.items():
+    for name, array in sorted(arrays.items()):
         digest.update(f"{name} {array.dtype} {array.shape} ".encode())
         digest.update(np.ascontiguousarray(array).data)
+    digest.update(json.dumps(facts, sort_keys=True).encode())
     return digest.hexdigest()

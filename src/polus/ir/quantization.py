@@ -1,12 +1,13 @@
 """Vectors in a quarter or a 32nd of their memory, and search over them."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from polus.ir.index import VectorIndex, check_finite, check_ids
+from polus.ir.index import VectorIndex, check_finite, check_ids, load_index, save_index
 from polus.ir.search import Floats, Ints, to_arrays, top_k
 
 Precision = Literal["int8", "binary"]
@@ -118,7 +119,7 @@ class QuantizedIndex(VectorIndex):
             check_finite(found[start : start + _ROWS], self.ids[start : start + _ROWS])
         self.precision: Precision = precision
         self.size = found.shape[1]
-        self.originals = originals
+        self.originals = _checked_originals(originals, found.shape)
         self.rescore = rescore
         self.ranges = int8_ranges(found) if precision == "int8" and ranges is None else ranges
         self.codes: Codes = np.concatenate(
@@ -138,6 +139,38 @@ class QuantizedIndex(VectorIndex):
         )
         return _first(scores, rows, k)
 
+    def save(self, path: str | Path) -> None:
+        """Writes codes, ids and a checksum to one safetensors file, which replaces an older one.
+
+        `originals` are not written. An interrupted `save` leaves the older file as it was.
+        """
+        arrays = {"codes": self.codes} | ({} if self.ranges is None else {"ranges": self.ranges})
+        facts = {"precision": self.precision, "size": str(self.size), "rescore": str(self.rescore)}
+        save_index(path, arrays, self.ids, **facts)
+
+    @classmethod
+    def load(cls, path: str | Path, originals: ArrayLike | None = None) -> "QuantizedIndex":
+        """Reads an index that `save` has written.
+
+        Args:
+            path: The file.
+            originals: Vectors `(D, E)` to score again with, as for the class.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If the file isn't an index, its checksum doesn't match, or the originals
+                have another shape.
+        """
+        arrays, ids, facts = load_index(path, {"codes"}, "QuantizedIndex.save")
+        if "precision" not in facts:
+            raise ValueError(f"{path} must be a file written by QuantizedIndex.save.")
+        self = cls.__new__(cls)
+        self.ids, self.codes, self.ranges = ids, arrays["codes"], arrays.get("ranges")
+        self.precision = cast(Precision, facts["precision"])
+        self.size, self.rescore = int(facts["size"]), int(facts["rescore"])
+        self.originals = _checked_originals(originals, (len(ids), self.size))
+        return self
+
     def _best(self, queries: Floats, k: int) -> tuple[Floats, Ints]:
         scores, rows = np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), int)
         for start in range(0, len(self.codes), _ROWS):
@@ -147,6 +180,14 @@ class QuantizedIndex(VectorIndex):
             scores = np.concatenate([scores, more], axis=1)
             scores, rows = _first(scores, np.concatenate([rows, places + start], axis=1), k)
         return scores, rows
+
+
+def _checked_originals(originals: ArrayLike | None, shape: tuple[int, ...]) -> ArrayLike | None:
+    if originals is not None and np.shape(originals) != shape:
+        raise ValueError(
+            f"originals must have the shape of the vectors, {shape}, got {np.shape(originals)}."
+        )
+    return originals
 
 
 def _first(scores: Floats, rows: Ints, k: int) -> tuple[Floats, Ints]:
