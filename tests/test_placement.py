@@ -192,7 +192,7 @@ def test_devices_that_stay_idle_are_named_once(monkeypatch, caplog):
         report_idle.cache_clear()
     told = [record.getMessage() for record in caplog.records if "devices" in record.getMessage()]
     assert len(told) == 1
-    assert "Training on 1 of 2 devices" in told[0]
+    assert "Using 1 of 2 devices" in told[0]
     assert remedy in told[0]
 
 

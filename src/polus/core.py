@@ -76,7 +76,8 @@ def set_deterministic(seed: int) -> None:
 def profile(folder: str | os.PathLike[str]) -> Iterator[None]:
     """Writes a trace of what runs in its body, by the backend's own profiler.
 
-    Logs how to open the trace. A trace of a minute may take gigabytes: run some steps.
+    Logs how to open the trace. A trace of a minute may take gigabytes: run some steps. Each of
+    several processes writes its own.
 
     ```python
     with polus.profile("runs/a/trace"):
@@ -103,7 +104,8 @@ def profile(folder: str | os.PathLike[str]) -> Iterator[None]:
             yield
     finally:
         _profiling.release()
-    logger.info("The trace is in %s: %s.", path, how)
+    if backend.placement().is_first:
+        logger.info("The trace is in %s: %s.", path, how)
 
 
 def times_ways() -> bool:

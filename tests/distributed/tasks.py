@@ -636,6 +636,8 @@ def written(engine):
     classifier().train(arrays(), 1, callbacks)
     classifier().train(arrays(), 1, dry_run=True)
     classifier().lr_finder(arrays(), num_steps=16, start_lr=1e-4, suggestion="steep")
+    with contextlib.redirect_stdout(output):
+        classifier().summary()
     logging.disable(logging.WARNING)
     files = sorted(path.name for path in folder.iterdir())
     return {"files": files, "lines": output.getvalue(), "logged": sorted(set(logged))}

@@ -329,6 +329,7 @@ def test_the_first_process_writes(processes):
     first, second = (results["written"] for results in processes)
     assert first["files"] == ["keras.keras", "log.csv", "model.keras"]
     assert "epoch 1/1" in first["lines"]
+    assert "Adam(learning_rate" in first["lines"]
     assert first["logged"] == ["INFO"]
     assert (second["files"], second["lines"], second["logged"]) == ([], "", [])
 

@@ -214,14 +214,14 @@ def report_sharded(
 
 @functools.cache
 def report_idle(devices: int, remedy: str) -> None:
-    """Logs, once in a process, that one of several devices trains.
+    """Logs, once in a process, that one of several devices is used.
 
     Args:
         devices: How many there are.
-        remedy: What to do for all of them to train.
+        remedy: What to do for all of them to be used.
     """
     if devices > 1:
-        logger.info("Training on 1 of %d devices. For all of them, %s.", devices, remedy)
+        logger.info("Using 1 of %d devices. For all of them, %s.", devices, remedy)
 
 
 def check_same(placement: Placement, value: float, message: str) -> None:
