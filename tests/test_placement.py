@@ -12,7 +12,7 @@ import pytest
 
 from polus import core
 from polus.backends import backend
-from polus.backends.placement import report_idle
+from polus.backends.placement import Placement, report_idle
 from polus.data import from_arrays
 from polus.training import ClassifierTrainer
 
@@ -164,6 +164,26 @@ def test_scopes_around_a_part_raise(inside, named, what):
     with scope("run"), pytest.raises(RuntimeError, match=named) as error:
         trainer.evaluate(data) if what == "evaluate" else trainer.train(data, 1)
     assert "with strategy.scope():" in str(error.value)
+
+
+@pytest.mark.parametrize("settings", [{}, {"reduction": "sum"}, {"ignore_class": 1}])
+@pytest.mark.parametrize("step", ["default", "batch_loss", "loss"])
+def test_own_steps_whose_loss_replicas_would_change_warn(settings, step, monkeypatch, caplog):
+    class Own(ClassifierTrainer):
+        def train_step(self, x, y):
+            def loss():
+                if step == "loss":
+                    return self.loss(y, self.model(x))
+                return core.batch_loss(self.loss, y, self.model(x))
+
+            return self.minimize(loss, self.trainable_weights)
+
+    monkeypatch.setattr(Placement, "splits_steps", True)
+    made = make_trainer()
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, **settings)
+    kind = ClassifierTrainer if step == "default" else Own
+    kind(made.model, made.optimizer, loss).build_on((X[:16], Y[:16]))
+    assert ("Own.train_step calls the loss" in caplog.text) == (step == "loss" and settings != {})
 
 
 def test_devices_that_stay_idle_are_named_once(monkeypatch, caplog):

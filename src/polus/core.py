@@ -17,6 +17,7 @@ from polus.backends.placement import gathers
 from polus.files import check_directory, make_folder
 from polus.log import BaseLogger as BaseLogger
 from polus.types import Tensor
+from polus.whole_batch import batch_loss as batch_loss
 
 P = ParamSpec("P")
 R = TypeVar("R")

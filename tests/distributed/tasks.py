@@ -604,9 +604,17 @@ def other_means(engine):
         def forward_with_grads(self, x, y):
             return polus.gather(keras.ops.convert_to_tensor(y)), polus.gather(self.model(x))
 
-    model = model_of(dense(5))
-    trainer = Gathers(model, keras.optimizers.SGD(0.01), entropy(from_logits=True, reduction="sum"))
-    found["gathered"] = summary(trainer.train(arrays(), 1, steps_per_execution=2), model)
+    class Own(ClassifierTrainer):
+        def train_step(self, x, y):
+            def loss():
+                return polus.core.batch_loss(self.loss, y, self.model(x))
+
+            return {"loss": self.minimize(loss, self.trainable_weights)}
+
+    for kind in (Gathers, Own):
+        model, loss = model_of(dense(5)), entropy(from_logits=True, reduction="sum")
+        trainer = kind(model, keras.optimizers.SGD(0.01), loss)
+        found[kind.__name__] = summary(trainer.train(arrays(), 1, steps_per_execution=2), model)
     return found
 
 

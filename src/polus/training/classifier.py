@@ -11,10 +11,10 @@ from polus.backends.scopes import active_dry_run
 from polus.masks import mask_of, own_weights
 from polus.metrics import MetricLike, WeightedSamples
 from polus.steps.variables import StepVariables
-from polus.training.batch_loss import is_reduced_by_keras, loss_of_batch
 from polus.training.checks import add_penalties, check_model
 from polus.training.labels import check_labels, num_classes
 from polus.training.trainer import BaseTrainer
+from polus.whole_batch import batch_loss, is_reduced_by_keras
 
 
 class OtherArguments(TypedDict, total=False):
@@ -165,7 +165,7 @@ class ClassifierTrainer(BaseTrainer):
 
     def evaluation_loss(self, *samples: Any, **named: Any) -> Any:
         """Returns the loss over validation data, weighted as the training loss is."""
-        return add_penalties(loss_of_batch(self.loss, samples), self.model.losses)
+        return add_penalties(batch_loss(self.loss, *samples), self.model.losses)
 
 
 def _classified(

@@ -22,7 +22,6 @@ from polus.steps.progress import ProgressVariable
 from polus.steps.update import apply_gradients
 from polus.steps.variables import StepVariables, unique
 from polus.training import checks
-from polus.training.batch_loss import forward_and_loss
 from polus.training.config import TrainConfig, given_arguments
 from polus.training.copies import deep_copy, shallow_copy
 from polus.training.dry_run import dry_run as rehearse
@@ -31,6 +30,7 @@ from polus.training.methods import TrainerMethods
 from polus.training.nonfinite import Policy
 from polus.training.reports import check_step, describe_trainer
 from polus.training.spellings import unite_spellings
+from polus.whole_batch import forward_and_loss
 
 F = TypeVar("F", bound=Callable[..., Any])
 

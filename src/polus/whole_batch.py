@@ -6,7 +6,7 @@ their rows, and sums divide by nothing. Those are scaled, so that the mean over 
 one device computes. Losses that compare rows with each other are given those of all replicas.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeGuard
 
 import keras
@@ -14,6 +14,7 @@ from keras import ops
 
 from polus.backends import backend
 from polus.backends.placement import gathers
+from polus.backends.scopes import active_dry_run
 from polus.masks import mask_of, own_weights
 from polus.types import Tensor
 
@@ -23,51 +24,81 @@ COMPARING = (keras.losses.Circle, keras.losses.Dice, keras.losses.Tversky)
 def forward_and_loss(
     forward: Callable[[], tuple[Any, ...]], loss: Callable[..., Any]
 ) -> tuple[tuple[Any, ...], Any]:
-    """Runs a forward pass and returns its outputs and their loss, as `loss_of_batch`.
+    """Runs a forward pass and returns its outputs and their loss, as `batch_loss`.
 
     Where the forward pass has called `polus.core.gather`, the loss is that of the whole batch.
     """
     before = gathers.count
     outputs = forward()
-    if gathers.count > before:
-        return outputs, _called(loss, outputs)
-    return outputs, loss_of_batch(loss, outputs)
+    whole = gathers.count > before
+    return outputs, (_called if whole else batch_loss)(loss, *outputs)
 
 
-def loss_of_batch(loss: Callable[..., Any], outputs: Sequence[Any]) -> Any:
-    """Returns the loss of a replica's rows such that the mean over replicas is that of the batch.
+def batch_loss(loss: Callable[..., Any], *arguments: Any) -> Any:
+    """Calls a loss of Keras in a step of your own, where replicas may share the batch.
+
+    The mean over the replicas of what it returns is the loss of the whole batch, also if that
+    divides by what a mask, `ignore_class` or weights leave, or is a sum, or compares examples
+    (`Dice`, `Tversky`, `Circle`). On one device, and on JAX, it is `loss(*arguments)`. The default
+    step uses it. All replicas have to call it.
+
+    ```python
+    def train_step(self, x, y):
+        def loss():
+            return polus.core.batch_loss(self.loss, y, self.model(x, training=True))
+
+        return self.minimize(loss, self.trainable_weights)
+    ```
 
     Args:
-        loss: The loss. What functions return, and classes with a `__call__` of their own, and
-            losses that are not scalar, stays as it is.
-        outputs: Its arguments: the labels, the prediction and, maybe, weights.
+        loss: A `keras.losses.Loss`. Functions, classes with a `__call__` of their own, and losses
+            that are not scalar are called as they are.
+        arguments: The replica's labels and predictions, and weights if there are any.
+
+    Returns:
+        The loss, a scalar.
     """
+    if (dry_run := active_dry_run()) is not None:
+        dry_run.settings.add("batch_loss")
     placement = backend.placement()
     parts = placement.parts
     if parts > 1 and isinstance(loss, COMPARING):
-        return loss(*keras.tree.map_structure(placement.gather, list(outputs)))
-    value = _called(loss, outputs)
+        return loss(*keras.tree.map_structure(placement.gather, list(arguments)))
+    value = _called(loss, *arguments)
     if parts == 1 or not is_reduced_by_keras(loss) or len(getattr(value, "shape", (0,))):
         return value
     if loss.reduction == "sum":
         return value * parts
-    own = _divisor(loss, *outputs)
+    own = _divisor(loss, *arguments)
     if own is None:
         return value
     mean = ops.mean(placement.gather(ops.reshape(own, (1,))))
     return value * ops.cast(ops.divide_no_nan(own, mean), value.dtype)
 
 
-def _called(loss: Callable[..., Any], outputs: Sequence[Any]) -> Any:
+def _called(loss: Callable[..., Any], *arguments: Any) -> Any:
     """Returns the loss of its arguments, which Keras would change in place: the weights."""
-    if is_reduced_by_keras(loss) and len(outputs) == 3:
-        outputs = (*outputs[:2], own_weights(outputs[2]))
-    return loss(*outputs)
+    if is_reduced_by_keras(loss) and len(arguments) == 3:
+        arguments = (*arguments[:2], own_weights(arguments[2]))
+    return loss(*arguments)
 
 
 def is_reduced_by_keras(loss: object) -> TypeGuard[Any]:
     """Returns whether a loss is a `keras.losses.Loss` that leaves masks and weights to Keras."""
     return isinstance(loss, keras.losses.Loss) and type(loss).__call__ is keras.losses.Loss.__call__
+
+
+def uneven_mean(loss: object, masked: bool) -> bool:
+    """Returns whether the mean over replicas of a loss may be another one than that of the batch.
+
+    Args:
+        loss: The loss.
+        masked: Whether the prediction has a mask.
+    """
+    if not is_reduced_by_keras(loss):
+        return False
+    other = loss.reduction in ("sum", "mean_with_sample_weight") or isinstance(loss, COMPARING)
+    return other or masked or getattr(loss, "ignore_class", None) is not None
 
 
 def _divisor(loss: Any, y: Any, prediction: Any, weights: Any = None) -> Tensor | None:
