@@ -615,6 +615,9 @@ def test_masks_and_a_weight_for_each_token_train_as_in_fit():
     assert validation["accuracy"] == pytest.approx(
         (right * counted).sum() / counted.sum(), rel=1e-5
     )
+    trainer.optimizer.learning_rate = 0.0
+    trained = trainer.train(batches, epochs=1).epochs[0]["accuracy"]
+    assert trained == pytest.approx(validation["accuracy"], rel=1e-6)
 
 
 # Several metrics

@@ -12,7 +12,7 @@ import pytest
 
 from polus import core
 from polus.backends import backend
-from polus.backends.placement import report_idle
+from polus.backends.placement import Placement, report_idle
 from polus.data import from_arrays
 from polus.training import ClassifierTrainer
 
@@ -166,6 +166,26 @@ def test_scopes_around_a_part_raise(inside, named, what):
     assert "with strategy.scope():" in str(error.value)
 
 
+@pytest.mark.parametrize("settings", [{}, {"reduction": "sum"}, {"ignore_class": 1}])
+@pytest.mark.parametrize("step", ["default", "batch_loss", "loss"])
+def test_own_steps_whose_loss_replicas_would_change_warn(settings, step, monkeypatch, caplog):
+    class Own(ClassifierTrainer):
+        def train_step(self, x, y):
+            def loss():
+                if step == "loss":
+                    return self.loss(y, self.model(x))
+                return core.batch_loss(self.loss, y, self.model(x))
+
+            return self.minimize(loss, self.trainable_weights)
+
+    monkeypatch.setattr(Placement, "splits_steps", True)
+    made = make_trainer()
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, **settings)
+    kind = ClassifierTrainer if step == "default" else Own
+    kind(made.model, made.optimizer, loss).build_on((X[:16], Y[:16]))
+    assert ("Own.train_step calls the loss" in caplog.text) == (step == "loss" and settings != {})
+
+
 def test_devices_that_stay_idle_are_named_once(monkeypatch, caplog):
     if NAME == "tensorflow":
         import tensorflow as tf
@@ -192,7 +212,7 @@ def test_devices_that_stay_idle_are_named_once(monkeypatch, caplog):
         report_idle.cache_clear()
     told = [record.getMessage() for record in caplog.records if "devices" in record.getMessage()]
     assert len(told) == 1
-    assert "Training on 1 of 2 devices" in told[0]
+    assert "Using 1 of 2 devices" in told[0]
     assert remedy in told[0]
 
 

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from polus.checkpoint import Checkpoint as Checkpoint
     from polus.checkpoint import CheckpointError as CheckpointError
     from polus.core import BaseLogger as BaseLogger
+    from polus.core import batch_loss as batch_loss
     from polus.core import function as function
     from polus.core import gather as gather
     from polus.core import get_jit_compile as get_jit_compile
@@ -88,6 +89,7 @@ _NAMES = {
     "checkpoint": ("Checkpoint", "CheckpointError"),
     "core": (
         "BaseLogger",
+        "batch_loss",
         "function",
         "gather",
         "get_jit_compile",

@@ -13,9 +13,11 @@ from typing import Any, Literal, ParamSpec, TypeVar, overload
 import keras
 
 from polus.backends import backend
+from polus.backends.placement import gathers
 from polus.files import check_directory, make_folder
 from polus.log import BaseLogger as BaseLogger
 from polus.types import Tensor
+from polus.whole_batch import batch_loss as batch_loss
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -75,7 +77,8 @@ def set_deterministic(seed: int) -> None:
 def profile(folder: str | os.PathLike[str]) -> Iterator[None]:
     """Writes a trace of what runs in its body, by the backend's own profiler.
 
-    Logs how to open the trace. A trace of a minute may take gigabytes: run some steps.
+    Logs how to open the trace. A trace of a minute may take gigabytes: run some steps. Each of
+    several processes writes its own.
 
     ```python
     with polus.profile("runs/a/trace"):
@@ -102,7 +105,8 @@ def profile(folder: str | os.PathLike[str]) -> Iterator[None]:
             yield
     finally:
         _profiling.release()
-    logger.info("The trace is in %s: %s.", path, how)
+    if backend.placement().is_first:
+        logger.info("The trace is in %s: %s.", path, how)
 
 
 def times_ways() -> bool:
@@ -320,4 +324,5 @@ def gather(tensor: Tensor) -> Tensor:
     Returns:
         A tensor (B, ...) of the same dtype.
     """
+    gathers.count += 1
     return backend.placement().gather(tensor)

@@ -508,6 +508,36 @@ def swept(engine):
 
 
 @task
+def compared(engine):
+    """Metrics that compare examples, and one that keeps a maximum."""
+    import keras
+    from keras import ops
+
+    import polus
+    from polus.training import ClassifierTrainer
+
+    class Largest(polus.metrics.IMetric):
+        def __init__(self):
+            super().__init__()
+            self.value = self.add_variable((), "zeros", aggregation="mean")
+
+        def _samples_from_batch(self, y_true, y_pred):
+            largest = ops.max(polus.gather(y_pred))
+            self.value.assign(ops.maximum(self.value, largest))
+
+        def _evaluate(self):
+            return self.value
+
+    kinds = keras.metrics.PearsonCorrelation, keras.metrics.ConcordanceCorrelation
+    metrics = [kind(axis=0, name=kind.__name__) for kind in kinds] + [Largest()]
+    loss, model = keras.losses.MeanSquaredError(), model_of(dense(5))
+    trainer = ClassifierTrainer(model, keras.optimizers.SGD(0.1), loss, metrics=metrics)
+    data = [polus.from_arrays((X[:n], np.eye(5)[Y[:n]]), 16, shuffle=False) for n in (83, 90)]
+    history = trainer.train(data[0], 2, steps_per_execution=2)
+    return summary(history, model) | {"evaluated": trainer.evaluate(data[1])}
+
+
+@task
 def refused(engine):
     """What would let processes wait for each other forever, or mix up the data."""
     from polus.callbacks import TimerCallback
@@ -535,6 +565,7 @@ def other_means(engine):
     """Losses that don't divide by the number of rows: masks, ignored classes, weights, sums."""
     import keras
 
+    import polus
     from polus.data import from_arrays
     from polus.training import ClassifierTrainer
 
@@ -561,10 +592,29 @@ def other_means(engine):
         y = np.eye(5, dtype="float32")[labels] if name == "dice" else labels.astype("int32")
         data = (tokens.astype("int32"), y, *([given] if len(given) else []))
         rate = 0.05 if name != "sum" else 0.001
-        trainer = ClassifierTrainer(model, keras.optimizers.SGD(rate), loss)
+        metrics = [keras.metrics.CategoricalAccuracy() if name == "dice" else polus.Accuracy(5)]
+        trainer = ClassifierTrainer(
+            model, keras.optimizers.SGD(rate), loss, weighted_metrics=metrics
+        )
         history = trainer.train(from_arrays(data, 10 if name == "mask" else 12, shuffle=False), 2)
         evaluated = trainer.evaluate(from_arrays(data, 18, shuffle=False))
         found[name] = summary(history, model) | {"evaluated": evaluated}
+
+    class Gathers(ClassifierTrainer):
+        def forward_with_grads(self, x, y):
+            return polus.gather(keras.ops.convert_to_tensor(y)), polus.gather(self.model(x))
+
+    class Own(ClassifierTrainer):
+        def train_step(self, x, y):
+            def loss():
+                return polus.core.batch_loss(self.loss, y, self.model(x))
+
+            return {"loss": self.minimize(loss, self.trainable_weights)}
+
+    for kind in (Gathers, Own):
+        model, loss = model_of(dense(5)), entropy(from_logits=True, reduction="sum")
+        trainer = kind(model, keras.optimizers.SGD(0.01), loss)
+        found[kind.__name__] = summary(trainer.train(arrays(), 1, steps_per_execution=2), model)
     return found
 
 
@@ -594,6 +644,8 @@ def written(engine):
     classifier().train(arrays(), 1, callbacks)
     classifier().train(arrays(), 1, dry_run=True)
     classifier().lr_finder(arrays(), num_steps=16, start_lr=1e-4, suggestion="steep")
+    with contextlib.redirect_stdout(output):
+        classifier().summary()
     logging.disable(logging.WARNING)
     files = sorted(path.name for path in folder.iterdir())
     return {"files": files, "lines": output.getvalue(), "logged": sorted(set(logged))}

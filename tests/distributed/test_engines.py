@@ -171,7 +171,7 @@ EQUAL = [
     "skipped",
     "embedded",
 ]
-EQUAL += ["retrieval", "cached", "swept", "predicted", "other_means"]
+EQUAL += ["retrieval", "cached", "swept", "predicted", "other_means", "compared"]
 
 # PyTorch itself refuses the reshape in the backward pass of "retrieval".
 EQUAL_ON_DTENSORS = [name for name in EQUAL if name not in ("retrieval", "cached")]
@@ -329,6 +329,7 @@ def test_the_first_process_writes(processes):
     first, second = (results["written"] for results in processes)
     assert first["files"] == ["keras.keras", "log.csv", "model.keras"]
     assert "epoch 1/1" in first["lines"]
+    assert "Adam(learning_rate" in first["lines"]
     assert first["logged"] == ["INFO"]
     assert (second["files"], second["lines"], second["logged"]) == ([], "", [])
 

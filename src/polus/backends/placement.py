@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import logging
 import math
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
 
@@ -22,6 +23,15 @@ logger = logging.getLogger("polus.steps")
 Program = Callable[..., Any]
 BackendStack = Callable[[Sequence[Tensor], int], Tensor]
 Stateful: TypeAlias = keras.Variable | BackendVariable
+
+
+class _Gathers(threading.local):
+    """How often this thread has called `polus.core.gather`."""
+
+    count = 0
+
+
+gathers = _Gathers()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,14 +214,14 @@ def report_sharded(
 
 @functools.cache
 def report_idle(devices: int, remedy: str) -> None:
-    """Logs, once in a process, that one of several devices trains.
+    """Logs, once in a process, that one of several devices is used.
 
     Args:
         devices: How many there are.
-        remedy: What to do for all of them to train.
+        remedy: What to do for all of them to be used.
     """
     if devices > 1:
-        logger.info("Training on 1 of %d devices. For all of them, %s.", devices, remedy)
+        logger.info("Using 1 of %d devices. For all of them, %s.", devices, remedy)
 
 
 def check_same(placement: Placement, value: float, message: str) -> None:

@@ -6,7 +6,10 @@ from typing import Any
 
 import keras
 
+from polus.backends import backend
 from polus.metrics.base import PER_OUTPUT, IMetric, kind
+
+COMPARING = (keras.metrics.ConcordanceCorrelation, keras.metrics.PearsonCorrelation)
 
 
 class KerasMetric(IMetric):
@@ -32,7 +35,7 @@ class KerasMetric(IMetric):
 
     def _samples_from_batch(self, *samples: Any) -> None:
         try:
-            self.metric.update_state(*samples)
+            _update(self.metric, samples)
         except Exception as error:
             if any(isinstance(part, Mapping) for part in samples[:2]):
                 kinds = " and ".join(map(kind, samples[:2]))
@@ -47,6 +50,19 @@ class KerasMetric(IMetric):
 
     def reset_state(self) -> None:
         self.metric.reset_state()
+
+
+def _update(metric: keras.metrics.Metric, samples: tuple[Any, ...]) -> None:
+    """Adds a batch to a metric of Keras: the rows of all replicas if it compares them."""
+    placement = backend.placement()
+    if placement.parts == 1 or not isinstance(metric, COMPARING):
+        metric.update_state(*samples)
+        return
+    before = [keras.ops.copy(variable) for variable in metric.variables]
+    metric.update_state(*(placement.gather(keras.ops.convert_to_tensor(part)) for part in samples))
+    # What the replicas add is summed, and each has added the same.
+    for variable, value in zip(metric.variables, before, strict=True):
+        variable.assign(value + (variable - value) / placement.parts)
 
 
 class OutputMetric(IMetric):

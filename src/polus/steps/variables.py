@@ -172,7 +172,7 @@ def replica_state(owner: MetricsOwner, variables: StepVariables) -> ReplicaState
     for variable in variables.assigned:
         if id(variable) in updated or id(variable) not in used:
             continue
-        if id(variable) in metrics:
+        if id(variable) in metrics and getattr(variable, "aggregation", "sum") != "mean":
             summed.append(variable)
         elif variable.path.endswith("seed_generator_state"):
             seeds.append(variable)

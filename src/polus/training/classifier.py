@@ -11,10 +11,10 @@ from polus.backends.scopes import active_dry_run
 from polus.masks import mask_of, own_weights
 from polus.metrics import MetricLike, WeightedSamples
 from polus.steps.variables import StepVariables
-from polus.training.batch_loss import of_whole_batch
 from polus.training.checks import add_penalties, check_model
 from polus.training.labels import check_labels, num_classes
 from polus.training.trainer import BaseTrainer
+from polus.whole_batch import batch_loss, is_reduced_by_keras
 
 
 class OtherArguments(TypedDict, total=False):
@@ -126,7 +126,7 @@ class ClassifierTrainer(BaseTrainer):
         """
         super().check_step(variables)
         splits = backend.placement().splits_steps
-        if splits and "mask" in variables.settings and not isinstance(self.loss, keras.losses.Loss):
+        if splits and "mask" in variables.settings and not is_reduced_by_keras(self.loss):
             self.logger.warning(
                 "The model's output has a mask. If the loss, a function, divides by the number of "
                 "entries that the mask leaves, the mean over the replicas is not the loss of the "
@@ -165,8 +165,7 @@ class ClassifierTrainer(BaseTrainer):
 
     def evaluation_loss(self, *samples: Any, **named: Any) -> Any:
         """Returns the loss over validation data, weighted as the training loss is."""
-        loss = of_whole_batch(self.loss, samples, self.loss(*samples))
-        return add_penalties(loss, self.model.losses)
+        return add_penalties(batch_loss(self.loss, *samples), self.model.losses)
 
 
 def _classified(

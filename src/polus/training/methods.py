@@ -73,9 +73,11 @@ class TrainerMethods(BaseLogger):
         `train(..., dry_run=True)` or the first step.
 
         Args:
-            print_fn: Takes the table.
+            print_fn: Takes the table. Of several processes that train together, only the first one
+                prints.
         """
-        print_fn(summarize(self, self._engine.executor.variables))
+        if print_fn is not print or backend.placement().is_first:
+            print_fn(summarize(self, self._engine.executor.variables))
 
     def traced_output_shape(self) -> tuple[int | None, ...] | None:
         """Returns the shape of the model's output when a step was last traced; None before that."""

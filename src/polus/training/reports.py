@@ -8,13 +8,16 @@ from typing import Any
 import keras
 import numpy as np
 
+from polus.backends import backend
 from polus.host import counted, to_host
 from polus.log import logger_of
 from polus.models import describe_model, models_of, named_parts
 from polus.optimizers import MultiOptimizer, optimizers_of
+from polus.state import layers_of
 from polus.steps.variables import StepVariables, Update
 from polus.training.checks import check_terms
 from polus.training.config import OPEN_END
+from polus.whole_batch import uneven_mean
 
 
 def check_step(trainer: Any, variables: StepVariables) -> None:
@@ -33,6 +36,7 @@ def check_step(trainer: Any, variables: StepVariables) -> None:
         )
         return
     logger_of(trainer).info("Training %s.", _trained(trainer, updates))
+    _warn_of_uneven_means(trainer, variables)
     untrained = variables.untrained
     if untrained and trainer.explicit_trainable_weights is None:
         names = ", ".join(variable.path for variable in untrained[:5])
@@ -44,6 +48,23 @@ def check_step(trainer: Any, variables: StepVariables) -> None:
             len(untrained),
             names,
             ", ..." if len(untrained) > 5 else "",
+        )
+
+
+def _warn_of_uneven_means(trainer: Any, variables: StepVariables) -> None:
+    """Warns of a step that calls a loss itself where the mean over replicas is another loss."""
+    masked = any(
+        isinstance(layer, keras.layers.Masking) or getattr(layer, "mask_zero", False)
+        for layer in layers_of(trainer.model)
+    )
+    splits = backend.placement().splits_steps and "batch_loss" not in variables.settings
+    if splits and uneven_mean(trainer.loss, masked):
+        logger_of(trainer).warning(
+            "Each replica computes the loss of its own rows, and %s.train_step calls the loss "
+            "itself: if that is a sum, or divides by what a mask, ignore_class or weights leave, "
+            "the mean over the replicas is not the loss of the whole batch. Write "
+            "polus.core.batch_loss(self.loss, y, prediction) in place of self.loss(y, prediction).",
+            type(trainer).__name__,
         )
 
 

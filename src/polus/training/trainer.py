@@ -11,6 +11,7 @@ import keras
 from polus.average import averages_of
 from polus.backends import backend
 from polus.backends.base import as_arguments
+from polus.backends.placement import gathers
 from polus.backends.scopes import active_dry_run
 from polus.callbacks.base import ICallback, KerasCallbackLike
 from polus.history import History
@@ -22,7 +23,6 @@ from polus.steps.progress import ProgressVariable
 from polus.steps.update import apply_gradients
 from polus.steps.variables import StepVariables, unique
 from polus.training import checks
-from polus.training.batch_loss import of_whole_batch
 from polus.training.config import TrainConfig, given_arguments
 from polus.training.copies import deep_copy, shallow_copy
 from polus.training.dry_run import dry_run as rehearse
@@ -31,6 +31,7 @@ from polus.training.methods import TrainerMethods
 from polus.training.nonfinite import Policy
 from polus.training.reports import check_step, describe_trainer
 from polus.training.spellings import unite_spellings
+from polus.whole_batch import of_whole_batch, own_arguments
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -241,8 +242,10 @@ class BaseTrainer(TrainerMethods):
         inputs = as_arguments(self.forward_without_grads(*inputs))
 
         def forward() -> Any:
+            before = gathers.count
             outputs = as_arguments(self.forward_with_grads(*inputs))
-            result = of_whole_batch(self.loss, outputs, self.loss(*outputs))
+            result = self.loss(*own_arguments(self.loss, outputs))
+            result = of_whole_batch(self.loss, outputs, result, gathers.count > before)
             result = checks.add_penalties(result, self.model.losses)
             if self.metrics and (samples := self.metric_samples(*outputs)) is not None:
                 samples = keras.tree.map_structure(stop_gradient, samples)
