@@ -59,6 +59,29 @@ def test_scores_are_those_of_transformers(tmp_path, tokenizer):
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
+def test_scores_of_xlm_roberta_are_those_of_transformers(tmp_path):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    config = transformers.XLMRobertaConfig(
+        vocab_size=100, intermediate_size=32, initializer_range=0.5, num_labels=1, **sizes
+    )
+    model = transformers.XLMRobertaForSequenceClassification(config).eval()
+    model.save_pretrained(tmp_path)
+    ids = np.array([[0, 5, 6, 2, 2, 7, 2], [0, 8, 2, 2, 9, 2, 1]], "int32")
+    mask = (ids != 1).astype("int32")
+    with torch.no_grad():
+        expected = model(torch.tensor(ids).long(), torch.tensor(mask)).logits.numpy(force=True)
+    assert np.ptp(expected) > 0.01
+    tokens = {"input_ids": ids, "attention_mask": mask, "token_type_ids": 0 * ids}
+    found = load_cross_encoder(tmp_path)(tokens, training=False)
+    np.testing.assert_allclose(ops.convert_to_numpy(found), expected, atol=1e-4)
+    transformers.XLMRobertaModel(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="must be a ForSequenceClassification of BERT, RoBERTa"):
+        load_cross_encoder(tmp_path)
+
+
 def test_rerank_scores_the_best_of_a_run_again():
     queries, documents = {"q": "text", "r": "other"}, {"a": "1", "b": "22", "c": "333"}
     run = {"q": {"c": 1.0, "a": 3.0, "b": 2.0}, "r": {}}

@@ -24,12 +24,17 @@ from polus.ir.models import TextTokenizer
 from polus.ir.tensors import CheckpointTensors
 from polus.training import BaseTrainer
 
+# The two layers behind the first token, of BERT and of RoBERTa.
+_HEADS = ("bert.pooler.dense", "classifier"), ("classifier.dense", "classifier.out_proj")
+
 
 def load_cross_encoder(folder: str | Path, **overrides: Any) -> BertEncoder:
-    """Loads a `BertForSequenceClassification` with one label, which maps pairs to `(B, 1)`.
+    """Loads a classifier of pairs with one label, which maps them to `(B, 1)`.
 
-    Its score is the logit, without a sigmoid. For one to train from an encoder's weights, use
-    `BertEncoder.from_pretrained(folder, pooling="first", normalize=False, dense=[{"units": 1}])`.
+    It is a `BertForSequenceClassification`, or that of RoBERTa or XLM-RoBERTa, as transformers
+    saves it. Its score is the logit, without a sigmoid. For one to train from an encoder's weights,
+    use `BertEncoder.from_pretrained(folder, pooling="first", normalize=False, dense=[{"units":
+    1}])`.
 
     Args:
         folder: A folder that transformers has saved.
@@ -39,7 +44,14 @@ def load_cross_encoder(folder: str | Path, **overrides: Any) -> BertEncoder:
         ValueError: If the model isn't such a model.
     """
     tensors = CheckpointTensors(Path(folder))
-    heads = [tensors.of("dense", name) for name in ("bert.pooler.dense", "classifier")]
+    found = [names for names in _HEADS if all(f"{name}.weight" in tensors for name in names)]
+    if not found:
+        raise ValueError(
+            f"A cross-encoder must be a ForSequenceClassification of BERT, RoBERTa or XLM-RoBERTa, "
+            f"but {folder} has no {' and no '.join(names[-1] for names in _HEADS)}. Any Keras "
+            "model that maps tokens to (B, 1) serves as one: PairScorer(model, tokenizer)."
+        )
+    heads = [tensors.of("dense", name) for name in found[0]]
     (hidden, labels) = (head[0].shape[1] for head in heads)
     if labels != 1:
         raise ValueError(f"A cross-encoder must have one label, got {labels} in {folder}.")
