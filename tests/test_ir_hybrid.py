@@ -49,6 +49,14 @@ def test_bm25_finds_documents_that_share_words():
     assert engine.run({}) == {}
     with pytest.raises(TypeError, match="documents must be strings by their ids, got nan for 'b'"):
         BM25({"a": "text", "b": float("nan")})
+    with pytest.raises(
+        TypeError, match="documents must be a dict of texts by their ids, got a list"
+    ):
+        BM25(["text"])
+    with pytest.raises(TypeError, match=r"search takes one query, a string, got \['text'\]"):
+        Hybrid(BM25({"a": "text"})).search(["text"])
+    with pytest.raises(TypeError, match=r"Write Dense\(DenseIndex\(\.\.\.\), TextEncoder"):
+        Hybrid(DenseIndex([[1.0]], ["a"]))
     with pytest.raises(TypeError, match="queries must be strings by their ids, got None for 'q'"):
         BM25({"a": "text"}).run({"q": None})
     with pytest.raises(ValueError, match="at least one document"):

@@ -73,7 +73,7 @@ def test_rescoring_reads_a_few_originals_and_finds_more(tmp_path):
     found = {}
     for rescore in (0, 1, 60):
         originals = mapped if rescore else None
-        index = QuantizedIndex(mapped, IDS, "binary", originals=originals, rescore=rescore)
+        index = QuantizedIndex(mapped, IDS, "binary", originals=originals, rescore=rescore or 1)
         found[rescore] = index.search(QUERIES, k=5)
     for ours, theirs in zip(found[60], exact, strict=True):  # all documents are scored again
         assert [name for name, _ in ours] == [name for name, _ in theirs]
@@ -109,3 +109,7 @@ def test_wrong_arguments_raise():
         QuantizedIndex(VECTORS, IDS, "int4")
     with pytest.raises(ValueError, match=r"shape \(300, 20\) and 2 ids"):
         QuantizedIndex(VECTORS, IDS[:2], "int8")
+    with pytest.raises(ValueError, match=r"ranges must be.*\(2, 20\), got the shape \(2, 3\)"):
+        QuantizedIndex(VECTORS, IDS, "int8", ranges=np.zeros((2, 3)))
+    with pytest.raises(ValueError, match="rescore must be a positive integer, got 0"):
+        QuantizedIndex(VECTORS, IDS, "binary", originals=VECTORS, rescore=0)

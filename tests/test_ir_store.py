@@ -8,6 +8,7 @@ import pytest
 from keras import ops
 
 from polus.ir import shards
+from polus.ir.encoding import TextEncoder
 from polus.ir.fingerprint import fingerprint
 from polus.ir.models import BertEncoder, TextTokenizer
 from polus.ir.shards import VectorShards
@@ -303,6 +304,11 @@ def test_texts_may_be_any_collection(tmp_path, tokenizer):
         TypeError, match=r"must be a collection of strings, got 'one'. Use \[text\]"
     ):
         store("one")
+    for given in (store, TextEncoder(store.encoder, store.tokenizer), store.tokenizer):
+        with pytest.raises(TypeError, match=r"whose keys would be taken.*Use list\(texts.values"):
+            given({"id": "text"})
+        with pytest.raises(TypeError, match=r"Use \[text\]"):
+            given("one")
     with pytest.raises(TypeError, match="must be strings, got nan at index 1"):
         store(["one", float("nan")])
     with pytest.raises(ValueError, match="at least one text"):

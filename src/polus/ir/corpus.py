@@ -12,7 +12,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,7 +37,7 @@ class Corpus(NamedTuple):
 
 def encode_corpus(
     folder: str | Path,
-    documents: Iterable[tuple[str, str]],
+    documents: Iterable[tuple[str, str]] | Mapping[str, str],
     encoder: keras.Model,
     tokenizer: TextTokenizer,
     *,
@@ -52,7 +52,7 @@ def encode_corpus(
 
     Args:
         folder: Where the vectors are kept. One process may write to it at a time.
-        documents: Pairs of an id and a text, such as `mapping.items()` or a generator.
+        documents: Pairs of an id and a text, from a generator for example, or `{id: text}`.
         encoder: A Keras model that returns `(B, E)`.
         tokenizer: Maps texts to the encoder's input.
         batch_size: The number of texts encoded at a time. Texts of similar length in a shard share
@@ -92,14 +92,17 @@ def encode_corpus(
     return open_corpus(folder)
 
 
-def _checked(documents: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+def _checked(documents: Iterable[tuple[str, str]] | Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    if isinstance(documents, Mapping):
+        documents = documents.items()
     seen: set[str] = set()
-    for row, (name, text) in enumerate(documents):
-        if not (isinstance(name, str) and isinstance(text, str)):
+    for row, pair in enumerate(documents):
+        is_pair = isinstance(pair, tuple | list) and len(pair) == 2
+        if not is_pair or not all(isinstance(part, str) for part in pair):
             raise TypeError(
-                f"documents must be pairs of strings, an id and a text, got {(name, text)!r} at "
-                f"row {row}."
+                f"documents must be pairs of strings, an id and a text, got {pair!r} at row {row}."
             )
+        name, text = pair
         if name in seen:
             raise ValueError(f"ids must be unique, got {name!r} again at row {row}.")
         seen.add(name)

@@ -22,6 +22,7 @@ from polus.ir.evaluation import Run
 from polus.ir.losses import MASKED
 from polus.ir.models import TextTokenizer
 from polus.ir.tensors import CheckpointTensors
+from polus.ir.texts import as_texts
 from polus.training import BaseTrainer
 
 # The two layers behind the first token, of BERT and of RoBERTa.
@@ -85,6 +86,7 @@ class PairScorer:
         self._score = function(lambda tokens: self.model(tokens, training=False))
 
     def __call__(self, queries: Sequence[str], documents: Sequence[str]) -> NDArray[np.float32]:
+        queries, documents = as_texts(queries, "queries"), as_texts(documents, "documents")
         if len(queries) != len(documents):
             raise ValueError(
                 f"A scorer needs as many queries as documents, got {len(queries)} and "

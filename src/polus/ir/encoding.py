@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from polus.core import function
 from polus.host import to_host
 from polus.ir.data import Features, Rows
+from polus.ir.texts import as_texts
 
 Vectors = NDArray[np.float32]
 
@@ -79,6 +80,9 @@ class TextEncoder:
         self._encode = function(lambda tokens: self.encoder(tokens, training=False))
 
     def __call__(self, texts: Sequence[str]) -> Any:
+        texts = as_texts(texts)
+        if not texts:
+            raise ValueError("texts must have at least one text, got none.")
         features = Features.of_texts(texts, self.tokenizer)
         return stack_vectors(encode(self._encode, features, self.batch_size))
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from polus.ir.evaluation import Qrels, Run, evaluate, reciprocal_rank_fusion
 from polus.ir.index import VectorIndex
+from polus.ir.texts import check_texts_by_id
 
 Results = list[tuple[str, float]]
 
@@ -32,6 +33,7 @@ class BM25:
     """
 
     def __init__(self, documents: Mapping[str, str]) -> None:
+        check_texts_by_id(documents, "documents")
         if not documents:
             raise ValueError("documents must have at least one document, got none.")
         self.ids = list(documents)
@@ -56,12 +58,7 @@ class BM25:
         }
 
     def _tokens(self, texts: Mapping[str, str], what: str) -> Any:
-        for name, text in texts.items():
-            if not isinstance(text, str):
-                raise TypeError(
-                    f"{what} must be strings by their ids, got {text!r} for {name!r}. Leave it "
-                    "out, or write an empty string."
-                )
+        check_texts_by_id(texts, what)
         return self._library.tokenize(list(texts.values()), show_progress=False)
 
 
@@ -109,12 +106,24 @@ class Hybrid:
                 "Hybrid must have at least one engine, and exactly two with a weight from 0 to 1, "
                 f"got {len(engines)} engines and weight={weight}."
             )
+        for engine in engines:
+            if isinstance(engine, VectorIndex):
+                name = type(engine).__name__
+                raise TypeError(
+                    f"A {name} searches vectors, and Hybrid gives its engines texts. Write "
+                    f"Dense({name}(...), TextEncoder(encoder, tokenizer))."
+                )
         self.engines = engines
         self.weight = weight
         self.depth = depth
 
     def search(self, query: str, k: int = 10) -> Results:
         """Returns the k best documents of a query as `(id, score)`, the best first."""
+        if not isinstance(query, str):
+            raise TypeError(
+                f"search takes one query, a string, got {query!r}. For several use "
+                "run({id: text})."
+            )
         return list(self.run({"": query}, k)[""].items())
 
     def run(self, queries: Mapping[str, str], k: int = 100) -> dict[str, dict[str, float]]:

@@ -55,6 +55,10 @@ class VectorIndex:
     ) -> dict[str, dict[str, float]]:
         """Returns the k best documents of each query as a run."""
         found = self.search(queries, k)
+        if len(found) != len(query_ids):
+            raise ValueError(
+                f"Each query must have an id, got {len(found)} vectors and {len(query_ids)} ids."
+            )
         return {query: dict(each) for query, each in zip(query_ids, found, strict=True)}
 
 

@@ -22,6 +22,7 @@ from polus.ir.pretrained import (
     transformer_folder,
 )
 from polus.ir.scores import Representation
+from polus.ir.texts import as_texts
 from polus.ir.transformer import TransformerEncoder
 
 __all__ = [
@@ -141,7 +142,11 @@ class TextTokenizer:
         long is truncated, the longer text first. No prompt is prepended.
         """
         return self._padded(
-            self._tokenizer.encode_batch(list(zip(queries, documents, strict=True)))
+            self._tokenizer.encode_batch(
+                list(
+                    zip(as_texts(queries, "queries"), as_texts(documents, "documents"), strict=True)
+                )
+            )
         )
 
     def _padded(self, encodings: Sequence[Any]) -> dict[str, np.ndarray[Any, Any]]:
@@ -161,7 +166,9 @@ class TextTokenizer:
         return [len(each.ids) for each in self._encode(texts)]
 
     def _encode(self, texts: Sequence[str]) -> list[Any]:
-        encodings: list[Any] = self._tokenizer.encode_batch([self.prompt + text for text in texts])
+        encodings: list[Any] = self._tokenizer.encode_batch(
+            [self.prompt + text for text in as_texts(texts)]
+        )
         return encodings
 
     def save(self, folder: str | Path, pad_id: int = 0) -> int:

@@ -106,13 +106,7 @@ class QuantizedIndex(VectorIndex):
         found = to_arrays(vectors)
         found = found if isinstance(found, np.ndarray) else np.asarray(found, np.float32)
         self.ids = list(ids)
-        if precision not in ("int8", "binary"):
-            raise ValueError(f"precision must be 'int8' or 'binary', got {precision!r}.")
-        if found.ndim != 2 or len(found) != len(self.ids):
-            raise ValueError(
-                f"An index needs vectors (D, E) and D ids, got vectors of shape {found.shape} and "
-                f"{len(self.ids)} ids."
-            )
+        _check(found, self.ids, precision, ranges, rescore)
         check_ids(self.ids)
         starts = range(0, len(found), _ROWS)
         for start in starts:
@@ -180,6 +174,23 @@ class QuantizedIndex(VectorIndex):
             scores = np.concatenate([scores, more], axis=1)
             scores, rows = _first(scores, np.concatenate([rows, places + start], axis=1), k)
         return scores, rows
+
+
+def _check(vectors: Any, ids: Sequence[str], precision: str, ranges: Any, rescore: int) -> None:
+    if precision not in ("int8", "binary"):
+        raise ValueError(f"precision must be 'int8' or 'binary', got {precision!r}.")
+    if vectors.ndim != 2 or len(vectors) != len(ids) or not ids:
+        raise ValueError(
+            "An index needs vectors (D, E) and D ids, at least one, got vectors of shape "
+            f"{vectors.shape} and {len(ids)} ids."
+        )
+    if ranges is not None and np.shape(ranges) != (2, vectors.shape[1]):
+        raise ValueError(
+            "ranges must be the smallest and the largest value of each dimension, "
+            f"(2, {vectors.shape[1]}), got the shape {np.shape(ranges)}."
+        )
+    if rescore < 1:
+        raise ValueError(f"rescore must be a positive integer, got {rescore!r}.")
 
 
 def _checked_originals(originals: ArrayLike | None, shape: tuple[int, ...]) -> ArrayLike | None:

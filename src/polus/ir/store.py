@@ -14,6 +14,7 @@ from polus.ir.encoding import encode_batches, stack_vectors
 from polus.ir.fingerprint import fingerprint
 from polus.ir.models import TextTokenizer
 from polus.ir.shards import VectorShards
+from polus.ir.texts import as_texts
 
 
 class RepresentationStore(BaseLogger):
@@ -65,7 +66,9 @@ class RepresentationStore(BaseLogger):
         self._encode: Callable[[Any], Any] | None = None
 
     def __call__(self, texts: Iterable[str]) -> Any:
-        texts = _as_list(texts)
+        texts = as_texts(texts)
+        if not texts:
+            raise ValueError("texts must have at least one text, got none.")
         if not self.encoder.built:  # it has no weights to compare yet
             self.encoder(self.tokenizer(texts[:1]), training=False)
         shards, encode = self._opened()
@@ -107,18 +110,6 @@ class RepresentationStore(BaseLogger):
         """A digest that differs if the vectors of any text may differ."""
         both = self.tokenizer.fingerprint + fingerprint(self.encoder)
         return hashlib.sha256(both.encode()).hexdigest()[:32]
-
-
-def _as_list(texts: Iterable[str]) -> list[str]:
-    if isinstance(texts, str):
-        raise TypeError(f"texts must be a collection of strings, got {texts[:80]!r}. Use [text].")
-    texts = list(texts)
-    if not texts:
-        raise ValueError("texts must have at least one text, got none.")
-    for index, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise TypeError(f"texts must be strings, got {text!r} at index {index}.")
-    return texts
 
 
 def _check_finite(vectors: list[Any], texts: list[str]) -> None:
