@@ -18,6 +18,7 @@ import numpy as np
 
 from polus.backends import jax_distribution
 from polus.backends.base import Known, as_arguments
+from polus.backends.jax_executables import Executable
 from polus.backends.jax_loops import Tree, Values, output_buffers, row_at, run_loop, written
 from polus.backends.scopes import DryRun, VariableRecorder, current_scope
 
@@ -186,7 +187,7 @@ class Program:
                 pure = jax.jit(functools.partial(stateful.pure), inline=True)
                 values = [v.value for v in stateful.assigned], [v.value for v in stateful.read]
                 try:
-                    outputs, _ = jax.eval_shape(pure, *values, *sample)
+                    outputs, new = jax.eval_shape(pure, *values, *sample)
                     break
                 except MissedVariablesError:
                     if not known:
@@ -195,9 +196,12 @@ class Program:
             self.known = stateful.assigned, stateful.read  # a new shape is traced once
             layouts = jax_distribution.output_shardings(values[0])
             whole = jax.jit(
-                self.whole(pure, outputs, arguments), donate_argnums=self.donated, **layouts
+                self.whole(pure, outputs, arguments),
+                donate_argnums=self.donated,
+                keep_unused=True,
+                **layouts,
             )
-            program = self.compiled[arguments.key] = stateful, whole
+            program = self.compiled[arguments.key] = stateful, Executable(whole, (outputs, new))
         return self.run(*program, arguments)
 
     def run(self, stateful: Stateful, compiled: Callable[..., Any], arguments: Arguments) -> Tree:
