@@ -236,11 +236,10 @@ def repeat(fn: Callable[[Any], R], count: int, rows: object) -> R:
         with stateful.finding_variables():
             outputs = jax.eval_shape(functools.partial(stateful.call), jnp.int32(0))
         assigned, read = ([v.value for v in part] for part in (stateful.assigned, stateful.read))
-        leaves, structure = jax.tree_util.tree_flatten(outputs)
+        room = jax.tree_util.tree_map(lambda o: jnp.zeros((count, *o.shape), o.dtype), outputs)
         body = functools.partial(_repeated, stateful, read)
         try:
-            room = [jnp.zeros((count, *o.shape), o.dtype) for o in leaves]
-            stacks, new = run_loop(body, count, assigned, structure.unflatten(room))
+            stacks, new = run_loop(body, count, assigned, room)
         except MissedVariablesError:
             stateful.look_closer()
         else:
