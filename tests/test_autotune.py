@@ -349,6 +349,18 @@ def test_calls_take_some_milliseconds_once_a_few_were_timed(secs, monkeypatch):
     assert calls[-1] == pytest.approx(max(1, 0.15 / secs), rel=0.01)
 
 
+def test_calls_that_were_prefetched_do_not_end_the_growth(monkeypatch):
+    monkeypatch.setattr(backend, "wait", lambda outputs: None)
+    pace, now, calls = Pace(), [0.0], [2, 2, 2, 2, 2, 2]  # of which four were read ahead
+    monkeypatch.setattr(polus.steps.pace.time, "perf_counter", lambda: now[0])
+    for _ in range(16):
+        count = calls.pop(0)
+        began, now[0] = now[0], now[0] + 1e-3 + 1e-5 * count
+        pace.observe(count, None, began)
+        calls.append(pace.steps)
+    assert pace.steps > 1000
+
+
 def test_a_batch_alone_and_many_at_a_time_have_programs_of_their_own():
     def losses(*capacities):
         trainer = make_trainer()

@@ -13,6 +13,7 @@ import numpy as np
 
 from polus.backends import jax_distribution
 from polus.backends.base import Held, Known, TensorFlowDataset, Unpack
+from polus.backends.jax_loops import Values, row_at, run_loop
 from polus.backends.jax_programs import (
     Function,
     MissedVariablesError,
@@ -20,13 +21,9 @@ from polus.backends.jax_programs import (
     Step,
     Steps,
     StepsOneByOne,
-    Values,
     copied,
     eager,
-    output_buffers,
     read_out,
-    row_at,
-    run_loop,
 )
 from polus.backends.placement import Placement
 from polus.backends.scopes import (
@@ -239,9 +236,10 @@ def repeat(fn: Callable[[Any], R], count: int, rows: object) -> R:
         with stateful.finding_variables():
             outputs = jax.eval_shape(functools.partial(stateful.call), jnp.int32(0))
         assigned, read = ([v.value for v in part] for part in (stateful.assigned, stateful.read))
+        room = jax.tree_util.tree_map(lambda o: jnp.zeros((count, *o.shape), o.dtype), outputs)
         body = functools.partial(_repeated, stateful, read)
         try:
-            stacks, new = run_loop(body, count, assigned, output_buffers(outputs, count))
+            stacks, new = run_loop(body, count, assigned, room)
         except MissedVariablesError:
             stateful.look_closer()
         else:
@@ -348,7 +346,7 @@ def to_device(array: object) -> Tensor:
 def take(array: Tensor, indices: Tensor) -> Tensor:
     """Returns the rows `indices` of `array`, which are within its bounds."""
     examples: Any = array  # JAX's own
-    rows = examples.at[indices].get(mode="promise_in_bounds")
+    rows = examples.at[indices].get(mode="promise_in_bounds", wrap_negative_indices=False)
     # Apart from what follows: merged into a convolution, it takes XLA longer to compile.
     taken: Tensor = jax.lax.optimization_barrier(rows)
     return taken

@@ -18,12 +18,11 @@ import numpy as np
 
 from polus.backends import jax_distribution
 from polus.backends.base import Known, as_arguments
+from polus.backends.jax_executables import Executable
+from polus.backends.jax_loops import Tree, Values, output_buffers, row_at, run_loop, written
 from polus.backends.scopes import DryRun, VariableRecorder, current_scope
-from polus.types import Tensor
 
-Tree = Any
 T = TypeVar("T")
-Values = list[Any]
 
 
 class MissedVariablesError(RuntimeError):
@@ -188,7 +187,7 @@ class Program:
                 pure = jax.jit(functools.partial(stateful.pure), inline=True)
                 values = [v.value for v in stateful.assigned], [v.value for v in stateful.read]
                 try:
-                    outputs, _ = jax.eval_shape(pure, *values, *sample)
+                    outputs, new = jax.eval_shape(pure, *values, *sample)
                     break
                 except MissedVariablesError:
                     if not known:
@@ -197,9 +196,12 @@ class Program:
             self.known = stateful.assigned, stateful.read  # a new shape is traced once
             layouts = jax_distribution.output_shardings(values[0])
             whole = jax.jit(
-                self.whole(pure, outputs, arguments), donate_argnums=self.donated, **layouts
+                self.whole(pure, outputs, arguments),
+                donate_argnums=self.donated,
+                keep_unused=True,
+                **layouts,
             )
-            program = self.compiled[arguments.key] = stateful, whole
+            program = self.compiled[arguments.key] = stateful, Executable(whole, (outputs, new))
         return self.run(*program, arguments)
 
     def run(self, stateful: Stateful, compiled: Callable[..., Any], arguments: Arguments) -> Tree:
@@ -278,7 +280,13 @@ class Steps(Step):
     The number of steps is an argument of a `while` loop, so that one compiled program serves every
     count up to the capacity. Scalars are stacked to (capacity,); rows past `count` are zero. Of any
     other output, such as samples to draw, the last step's is returned.
+
+    The room for them is an argument of the program: made inside, it is one more kernel to compile.
     """
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.stacks: dict[Any, Tree] = {}
 
     def traced(self, arguments: Arguments) -> tuple[Callable[..., Tree], Sequence[Any]]:
         (_, _, payload), _ = arguments.filled(arguments.arrays)
@@ -287,16 +295,26 @@ class Steps(Step):
     def whole(
         self, pure: Callable[..., Any], outputs: Tree, arguments: Arguments
     ) -> Callable[..., tuple[Any, Values]]:
-        def loop(assigned: Values, read: Values, *arrays: Any) -> tuple[Tree, Values]:
-            (count, capacity, payload), _ = arguments.filled(arrays)
+        (_, capacity, _), _ = arguments.filled(arguments.arrays)
+        self.stacks[arguments.key] = output_buffers(outputs, capacity)
+
+        def loop(assigned: Values, read: Values, stacks: Tree, *arrays: Any) -> tuple[Tree, Values]:
+            (count, _, payload), _ = arguments.filled(arrays)
             batches = self.batches(payload)
 
             def body(i: Any, values: Values) -> tuple[Tree, Values]:
                 return pure(values, read, *row_at(batches, i))  # type: ignore[no-any-return]
 
-            return run_loop(body, count, assigned, output_buffers(outputs, capacity, True))
+            return run_loop(body, count, assigned, stacks)
 
         return loop
+
+    def run(self, stateful: Stateful, compiled: Callable[..., Any], arguments: Arguments) -> Tree:
+        """Runs the steps of a payload."""
+        stacks = self.stacks[arguments.key]
+        outputs, new = compiled(*stateful.values(not self.donated), stacks, *arguments.arrays)
+        stateful.assign(new)
+        return outputs
 
 
 class StepsOneByOne(Steps):
@@ -309,7 +327,6 @@ class StepsOneByOne(Steps):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self._unpacked = self.batches if self.unpack is None else jax.jit(self.batches)
-        self._stacks: dict[Any, Tree] = {}
 
     def whole(
         self, pure: Callable[..., Any], outputs: Tree, arguments: Arguments
@@ -321,13 +338,13 @@ class StepsOneByOne(Steps):
             return written(stacks, new, i), values
 
         (_, capacity, _), _ = arguments.filled(arguments.arrays)
-        self._stacks[arguments.key] = output_buffers(outputs, capacity, True)
+        self.stacks[arguments.key] = output_buffers(outputs, capacity)
         return single
 
     def run(self, stateful: Stateful, compiled: Callable[..., Any], arguments: Arguments) -> Tree:
         """Runs the steps of a payload."""
         (count, _, payload), _ = arguments.filled(arguments.arrays)
-        batches, stacks = self._unpacked(payload), self._stacks[arguments.key]
+        batches, stacks = self._unpacked(payload), self.stacks[arguments.key]
         values, read = stateful.values(not self.donated)
         try:
             for i in range(int(count)):
@@ -357,51 +374,6 @@ def eager(
         )
 
     return loop if many else single
-
-
-def row_at(batches: T, i: Tensor | int) -> T:
-    """Returns row `i` of each array; of stacked batches, a batch."""
-    batch: T = jax.tree_util.tree_map(
-        lambda rows: jax.lax.dynamic_index_in_dim(rows, i, keepdims=False), batches
-    )
-    return batch
-
-
-def output_buffers(outputs: Tree, capacity: int, scalars_only: bool = False) -> Tree:
-    """Returns room for the outputs of `capacity` steps; of arrays perhaps only for the last."""
-
-    def room(output: Any) -> Any:
-        rows = () if scalars_only and output.ndim else (capacity,)
-        return jnp.zeros((*rows, *output.shape), output.dtype)
-
-    return jax.tree_util.tree_map(room, outputs)
-
-
-def written(stacks: Tree, outputs: Tree, i: Any) -> Tree:
-    """Writes the outputs of step i into row i; where there is room for one, the last is kept."""
-
-    def write(rows: Any, new: Any) -> Any:
-        return new if rows.ndim == new.ndim else rows.at[i].set(new)
-
-    return jax.tree_util.tree_map(write, stacks, outputs)
-
-
-def run_loop(
-    body: Callable[[Any, Values], tuple[Tree, Values]],
-    count: Tensor | int,
-    values: Values,
-    stacks: Tree,
-) -> tuple[Tree, Values]:
-    """Runs `body(i, values) -> (outputs, new values)` and writes the outputs into row i."""
-
-    def turn(carry: tuple[Any, Values, Tree]) -> tuple[Any, Values, Tree]:
-        i, values, stacks = carry
-        outputs, values = body(i, values)
-        return i + 1, values, written(stacks, outputs, i)
-
-    start = (jnp.int32(0), values, stacks)
-    _, values, stacks = jax.lax.while_loop(lambda carry: carry[0] < count, turn, start)
-    return stacks, values
 
 
 def _is_array(leaf: Any) -> bool:

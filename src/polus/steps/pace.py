@@ -38,9 +38,11 @@ class Pace:
     def observe(self, count: int, outputs: object, began: float) -> None:
         """Learns from a call of `count` steps that began at `began` (`time.perf_counter`).
 
-        The call is waited for, until enough is known. The first one compiles, and tells nothing.
+        The call is waited for, until enough is known. The first one compiles, and tells nothing. No
+        more does one of fewer steps than the pace: it was prefetched before the pace grew, or the
+        data is slow, or no more steps are allowed.
         """
-        if self._known or self.steps is None:
+        if self._known or self.steps is None or count < self.steps:
             return
         self._calls += 1
         if self._calls == 1:
