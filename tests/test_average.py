@@ -218,6 +218,49 @@ def test_the_best_weights_are_restored(tmp_path):
     assert_equal(resumed.model.get_weights(), weights[1], rtol=1e-6)
 
 
+class Coded(BaseTrainer):
+    """Trains a variable and a model of its own beside `model`, which were left as they ended."""
+
+    def __init__(self):
+        keras.utils.set_random_seed(1)
+        dense = lambda: keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)])  # noqa: E731
+        super().__init__(dense(), keras.optimizers.Adam(0.1), primary="gap")
+        self.codes = keras.Variable(np.ones(2, "float32"), name="codes")
+        self.others = [dense()]
+        self.average = polus.Average(self.model, decay=0.5)
+
+    def train_step(self, x):
+        def loss():
+            return ops.mean((self.others[0](self.model(x) * self.codes) - x) ** 2)
+
+        weights = [*self.model.weights, self.codes, *self.others[0].weights]
+        return {"gap": self.minimize(loss, weights)}
+
+    def all_weights(self):
+        parts = [self.model, self.others[0], self.average.model]
+        found = [self.codes, *(v for part in parts for v in part.weights)]
+        return [np.array(ops.convert_to_numpy(variable)) for variable in found]
+
+
+def test_the_best_weights_are_those_of_all_parts():
+    trainer, weights = Coded(), []
+    keep = Recorder(lambda *event: event[0] == "epoch_end" and weights.append(measure()))
+
+    def measure():
+        keep.coordinator.logs["measured"] = [2, 1, 3][keep.coordinator.run.epoch]
+        return trainer.all_weights()
+
+    keep.phase = 0
+    stop = EarlyStop("measured", patience=1, mode="min", restore_best_weights=True)
+    x = np.random.default_rng(0).normal(size=(8, 2)).astype("float32")
+    trainer.train([x], 5, [keep, stop])
+    assert len(weights) == 3
+    for restored, best, last in zip(trainer.all_weights(), *weights[1:], strict=True):
+        np.testing.assert_array_equal(restored, best)
+        assert not np.array_equal(best, last)
+    assert int(ops.convert_to_numpy(trainer.step_counter)) == 3
+
+
 def test_only_the_newest_files_are_kept(tmp_path):
     saving = SaveModelCallback("every", tmp_path / "{epoch}.weights.h5", keep=2)
     (tmp_path / "9.weights.h5").touch()  # of somebody else

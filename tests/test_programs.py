@@ -419,6 +419,47 @@ def test_an_optimizer_that_the_step_calls_is_built_and_named(make, caplog):
     assert history.record[0]["skipped_steps"] == 1
 
 
+class Faint(BaseTrainer):
+    """Two models by two optimizers, with gradients that are zero in float16 unless scaled."""
+
+    def __init__(self, scaled):
+        scale = keras.optimizers.LossScaleOptimizer if scaled else lambda optimizer: optimizer
+        keras.utils.set_random_seed(5)
+        layer = lambda: layers.Dense(6, dtype="mixed_float16")  # noqa: E731
+        models = {name: keras.Sequential([keras.Input((6,)), layer()]) for name in "ab"}
+        for model in models.values():
+            model.dtype_policy = "mixed_float16"
+        self.optimizers = {name: scale(keras.optimizers.Adam(1e-2)) for name in "ab"}
+        self.more = [scale(keras.optimizers.Adam(1e-2))]
+        super().__init__(models, self.optimizers["a"])
+
+    def train_step(self, x):
+        a, b = self.model["a"], self.model["b"]
+
+        def loss():
+            return ops.mean(ops.cast(b(a(x)), "float32") ** 2) * 1e-7
+
+        first = self.minimize(loss, a.trainable_weights, self.optimizers["a"])
+        kernel, bias = b.trainable_weights
+        second = self.minimize(loss, [kernel], self.optimizers["b"])
+        return {"a": first, "b": second, "c": self.minimize(loss, [bias], self.more[0])}
+
+
+def test_each_optimizer_scales_its_loss_in_float16():
+    """The second model did not move: its gradients were zero."""
+    trainer, expected = Faint(False), Faint(True)
+    before = trainer.model.get_weights()
+    history = trainer.train(BATCHES, 1)
+    expected.train(BATCHES, 1)
+    for old, new, scaled in zip(
+        before, trainer.model.get_weights(), expected.model.get_weights(), strict=True
+    ):
+        assert not np.array_equal(old, new)
+        np.testing.assert_array_equal(new, scaled)
+    assert trainer.optimizer is trainer.optimizers["a"]
+    assert {"optimizers.b_learning_rate", "more.0_learning_rate"} <= set(history.epochs[0])
+
+
 def test_the_rates_of_several_optimizers(caplog):
     seen = []
 

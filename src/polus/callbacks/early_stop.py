@@ -3,12 +3,15 @@
 import math
 from typing import Any
 
+import keras
 import numpy as np
 
+from polus.average import Average
 from polus.callbacks.base import Callback
 from polus.callbacks.checks import check_count
 from polus.callbacks.monitor import Mode, Monitor
 from polus.host import counted, to_host
+from polus.models import named_parts
 
 
 class EarlyStop(Callback):
@@ -22,7 +25,8 @@ class EarlyStop(Callback):
         min_delta: The smallest change that counts as an improvement.
         mode: `"min"`, `"max"` or `"auto"`; see `polus.callbacks.monitor.Monitor`.
         restore_best_weights: Whether the model has, at the end of training, the weights of its best
-            epoch. They are kept in memory, and are part of a checkpoint.
+            epoch; and so have other models, averages and variables in attributes of the trainer.
+            They are kept in memory, and are part of a checkpoint.
     """
 
     def __init__(
@@ -65,8 +69,7 @@ class EarlyStop(Callback):
         elif self.monitor.improved(value):
             self.waited = 0
             if self.restore_best_weights:
-                variables = self.coordinator.trainer.model.variables
-                self.best_weights = [np.array(to_host(variable)) for variable in variables]
+                self.best_weights = [np.array(to_host(variable)) for variable in self._weights()]
         else:
             self.waited += 1
             if self.waited >= self.patience:
@@ -75,14 +78,24 @@ class EarlyStop(Callback):
                     f"{counted(self.waited, 'epoch')}"
                 )
 
+    def _weights(self) -> list[keras.Variable]:
+        """Returns the variables of all models, averages and layers of the trainer, and its own."""
+        trainer = self.coordinator.trainer
+        found = list(trainer.model.variables)
+        for name, part in named_parts(trainer):
+            if isinstance(part, keras.layers.Layer | Average):
+                found += part.variables
+            elif isinstance(part, keras.Variable) and name != "step_counter":
+                found.append(part)
+        return list({id(variable): variable for variable in found}.values())
+
     def _stop(self, reason: str) -> None:
         self.coordinator.run.stop(reason)
 
     def on_train_end(self) -> None:
         if self.best_weights is None or self.coordinator.run.exception is not None:
             return
-        variables = self.coordinator.trainer.model.variables
-        for variable, value in zip(variables, self.best_weights, strict=True):
+        for variable, value in zip(self._weights(), self.best_weights, strict=True):
             variable.assign(value)
         self.logger.info(
             "The model has the weights of the epoch with the best %s, %.4g.",

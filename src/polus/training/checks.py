@@ -174,16 +174,6 @@ def checked_variables(variables: object) -> list[keras.Variable]:
     return distinct
 
 
-def loss_scaled(
-    optimizer: keras.optimizers.Optimizer, model: keras.Model
-) -> keras.optimizers.Optimizer:
-    """Returns the optimizer, with loss scaling under mixed_float16, as `compile` adds it."""
-    scaled = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
-    if not scaled and getattr(model.dtype_policy, "name", None) == "mixed_float16":
-        return keras.optimizers.LossScaleOptimizer(optimizer, name="loss_scale_optimizer")
-    return optimizer
-
-
 def add_penalties(result: object, penalties: Sequence[Any]) -> Any:
     """Adds the losses of the model itself to what the loss returned."""
     if not penalties or (isinstance(result, dict) and "loss" not in result):

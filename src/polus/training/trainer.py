@@ -27,6 +27,7 @@ from polus.training.config import TrainConfig, given_arguments
 from polus.training.copies import deep_copy, shallow_copy
 from polus.training.dry_run import dry_run as rehearse
 from polus.training.engine import CompiledMethod, Engine
+from polus.training.loss_scaling import loss_scaled, scale_losses
 from polus.training.methods import TrainerMethods
 from polus.training.nonfinite import Policy
 from polus.training.reports import check_step, describe_trainer
@@ -128,7 +129,7 @@ class BaseTrainer(TrainerMethods):
         checks.check_function(post_process_grads, "post_process_grads")
         process = checks.one_processing(post_process_prediction, post_process_logits)
         self.model = model
-        self.optimizer = checks.loss_scaled(optimizer, model)
+        self.optimizer = loss_scaled(optimizer, model)
         if loss is not None or not hasattr(self, "loss"):
             self.loss = loss  # type: ignore[assignment]
         checks.check_loss(self.loss, vars(self), type(self).train_step is BaseTrainer.train_step)
@@ -317,9 +318,9 @@ class BaseTrainer(TrainerMethods):
         """Prepares what a step needs, given a batch, before the step first runs.
 
         Called again after a part of the step was replaced. Nothing is trained. By default, an
-        optimizer that was replaced is given loss scaling where the model's precision needs it.
+        optimizer that has none is given loss scaling where the model's precision needs it.
         """
-        self.optimizer = checks.loss_scaled(self.optimizer, self.model)
+        scale_losses(self)
 
     def check_step(self, variables: StepVariables) -> None:
         """Checks what a dry run of the step has seen, logs what is trained, and warns."""
