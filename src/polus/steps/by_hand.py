@@ -2,6 +2,8 @@
 
 import contextlib
 import functools
+import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -10,6 +12,17 @@ import keras
 from polus.backends.scopes import active_dry_run
 from polus.steps.update import apply_gradients
 from polus.steps.variables import held, unique
+
+
+class _Applying(threading.local):
+    """Whether this thread is in the midst of an update: it then calls Keras' own `apply`."""
+
+    value = False
+
+
+_applying = _Applying()
+_lock = threading.Lock()
+_followers: Counter[int] = Counter()  # of each optimizer: replicas run side by side, in threads
 
 
 @contextlib.contextmanager
@@ -21,12 +34,22 @@ def followed(owner: object) -> Iterator[None]:
     """
     optimizers = _outer_optimizers(owner)
     for optimizer in optimizers:
-        optimizer.apply = functools.partial(_apply, optimizer)
+        _follow(optimizer, 1)
     try:
         yield
     finally:
         for optimizer in optimizers:
-            del optimizer.apply  # the class's own again
+            _follow(optimizer, -1)
+
+
+def _follow(optimizer: Any, more: int) -> None:
+    with _lock:
+        before = _followers[id(optimizer)]
+        _followers[id(optimizer)] += more
+        if not before:
+            optimizer.apply = functools.partial(_apply, optimizer)
+        elif not before + more:
+            del optimizer.apply, _followers[id(optimizer)]  # the class's own again
 
 
 def following(step: Callable[..., Any], owner: object) -> Callable[..., Any]:
@@ -50,15 +73,17 @@ def _apply(
     optimizer: Any, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None
 ) -> None:
     variables = trainable_variables
+    if _applying.value:
+        type(optimizer).apply(optimizer, grads, variables)
+        return
     if (dry_run := active_dry_run()) is not None and variables is not None:
         dry_run.record_updates((optimizer, unique(variables)), by_hand=True)
         return
-    followed_apply = optimizer.apply
-    del optimizer.apply
+    _applying.value = True
     try:
         if variables is None or len(variables) != len(grads):  # Keras knows, or says what is wrong
             optimizer.apply(grads, variables)
         else:
             apply_gradients([(optimizer, grads, variables)], scaled=True)
     finally:
-        optimizer.apply = followed_apply
+        _applying.value = False
