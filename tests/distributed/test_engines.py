@@ -473,7 +473,9 @@ def test_each_device_computes_its_part(device_bytes):
         program(*arguments)
         ((stateful, compiled),) = program.compiled.values()
         arrays = [a for a in keras.tree.flatten(arguments) if hasattr(a, "dtype")]
-        return compiled.lower(*stateful.values(), *arrays).compile().cost_analysis()["flops"]
+        (room,) = program.stacks.values()
+        lowered = compiled.jitted.lower(*stateful.values(), room, *arrays)
+        return lowered.compile().cost_analysis()["flops"]
 
     alone = flops()
     with JaxDevices(None, keras.distribution.DataParallel).running():
