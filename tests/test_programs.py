@@ -389,6 +389,27 @@ class ByHand(BaseTrainer):
         return {"gap": value}
 
 
+@pytest.mark.parametrize("scaled", [True, False])
+def test_gradients_of_a_loss_that_is_not_scaled_warn(scaled, caplog):
+    """Loss scaling divides them all the same: by 32,768 at first."""
+
+    class Careless(BaseTrainer):
+        def train_step(self, x):
+            def loss():
+                value = ops.mean((self.model(x, training=True) - x) ** 2)
+                return self.optimizer.scale_loss(value) if scaled else value
+
+            weights = self.trainable_weights
+            value, gradients = core.value_and_grad(loss, weights)
+            self.optimizer.apply(gradients, weights)
+            return {"gap": value}
+
+    optimizer = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(1e-2))
+    Careless(dense(6, 6), optimizer).train(BATCHES, 1)
+    warned = ["Differentiate optimizer.scale_loss(loss)" in message for message in caplog.messages]
+    assert any(warned) == (not scaled)
+
+
 @pytest.mark.parametrize(
     "make",
     [

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import logging
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +13,8 @@ import keras
 from polus.backends.scopes import active_dry_run
 from polus.steps.update import apply_gradients
 from polus.steps.variables import held, unique
+
+logger = logging.getLogger("polus.training")
 
 
 class _Applying(threading.local):
@@ -48,8 +51,9 @@ def _follow(optimizer: Any, more: int) -> None:
         _followers[id(optimizer)] += more
         if not before:
             optimizer.apply = functools.partial(_apply, optimizer)
-        elif not before + more:
-            del optimizer.apply, _followers[id(optimizer)]  # the class's own again
+            optimizer.scale_loss = functools.partial(_scale_loss, optimizer)
+        elif not before + more:  # the class's own again
+            del optimizer.apply, optimizer.scale_loss, _followers[id(optimizer)]
 
 
 def following(step: Callable[..., Any], owner: object) -> Callable[..., Any]:
@@ -78,6 +82,14 @@ def _apply(
         return
     if (dry_run := active_dry_run()) is not None and variables is not None:
         dry_run.record_updates((optimizer, unique(variables)), by_hand=True)
+        scales = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
+        if scales and _name_of(optimizer) not in dry_run.settings:
+            logger.warning(
+                "%s divides its gradients by the scale of the loss, and the step applies some of a "
+                "loss that it has not scaled: such updates are far too small. Differentiate "
+                "optimizer.scale_loss(loss), or use minimize, which does.",
+                optimizer.name,
+            )
         return
     _applying.value = True
     try:
@@ -87,3 +99,13 @@ def _apply(
             apply_gradients([(optimizer, grads, variables)], scaled=True)
     finally:
         _applying.value = False
+
+
+def _scale_loss(optimizer: Any, loss: Any) -> Any:
+    if (dry_run := active_dry_run()) is not None:
+        dry_run.settings.add(_name_of(optimizer))
+    return type(optimizer).scale_loss(optimizer, loss)
+
+
+def _name_of(optimizer: Any) -> str:
+    return f"scale_loss of {id(optimizer)}"
