@@ -48,13 +48,6 @@ HELD_OUT = 100
 Example = tuple[str, list[str], list[float]]  # a query, candidate texts, a teacher's scores
 
 
-class Distiller(CrossEncoderTrainer):
-    """Trains a cross-encoder on a teacher's scores."""
-
-    def forward_with_grads(self, tokens: Any, teacher_scores: Any) -> Any:
-        return *self._scores(tokens, training=True), teacher_scores
-
-
 class Search:
     """The dense run of a collection, as an engine."""
 
@@ -122,7 +115,8 @@ def batches(tokenizer: TextTokenizer, examples: Sequence[Example]) -> list[tuple
     for start in range(0, len(examples) // QUERIES * QUERIES, QUERIES):
         queries, texts, scores = zip(*examples[start : start + QUERIES], strict=True)
         tokens = candidate_tokens(tokenizer, queries, texts)
-        found.append((tokens, np.array(scores, "float32")) if scores[0] else (tokens,))
+        extras = {"teacher_scores": np.array(scores, "float32")}
+        found.append((tokens, extras) if scores[0] else (tokens,))
     return found
 
 
@@ -158,12 +152,13 @@ def main() -> None:
     if arguments.load:
         model.load_weights(arguments.load)
     else:
-        for kind, loss, examples in (
-            (Distiller, TeacherKL(temperature=1.0, teacher_temperature=0.05), warm),
-            (CrossEncoderTrainer, InfoNCE(1.0), judged(train, names, search, rng)),
+        for loss, examples in (
+            (TeacherKL(temperature=1.0, teacher_temperature=0.05), warm),
+            (InfoNCE(1.0), judged(train, names, search, rng)),
         ):
             optimizer = keras.optimizers.Adam(Linear(RATE, warmup=0.06))
-            train_on(kind(model, optimizer=optimizer, loss=loss), batches(tokenizer, examples))
+            trainer = CrossEncoderTrainer(model, optimizer=optimizer, loss=loss)
+            train_on(trainer, batches(tokenizer, examples))
     if arguments.save:
         model.save_weights(arguments.save)
     reranked = Reranked(search, PairScorer(model, tokenizer))

@@ -90,6 +90,22 @@ def test_rerank_scores_the_best_of_a_run_again():
     assert list(found["q"]) == ["b", "a"]
 
 
+@pytest.mark.parametrize("loss", [losses.TeacherKL(1.0), losses.MarginMSE()])
+def test_a_teacher_of_its_own_scores_is_matched(tokenizer, loss):
+    """The loss of a teacher that scores as the model does is zero, and its training changes it."""
+    words = ["calcium", "mucus"]
+    tokens = candidate_tokens(tokenizer, words, [[f"all about {word}", "text"] for word in words])
+    model = BertEncoder(30522, 16, 1, 2, 16, pooling="mean", dense=[{"units": 1}], dropout=0.0)
+    flat = {name: each.reshape(-1, each.shape[-1]) for name, each in tokens.items()}
+    own = ops.convert_to_numpy(model(flat, training=False)).reshape(2, 2)
+    trainer = CrossEncoderTrainer(model, optimizer=keras.optimizers.Adam(1e-2), loss=loss)
+    found = trainer.train([(tokens, {"teacher_scores": own})], epochs=1).steps["loss"]
+    np.testing.assert_allclose(found, [0.0], atol=1e-5)
+    other = own + np.array([[3.0, 0.0], [-3.0, 0.0]], "float32")
+    history = trainer.train([(tokens, {"teacher_scores": other})] * 20, epochs=2)
+    assert history.steps["loss"][-1] < 0.1 * history.steps["loss"][0]
+
+
 @pytest.mark.parametrize("loss", [losses.InfoNCE(1.0), losses.BinaryCrossEntropy()])
 def test_training_learns_which_pairs_match(tokenizer, loss):
     """By a word of the relevant document: what needs both texts takes longer to learn."""

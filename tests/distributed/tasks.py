@@ -518,7 +518,7 @@ def compared(engine):
 
     class Largest(polus.metrics.IMetric):
         def __init__(self):
-            super().__init__()
+            super().__init__(name="largest")
             self.value = self.add_variable((), "zeros", aggregation="mean")
 
         def _samples_from_batch(self, y_true, y_pred):

@@ -42,11 +42,14 @@ def function(fn: Callable[P, R], jit_compile: bool | None = None) -> Callable[P,
     and an error shows the line as it was written.
     """
 
-    def tensors(*args: Any, **kwargs: Any) -> Tree:
-        return _read_out(alone(fn)(*args, **kwargs))
+    def compiled(run: Callable[..., Any]) -> Any:
+        # Without defaults: where there are some, a program can't be called by itself.
+        def tensors(*args: Any, **kwargs: Any) -> Tree:
+            return _read_out(run(*args, **kwargs))
 
-    # Of a function without defaults: programs can't be called by themselves where there are some.
-    compiled = tf.function(tensors, jit_compile=bool(jit_compile), autograph=False)
+        return tf.function(tensors, jit_compile=bool(jit_compile), autograph=False)
+
+    graphs = compiled(alone(fn)), compiled(fn)
     programs: dict[Any, Callable[..., Tree]] = {}
 
     def call(*args: Any, **kwargs: Any) -> Tree:
@@ -58,7 +61,13 @@ def function(fn: Callable[P, R], jit_compile: bool | None = None) -> Callable[P,
         key = _signature((args, kwargs))
         program = programs.get(key)
         if program is None:
-            program = programs[key] = compiled.get_concrete_function(*args, **kwargs)
+            try:
+                program = graphs[0].get_concrete_function(*args, **kwargs)
+            except ValueError as error:
+                if "replica context" not in str(error):
+                    raise
+                program = graphs[1].get_concrete_function(*args, **kwargs)  # a scaled loss wants it
+            programs[key] = program
         return program(*args, **kwargs)
 
     return call

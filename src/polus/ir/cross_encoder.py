@@ -185,14 +185,19 @@ class CrossEncoderTrainer(BaseTrainer):
     A batch is `(tokens,)` or `(tokens, extras)`: a dict of tensors `(B, 1 + n, L)`, for each query
     its relevant document, then n that aren't. `candidate_tokens` makes one. Losses are those of
     `polus.ir.losses`: `InfoNCE(1.0)` is the listwise one, `BinaryCrossEntropy()` takes each pair
-    by itself.
+    by itself. `extras["teacher_scores"]`, `(B, 1 + n)`, are for `TeacherKL` and `MarginMSE`.
 
     Args: as for `BaseTrainer`; `model` maps tokens `(N, L)` to `(N, 1)`.
     """
 
-    def forward_with_grads(self, tokens: Any, *_: Any) -> Any:
-        """Returns the scores of the relevant documents `(B,)` and of the others `(B, n)`."""
-        return self._scores(tokens, training=True)
+    def forward_with_grads(self, tokens: Any, extras: Mapping[str, Any] | None = None) -> Any:
+        """Returns the scores of the relevant documents `(B,)`, of the others `(B, n)`, a teacher's.
+
+        Without a teacher's scores in the batch, only the first two.
+        """
+        scores = self._scores(tokens, training=True)
+        teacher = (extras or {}).get("teacher_scores")
+        return scores if teacher is None else (*scores, teacher)
 
     def evaluation_step(self, tokens: Any, *_: Any) -> Any:
         """Returns the same, in inference mode, as `metric_samples` does."""
@@ -200,7 +205,7 @@ class CrossEncoderTrainer(BaseTrainer):
 
     def metric_samples(self, *outputs: Any) -> tuple[Any, ...]:
         """Returns `(y_true, y_pred)` of a classification: the relevant document is class 0."""
-        positive, negative = outputs
+        positive, negative, *_ = outputs
         scores = ops.concatenate([positive[:, None], negative], axis=1)
         return ops.zeros_like(scores[:, 0], dtype="int32"), scores
 
