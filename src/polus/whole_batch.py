@@ -91,6 +91,14 @@ def is_reduced_by_keras(loss: object) -> TypeGuard[Any]:
     return isinstance(loss, keras.losses.Loss) and type(loss).__call__ is keras.losses.Loss.__call__
 
 
+def ignored_class(loss: Any) -> int | None:
+    """Returns the label that a loss leaves out, if any."""
+    if isinstance(loss, keras.losses.SparseCategoricalCrossentropy):
+        found: int | None = loss.get_config().get("ignore_class")  # no attribute from 3.16 on
+        return found
+    return getattr(loss, "ignore_class", None)
+
+
 def uneven_mean(loss: object, masked: bool) -> bool:
     """Returns whether the mean over replicas of a loss may be another one than that of the batch.
 
@@ -101,7 +109,7 @@ def uneven_mean(loss: object, masked: bool) -> bool:
     if not is_reduced_by_keras(loss):
         return False
     other = loss.reduction in ("sum", "mean_with_sample_weight") or isinstance(loss, COMPARING)
-    return other or masked or getattr(loss, "ignore_class", None) is not None
+    return other or masked or ignored_class(loss) is not None
 
 
 def _divisor(loss: Any, y: Any, prediction: Any, weights: Any = None) -> Tensor | None:
@@ -111,7 +119,7 @@ def _divisor(loss: Any, y: Any, prediction: Any, weights: Any = None) -> Tensor 
     "mean_with_sample_weight" one weighted by what is left.
     """
     mask = None if keras.tree.is_nested(prediction) else mask_of(prediction)
-    if (ignored := getattr(loss, "ignore_class", None)) is not None:
+    if (ignored := ignored_class(loss)) is not None:
         labels = ops.convert_to_tensor(y)
         if len(labels.shape) == len(prediction.shape) and labels.shape[-1] == 1:
             labels = ops.squeeze(labels, -1)

@@ -14,7 +14,7 @@ from polus.steps.variables import StepVariables
 from polus.training.checks import add_penalties, check_model
 from polus.training.labels import check_labels, num_classes
 from polus.training.trainer import BaseTrainer
-from polus.whole_batch import batch_loss, is_reduced_by_keras
+from polus.whole_batch import batch_loss, ignored_class, is_reduced_by_keras
 
 
 class OtherArguments(TypedDict, total=False):
@@ -161,7 +161,7 @@ class ClassifierTrainer(BaseTrainer):
         if not as_written or len(inputs) < 2:
             return
         if (classes := num_classes(self, self.traced_output_shape(), inputs[1])) is not None:
-            check_labels(inputs[1], classes, getattr(self.loss, "ignore_class", None), where)
+            check_labels(inputs[1], classes, ignored_class(self.loss), where)
 
     def evaluation_loss(self, *samples: Any, **named: Any) -> Any:
         """Returns the loss over validation data, weighted as the training loss is."""
