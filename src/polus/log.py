@@ -67,7 +67,7 @@ class BaseLogger:
 
 
 @contextlib.contextmanager
-def told_by(first: bool) -> Iterator[None]:
+def info_from_first(first: bool) -> Iterator[None]:
     """Drops messages below WARNING in the block, except in the first of several processes."""
     shared = logging.getLogger("polus")
     level = shared.level

@@ -49,7 +49,7 @@ def function(fn: Callable[P, R], jit_compile: bool | None = None) -> Callable[P,
 
         return tf.function(tensors, jit_compile=bool(jit_compile), autograph=False)
 
-    graphs = compiled(alone(fn)), compiled(fn)
+    graphs = compiled(alone(fn)), compiled(fn)  # the second for optimizers that scale losses
     programs: dict[Any, Callable[..., Tree]] = {}
 
     def call(*args: Any, **kwargs: Any) -> Tree:
@@ -66,7 +66,7 @@ def function(fn: Callable[P, R], jit_compile: bool | None = None) -> Callable[P,
             except ValueError as error:
                 if "replica context" not in str(error):
                     raise
-                program = graphs[1].get_concrete_function(*args, **kwargs)  # a scaled loss wants it
+                program = graphs[1].get_concrete_function(*args, **kwargs)
             programs[key] = program
         return program(*args, **kwargs)
 
@@ -269,7 +269,7 @@ def apply_gradients(
     variables: Sequence[keras.Variable],
 ) -> None:
     """Updates `variables` once by `optimizer`, which is built."""
-    scaled = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)  # a real tie: see `alone`
+    scaled = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)  # asks for a replica
     (optimizer.apply if scaled else alone(optimizer.apply))(gradients, variables)
 
 

@@ -120,7 +120,7 @@ class Replicas(Placement):
         for part in parts:
             for each in _all_optimizers([part]):
                 if each._distribution_strategy is not self.strategy:
-                    raise RuntimeError(_outside(f"The optimizer {each.name!r}", self.name))
+                    raise RuntimeError(_made_outside(f"The optimizer {each.name!r}", self.name))
             for variable in _variables_of(part):
                 _check_distributed(variable, self.name)
 
@@ -250,13 +250,13 @@ class OneDevice(Placement):
         for part in parts:
             for each in _all_optimizers([part]):
                 if each._distribution_strategy is not default_strategy():
-                    raise RuntimeError(_left(f"The optimizer {each.name!r}"))
+                    raise RuntimeError(_called_outside(f"The optimizer {each.name!r}"))
             self.broadcast(_variables_of(part))
 
     def broadcast(self, variables: Iterable[Stateful]) -> None:
         for variable in variables:
             if isinstance(variable.value, tf.distribute.DistributedValues):
-                raise RuntimeError(_left(f"The variable {variable.path}"))
+                raise RuntimeError(_called_outside(f"The variable {variable.path}"))
 
     def report_layouts(self, variables: Sequence[keras.Variable]) -> None:
         kinds = "GPU", "CPU"
@@ -317,17 +317,17 @@ def _check_distributed(variable: Stateful, name: str) -> None:
             f"train under {name}. Use keras.Variable, and keras.random with a SeedGenerator."
         )
     if not isinstance(variable.value, tf.distribute.DistributedValues):
-        raise RuntimeError(_outside(f"The variable {variable.path}", name))
+        raise RuntimeError(_made_outside(f"The variable {variable.path}", name))
 
 
-def _outside(what: str, name: str) -> str:
+def _made_outside(what: str, name: str) -> str:
     return (
         f"{what} was made outside of the scope of {name}, so only one device has it. Write `with "
         "strategy.scope():` around the model, the optimizer, the metrics and the trainer."
     )
 
 
-def _left(what: str) -> str:
+def _called_outside(what: str) -> str:
     return (
         f"{what} was made in the scope of a tf.distribute strategy, and this call is outside of "
         "it: one device would be used. Write `with strategy.scope():` around the call as well."

@@ -30,10 +30,10 @@ _followers: Counter[int] = Counter()  # of each optimizer: replicas run side by 
 
 @contextlib.contextmanager
 def followed(owner: object) -> Iterator[None]:
-    """Makes of updates by the optimizers of `owner` what those of `minimize` are.
+    """Treats updates by the optimizers of `owner` as `minimize` treats its own.
 
     A dry run notes them: Keras would build an optimizer inside the trace, and its slots would hold
-    nothing. Else they are watched and applied as this backend needs it, and not as Keras does it.
+    nothing. Otherwise they are checked and applied in the way that this backend needs.
     """
     optimizers = _outer_optimizers(owner)
     for optimizer in optimizers:
@@ -57,7 +57,7 @@ def _follow(optimizer: Any, more: int) -> None:
 
 
 def following(step: Callable[..., Any], owner: object) -> Callable[..., Any]:
-    """Returns a step in which `owner`'s optimizers are followed."""
+    """Returns a step in which updates by `owner`'s optimizers are treated so."""
 
     def followed_step(*inputs: Any, **named: Any) -> Any:
         with followed(owner):

@@ -15,7 +15,7 @@ from polus.data import DataReader
 from polus.data.isolated import isolated_copy
 from polus.history import History
 from polus.host import as_number, to_host
-from polus.log import told_by
+from polus.log import info_from_first
 from polus.state import Snapshot, layers_of, random_state_kept
 from polus.steps.variables import held_layers
 from polus.training.config import TrainConfig
@@ -50,7 +50,7 @@ def dry_run(trainer: Any, engine: Engine, arguments: dict[str, Any]) -> History:
     live = data.live_state()
     with random_state_kept():
         inputs = DataReader(data, config.transform, prefetch=0).epoch(0).example
-    with told_by(first := backend.placement().is_first):
+    with info_from_first(first := backend.placement().is_first):
         engine.executor.prepare(inputs)
     engine.executor.example = inputs
     layers = [part for layer in held_layers(trainer) for part in layers_of(layer)]
@@ -79,7 +79,7 @@ def dry_run(trainer: Any, engine: Engine, arguments: dict[str, Any]) -> History:
                 layer.trainable = value
         snapshot.restore()
         data.set_live_state(live)
-    with told_by(first):
+    with info_from_first(first):
         logger.info("%s", _described(history, inputs, called, left_out))
     return history
 

@@ -25,7 +25,7 @@ def loss_scaled(
 def scale_losses(trainer: Any) -> None:
     """Gives all of a trainer's optimizers loss scaling, those in its lists and dicts too.
 
-    One that is held twice, such as in a dict beside `trainer.optimizer`, stays one.
+    An optimizer that is held twice, in a dict beside `trainer.optimizer` for example, stays one.
     """
     trainer.optimizer = loss_scaled(trainer.optimizer, trainer.model)
     if not _in_float16(trainer.model):

@@ -11,7 +11,7 @@ import keras
 from polus.average import Average, weights_for
 from polus.backends import backend
 from polus.callbacks.base import ICallback, KerasCallbackLike
-from polus.log import BaseLogger, told_by
+from polus.log import BaseLogger, info_from_first
 from polus.training.config import TrainArguments, check_names, one_transform, refuse
 from polus.training.engine import Engine
 from polus.training.evaluation import evaluate
@@ -300,7 +300,7 @@ class TrainerMethods(BaseLogger):
             for_schedule,
             monitor,
         )
-        with engine.paused(), told_by(backend.placement().is_first):
+        with engine.paused(), info_from_first(backend.placement().is_first):
             return find(
                 engine.executor,
                 engine.arguments,

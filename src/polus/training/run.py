@@ -17,7 +17,7 @@ from polus.callbacks.time_limit import TIME_IS_UP
 from polus.data import EpochReader, StepBlock
 from polus.history import History
 from polus.host import DeviceValues
-from polus.log import BaseLogger, told_by
+from polus.log import BaseLogger, info_from_first
 from polus.metrics import IMetric
 from polus.optimizers import begin_schedules, rates_of
 from polus.signals import Signals
@@ -138,7 +138,7 @@ class Run(BaseLogger):
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """Begins the run, and ends it for each callback that began, whatever happens."""
-        with self.closing, told_by(self.placement.is_first):
+        with self.closing, info_from_first(self.placement.is_first):
             try:
                 with self.signals:
                     self.signals.shared = self.placement.count > 1
