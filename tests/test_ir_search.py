@@ -166,6 +166,7 @@ def test_search_and_mining_take_little_memory():
         (lambda: top_k(np.ones((1, 2)), np.ones(2), 1), r"Documents must have .* \(2,\)"),
         (lambda: DenseIndex([[1.0]], ["a", "b"]), "2 ids"),
         (lambda: DenseIndex([[1.0]], ["a"]).search([1.0]), r"Queries must .*vector\[None\]"),
+        (lambda: DenseIndex([[1.0]], ["a"]).run([[1.0]], ["q", "r"]), "got 1 vectors and 2 ids"),
         (lambda: DenseIndex([[1.0]], [7]), "must be strings, got 7. Use '7'"),
         (lambda: DenseIndex([[1.0], [2.0]], ["a", "a"]), "must be unique, got 'a' twice"),
         (lambda: DenseIndex([[1.0], [np.nan]], ["a", "b"]), "finite, but that of 'b' contains NaN"),

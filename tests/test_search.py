@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 
 from polus import NonFiniteError, hpo
+from polus.backends import backend
+from polus.backends.placement import Placement
 from polus.callbacks import Callback, Phase, ValidationDataCallback
 from polus.checkpoint import Checkpoint
 from polus.data import from_arrays
@@ -480,6 +482,15 @@ def test_arguments_that_make_no_search_raise(arguments, message):
 
 
 @pytest.mark.once
+def test_processes_that_train_together_do_not_search(monkeypatch):
+    """Each would take another trial, and wait for the others in its first step."""
+    placement = Placement()
+    placement.count = 2
+    monkeypatch.setattr(backend, "placement", lambda: placement)
+    with pytest.raises(NotImplementedError, match=r"in 2 processes.*without the launcher"):
+        hpo.search(lambda trial: None, 1, storage=None)
+
+
 def test_a_study_of_another_metric_or_direction_raises():
     storage = optuna.storages.InMemoryStorage()
     with pytest.raises(ValueError, match="no value named 'val_los' to monitor"):
