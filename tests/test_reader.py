@@ -11,6 +11,8 @@ import keras
 import numpy as np
 import pytest
 
+from polus.backends import backend
+from polus.backends.placement import Placement
 from polus.data import DataReader, as_adapter, from_arrays
 from polus.data import blocks as blocks_module
 from polus.data import epoch as epoch_module
@@ -134,6 +136,23 @@ def test_each_kind_of_dataset_yields_its_batches_in_order(kind, capacity):
     assert_same(batches, expected())
     assert max(counts) == 1 if capacity == 1 else 1 < max(counts) <= capacity
     assert not prefetch_threads()
+
+
+@pytest.mark.parametrize("gathers_on_host", [False, True])
+def test_batches_of_arrays_are_gathered_in_the_step_or_outside_of_it(gathers_on_host, monkeypatch):
+    placement = Placement()
+    placement.gathers_on_host = gathers_on_host
+    monkeypatch.setattr(backend, "placement", lambda: placement)
+    reader = DataReader(as_adapter(from_arrays((X, Y), 4, seed=3)))
+    with contextlib.closing(reader.epoch(1).blocks(4, lambda step: None)) as blocks:
+        found = list(blocks)
+    # The batches themselves in the payload, or the rows of all examples and which of them to take.
+    first = keras.tree.flatten(found[0].payload)[0]
+    assert tuple(first.shape) == ((4, 4, 2) if gathers_on_host else X.shape)
+    order = from_arrays((X, Y), 4, seed=3).order(1)
+    expected = [(X[order[i : i + 4]], Y[order[i : i + 4]]) for i in range(0, 22, 4)]
+    assert_same([batch for block in found for batch in rows(block)], expected)
+    assert [block.capacity for block in found] == [4, 1, 1]
 
 
 def test_a_block_holds_batches_of_one_shape():
