@@ -370,7 +370,7 @@ def test_closing_the_blocks_stops_reading_in_the_middle_of_a_block(monkeypatch, 
     def endless():
         try:
             for i in itertools.count():
-                if i == 3:
+                if i == 2:
                     reading.set()
                     stopped.wait(60)
                 taken.append(i)
@@ -388,7 +388,7 @@ def test_closing_the_blocks_stops_reading_in_the_middle_of_a_block(monkeypatch, 
     assert reading.wait(60)
     monkeypatch.setattr(threading.Thread, "join", joined)
     blocks.close()
-    assert taken == [0, 1, 2, 3]
+    assert taken == [0, 1, 2]
     assert ended == [True]  # while `data` is still there
 
 
@@ -416,12 +416,42 @@ def test_prefetching_is_bounded_and_ends_with_the_blocks():
     next(blocks)
     assert len(prefetch_threads()) == 1
     ends = time.monotonic() + 0.5
-    while len(taken) <= 5 * 5 and time.monotonic() < ends:
+    while len(taken) <= 5 * 3 + 1 and time.monotonic() < ends:
         time.sleep(0.01)  # without a bound it would read thousands meanwhile
     blocks.close()
     assert not prefetch_threads()
-    # The block that was taken, two that wait, one in the thread's hands, one being read.
-    assert len(taken) <= 5 * 5
+    # The block that was taken, two that wait, and the first batch behind them.
+    assert len(taken) <= 5 * 3 + 1
+
+
+def test_short_blocks_are_not_read_far_ahead():
+    pace = types.SimpleNamespace(steps=2, known=False)
+    batches = [np.zeros((1,), "float32")] * 200
+    reader = DataReader(as_adapter(batches)).epoch(0)
+    with contextlib.closing(reader.blocks(64, pace=pace)) as blocks:
+        counts = [next(blocks).count for _ in range(2)]
+        pace.steps, pace.known = 64, True
+        counts += [block.count for block in blocks]
+    assert counts in ([2, 2, 60, 64, 64, 8], [2, 2, 2, 58, 64, 64, 8])  # one may be made ahead
+
+
+def test_data_is_read_ahead_although_its_pace_never_settles():
+    pace = types.SimpleNamespace(steps=2, known=False)
+    taken = []
+
+    def endless():
+        for i in itertools.count():
+            taken.append(i)
+            yield np.zeros((1,), "float32")
+
+    blocks = DataReader(as_adapter(endless)).epoch(0).blocks(64, pace=pace)
+    for _ in range(5):
+        next(blocks)
+    ends = time.monotonic() + 5
+    while len(taken) < 14 and time.monotonic() < ends:  # five blocks of two, and two that wait
+        time.sleep(0.01)
+    blocks.close()
+    assert 14 <= len(taken) <= 15
 
 
 def test_a_wait_for_data_can_be_interrupted():

@@ -31,6 +31,7 @@ class StepPace(Protocol):
     """How many steps the next call is to run, which changes no result; None for all that fit."""
 
     steps: int | None
+    known: bool
 
 
 def paced(left: int, is_rest: bool, pace: StepPace | None) -> int:
