@@ -18,6 +18,7 @@ import polus.steps.pace
 from polus import core
 from polus.backends import backend
 from polus.backends.placement import Placement, ReplicaState
+from polus.callbacks.coordinator import STEPS_OF_UNKNOWN
 from polus.data import DataReader, as_adapter, from_arrays
 from polus.host import to_host
 from polus.signals import Signals
@@ -80,6 +81,19 @@ def test_a_call_runs_as_many_steps_as_callbacks_allow(
     assert recorder.blocks == 2 * counts
     assert recorder.steps == reference.steps
     np.testing.assert_allclose(recorder.losses, reference.losses, rtol=1e-5)
+
+
+@pytest.mark.parametrize("sized", [True, False])
+def test_a_call_has_room_for_the_batches_that_there_may_be(sized):
+    def room():
+        return recorder.coordinator.run.executor.tuning.steps_per_execution
+
+    batches, recorder = BATCHES * 60, Recorder(every_steps=None)
+    trainer = make_trainer()
+    trainer.train(batches if sized else lambda: iter(batches), 1, [recorder])
+    assert room() == (len(batches) if sized else STEPS_OF_UNKNOWN)
+    trainer.train(batches if sized else lambda: iter(batches), 2, [recorder])  # not compiled again
+    assert room() == (len(batches) if sized else STEPS_OF_UNKNOWN)
 
 
 def test_slow_data_changes_no_result(monkeypatch):
@@ -385,7 +399,7 @@ def test_the_pace_changes_no_bit(kind):
         trainer = make_trainer()
         executor_of(trainer).prepare(BATCHES[0])
         step = CompiledStep(executor_of(trainer).step, Placement(), ReplicaState())
-        pace = SimpleNamespace(steps=steps)
+        pace = SimpleNamespace(steps=steps, known=True)
         data = BATCHES if kind == "batches" else from_arrays((X[:size], Y[:size]), 8, shuffle=False)
         with contextlib.closing(
             DataReader(as_adapter(data)).epoch(0).blocks(4, pace=pace)

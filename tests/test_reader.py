@@ -11,6 +11,8 @@ import keras
 import numpy as np
 import pytest
 
+from polus.backends import backend
+from polus.backends.placement import Placement
 from polus.data import DataReader, as_adapter, from_arrays
 from polus.data import blocks as blocks_module
 from polus.data import epoch as epoch_module
@@ -134,6 +136,23 @@ def test_each_kind_of_dataset_yields_its_batches_in_order(kind, capacity):
     assert_same(batches, expected())
     assert max(counts) == 1 if capacity == 1 else 1 < max(counts) <= capacity
     assert not prefetch_threads()
+
+
+@pytest.mark.parametrize("gathers_on_host", [False, True])
+def test_batches_of_arrays_are_gathered_in_the_step_or_outside_of_it(gathers_on_host, monkeypatch):
+    placement = Placement()
+    placement.gathers_on_host = gathers_on_host
+    monkeypatch.setattr(backend, "placement", lambda: placement)
+    reader = DataReader(as_adapter(from_arrays((X, Y), 4, seed=3)))
+    with contextlib.closing(reader.epoch(1).blocks(4, lambda step: None)) as blocks:
+        found = list(blocks)
+    # The batches themselves in the payload, or the rows of all examples and which of them to take.
+    first = keras.tree.flatten(found[0].payload)[0]
+    assert tuple(first.shape) == ((4, 4, 2) if gathers_on_host else X.shape)
+    order = from_arrays((X, Y), 4, seed=3).order(1)
+    expected = [(X[order[i : i + 4]], Y[order[i : i + 4]]) for i in range(0, 22, 4)]
+    assert_same([batch for block in found for batch in rows(block)], expected)
+    assert [block.capacity for block in found] == [4, 1, 1]
 
 
 def test_a_block_holds_batches_of_one_shape():
@@ -351,7 +370,7 @@ def test_closing_the_blocks_stops_reading_in_the_middle_of_a_block(monkeypatch, 
     def endless():
         try:
             for i in itertools.count():
-                if i == 3:
+                if i == 2:
                     reading.set()
                     stopped.wait(60)
                 taken.append(i)
@@ -369,7 +388,7 @@ def test_closing_the_blocks_stops_reading_in_the_middle_of_a_block(monkeypatch, 
     assert reading.wait(60)
     monkeypatch.setattr(threading.Thread, "join", joined)
     blocks.close()
-    assert taken == [0, 1, 2, 3]
+    assert taken == [0, 1, 2]
     assert ended == [True]  # while `data` is still there
 
 
@@ -397,12 +416,42 @@ def test_prefetching_is_bounded_and_ends_with_the_blocks():
     next(blocks)
     assert len(prefetch_threads()) == 1
     ends = time.monotonic() + 0.5
-    while len(taken) <= 5 * 5 and time.monotonic() < ends:
+    while len(taken) <= 5 * 3 + 1 and time.monotonic() < ends:
         time.sleep(0.01)  # without a bound it would read thousands meanwhile
     blocks.close()
     assert not prefetch_threads()
-    # The block that was taken, two that wait, one in the thread's hands, one being read.
-    assert len(taken) <= 5 * 5
+    # The block that was taken, two that wait, and the first batch behind them.
+    assert len(taken) <= 5 * 3 + 1
+
+
+def test_short_blocks_are_not_read_far_ahead():
+    pace = types.SimpleNamespace(steps=2, known=False)
+    batches = [np.zeros((1,), "float32")] * 200
+    reader = DataReader(as_adapter(batches)).epoch(0)
+    with contextlib.closing(reader.blocks(64, pace=pace)) as blocks:
+        counts = [next(blocks).count for _ in range(2)]
+        pace.steps, pace.known = 64, True
+        counts += [block.count for block in blocks]
+    assert counts in ([2, 2, 60, 64, 64, 8], [2, 2, 2, 58, 64, 64, 8])  # one may be made ahead
+
+
+def test_data_is_read_ahead_although_its_pace_never_settles():
+    pace = types.SimpleNamespace(steps=2, known=False)
+    taken = []
+
+    def endless():
+        for i in itertools.count():
+            taken.append(i)
+            yield np.zeros((1,), "float32")
+
+    blocks = DataReader(as_adapter(endless)).epoch(0).blocks(64, pace=pace)
+    for _ in range(5):
+        next(blocks)
+    ends = time.monotonic() + 5
+    while len(taken) < 14 and time.monotonic() < ends:  # five blocks of two, and two that wait
+        time.sleep(0.01)
+    blocks.close()
+    assert 14 <= len(taken) <= 15
 
 
 def test_a_wait_for_data_can_be_interrupted():

@@ -110,6 +110,10 @@ class GlobalView(Placement):
 class OneDevice(Placement):
     """JAX's first device, beside which there may be others."""
 
+    def __init__(self) -> None:
+        # XLA takes some 20 ms of processor time to compile each gather for a CPU.
+        self.gathers_on_host = jax.default_backend() == "cpu"
+
     def report_layouts(self, variables: Sequence[keras.Variable]) -> None:
         report_idle(
             jax.local_device_count(),

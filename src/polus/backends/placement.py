@@ -67,6 +67,7 @@ class Placement:
         replicas: The number of parts of a batch.
         has_whole_weights: Whether each process can read all values of each variable by itself.
         splits_steps: Whether a step sees a replica's rows, not the whole batch.
+        gathers_on_host: Whether batches are gathered from arrays outside of the compiled step.
     """
 
     name = ""
@@ -75,6 +76,7 @@ class Placement:
     replicas = 1
     has_whole_weights = True
     splits_steps = False
+    gathers_on_host = False
 
     @property
     def is_first(self) -> bool:

@@ -1,7 +1,6 @@
 """Delivers the events of a run to its callbacks."""
 
 import inspect
-import sys
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -12,6 +11,10 @@ from polus.callbacks.base import ICallback, RunView, TrainerView
 from polus.callbacks.keras_callback import KerasCallback
 from polus.host import DeviceValues
 from polus.log import BaseLogger
+
+# A call has room for as many batches as it may run. Where the data may end after ten, more room
+# costs more than it saves.
+STEPS_OF_UNKNOWN = 256
 
 
 class CallbackCoordinator(BaseLogger):
@@ -84,8 +87,10 @@ class CallbackCoordinator(BaseLogger):
     @property
     def max_steps_per_execution(self) -> int:
         """The largest number of steps that may ever run without a callback in between."""
-        limits = [n for n in (self.steps_until_callback(0), self.run.steps) if n is not None]
-        return min(limits, default=sys.maxsize)
+        known = self.run.reader.num_batches
+        due = self.steps_until_callback(0)
+        steps = STEPS_OF_UNKNOWN if known is None else known
+        return steps if due is None else min(steps, due)
 
     def on_train_begin(self) -> None:
         """Begins training for each callback."""

@@ -42,7 +42,8 @@ def from_arrays(
         seed: The seed of the order, 0 to 2**64 - 1.
         drop_remainder: Whether to leave out a last batch that is smaller.
         device_bytes: Arrays up to this size are kept on the device, and batches are gathered there
-            inside the compiled loop. Larger ones are gathered in host memory.
+            inside the compiled loop. Larger ones are gathered in host memory, and all of them on
+            JAX's CPU, which compiles the step sooner so.
 
     Raises:
         ValueError: If there are no arrays or no examples, if the arrays differ in length, or if

@@ -31,6 +31,7 @@ class StepPace(Protocol):
     """How many steps the next call is to run, which changes no result; None for all that fit."""
 
     steps: int | None
+    known: bool
 
 
 def paced(left: int, is_rest: bool, pace: StepPace | None) -> int:
@@ -119,6 +120,8 @@ def repeated_block(batch: object, count: int, placement: Placement) -> StepBlock
 class DeviceExamples:
     """The examples of an `ArrayDataset` on the device, where the compiled step gathers batches.
 
+    Where the device reads host memory, NumPy gathers them as fast, and there is less to compile.
+
     Args:
         dataset: The arrays and their order.
         placement: The devices. Each has all examples.
@@ -127,9 +130,11 @@ class DeviceExamples:
     def __init__(self, dataset: ArrayDataset, placement: Placement) -> None:
         self.dataset = dataset
         self.placement = placement
-        self.arrays = map_arrays(
-            lambda a: backend.to_device(placement.place_examples(a)), dataset.arrays
-        )
+        self.arrays = dataset.arrays
+        if not placement.gathers_on_host:
+            self.arrays = map_arrays(
+                lambda a: backend.to_device(placement.place_examples(a)), dataset.arrays
+            )
 
     def blocks(
         self,
@@ -152,21 +157,31 @@ class DeviceExamples:
             left -= count
             rows = order[step * size : (step + count) * size]
             width = min(size, len(rows))
-            if count > 1 or is_rest:
-                table = np.zeros((capacity, width), np.int32)
-                table[:count] = rows.reshape(count, width)
-            else:
-                table = rows[None]
-            # Left in host memory: the compiled call moves so little faster than we could.
-            payload = (self.arrays, self.placement.place_rows(table))
-            yield StepBlock(count, width, gather_batches, payload, len(table), (width,))
+            yield self._block(rows.reshape(count, width), capacity if count > 1 or is_rest else 1)
             step += count
 
     def sample(self, count: int) -> StepBlock:
         """Returns a block of the first example only, `count` batches of it, to time a step with."""
-        width = self.dataset.batch_size
-        table = backend.to_device(self.placement.place_rows(np.zeros((count, width), np.int32)))
-        return StepBlock(count, width, gather_batches, (self.arrays, table), count, (width,))
+        return self._block(np.zeros((count, self.dataset.batch_size), np.int32), count)
+
+    def _block(self, rows: np.ndarray[Any, Any], capacity: int) -> StepBlock:
+        """Returns a block of the batches of some row numbers, (batches, batch size)."""
+        count, width = rows.shape
+        if self.placement.gathers_on_host:
+            payload = map_arrays(lambda a: _padded(a[rows], capacity), self.arrays)
+            return StepBlock(count, width, stacked, payload, capacity, (width,))
+        # Left in host memory: the compiled call moves so little faster than we could.
+        table = self.placement.place_rows(_padded(rows.astype(np.int32), capacity))
+        return StepBlock(count, width, gather_batches, (self.arrays, table), capacity, (width,))
+
+
+def _padded(rows: np.ndarray[Any, Any], capacity: int) -> np.ndarray[Any, Any]:
+    """Returns an array with zeros after its rows, up to `capacity` of them."""
+    if len(rows) == capacity:
+        return rows
+    padded = np.zeros((capacity, *rows.shape[1:]), rows.dtype)
+    padded[: len(rows)] = rows
+    return padded
 
 
 def check_not_empty(batch: object, step: int) -> None:

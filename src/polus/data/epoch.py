@@ -403,7 +403,8 @@ class EpochReader:
         blocks = Grouping(source, limit, capacity, placement, pace).blocks(start)
         if not reader.prefetch:
             return blocks
-        return prefetch(blocks, handle_signals, stopped, reader.prefetch)
+        settled = (lambda: True) if pace is None else (lambda: pace.known)
+        return prefetch(blocks, handle_signals, stopped, reader.prefetch, settled)
 
     # ------------------------------------------------------------------ resuming
 

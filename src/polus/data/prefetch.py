@@ -1,6 +1,7 @@
 """A thread that makes blocks ahead of the loop."""
 
 import contextlib
+import itertools
 import queue
 import threading
 from collections.abc import Callable, Generator
@@ -10,6 +11,7 @@ from polus.data.blocks import StepBlock
 
 THREAD_NAME = "polus-prefetch"
 PREFETCH = 2  # finished blocks that wait for the loop
+FIRST_BLOCKS = 4
 
 
 def prefetch(
@@ -17,30 +19,35 @@ def prefetch(
     handle_signals: Callable[[], None],
     stopped: threading.Event,
     depth: int = PREFETCH,
+    settled: Callable[[], bool] = lambda: True,
 ) -> Generator[StepBlock]:
     """Yields `blocks`, which a thread makes up to `depth` ahead.
 
     The thread ends with this generator. Exceptions of `blocks` are raised where the block is asked
-    for.
+    for. Before the length of blocks is settled, one is made ahead, since they are short.
 
     Args:
         blocks: The blocks, closed by the thread.
         handle_signals: Called several times a second while a block is waited for; may raise.
         stopped: Set when this generator ends, so that `blocks` stops reading.
         depth: The number of finished blocks that may wait.
+        settled: Whether blocks have the length that they keep. Slow data may never let it settle,
+            so it is asked for the first blocks only.
     """
-    made: queue.Queue[Any] = queue.Queue(maxsize=depth)
+    made: queue.Queue[Any] = queue.Queue()
+    wanted = threading.Semaphore(1)  # one ahead
     thread = threading.Thread(
-        target=_make_blocks, args=(blocks, made, stopped), name=THREAD_NAME, daemon=True
+        target=_make_blocks, args=(blocks, made, wanted, stopped), name=THREAD_NAME, daemon=True
     )
     thread.start()
+    ahead = 1
     try:
-        while True:
-            handle_signals()
-            try:
-                item = made.get(timeout=0.1)
-            except queue.Empty:
-                continue
+        for asked in itertools.count():
+            if ahead < depth and (settled() or asked == FIRST_BLOCKS):
+                wanted.release(depth - ahead)
+                ahead = depth
+            wanted.release()
+            item = _next(made, handle_signals)
             if item is None:
                 return
             if isinstance(item, BaseException):
@@ -51,23 +58,28 @@ def prefetch(
         thread.join(timeout=10)  # a dataset that hangs must not hang the end of the run
 
 
+def _next(made: "queue.Queue[Any]", handle_signals: Callable[[], None]) -> Any:
+    while True:
+        handle_signals()
+        with contextlib.suppress(queue.Empty):
+            return made.get(timeout=0.1)
+
+
 def _make_blocks(
-    blocks: Generator[StepBlock], made: "queue.Queue[Any]", stopped: threading.Event
+    blocks: Generator[StepBlock],
+    made: "queue.Queue[Any]",
+    wanted: threading.Semaphore,
+    stopped: threading.Event,
 ) -> None:
-    """Puts each block into `made`, then None, or the exception that ended `blocks`."""
-
-    def put(item: StepBlock | BaseException | None) -> None:
-        while not stopped.is_set():
-            with contextlib.suppress(queue.Full):
-                made.put(item, timeout=0.1)
-                return
-
+    """Puts each block that is wanted into `made`, at the end None, or the exception."""
     try:
         with contextlib.closing(blocks):
-            for block in blocks:
-                put(block)
-                if stopped.is_set():
+            while not stopped.is_set():
+                if not wanted.acquire(timeout=0.1):
+                    continue
+                block = next(blocks, None)
+                made.put(block)
+                if block is None:
                     return
-        put(None)
     except BaseException as exception:
-        put(exception)
+        made.put(exception)

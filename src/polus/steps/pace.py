@@ -24,6 +24,7 @@ class Pace:
 
     Attributes:
         steps: The most steps of the next call; None for no limit.
+        known: Whether it is settled.
     """
 
     def __init__(self, secs: float | None = None, fixed: bool = False) -> None:
@@ -33,7 +34,7 @@ class Pace:
             self.steps = None
         elif secs is not None:
             self.steps = _steps_of(secs)
-        self._known = fixed or secs is not None
+        self.known = fixed or secs is not None
 
     def observe(self, count: int, outputs: object, began: float) -> None:
         """Learns from a call of `count` steps that began at `began` (`time.perf_counter`).
@@ -42,14 +43,14 @@ class Pace:
         more does one of fewer steps than the pace: it was prefetched before the pace grew, or the
         data is slow, or no more steps are allowed.
         """
-        if self._known or self.steps is None or count < self.steps:
+        if self.known or self.steps is None or count < self.steps:
             return
         self._calls += 1
         if self._calls == 1:
             return
         backend.wait(outputs)
         fitting = _steps_of((time.perf_counter() - began) / count)
-        self._known = self._calls > MAX_TIMED_CALLS or fitting <= MAX_GROWTH * count
+        self.known = self._calls > MAX_TIMED_CALLS or fitting <= MAX_GROWTH * count
         self.steps = min(fitting, MAX_GROWTH * count)
 
 
