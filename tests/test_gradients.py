@@ -303,3 +303,27 @@ def test_a_weight_that_only_another_loss_reaches_has_no_gradient():
     assert [False, False] not in seen
     np.testing.assert_array_equal(host(weights[1]), start)
     np.testing.assert_allclose(host(weights[2]), start - np.float32([0.3, 0]), rtol=1e-5)
+
+
+def test_gradients_of_an_unscaled_loss_are_not_copied():
+    """A copy of each would take as much memory as the weights once more."""
+    taken, applied = [], []
+
+    class Recorder(keras.optimizers.SGD):
+        def apply(self, grads, trainable_variables=None):
+            applied.extend(grads)
+            super().apply(grads, trainable_variables)
+
+    class Squares(BaseTrainer):
+        def forward_with_grads(self, x):
+            return ops.mean(self.model(x) ** 2)
+
+    trainer = Squares(
+        keras.Sequential([keras.Input((4,)), layers.Dense(1)]),
+        Recorder(0.1),
+        lambda loss: loss,
+        post_process_grads=lambda found: taken.extend(found) or found,
+    )
+    trainer.train([X], 1)
+    assert len(taken) >= 2
+    assert all(ours is theirs for ours, theirs in zip(taken, applied, strict=True))

@@ -16,6 +16,7 @@ from polus.backends import torch_distribution, torch_dtensor
 from polus.backends.base import Held, Known, TensorFlowDataset, Unpack, as_arguments
 from polus.backends.placement import Placement
 from polus.backends.scopes import BackendVariable, DryRun
+from polus.backends.torch_adam import apply_adam
 from polus.backends.torch_compile import compiled, gradient_depth
 from polus.backends.torch_gradients import mapped
 from polus.backends.torch_gradients import value_and_grad as value_and_grad
@@ -167,7 +168,8 @@ def apply_gradients(
 ) -> None:
     """Updates `variables` once by `optimizer`, which is built."""
     with torch.no_grad():
-        optimizer.apply(gradients, variables)
+        if not apply_adam(optimizer, gradients, variables):
+            optimizer.apply(gradients, variables)
 
 
 def only_if(

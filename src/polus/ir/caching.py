@@ -18,6 +18,7 @@ from keras import ops
 
 from polus.backends import backend
 from polus.ir.scores import Representation
+from polus.steps.update import loss_scale, times
 from polus.types import Tensor
 
 Represent = Callable[[Any], Any]
@@ -85,9 +86,8 @@ class GradientCache:
             index = {id(weight): i for i, weight in enumerate(self.weights)}
             for weight, gradient in zip(loss_weights, found, strict=True):
                 gradients[index[id(weight)]] = gradient
-        unscale = 1 / scale(ops.ones(()))
-        gradients = [None if g is None else g * ops.cast(unscale, g.dtype) for g in gradients]
-        return loss, others, gradients
+        factor = loss_scale(scale)
+        return loss, others, gradients if factor is None else times(gradients, 1 / factor)
 
     def forward(
         self, represent: Sequence[Represent], texts: Sequence[Any]
