@@ -18,6 +18,7 @@ from polus.backends.placement import Placement
 from polus.backends.scopes import BackendVariable, DryRun
 from polus.backends.torch_adam import apply_adam
 from polus.backends.torch_compile import compiled, gradient_depth
+from polus.backends.torch_gradients import accumulator as accumulator
 from polus.backends.torch_gradients import mapped
 from polus.backends.torch_gradients import value_and_grad as value_and_grad
 from polus.backends.torch_gradients import value_and_input_grad as value_and_input_grad
