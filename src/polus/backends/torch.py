@@ -141,6 +141,7 @@ def trace(fn: Callable[..., object], args: Sequence[object], eager: bool = True)
             dry_run.result = fn(*keras.tree.map_structure(_tensor, args))
     finally:
         hook.remove()
+        dry_run.state_mapping.clear()  # copies of all weights
         for buffer, value in zip(dry_run.backend_variables, values, strict=True):
             buffer.assign(value)
         set_random_state(before)
