@@ -1,11 +1,14 @@
 """Gradients by inputs, and those of several losses from one forward pass."""
 
+import weakref
+
 import keras
 import numpy as np
 import pytest
 from keras import layers, ops
 
 from polus import core
+from polus.backends import backend
 from polus.training import BaseTrainer
 
 X = np.random.default_rng(0).normal(size=(16, 4)).astype("float32")
@@ -303,3 +306,78 @@ def test_a_weight_that_only_another_loss_reaches_has_no_gradient():
     assert [False, False] not in seen
     np.testing.assert_array_equal(host(weights[1]), start)
     np.testing.assert_allclose(host(weights[2]), start - np.float32([0.3, 0]), rtol=1e-5)
+
+
+def test_gradients_of_an_unscaled_loss_are_not_copied():
+    """A copy of each would take as much memory as the weights once more."""
+    taken, applied = [], []
+
+    class Recorder(keras.optimizers.SGD):
+        def apply(self, grads, trainable_variables=None):
+            applied.extend(grads)
+            super().apply(grads, trainable_variables)
+
+    class Squares(BaseTrainer):
+        def forward_with_grads(self, x):
+            return ops.mean(self.model(x) ** 2)
+
+    trainer = Squares(
+        keras.Sequential([keras.Input((4,)), layers.Dense(1)]),
+        Recorder(0.1),
+        lambda loss: loss,
+        post_process_grads=lambda found: taken.extend(found) or found,
+    )
+    trainer.train([X], 1)
+    assert len(taken) >= 2
+    assert all(ours is theirs for ours, theirs in zip(taken, applied, strict=True))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_an_accumulator_adds_up_gradients(compiled):
+    """Of sum(w x^2) and sum(3 w), by hand; nothing is left of the sums before."""
+    w, unused = keras.Variable(np.float32([1, 2, 3, 4])), keras.Variable(np.float32(1))
+    frozen = keras.Variable(np.float32(1), trainable=False)
+    totals = backend.accumulator([w, unused, frozen], backend.value_and_grad)
+
+    def gradients(x):
+        totals.start()
+        values = totals.add(lambda: ops.sum(w * x**2)), totals.add(lambda: ops.sum(3 * w + frozen))
+        return values, totals.gradients()[0]
+
+    run = core.function(gradients) if compiled else gradients
+    for x in (X, 2 * X):
+        (first, second), by_w = run(x)
+        np.testing.assert_allclose(host(first), np.sum(host(w) * x**2), rtol=1e-5)
+        np.testing.assert_allclose(host(second), 3 * 10 + 4, rtol=1e-5)
+        np.testing.assert_allclose(host(by_w), np.sum(x**2, 0) + 3, rtol=1e-5)
+    if not compiled:
+        gradients(X)
+        assert totals.gradients()[1:] == [None, None]
+
+
+@pytest.mark.skipif(keras.backend.backend() != "torch", reason="PyTorch's memory")
+def test_an_accumulator_takes_no_more_memory_than_pytorch_itself():
+    """No array of a weight's size but its gradient, and none is kept; a user's `.grad` stays."""
+    import torch
+
+    x = torch.ones(8, 50)
+    variable = keras.Variable(np.ones((50, 40), "float32"))
+    weight = torch.nn.Parameter(torch.ones(50, 40))
+    variable.value.grad = own = torch.zeros(50, 40)
+    totals = backend.accumulator([variable], backend.value_and_grad)
+
+    def num_arrays(add):
+        add()
+        with torch.profiler.profile(profile_memory=True) as profile:
+            add()
+        return sum(event.self_cpu_memory_usage >= 50 * 40 * 4 for event in profile.events())
+
+    ours = num_arrays(lambda: totals.add(lambda: ops.sum(ops.matmul(x, variable) ** 2)))
+    assert ours == num_arrays(lambda: torch.sum(torch.matmul(x, weight) ** 2).backward())
+    (found,) = totals.gradients()
+    np.testing.assert_allclose(host(found), host(weight.grad))
+    assert variable.value.grad is own
+    assert totals.variables == []
+    kept = weakref.ref(found)
+    del found
+    assert kept() is None

@@ -18,6 +18,7 @@ T = TypeVar("T")
 Unpack = Callable[[Any], Any]
 Known = tuple[Sequence[Any], Sequence[Any]]
 Held = list[tuple[Any, Any]]
+ValueAndGrad = Callable[..., tuple[Any, list[Any]]]
 
 
 class GraphBlocks(Protocol):
@@ -113,6 +114,12 @@ class Backend(Protocol):
         Returns:
             The result, and for each group the gradients of its loss.
         """
+        ...
+
+    def accumulator(
+        self, weights: Sequence[keras.Variable], value_and_grad: ValueAndGrad
+    ) -> "Accumulator":
+        """Returns what adds up gradients with respect to `weights`, one function at a time."""
         ...
 
     def value_and_input_grad(
@@ -313,3 +320,52 @@ class Backend(Protocol):
 def as_arguments(batch: object) -> tuple[Any, ...]:
     """Returns the step's arguments: a tuple or list is unpacked, anything else is one argument."""
     return tuple(batch) if isinstance(batch, tuple | list) else (batch,)
+
+
+class Accumulator:
+    """Adds up gradients in variables, the only thing that a compiled loop can add to.
+
+    Args:
+        weights: The variables to differentiate with respect to.
+        value_and_grad: The function of the backend.
+
+    Attributes:
+        variables: The variables that it keeps, which `start` overwrites.
+    """
+
+    def __init__(self, weights: Sequence[keras.Variable], value_and_grad: ValueAndGrad) -> None:
+        self.weights = list(weights)
+        self.value_and_grad = value_and_grad
+        self.variables = [
+            keras.Variable(keras.ops.zeros(weight.shape), dtype=weight.dtype, trainable=False)
+            for weight in self.weights
+        ]
+        self._connected = [False] * len(self.weights)
+
+    def start(self) -> None:
+        """Begins a new sum."""
+        self._connected = [False] * len(self.weights)
+        for variable in self.variables:
+            variable.assign(keras.ops.zeros(variable.shape, variable.dtype))
+
+    def add(self, fn: Callable[[], Tensor]) -> Tensor:
+        """Returns `fn()`, a scalar, and adds its gradients."""
+        value, gradients = self.value_and_grad(fn, self.weights)
+        for i, gradient in enumerate(gradients):
+            if gradient is not None:
+                self._connected[i] = True
+                gradient = keras.ops.convert_to_tensor(gradient)
+                self.variables[i].assign_add(keras.ops.cast(gradient, self.variables[i].dtype))
+        return value  # type: ignore[no-any-return]
+
+    def gradients(self) -> list[Tensor | None]:
+        """Returns the sums, which hold until `start`; None for a weight without a gradient."""
+        return [
+            keras.ops.convert_to_tensor(variable) if there else None
+            for variable, there in zip(self.variables, self._connected, strict=True)
+        ]
+
+
+def accumulator(weights: Sequence[keras.Variable], value_and_grad: ValueAndGrad) -> Accumulator:
+    """Returns what adds up gradients; see `Backend`."""
+    return Accumulator(weights, value_and_grad)

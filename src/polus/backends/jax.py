@@ -13,6 +13,7 @@ import numpy as np
 
 from polus.backends import jax_distribution
 from polus.backends.base import Held, Known, TensorFlowDataset, Unpack
+from polus.backends.base import accumulator as accumulator
 from polus.backends.jax_loops import Values, row_at, run_loop
 from polus.backends.jax_programs import (
     Function,

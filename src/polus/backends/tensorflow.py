@@ -10,9 +10,11 @@ import tensorflow as tf
 
 from polus.backends import tensorflow_distribution
 from polus.backends.base import Held, Known, TensorFlowDataset, Unpack, as_arguments
+from polus.backends.base import accumulator as accumulator
 from polus.backends.placement import Placement
 from polus.backends.scopes import BackendVariable, DryRun, current_scope
-from polus.backends.tensorflow_blocks import GraphBlocks, padded
+from polus.backends.tensorflow_blocks import graph_blocks as graph_blocks
+from polus.backends.tensorflow_blocks import padded
 from polus.backends.tensorflow_loops import (
     first_batch,
     loop_of,
@@ -385,14 +387,6 @@ def wait(tree: object) -> None:
 def iterate(dataset: TensorFlowDataset) -> Iterator[Any]:
     """Yields the batches of a `tf.data.Dataset`, as tensors."""
     return iter(dataset)
-
-
-def graph_blocks(iterator: object) -> "GraphBlocks | None":
-    """Returns a reader for the iterator of a dataset of plain tensors, else None."""
-    if not isinstance(iterator, tf.data.Iterator):
-        return None
-    plain = all(isinstance(spec, tf.TensorSpec) for spec in tf.nest.flatten(iterator.element_spec))
-    return GraphBlocks(iterator) if plain else None
 
 
 def candidates() -> tuple[bool, ...]:

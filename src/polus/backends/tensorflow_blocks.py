@@ -98,3 +98,11 @@ def _same_shapes(values: list[Any], references: list[Any]) -> Any:
     for value, reference in zip(values, references, strict=True):
         same &= tf.reduce_all(tf.shape(value) == tf.shape(reference))
     return same
+
+
+def graph_blocks(iterator: object) -> GraphBlocks | None:
+    """Returns a reader for the iterator of a dataset of plain tensors, else None."""
+    if not isinstance(iterator, tf.data.Iterator):
+        return None
+    plain = all(isinstance(spec, tf.TensorSpec) for spec in tf.nest.flatten(iterator.element_spec))
+    return GraphBlocks(iterator) if plain else None

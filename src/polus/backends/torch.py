@@ -16,7 +16,9 @@ from polus.backends import torch_distribution, torch_dtensor
 from polus.backends.base import Held, Known, TensorFlowDataset, Unpack, as_arguments
 from polus.backends.placement import Placement
 from polus.backends.scopes import BackendVariable, DryRun
+from polus.backends.torch_adam import apply_adam
 from polus.backends.torch_compile import compiled, gradient_depth
+from polus.backends.torch_gradients import accumulator as accumulator
 from polus.backends.torch_gradients import mapped
 from polus.backends.torch_gradients import value_and_grad as value_and_grad
 from polus.backends.torch_gradients import value_and_input_grad as value_and_input_grad
@@ -139,6 +141,7 @@ def trace(fn: Callable[..., object], args: Sequence[object], eager: bool = True)
             dry_run.result = fn(*keras.tree.map_structure(_tensor, args))
     finally:
         hook.remove()
+        dry_run.state_mapping.clear()  # copies of all weights
         for buffer, value in zip(dry_run.backend_variables, values, strict=True):
             buffer.assign(value)
         set_random_state(before)
@@ -167,7 +170,8 @@ def apply_gradients(
 ) -> None:
     """Updates `variables` once by `optimizer`, which is built."""
     with torch.no_grad():
-        optimizer.apply(gradients, variables)
+        if not apply_adam(optimizer, gradients, variables):
+            optimizer.apply(gradients, variables)
 
 
 def only_if(

@@ -196,6 +196,11 @@ def active() -> Placement:
     return OneProcess()
 
 
+def is_distributed() -> bool:
+    """Returns True if several processes train one model."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 def gradients_of(
     tensors: Sequence[Any], backward: Callable[[], list[Tensor | None]]
 ) -> list[Tensor | None]:
@@ -205,12 +210,11 @@ def gradients_of(
         tensors: The tensors that it differentiates by.
         backward: Returns their gradients first.
     """
-    there = dist.is_available() and dist.is_initialized()
-    if not there or current_scope() is not None or (count := dist.get_world_size()) == 1:
+    if not is_distributed() or current_scope() is not None:
         return backward()
     if isinstance(keras.distribution.distribution(), keras.distribution.ModelParallel):
         return backward()  # of the whole batch already
-    with _Averaging(tensors, count) as averaging:
+    with _Averaging(tensors, dist.get_world_size()) as averaging:
         gradients = backward()
     return averaging.means() + gradients[len(tensors) :]
 

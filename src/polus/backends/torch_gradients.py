@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import keras
 import torch
 
-from polus.backends import torch_distribution
+from polus.backends import base, torch_distribution
 from polus.backends.torch_compile import gradient_depth
 from polus.types import Tensor
 
@@ -144,3 +144,63 @@ def value_and_input_grad(
 
 def _detached(leaf: Any) -> Any:
     return leaf.detach() if isinstance(leaf, torch.Tensor) else leaf
+
+
+class _Accumulator(base.Accumulator):
+    """Adds each gradient to its sum as soon as it is there, as PyTorch's `backward()` does.
+
+    So no variables are kept, and no more than the sums and one gradient are in memory.
+    """
+
+    def __init__(
+        self, weights: Sequence[keras.Variable], value_and_grad: base.ValueAndGrad
+    ) -> None:
+        self.weights = list(weights)
+        self.value_and_grad = value_and_grad
+        self.variables = []
+        self.start()
+
+    def start(self) -> None:
+        self._sums: list[Any] = [None] * len(self.weights)
+
+    def add(self, fn: Callable[[], Tensor]) -> Tensor:
+        tensors: list[Any] = [weight.value for weight in self.weights]
+        inside = gradient_depth.value or torch.compiler.is_compiling()
+        leaves = all(tensor.is_leaf for tensor in tensors)
+        if inside or not leaves or torch_distribution.is_distributed():
+            value, found = self.value_and_grad(fn, self.weights)
+            pairs = zip(self._sums, found, strict=True)
+            self._sums = [b if a is None else a if b is None else a + b for a, b in pairs]
+        else:
+            value = self._backward(fn, tensors)
+        return value  # type: ignore[no-any-return]
+
+    def _backward(self, fn: Callable[[], Tensor], tensors: Sequence[Any]) -> Any:
+        others = [tensor.grad for tensor in tensors]  # a user's own
+        gradient_depth.value = 1
+        try:
+            for tensor, total in zip(tensors, self._sums, strict=True):
+                tensor.grad = total
+            with torch.enable_grad():
+                value: Any = fn()
+            wanted = [tensor for tensor in tensors if tensor.requires_grad]
+            if value.requires_grad and wanted:
+                value.backward(inputs=wanted)
+            self._sums = [tensor.grad for tensor in tensors]
+        finally:
+            gradient_depth.value = 0
+            for tensor, other in zip(tensors, others, strict=True):
+                tensor.grad = other
+        return value.detach()
+
+    def gradients(self) -> list[Tensor | None]:
+        sums = self._sums
+        self.start()  # the optimizer has them; they take as much memory as the weights
+        return sums
+
+
+def accumulator(
+    weights: Sequence[keras.Variable], value_and_grad: base.ValueAndGrad
+) -> base.Accumulator:
+    """Returns what adds up gradients; see `Backend`."""
+    return _Accumulator(weights, value_and_grad)

@@ -18,6 +18,7 @@ from keras import ops
 
 from polus.backends import backend
 from polus.ir.scores import Representation
+from polus.steps.update import loss_scale, times
 from polus.types import Tensor
 
 Represent = Callable[[Any], Any]
@@ -43,11 +44,7 @@ class GradientCache:
         self.size = size
         self.weights = list(weights)
         self.state = list(state)
-        # Variables, since the loop over micro-batches can accumulate into nothing else.
-        self.totals = [
-            keras.Variable(ops.zeros(weight.shape), dtype=weight.dtype, trainable=False)
-            for weight in self.weights
-        ]
+        self.totals = backend.accumulator(self.weights, backend.value_and_grad)
 
     def value_and_grad(
         self,
@@ -85,9 +82,8 @@ class GradientCache:
             index = {id(weight): i for i, weight in enumerate(self.weights)}
             for weight, gradient in zip(loss_weights, found, strict=True):
                 gradients[index[id(weight)]] = gradient
-        unscale = 1 / scale(ops.ones(()))
-        gradients = [None if g is None else g * ops.cast(unscale, g.dtype) for g in gradients]
-        return loss, others, gradients
+        factor = loss_scale(scale)
+        return loss, others, gradients if factor is None else times(gradients, 1 / factor)
 
     def forward(
         self, represent: Sequence[Represent], texts: Sequence[Any]
@@ -115,30 +111,18 @@ class GradientCache:
         for variable, value in zip(self.state, values, strict=True):
             variable.assign(value)
         backend.set_random_state(generators)
-        for total in self.totals:
-            total.assign(ops.zeros(total.shape, total.dtype))
-        connected = [False] * len(self.weights)
+        self.totals.start()
 
         def accumulate(fn: Represent, micro_batch: tuple[Any, Any]) -> Any:
             text, gradient = micro_batch
-
-            def product() -> Any:
-                return ops.sum(ops.cast(vectors_of(fn(text)) * gradient, "float32"))
-
-            value, gradients = backend.value_and_grad(product, self.weights)
-            for i, each in enumerate(gradients):
-                if each is not None:
-                    connected[i] = True
-                    each = ops.cast(ops.convert_to_tensor(each), self.totals[i].dtype)
-                    self.totals[i].assign_add(each)
+            value = self.totals.add(
+                lambda: ops.sum(ops.cast(vectors_of(fn(text)) * gradient, "float32"))
+            )
             return ops.reshape(value, (1,))  # the loop needs a row per micro-batch
 
         for fn, text, gradient in zip(represent, texts, vector_gradients, strict=True):
             self._map_micro_batches(functools.partial(accumulate, fn), (text, gradient))
-        return [
-            ops.convert_to_tensor(total) if there else None
-            for total, there in zip(self.totals, connected, strict=True)
-        ]
+        return self.totals.gradients()
 
     def _map_micro_batches(self, fn: Callable[[Any], Any], inputs: Any) -> Any:
         """Applies `fn` to each micro-batch in a loop that holds one at a time; concatenates."""

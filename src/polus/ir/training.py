@@ -208,7 +208,7 @@ class EfficientDenseRetrievalTrainer(BaseTrainer):
         if (dry_run := active_dry_run()) is not None:
             result = super().train_step(*first_rows(inputs, self.micro_batch_size))
             if self._retrieval.cache is not None:
-                dry_run.record_scratch(self._retrieval.cache.totals)
+                dry_run.record_scratch(self._retrieval.cache.totals.variables)
             return result
         loss, gradients = self._cached_gradients(inputs)
         weights = self.trainable_weights

@@ -56,12 +56,13 @@ def _processed(update: Update, post_process_grads: PostProcess | None, scaled: b
     """Returns the gradients that the optimizer of an update gets."""
     optimizer, taken, variables = update
     gradients = taken = list(taken)
+    scale = loss_scale(optimizer.scale_loss)
     if post_process_grads is not None:
-        if scaled:
-            gradients = _times(gradients, 1 / optimizer.scale_loss(ops.ones(())))
+        if scaled and scale is not None:
+            gradients = times(gradients, 1 / scale)
         gradients = _post_processed(gradients, post_process_grads)
-    if post_process_grads is not None or not scaled:
-        gradients = _times(gradients, optimizer.scale_loss(ops.ones(())))
+    if scale is not None and (post_process_grads is not None or not scaled):
+        gradients = times(gradients, scale)
     if not optimizer.built:
         optimizer.build(variables)
     if (norms := GradientNorms.active()) is not None:
@@ -102,5 +103,16 @@ def _post_processed(gradients: Gradients, post_process_grads: PostProcess) -> Gr
     return processed
 
 
-def _times(gradients: Gradients, scale: Any) -> Gradients:
+def loss_scale(scale_loss: Callable[[Any], Any]) -> Any:
+    """Returns the factor by which a loss is scaled; None if it isn't.
+
+    A product by one would be a copy of each gradient, as large as the weights.
+    """
+    one = ops.ones(())
+    scale = scale_loss(one)
+    return None if scale is one else scale
+
+
+def times(gradients: Gradients, scale: Any) -> Gradients:
+    """Returns the products of gradients, of which some may be None, and a scalar."""
     return [None if g is None else g * ops.cast(scale, g.dtype) for g in gradients]
