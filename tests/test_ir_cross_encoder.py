@@ -130,6 +130,62 @@ def test_binary_cross_entropy_is_its_formula():
     assert float(found) == pytest.approx(expected, rel=1e-5)
 
 
+RUN = {"1": {"a": 2.0, "b": 1.0}}
+TEXTS = {"a": "x", "b": "y"}
+ROWS = np.array([[0, 1]])
+WRONG = [
+    (lambda: rerank(RUN, {}, TEXTS, ones), "query '1' and document 'a' at least one is missing"),
+    (lambda: rerank(RUN, {"1": "q"}, {"a": "x"}, ones), "document 'b' at least one is missing"),
+    (lambda: rerank(RUN, {"1": "q"}, TEXTS, ones, depth=-1), "depth must be a positive integer"),
+    (lambda: rerank(RUN, {"1": "q"}, TEXTS, lambda a, b: [1.0]), r"each of 2 pairs.* \(1,\)"),
+    (lambda: rerank(RUN, {"1": "q"}, TEXTS, lambda a, b: [[1.0]] * 2), r"shape \(2, 1\)"),
+    (lambda: rerank(RUN, {"1": "q"}, TEXTS, lambda a, b: [1.0, np.nan]), "nan for .*'q'.*'y'"),
+    (lambda: rerank({"1": {"a": np.nan}}, {"1": "q"}, TEXTS, ones), "nan for document 'a'"),
+    (lambda: score_candidates(ROWS, ROWS[0], ["q"], ["x", "y"], ones), r"shapes \(2,\) and"),
+    (lambda: score_candidates(ROWS, ROWS, ["q"], ["x"], ones), "documents .* row 1, got 1 texts"),
+    (lambda: drop_false_negatives(ROWS, np.ones((1, 2))), r"shapes \(1, 2\) and \(1, 2\)"),
+    (lambda: drop_false_negatives(ROWS, np.full((1, 3), np.nan)), "must be numbers, got NaN"),
+    (lambda: candidate_tokens(None, ["q", "r"], [["a"], ["b", "c"]]), r"\[1, 2\] candidates"),
+    (lambda: candidate_tokens(None, ["q", "r"], [["a"]]), "2 queries and 1 lists"),
+]
+
+
+def ones(queries, documents):
+    return np.ones(len(queries))
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(("wrong", "message"), WRONG)
+def test_rows_scores_and_candidates_that_do_not_match_raise(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        wrong()
+
+
+@pytest.mark.once
+def test_texts_in_place_of_collections_raise():
+    with pytest.raises(TypeError, match="documents must be a dict of texts"):
+        rerank(RUN, {"1": "q"}, ["x", "y"], ones)
+    with pytest.raises(TypeError, match=r"Use list\(documents.values\(\)\)"):
+        score_candidates(ROWS, ROWS, ["q"], TEXTS, ones)
+    with pytest.raises(TypeError, match="candidates must be a collection of strings, got 'abc'"):
+        candidate_tokens(None, ["q"], ["abc"])
+
+
+@pytest.mark.parametrize(
+    ("units", "axes", "message"),
+    [
+        (2, 3, r"\(N, 1\), a score for each pair, got the shape \(2, 2\)"),
+        (1, 2, "candidate_tokens"),
+    ],
+)
+def test_a_step_on_other_shapes_raises(units, axes, message):
+    model = keras.Sequential([keras.layers.Dense(units)])
+    trainer = CrossEncoderTrainer(model, keras.optimizers.SGD(), losses.BinaryCrossEntropy())
+    tokens = np.ones((1, 2, 4)[-axes:], "float32")
+    with pytest.raises(ValueError, match=message):
+        trainer.train([(tokens,)], epochs=1)
+
+
 def test_wrong_input_raises(tokenizer):
     with pytest.raises(ValueError, match="as many queries as documents, got 1 and 2"):
         PairScorer(keras.layers.Identity(), tokenizer)(["a"], ["b", "c"])

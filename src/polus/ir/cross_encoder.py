@@ -18,11 +18,11 @@ from polus.ir.batch import flatten_negatives, unflatten_negatives
 from polus.ir.bert import BertEncoder
 from polus.ir.data import Features, Rows
 from polus.ir.encoding import encode
-from polus.ir.evaluation import Run
+from polus.ir.evaluation import Run, ranked
 from polus.ir.losses import MASKED
 from polus.ir.models import TextTokenizer
 from polus.ir.tensors import CheckpointTensors
-from polus.ir.texts import as_texts
+from polus.ir.texts import as_texts, check_texts_by_id
 from polus.training import BaseTrainer
 
 # The two layers behind the first token, of BERT and of RoBERTa.
@@ -120,20 +120,54 @@ def rerank(
         documents: `{id: text}`.
         score: A `PairScorer`, or any function of N queries and N documents to N scores.
         depth: How many documents of each query are scored; the others are left out.
+
+    Raises:
+        ValueError: If a query or document of the run has no text, depth isn't positive, or `score`
+            doesn't return one number for each pair.
     """
-    kept = {
-        query: sorted(found, key=lambda document: -found[document])[:depth]
-        for query, found in run.items()
-    }
-    pairs = [(query, document) for query, found in kept.items() for document in found]
-    scores = score([queries[query] for query, _ in pairs], [documents[each] for _, each in pairs])
+    check_texts_by_id(queries, "queries")
+    check_texts_by_id(documents, "documents")
+    if depth < 1:
+        raise ValueError(f"depth must be a positive integer, got {depth!r}.")
+    pairs = [
+        (query, document) for query, found in run.items() for document in ranked(found)[:depth]
+    ]
+    for query, document in pairs:
+        if query not in queries or document not in documents:
+            raise ValueError(
+                f"queries and documents must have the texts of the run's ids, but of query "
+                f"{query!r} and document {document!r} at least one is missing. Ids are compared "
+                "with their types."
+            )
+    texts = [queries[query] for query, _ in pairs], [documents[each] for _, each in pairs]
     reranked: dict[str, dict[str, float]] = {query: {} for query in run}
-    for (query, document), value in zip(pairs, scores, strict=True):
+    for (query, document), value in zip(pairs, _scored(score, *texts), strict=True):
         reranked[query][document] = float(value)
     return {
-        query: dict(sorted(found.items(), key=lambda item: -item[1]))
+        query: {document: found[document] for document in ranked(found)}
         for query, found in reranked.items()
     }
+
+
+def _scored(
+    score: Callable[[Sequence[str], Sequence[str]], Iterable[float]],
+    queries: Sequence[str],
+    documents: Sequence[str],
+) -> NDArray[Any]:
+    """Returns the scores `(N,)` of N pairs, and raises unless they are that many numbers."""
+    scores = np.array(list(score(queries, documents)))
+    if scores.shape != (len(queries),):
+        raise ValueError(
+            f"score must return a number for each of {len(queries)} pairs, got the shape "
+            f"{scores.shape}. Use PairScorer(model, tokenizer)."
+        )
+    if np.isnan(scores).any():
+        row = int(np.isnan(scores).argmax())
+        raise ValueError(
+            f"score must return numbers, got {scores[row]} for the query {queries[row]!r:.80} and "
+            f"the document {documents[row]!r:.80}."
+        )
+    return scores
 
 
 def score_candidates(
@@ -153,19 +187,41 @@ def score_candidates(
         queries: The texts of the queries, by row.
         documents: The texts of the documents, by row.
         score: A `PairScorer`, or any such function.
+
+    Raises:
+        ValueError: If a shape is wrong, a row has no text, or `score` doesn't return one number for
+            each pair.
     """
+    queries, documents = as_texts(queries, "queries"), as_texts(documents, "documents")
+    _check_candidates(pairs, negatives, 2, 0)
     rows = np.concatenate([pairs[:, 1:], negatives], axis=1)
+    for name, texts, last in (
+        ("queries", queries, pairs[:, 0].max(initial=-1)),
+        ("documents", documents, rows.max(initial=-1)),
+    ):
+        if last >= len(texts):
+            raise ValueError(f"{name} must have a text for row {last}, got {len(texts)} texts.")
     place, column = np.nonzero(rows >= 0)
     scores = np.full(rows.shape, MASKED, np.float32)
-    scores[place, column] = np.fromiter(
-        score(
-            [queries[row] for row in pairs[place, 0]],
-            [documents[row] for row in rows[place, column]],
-        ),
-        np.float32,
-        len(place),
+    scores[place, column] = _scored(
+        score,
+        [queries[row] for row in pairs[place, 0]],
+        [documents[row] for row in rows[place, column]],
     )
     return scores
+
+
+def _check_candidates(
+    beside: NDArray[Any], negatives: Rows, columns: int, per_negative: int
+) -> None:
+    """Raises unless negatives are `(P, k)`, and `beside` is `(P, columns + per_negative * k)`."""
+    shape, wanted = np.shape(beside), np.shape(negatives)
+    if len(wanted) != 2 or shape != (wanted[0], columns + per_negative * wanted[1]):
+        names = "scores (P, 1 + k)" if per_negative else "pairs (P, 2)"
+        raise ValueError(
+            f"negatives must be (P, k) rows and {names}, got the shapes {wanted} and {shape}. "
+            "PairBatches has pairs and, after mining, negatives."
+        )
 
 
 def drop_false_negatives(negatives: Rows, scores: NDArray[np.float32], margin: float = 0.0) -> Rows:
@@ -175,7 +231,13 @@ def drop_false_negatives(negatives: Rows, scores: NDArray[np.float32], margin: f
         negatives: `(P, k)` rows.
         scores: `(P, 1 + k)`, as `score_candidates` returns them.
         margin: In units of the scores.
+
+    Raises:
+        ValueError: If the shapes don't match, or a score is NaN.
     """
+    _check_candidates(scores, negatives, 1, 1)
+    if np.isnan(scores).any():
+        raise ValueError("scores must be numbers, got NaN.")
     return np.where(scores[:, 1:] > scores[:, :1] - margin, -1, negatives)
 
 
@@ -210,9 +272,20 @@ class CrossEncoderTrainer(BaseTrainer):
         return ops.zeros_like(scores[:, 0], dtype="int32"), scores
 
     def _scores(self, tokens: Any, training: bool) -> tuple[Any, Any]:
+        for each in keras.tree.flatten(tokens):
+            if len(each.shape) != 3:
+                raise ValueError(
+                    f"tokens must be (B, 1 + n, L), those of the candidates of B queries, got the "
+                    f"shape {tuple(each.shape)}. candidate_tokens makes them."
+                )
         flat, shape = flatten_negatives(tokens)
-        scores = ops.cast(self.model(flat, training=training)[:, 0], "float32")
-        scores = unflatten_negatives(scores, shape)
+        scores = self.model(flat, training=training)
+        if len(scores.shape) != 2 or scores.shape[1] != 1:
+            raise ValueError(
+                f"A cross-encoder must return (N, 1), a score for each pair, got the shape "
+                f"{tuple(scores.shape)}. Use dense=[{{'units': 1}}] at its end."
+            )
+        scores = unflatten_negatives(ops.cast(scores[:, 0], "float32"), shape)
         return scores[:, 0], scores[:, 1:]
 
 
@@ -225,9 +298,20 @@ def candidate_tokens(
         tokenizer: The model's tokenizer.
         queries: B texts.
         candidates: For each of them 1 + n texts, the relevant one first.
+
+    Raises:
+        ValueError: If there are not as many candidates for each query.
     """
-    (count,) = {len(each) for each in candidates}
+    texts = [as_texts(each, "candidates") for each in candidates]
+    counts = {len(each) for each in texts}
+    queries = as_texts(queries, "queries")
+    if len(texts) != len(queries) or len(counts) != 1:
+        raise ValueError(
+            f"Each query must have as many candidates as the others, got {len(queries)} queries "
+            f"and {len(texts)} lists of {sorted(counts)} candidates."
+        )
+    (count,) = counts
     repeated = [query for query in queries for _ in range(count)]
-    flat = [document for each in candidates for document in each]
+    flat = [document for each in texts for document in each]
     tokens = tokenizer.pairs(repeated, flat)
     return {name: value.reshape(-1, count, value.shape[1]) for name, value in tokens.items()}

@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from polus.ir.evaluation import Qrels, Run, evaluate, reciprocal_rank_fusion
+from polus.ir.evaluation import Qrels, Run, evaluate, ranked, reciprocal_rank_fusion
 from polus.ir.index import VectorIndex
 from polus.ir.texts import check_texts_by_id
 
@@ -172,9 +172,10 @@ def _scaled(scores: Mapping[str, float]) -> dict[str, float]:
 
 
 def _cut(run: Run, queries: Iterable[str], k: int) -> dict[str, dict[str, float]]:
+    found = {query: run.get(query, {}) for query in queries}
     return {
-        query: dict(sorted(run.get(query, {}).items(), key=lambda item: -item[1])[:k])
-        for query in queries
+        query: {each: scores[each] for each in ranked(scores)[:k]}
+        for query, scores in found.items()
     }
 
 
