@@ -97,6 +97,24 @@ def test_bad_settings_raise():
             Hybrid(*engines, weight=weight)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda: BM25({1: "a text"}), "ids of documents must be strings, got 1. Use '1'"),
+        (lambda: BM25({"a": "", "b": "the"}), "At least one of the 2 documents must have a word"),
+        (lambda: BM25(DOCUMENTS).run({"q": "file"}, 0), "k must be a positive integer, got 0"),
+        (
+            lambda: Hybrid(BM25(DOCUMENTS)).search("file", -1),
+            "k must be a positive integer, got -1",
+        ),
+        (lambda: Hybrid(BM25(DOCUMENTS), depth=0), "depth must be a positive integer, got 0"),
+    ],
+)
+def test_ids_words_and_numbers_of_results_are_checked(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        wrong()
+
+
 def test_words_of_the_query_are_highlighted_and_all_is_escaped():
     marked = highlight("A File, files & <b>", "file b")
     assert marked == "A <mark>File</mark>, files &amp; &lt;b&gt;"
