@@ -200,3 +200,28 @@ def test_the_command_line_serves_until_it_is_interrupted(folder, capsys, monkeyp
     monkeypatch.setattr("http.server.ThreadingHTTPServer.serve_forever", interrupted)
     main(["serve", str(folder), "--port", "0"])
     assert "3 documents: http://127.0.0.1:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["nowhere"], "nowhere must have corpus.jsonl or corpus.jsonl.gz"),
+        ([".", "--encoder", "nowhere"], "nowhere/config.json must say what kind of model"),
+        ([".", "--port", "99999999"], "port must be 0-65535"),
+    ],
+)
+def test_a_wrong_command_line_ends_with_one_line(folder, capsys, monkeypatch, given, message):
+    monkeypatch.chdir(folder)
+    with pytest.raises(SystemExit, match="2"):
+        main(["serve", *given])
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("python -m polus.ir serve: error:")
+    assert message in line
+
+
+def test_a_port_in_use_is_named(folder):
+    search, documents = load_search(folder)
+    with make_server(search, documents, port=0) as server:
+        port = server.server_port
+        with pytest.raises(OSError, match=rf"at 127.0.0.1:{port}: .* Use another --port"):
+            make_server(search, documents, port=port)

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import keras
 import numpy as np
@@ -16,8 +16,10 @@ from polus.ir.families import checkpoint_config, checkpoint_weights
 from polus.ir.models import IdentityProjection, TextTokenizer
 from polus.ir.pooled import PooledEncoder
 from polus.ir.pretrained import BERT_ARGUMENTS, activation_name, pooling_settings
+from polus.ir.texts import check_texts_by_id
 from polus.ir.transformer import TransformerEncoder
 
+Similarity = Literal["cosine", "dot", "euclidean", "manhattan"]
 Module = tuple[str, dict[str, object], dict[str, Any]]
 """A module's kind, its config.json, and its weights."""
 
@@ -30,6 +32,7 @@ def save_sentence_transformers(
     *,
     normalize: bool = False,
     prompts: Mapping[str, str] | None = None,
+    similarity: Similarity = "cosine",
 ) -> None:
     """Writes a folder that `SentenceTransformer(folder)` loads, with equal vectors.
 
@@ -43,19 +46,19 @@ def save_sentence_transformers(
         normalize: Whether vectors are scaled to unit length at the end, as for a model that was
             trained on cosines.
         prompts: The prompts by name, such as `{"query": "query: ", "document": ""}`.
+        similarity: What sentence-transformers compares vectors with: "dot" for a model that was
+            trained on inner products.
 
     Raises:
         FileExistsError: If the folder exists.
+        TypeError: If the encoder or the projection is of another class, or a prompt isn't a string.
         ValueError: If the encoder isn't built or has no pooling, or if sentence-transformers can't
             load its architecture or a layer's activation.
     """
     if Path(folder).exists():
         raise FileExistsError(f"{folder} exists. Use another folder, or delete this one.")
-    if not encoder.built or encoder.pooling is None:
-        raise ValueError(
-            "An encoder must be built and have pooling to be saved for sentence-transformers, got "
-            f"built={encoder.built} and pooling={encoder.pooling!r}. Call it on tokens first."
-        )
+    _check(encoder, projection, similarity)
+    check_texts_by_id({} if prompts is None else prompts, "prompts")
     above = _modules(encoder, projection, normalize)
     with atomic_write(folder) as temporary:
         temporary.mkdir()
@@ -76,9 +79,35 @@ def save_sentence_transformers(
             {
                 "prompts": dict(given or {}),
                 "default_prompt_name": "default" if given and prompts is None else None,
-                "similarity_fn_name": "cosine",
+                "similarity_fn_name": similarity,
             },
         )
+
+
+def _check(encoder: object, projection: object, similarity: str) -> None:
+    if similarity not in get_args(Similarity):
+        raise ValueError(
+            f"similarity must be one of {', '.join(map(repr, get_args(Similarity)))}, as "
+            f"sentence-transformers calls them, got {similarity!r}."
+        )
+    if not isinstance(encoder, BertEncoder | TransformerEncoder):
+        raise TypeError(
+            "encoder must be a BertEncoder or a TransformerEncoder, got a "
+            f"{type(encoder).__name__}. For a DualEncoder write save_sentence_transformers(folder, "
+            "model.query_encoder, tokenizer, model.query_projection), and a folder for documents."
+        )
+    if not encoder.built or encoder.pooling is None:
+        raise ValueError(
+            "An encoder must be built and have pooling to be saved for sentence-transformers, got "
+            f"built={encoder.built} and pooling={encoder.pooling!r}. Call it on tokens first."
+        )
+    if projection is not None and not isinstance(projection, IdentityProjection):
+        raise TypeError(
+            f"projection must be an IdentityProjection, such as a DualEncoder's query_projection, "
+            f"got a {type(projection).__name__}. Give other layers to the encoder as dense=[...]."
+        )
+    if projection is not None and not projection.built:
+        raise ValueError("projection must be built to be saved. Call it on vectors first.")
 
 
 def _modules(
@@ -103,9 +132,10 @@ def _modules(
 
 
 def _dense(kernel: Any, bias: Any, activation: Any) -> Module:
-    weights = {"linear.weight": np.ascontiguousarray(to_host(kernel).T)}
+    # A layer may compute in half precision.
+    weights = {"linear.weight": np.ascontiguousarray(to_host(kernel).T.astype(np.float32))}
     if bias is not None:
-        weights["linear.bias"] = to_host(bias)
+        weights["linear.bias"] = to_host(bias).astype(np.float32)
     size_out, size_in = weights["linear.weight"].shape
     config = {
         "in_features": size_in,

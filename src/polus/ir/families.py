@@ -10,7 +10,7 @@ import numpy as np
 
 from polus.host import to_host
 from polus.ir.pretrained import dense_folders, model_config, output_settings, transformer_folder
-from polus.ir.tensors import CheckpointTensors, TensorKind
+from polus.ir.tensors import CheckpointTensors, TensorKind, reshaped
 from polus.ir.transformer import Architecture, TransformerEncoder
 
 Config = dict[str, Any]
@@ -114,7 +114,7 @@ def _assign(slots: Iterator[Slot], tensors: CheckpointTensors) -> None:
         parts = [np.split(value, len(layers), axis=-1) for value in tensors.of(kind, name)]
         for number, layer in enumerate(layers):
             for variable, values in zip(layer.weights, parts, strict=True):
-                variable.assign(values[number].reshape(variable.shape))
+                variable.assign(reshaped(values[number], variable.shape, name))
 
 
 def _sizes(config: Config) -> Config:

@@ -22,7 +22,9 @@ from polus.ir.pretrained import (
     transformer_folder,
 )
 from polus.ir.scores import Representation
-from polus.ir.texts import as_texts
+from polus.ir.search import check_k
+from polus.ir.tensors import damaged
+from polus.ir.texts import as_texts, check_unicode
 from polus.ir.transformer import TransformerEncoder
 
 __all__ = [
@@ -92,9 +94,11 @@ class TextTokenizer:
         prompt: A text to prepend instead; "" for none.
 
     Raises:
+        FileNotFoundError: If there is no `tokenizer.json`.
         ImportError: If `tokenizers` isn't installed.
         ValueError: If the folder has prompts but no default, and neither `prompt_name` nor `prompt`
-            is given, or if it has a setting that isn't implemented.
+            is given, if it has a setting that isn't implemented, or if `max_length` leaves no room
+            for a text.
     """
 
     def __init__(
@@ -107,7 +111,7 @@ class TextTokenizer:
         prompt: str | None = None,
     ) -> None:
         try:
-            from tokenizers import Tokenizer, normalizers
+            from tokenizers import normalizers
         except ImportError as error:
             raise ImportError(
                 "TextTokenizer needs tokenizers. Use: pip install tokenizers"
@@ -116,18 +120,32 @@ class TextTokenizer:
         folder = path if path.is_dir() else path.parent
         settings = text_settings(folder)
         file = transformer_folder(folder) / "tokenizer.json" if path.is_dir() else path
-        self.max_length = max_length or settings.max_length or 256
+        check_k(multiple, "multiple")
+        self.max_length = (settings.max_length or 256) if max_length is None else max_length
         self.multiple = multiple
         self.prompt = _choose_prompt(folder, settings, prompt_name) if prompt is None else prompt
         self._truncation_side = settings.truncation_side
         self._pad_token = settings.pad_token
-        self._tokenizer = Tokenizer.from_file(str(file))
+        self._tokenizer = _read_tokenizer(file)
         self._tokenizer.no_padding()
+        self._check_room(self.max_length)
         self._tokenizer.enable_truncation(self.max_length, direction=settings.truncation_side)
         if settings.lower_case:
             own = [self._tokenizer.normalizer] if self._tokenizer.normalizer else []
             self._tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *own])
         self.vocab_size: int = self._tokenizer.get_vocab_size()
+
+    def _check_room(self, max_length: int) -> None:
+        """Raises unless a token of a text fits beside the prompt and the special tokens."""
+        check_k(max_length, "max_length")
+        self._tokenizer.no_truncation()
+        taken = len(self._tokenizer.encode(self.prompt).ids)
+        # Truncation at the left would cut the prompt.
+        if max_length <= (taken if self._truncation_side == "right" else 1):
+            raise ValueError(
+                f"max_length must be larger than {taken}, the number of special tokens and those "
+                f"of the prompt {self.prompt!r}, got {max_length}: nothing of a text would be left."
+            )
 
     def __call__(self, texts: Sequence[str]) -> dict[str, np.ndarray[Any, Any]]:
         tokens = self._padded(self._encode(texts))
@@ -141,13 +159,8 @@ class TextTokenizer:
         It returns `token_type_ids` too, 0 for the query and 1 for the document. A pair that is too
         long is truncated, the longer text first. No prompt is prepended.
         """
-        return self._padded(
-            self._tokenizer.encode_batch(
-                list(
-                    zip(as_texts(queries, "queries"), as_texts(documents, "documents"), strict=True)
-                )
-            )
-        )
+        firsts, seconds = as_texts(queries, "queries"), as_texts(documents, "documents")
+        return self._padded(self._encodings(list(zip(firsts, seconds, strict=True))))
 
     def _padded(self, encodings: Sequence[Any]) -> dict[str, np.ndarray[Any, Any]]:
         longest = max((len(each.ids) for each in encodings), default=1)
@@ -166,10 +179,14 @@ class TextTokenizer:
         return [len(each.ids) for each in self._encode(texts)]
 
     def _encode(self, texts: Sequence[str]) -> list[Any]:
-        encodings: list[Any] = self._tokenizer.encode_batch(
-            [self.prompt + text for text in as_texts(texts)]
-        )
-        return encodings
+        return self._encodings([self.prompt + text for text in as_texts(texts)])
+
+    def _encodings(self, given: Sequence[str | tuple[str, str]]) -> list[Any]:
+        try:
+            return list(self._tokenizer.encode_batch(given))
+        except TypeError:
+            check_unicode(given)
+            raise
 
     def save(self, folder: str | Path, pad_id: int = 0) -> int:
         """Writes `tokenizer.json` and the files that transformers needs beside it.
@@ -200,6 +217,20 @@ class TextTokenizer:
     def fingerprint(self) -> str:
         """A digest that differs if the tokens of any text may differ."""
         return hashlib.sha256((self._tokenizer.to_str() + self.prompt).encode()).hexdigest()
+
+
+def _read_tokenizer(path: Path) -> Any:
+    from tokenizers import Tokenizer
+
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} must be there for a TextTokenizer. Write it with transformers: "
+            "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)."
+        )
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library has no class of its own
+        raise damaged(path, "a tokenizer.json of the library tokenizers", error) from error
 
 
 def _choose_prompt(folder: Path, settings: TextSettings, name: str | None) -> str:

@@ -42,7 +42,8 @@ class PooledEncoder(keras.Model):
         self.pooling = pooling
         self.normalize = normalize
         self.dense = [
-            layers.Dense(**{"name": f"dense_{i}", **each}) for i, each in enumerate(dense)
+            layers.Dense(**{"name": f"dense_{i}", "dtype": self.dtype_policy, **each})
+            for i, each in enumerate(dense)
         ]
 
     def output_of(self, x: Any, mask: Any) -> Any:
@@ -101,7 +102,7 @@ class PooledBackbone(PooledEncoder):
         pooling: A mode, or several whose vectors are concatenated; see `polus.ir.pooling.pool`.
         normalize: Whether to scale vectors to unit length, at the end.
         dense: The arguments of `keras.layers.Dense` for each layer after pooling.
-        kwargs: As for `keras.Model`.
+        kwargs: As for `keras.Model`. The backbone has its own `dtype`.
     """
 
     def __init__(

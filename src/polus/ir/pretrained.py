@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 from polus.ir.pooling import Pooling
+from polus.ir.tensors import damaged
 
 _ROBERTA = ("roberta", "xlm-roberta", "camembert")
 BERT_TYPES = ("bert", *_ROBERTA)
@@ -150,6 +151,12 @@ def output_settings(folder: Path) -> OutputSettings:
         ValueError: If `BertEncoder` doesn't implement a module, its place or one of its settings.
     """
     found: OutputSettings = {}
+    size = _read(folder / "config_sentence_transformers.json").get("truncate_dim")
+    if size is not None:
+        raise ValueError(
+            f"load_encoder doesn't implement truncate_dim, which config_sentence_transformers.json "
+            f"in {folder} sets to {size}. Set it to null there, and take vectors[:, :{size}]."
+        )
     kinds = [_kind(module) for module in _modules(folder)]
     if [_ORDER.get(kind) for kind in kinds] != sorted(_ORDER.get(kind, -1) for kind in kinds):
         raise ValueError(
@@ -158,7 +165,13 @@ def output_settings(folder: Path) -> OutputSettings:
             "model as the encoder; DualEncoder takes any."
         )
     for module, kind in zip(_modules(folder), kinds, strict=True):
-        config = _read(folder / module["path"] / "config.json")
+        path = folder / module["path"] / "config.json"
+        if kind in ("Pooling", "Dense") and not path.exists():
+            raise FileNotFoundError(
+                f"modules.json in {folder} has a module {kind}, but {path} isn't there. Get all of "
+                "the folder, with its subfolders."
+            )
+        config = _read(path)
         if kind == "Pooling":
             found["pooling"] = _pooling(folder, config)
         elif kind != "Transformer":
@@ -287,7 +300,7 @@ def _pooling(folder: Path, config: dict[str, Any]) -> Pooling | list[Pooling]:
 
 def _modules(folder: Path) -> list[dict[str, Any]]:
     path = folder / "modules.json"
-    return json.loads(path.read_text("utf-8")) if path.exists() else []
+    return _json(path) if path.exists() else []
 
 
 def _kind(module: dict[str, Any]) -> str:
@@ -296,4 +309,11 @@ def _kind(module: dict[str, Any]) -> str:
 
 def _read(path: Path) -> dict[str, Any]:
     """Returns what a JSON file holds; an empty dict if there is none."""
-    return json.loads(path.read_text("utf-8")) if path.exists() else {}
+    return _json(path) if path.exists() else {}
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise damaged(path, "JSON", error) from error

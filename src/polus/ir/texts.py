@@ -57,3 +57,15 @@ def check_ids(ids: Iterable[str], what: str = "ids") -> None:
         if each in seen:
             raise ValueError(f"{what} must be unique, got {each!r} twice.")
         seen.add(each)
+
+
+def check_unicode(texts: Iterable[str | tuple[str, str]]) -> None:
+    """Raises a ValueError unless all texts can be encoded as UTF-8, as tokenizers want them."""
+    for text in (each for part in texts for each in (part if isinstance(part, tuple) else [part])):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"texts must be Unicode, but {text!r:.80} has half of a surrogate pair. Use "
+                "text.encode('utf-8', 'replace').decode()."
+            ) from error
