@@ -314,6 +314,14 @@ def test_texts_keep_their_order_whatever_their_lengths(tokenizer):
         TextEncoder(encoder, tokenizer, batch_size=-1)(texts)
 
 
+def test_an_encoder_is_called_with_the_tokens_of_a_tokenizer(tokenizer):
+    encoder = BertEncoder(**TINY)
+    encoder.build_on_tokens()
+    for wrong in (np.ones((1, 2), "int32"), {"input_ids": np.ones((1, 2), "int32")}):
+        with pytest.raises(TypeError, match=r"dict of input_ids and attention_mask.*TextTokenizer"):
+            encoder(wrong)
+
+
 def test_texts_longer_than_the_encoder_takes_raise(tokenizer):
     encoder = BertEncoder(**TINY, max_positions=16)
     texts = ["x " * 14, "x"]  # as many as in other tests: JAX compiles each operation by shape

@@ -196,6 +196,15 @@ def test_texts_and_tokens_are_no_vectors(wrong, message):
         wrong(DenseIndex([[1.0]], ["a"]))
 
 
+def test_a_similarity_is_a_function_of_scores():
+    for wrong in ("cosine", scores.cosine):
+        with pytest.raises(TypeError, match=r"polus\.ir\.scores\.cosine\.similarity"):
+            top_k(np.ones((1, 2)), np.ones((1, 2)), 1, similarity=wrong)
+    late = np.ones((1, 2, 1)), np.ones((1, 2))
+    with pytest.raises(ValueError, match=r"similarity=polus\.ir\.scores\.max_sim"):
+        top_k(late, late, 1)
+
+
 def test_a_row_that_was_not_found_has_no_document():
     assert as_run(["q"], ["a", "b"], [[2.0, 0.0]], [[0, -1]]) == {"q": {"a": 2.0}}
 

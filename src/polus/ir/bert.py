@@ -113,8 +113,7 @@ class BertEncoder(PooledEncoder):
         self.add_output_layers(pooling, normalize, dense)
 
     def call(self, inputs: dict[str, Any]) -> Any:
-        ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        self.check_length(ids)
+        ids, mask = self.tokens_of(inputs)
         types = inputs["token_type_ids"] if "token_type_ids" in inputs else ops.zeros_like(ids)
         x = (
             self.words(ids)

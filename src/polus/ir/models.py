@@ -276,7 +276,14 @@ class IdentityProjection(keras.layers.Layer):
     def call(self, representation: Representation) -> Any:
         if isinstance(representation, (tuple, list)):  # late interaction
             vectors, mask = representation
-            return ops.matmul(vectors, self.kernel), mask
+            return self.call(vectors), mask
+        sizes = self.kernel.shape[0], representation.shape[-1]
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                f"{self.name} must be given vectors of size {sizes[0]}, as at first, got "
+                f"{sizes[1]}. Encoders of different sizes can't share a projection: leave out "
+                "shared_projection, and set projection_size."
+            )
         return ops.matmul(representation, self.kernel)
 
     def get_config(self) -> dict[str, Any]:
@@ -296,7 +303,7 @@ class DualEncoder(keras.Model):
         document_encoder: The encoder for documents. Defaults to `encoder`.
         projection_size: The size of the representations. Defaults to the encoder's.
         shared_projection: Whether queries and documents share one projection.
-        kwargs: As for `keras.Model`.
+        kwargs: As for `keras.Model`; a `dtype` is that of the projections.
 
     Example:
         >>> model = DualEncoder(keras.Sequential([keras.layers.Dense(8)]))
@@ -314,15 +321,22 @@ class DualEncoder(keras.Model):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        for each in (encoder, document_encoder):
+            if isinstance(each, DualEncoder):
+                raise TypeError(
+                    "DualEncoder must be given an encoder, got a DualEncoder. Use its "
+                    "query_encoder and document_encoder."
+                )
         self.query_encoder = encoder
         self.document_encoder = document_encoder or encoder
         self.projection_size = projection_size
         self.shared_projection = shared_projection
-        self.query_projection = IdentityProjection(projection_size, name="query_projection")
+        given = {"size": projection_size, "dtype": self.dtype_policy}
+        self.query_projection = IdentityProjection(name="query_projection", **given)
         self.document_projection = (
             self.query_projection
             if shared_projection
-            else IdentityProjection(projection_size, name="document_projection")
+            else IdentityProjection(name="document_projection", **given)
         )
 
     def encode_query(self, inputs: object, training: bool = False) -> Representation:
@@ -369,6 +383,7 @@ class DualEncoder(keras.Model):
         two = self.document_encoder is not self.query_encoder
         return {
             "name": self.name,
+            "dtype": serialize(self.dtype_policy),
             "encoder": serialize(self.query_encoder),
             "document_encoder": serialize(self.document_encoder) if two else None,
             "projection_size": self.projection_size,

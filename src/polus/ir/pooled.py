@@ -56,8 +56,19 @@ class PooledEncoder(keras.Model):
             x = ops.normalize(x, axis=-1)
         return (x, mask) if self.pooling is None else x
 
-    def check_length(self, ids: Any) -> None:
-        """Raises a ValueError if there are more tokens than the encoder has positions."""
+    def tokens_of(self, inputs: Any) -> tuple[Any, Any]:
+        """Returns the ids and the mask of a batch.
+
+        Raises:
+            TypeError: If the inputs aren't a dict of both.
+            ValueError: If there are more tokens than the encoder has positions.
+        """
+        if not isinstance(inputs, Mapping) or not {"input_ids", "attention_mask"} <= set(inputs):
+            raise TypeError(
+                f"{type(self).__name__} must be called with a dict of input_ids and "
+                f"attention_mask, got {inputs!r:.80}. Use TextTokenizer(folder)(texts)."
+            )
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
         length = ids.shape[1]
         if isinstance(length, int) and length > self.max_positions:
             raise ValueError(  # JAX would give NaN
@@ -65,6 +76,7 @@ class PooledEncoder(keras.Model):
                 f"positions, got {length} (padding included). Use TextTokenizer(path, "
                 f"max_length={self.max_positions}) to truncate texts."
             )
+        return ids, mask
 
     def build_on_tokens(self) -> None:
         """Creates all variables, by encoding two tokens."""
@@ -126,8 +138,7 @@ class PooledBackbone(PooledEncoder):
         self.add_output_layers(pooling, normalize, dense)
 
     def call(self, inputs: dict[str, Any], training: bool | None = None) -> Any:
-        ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        self.check_length(ids)
+        ids, mask = self.tokens_of(inputs)
         given = {"token_ids": ids, "padding_mask": mask}
         if "segment_ids" in self.backbone.input:
             given["segment_ids"] = ops.zeros_like(ids)

@@ -9,7 +9,7 @@ from keras import ops
 from numpy.typing import ArrayLike, NDArray
 
 from polus.host import to_host
-from polus.ir.scores import Representation, Similarity
+from polus.ir.scores import InBatchScores, Representation, Similarity
 from polus.ir.texts import check_ids
 
 Floats = NDArray[np.float32]
@@ -50,9 +50,12 @@ def top_k(
         Scores `(Q, k)`, the highest first, and row numbers of documents `(Q, k)`.
 
     Raises:
-        ValueError: If k or block_size is less than 1, the shapes don't match, or a score is NaN.
+        TypeError: If the similarity isn't a function.
+        ValueError: If k or block_size is less than 1, the shapes don't match, a score is NaN, or
+            late interaction has no similarity.
     """
     queries, documents = to_arrays(queries), to_arrays(documents)
+    _check_similarity(similarity, queries)
     _check(queries, documents, k, block_size)
     num_queries, num_documents = len(_vectors(queries)), len(_vectors(documents))
     k = min(k, num_documents)
@@ -158,6 +161,19 @@ def _block_sizes(queries: Any, documents: Any, k: int, block_size: int) -> tuple
         fitting = min(pairs // max(query_block, 1), MAX_NUMBERS // (document_tokens * size))
         document_block = min(block_size, len(document), fitting)
     return max(query_block, 1), max(document_block, 1)
+
+
+def _check_similarity(similarity: object, queries: object) -> None:
+    if isinstance(similarity, InBatchScores) or not (similarity is None or callable(similarity)):
+        raise TypeError(
+            "similarity must be a function of queries and documents, got "
+            f"{similarity!r}. Use, for example, polus.ir.scores.cosine.similarity."
+        )
+    if similarity is None and isinstance(queries, tuple):
+        raise ValueError(
+            "Vectors of tokens have no inner product with a mask. Use "
+            "similarity=polus.ir.scores.max_sim.similarity."
+        )
 
 
 def check_k(k: object, what: str = "k") -> None:

@@ -273,12 +273,12 @@ class TransformerEncoder(PooledEncoder):
         self.dropout = layers.Dropout(config["dropout"], **given)
 
     def call(self, inputs: dict[str, Any]) -> Any:
-        ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        self.check_length(ids)
+        ids, mask = self.tokens_of(inputs)
         places = positions(ids)
         x = self.words(ids)
-        if self.positions is not None:
-            x = x + self.positions(table_rows(ids, self.architecture.position_offset))
+        offset = self.architecture.position_offset
+        if self.positions is not None and offset is not None:
+            x = x + self.positions(table_rows(ids, offset))
         x = self.dropout(self.norm(x))
         distances = places[None, :] - places[:, None]  # of a key from a query
         biases = {window: self.attention_bias(mask, distances, window) for window, _ in self.kinds}
