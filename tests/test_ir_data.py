@@ -143,6 +143,7 @@ def validation(**changed):
         ({"query_ids": ["1"]}, "query_ids must be those of 3 texts, got 1"),
         ({"query_ids": ["1", "1", "2"]}, "query_ids must be unique, got '1' twice"),
         ({"document_ids": [0, 1, 2]}, "document_ids must be strings, got 0. Use '0'"),
+        ({"query_ids": ["7", "8", "9"]}, "but 1 others are judged, such as '1', and would count"),
         ({"every_epochs": 0}, "every_epochs must be a positive integer, got 0"),
         ({"depth": 0}, "depth must be a positive integer, got 0"),
     ],

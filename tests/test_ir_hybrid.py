@@ -107,6 +107,10 @@ def test_bad_settings_raise():
             lambda: Hybrid(BM25(DOCUMENTS)).search("file", -1),
             "k must be a positive integer, got -1",
         ),
+        (
+            lambda: Hybrid(BM25(DOCUMENTS)).tune({"q": "file"}, {"q": {"a": 1}, "r": {"a": 1}}),
+            "the 1 queries that are searched, but 1 others are judged, such as 'r'",
+        ),
         (lambda: Hybrid(BM25(DOCUMENTS), depth=0), "depth must be a positive integer, got 0"),
     ],
 )

@@ -209,6 +209,21 @@ def test_a_trained_projection_and_prompts_are_saved(tmp_path, bert):
     np.testing.assert_allclose(loaded(tmp_path / "two").encode_query(TEXTS), vectors, atol=1e-4)
 
 
+def test_what_was_saved_is_loaded_trained_and_saved_again(tmp_path, bert):
+    encoder, tokenizer = BertEncoder.from_pretrained(bert), TextTokenizer(bert)
+    for name, size in (("one", 6), ("two", 4)):
+        projection = IdentityProjection(size)
+        projection.build((None, 16 if name == "one" else 6))
+        kernel = np.random.default_rng(size).normal(size=projection.kernel.shape)
+        projection.set_weights([kernel.astype("float32")])
+        expected = numpy(projection(encoder(tokenizer(TEXTS), training=False)))
+        expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+        save_sentence_transformers(tmp_path / name, encoder, tokenizer, projection, normalize=True)
+        np.testing.assert_allclose(loaded(tmp_path / name).encode(TEXTS), expected, atol=1e-5)
+        encoder = BertEncoder.from_pretrained(tmp_path / name)
+        np.testing.assert_allclose(vectors_of(tmp_path / name), expected, atol=1e-5)
+
+
 def test_encoders_that_sentence_transformers_cannot_load_raise(tmp_path, bert):
     tokenizer = TextTokenizer(bert)
     odd = BertEncoder.from_pretrained(bert, dense=[{"units": 3, "activation": "softplus"}])

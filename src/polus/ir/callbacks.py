@@ -11,7 +11,7 @@ from polus.callbacks.base import Callback
 from polus.host import to_host
 from polus.ir.data import Features, PairBatches, Rows, as_features
 from polus.ir.encoding import encode, stack_vectors
-from polus.ir.evaluation import MEASURES, evaluate
+from polus.ir.evaluation import MEASURES, check_judged, evaluate
 from polus.ir.scores import InBatchScores, Similarity, dot_product
 from polus.ir.search import as_run, take_rows, to_arrays, top_k
 from polus.ir.texts import as_texts, check_ids
@@ -61,7 +61,7 @@ class RetrievalValidation(_Search):
     Args:
         queries: The features of the judged queries; see `polus.ir.data.Features`.
         documents: The features of all documents.
-        qrels: The judgements, `{query id: {document id: grade}}`.
+        qrels: The judgements, `{query id: {document id: grade}}`, of these queries alone.
         query_ids: The ids of `queries`, in order.
         document_ids: The ids of `documents`, in order.
         measures: The measures, as for `polus.ir.evaluation.evaluate`.
@@ -102,8 +102,9 @@ class RetrievalValidation(_Search):
             raise ValueError(f"monitor must be one of the measures {measures}, got {monitor!r}.")
         _check_positive(every_epochs=every_epochs, depth=depth, batch_size=batch_size)
         self.queries, self.documents = as_features(queries), as_features(documents)
-        self.qrels = qrels
         self.query_ids = _ids_of(self.queries, query_ids, "query_ids")
+        check_judged(qrels, set(self.query_ids))
+        self.qrels = qrels
         self.document_ids = _ids_of(self.documents, document_ids, "document_ids")
         self.measures, self.monitor, self.restore_best = measures, monitor, restore_best
         self.name, self.every_epochs, self.depth = name, every_epochs, depth

@@ -4,7 +4,7 @@ A *run* is `{query id: {document id: score}}`. Judgements (*qrels*) are `{query 
 grade}}` with integer grades, 0 for not relevant. Both are the structures that `ir_measures` takes.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ __all__ = [
     "Qrels",
     "Run",
     "as_run",
+    "check_judged",
     "evaluate",
     "paired_bootstrap",
     "per_query",
@@ -75,6 +76,20 @@ def per_query(
         for each in ir_measures.iter_calc([measure], judged, found):
             values[name][each.query_id] = each.value
     return values
+
+
+def check_judged(qrels: Qrels, queries: Collection[str]) -> None:
+    """Raises a ValueError if there are judgements of queries that nobody will search for.
+
+    They would count as 0.
+    """
+    others = [query for query in qrels if query not in queries]
+    if others:
+        raise ValueError(
+            f"Judgements must be those of the {len(queries)} queries that are searched, but "
+            f"{len(others)} others are judged, such as {others[0]!r}, and would count as 0. Use "
+            "{query: qrels[query] for query in queries if query in qrels}."
+        )
 
 
 def _plain(

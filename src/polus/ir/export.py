@@ -120,13 +120,13 @@ def _modules(
         _dense(layer.kernel, layer.bias if layer.use_bias else None, layer.activation)
         for layer in encoder.dense
     ]
-    if encoder.normalize:
+    # A length before a projection that is linear doesn't matter if there is a length after it, and
+    # `load_encoder` reads one module Normalize, the last.
+    if encoder.normalize and (projection is None or not normalize):
         found.append(("Normalize", {}, {}))
     if projection is not None:
         found.append(_dense(projection.kernel, None, keras.activations.linear))
-        if normalize:
-            found.append(("Normalize", {}, {}))
-    elif normalize and not encoder.normalize:
+    if normalize and (projection is not None or not encoder.normalize):
         found.append(("Normalize", {}, {}))
     return found
 

@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from polus.ir.evaluation import Qrels, Run, evaluate, ranked, reciprocal_rank_fusion
+from polus.ir.evaluation import Qrels, Run, check_judged, evaluate, ranked, reciprocal_rank_fusion
 from polus.ir.index import VectorIndex
 from polus.ir.search import check_k
 from polus.ir.texts import check_ids, check_texts_by_id
@@ -153,6 +153,8 @@ class Hybrid:
             The measure of each weight tried: 0, 0.1 and so on to 1, and None for reciprocal rank
             fusion, which stays unless a weight is better.
         """
+        check_texts_by_id(queries, "queries")
+        check_judged(qrels, queries)
         found = self._found(queries, self.depth)
         weights = [None, *(np.arange(11) / 10).tolist()] if len(self.engines) == 2 else [None]
         values = {each: evaluate(qrels, self._fuse(found, each), [measure]) for each in weights}
