@@ -204,11 +204,12 @@ def test_settings_of_each_block_are_as_many_as_blocks():
         TransformerEncoder(9, 8, 2, 2, 8, architecture={"windows": [None]})
 
 
-def test_half_precision_gives_finite_vectors_of_texts_with_padding(folder_of):
+@pytest.mark.parametrize("dtype", ["mixed_bfloat16", "mixed_float16"])
+def test_half_precision_gives_finite_vectors_of_texts_with_padding(folder_of, dtype):
     folder, expected = folder_of("ModernBert")
     tokens = TextTokenizer(folder, prompt_name="query")(TEXTS)
-    encoder = load_encoder(folder, dtype="mixed_bfloat16")
-    assert {each.compute_dtype for each in layers_of(encoder)} == {"bfloat16"}
+    encoder = load_encoder(folder, dtype=dtype)
+    assert {each.compute_dtype for each in layers_of(encoder)} == {dtype.removeprefix("mixed_")}
     found = numpy(encoder(tokens, training=False)).astype("float32")
     np.testing.assert_allclose(found, expected, atol=0.1)
     assert np.abs(found - expected).max() > 1e-4, "it computes in half precision"

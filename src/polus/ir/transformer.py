@@ -88,7 +88,7 @@ class _Attention(layers.Layer):
         dropout: float,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(autocast=False, **kwargs)  # the bias and the rotation stay float32
         dtype = self.dtype_policy  # Keras doesn't hand it on to the layers in a layer
         self.groups = num_heads // num_kv_heads
         self.scale = head_size**-0.5
@@ -139,7 +139,7 @@ class _Block(layers.Layer):
     """Self-attention and a feed-forward network, with norms before them or after the sums."""
 
     def __init__(self, settings: Mapping[str, Any], first: bool, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+        super().__init__(autocast=False, **kwargs)
         size, inner = settings["hidden_size"], settings["intermediate_size"]
         given = {"dtype": self.dtype_policy}
         dense = {"use_bias": settings["use_bias"], **given}
