@@ -16,6 +16,7 @@ from polus.ir.families import FAMILIES, load_transformer
 from polus.ir.pooled import PooledBackbone
 from polus.ir.pretrained import (
     BERT_TYPES,
+    PairTruncation,
     TextSettings,
     model_config,
     text_settings,
@@ -90,6 +91,9 @@ class TextTokenizer:
             the folder has none of that name, as in sentence-transformers. Defaults to the folder's
             own default.
         prompt: A text to prepend instead; "" for none.
+        pair_truncation: How `pairs` truncates: "longest_first" removes the tokens of the longer
+            text first, "only_second" those of the document alone, and raises ValueError if the
+            query is too long. Defaults to the folder's, which is mostly "longest_first".
 
     Raises:
         ImportError: If `tokenizers` isn't installed.
@@ -105,6 +109,7 @@ class TextTokenizer:
         *,
         prompt_name: str | None = None,
         prompt: str | None = None,
+        pair_truncation: PairTruncation | None = None,
     ) -> None:
         try:
             from tokenizers import Tokenizer, normalizers
@@ -127,6 +132,13 @@ class TextTokenizer:
         if settings.lower_case:
             own = [self._tokenizer.normalizer] if self._tokenizer.normalizer else []
             self._tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *own])
+        self._segment_ids = settings.segment_ids
+        self._of_pairs = self._tokenizer
+        if (pair_truncation or settings.pair_truncation) == "only_second":
+            self._of_pairs = Tokenizer.from_str(self._tokenizer.to_str())
+            self._of_pairs.enable_truncation(
+                self.max_length, strategy="only_second", direction=settings.truncation_side
+            )
         self.vocab_size: int = self._tokenizer.get_vocab_size()
 
     def __call__(self, texts: Sequence[str]) -> dict[str, np.ndarray[Any, Any]]:
@@ -138,16 +150,24 @@ class TextTokenizer:
     ) -> dict[str, np.ndarray[Any, Any]]:
         """Tokenizes each query together with a document, for a cross-encoder.
 
-        It returns `token_type_ids` too, 0 for the query and 1 for the document. A pair that is too
-        long is truncated, the longer text first. No prompt is prepended.
+        It returns `token_type_ids` too, as the tokenizer has them: 0 for the query and 1 for the
+        document with BERT's, 0 with RoBERTa's. The prompt is prepended to the query.
         """
-        return self._padded(
-            self._tokenizer.encode_batch(
-                list(
-                    zip(as_texts(queries, "queries"), as_texts(documents, "documents"), strict=True)
-                )
-            )
-        )
+        queries = [self.prompt + each for each in as_texts(queries, "queries")]
+        pairs = list(zip(queries, as_texts(documents, "documents"), strict=True))
+        try:
+            encodings = self._of_pairs.encode_batch(pairs)
+        except Exception as error:  # the library raises no narrower one
+            if self._of_pairs is self._tokenizer:
+                raise
+            raise ValueError(
+                f"A query must leave room for the document in {self.max_length} tokens. Use "
+                "pair_truncation='longest_first', or a larger max_length."
+            ) from error
+        tokens = self._padded(encodings)
+        if not self._segment_ids:
+            tokens["token_type_ids"][:] = 0
+        return tokens
 
     def _padded(self, encodings: Sequence[Any]) -> dict[str, np.ndarray[Any, Any]]:
         longest = max((len(each.ids) for each in encodings), default=1)

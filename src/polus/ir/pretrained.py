@@ -8,6 +8,8 @@ from typing import Any, Literal, TypedDict
 
 from polus.ir.pooling import Pooling
 
+PairTruncation = Literal["longest_first", "only_second"]
+
 _ROBERTA = ("roberta", "xlm-roberta", "camembert")
 BERT_TYPES = ("bert", *_ROBERTA)
 _SERVED = {
@@ -53,6 +55,11 @@ _POOLING_FLAGS = {
 }
 # Settings of its module Transformer that change what the encoder is given.
 _NOT_SERVED = ("query_length", "document_length", "query_expansion", "processing_kwargs")
+_PAIR_TRUNCATIONS: dict[object, PairTruncation] = {
+    True: "longest_first",
+    "longest_first": "longest_first",
+    "only_second": "only_second",
+}
 # The prompts of every sentence-transformers model; the folder may replace them.
 _PROMPTS = {"query": "", "document": ""}
 
@@ -76,6 +83,9 @@ class TextSettings:
         prompts: The prompts that are prepended to texts, by name, perhaps empty.
         default_prompt: The name of the prompt for texts of no particular kind.
         pad_token: The token for padding; None if nothing is known.
+        pair_truncation: How pairs of texts are truncated: tokens of the longer text go first, or
+            only those of the second text.
+        segment_ids: Whether pairs have segment ids other than 0.
     """
 
     max_length: int | None = None
@@ -84,6 +94,8 @@ class TextSettings:
     prompts: dict[str, str] = dataclasses.field(default_factory=dict)
     default_prompt: str | None = None
     pad_token: str | None = None
+    pair_truncation: PairTruncation = "longest_first"
+    segment_ids: bool = True
 
 
 def transformer_folder(folder: Path) -> Path:
@@ -236,6 +248,9 @@ def text_settings(folder: Path) -> TextSettings:
     transformer: dict[str, Any] = {}
     for path in sorted(inner.glob("sentence_*_config.json")):  # one per family in old versions
         transformer |= _read(path)
+    pair_truncation = _pair_truncation(transformer)
+    if pair_truncation is not None:
+        del transformer["processing_kwargs"]
     unserved = {name: transformer[name] for name in _NOT_SERVED if transformer.get(name)}
     # Rotary positions are relative, so the vectors don't depend on the side.
     rotary = _read(inner / "config.json").get("model_type") in ("modernbert", "qwen3")
@@ -263,7 +278,43 @@ def text_settings(folder: Path) -> TextSettings:
         prompts=_PROMPTS | {name: text or "" for name, text in prompts.items()},
         default_prompt=sentence_transformers.get("default_prompt_name"),
         pad_token=pad.get("content") if isinstance(pad, dict) else pad,
+        pair_truncation=pair_truncation or "longest_first",
+        segment_ids="token_type_ids" in tokenizer.get("model_input_names", ["token_type_ids"]),
     )
+
+
+def _pair_truncation(transformer: dict[str, Any]) -> PairTruncation | None:
+    """Returns the truncation in `processing_kwargs`; None if there is none or anything else."""
+    given = transformer.get("processing_kwargs") or {}
+    text = given.get("text") or {}
+    if set(given) != {"text"} or set(text) != {"truncation"}:
+        return None
+    return _PAIR_TRUNCATIONS.get(text["truncation"])
+
+
+def score_activation(folder: Path) -> str:
+    """Returns the Keras name of the activation that sentence-transformers applies to a score.
+
+    It is "sigmoid" if the folder names none.
+
+    Raises:
+        ValueError: If it is none of those that modules Dense may have.
+    """
+    config = _read(transformer_folder(folder) / "config.json")
+    named = (
+        _read(folder / "config_sentence_transformers.json").get("activation_fn")
+        or config.get("sentence_transformers", {}).get("activation_fn")
+        or config.get("sbert_ce_default_activation_function")
+        or "Sigmoid"
+    )
+    name = str(named).rsplit(".", 1)[-1]
+    if name not in _ACTIVATIONS:
+        raise ValueError(
+            f"A score must have one of the activations {', '.join(_ACTIVATIONS)}, got {named!r} in "
+            f"{folder}. Use PairScorer(load_cross_encoder(folder), TextTokenizer(folder), "
+            "activation=...)."
+        )
+    return _ACTIVATIONS[name]
 
 
 def _pooling(folder: Path, config: dict[str, Any]) -> Pooling | list[Pooling]:
