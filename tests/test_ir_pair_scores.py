@@ -6,10 +6,13 @@ import shutil
 import warnings
 from pathlib import Path
 
+import keras
 import numpy as np
 import pytest
 
 from polus.ir.cross_encoder import PairScorer, load_cross_encoder
+from polus.ir.export import save_cross_encoder
+from polus.ir.models import BertEncoder, TextTokenizer, load_encoder
 from polus.ir.pretrained import score_activation
 
 with warnings.catch_warnings():
@@ -220,3 +223,55 @@ def test_models_that_are_no_cross_encoders_raise(folder_of, tmp_path):
     transformers.XLMRobertaForSequenceClassification(config).save_pretrained(tmp_path / "three")
     with pytest.raises(ValueError, match="must have one label, got 3"):
         load_cross_encoder(tmp_path / "three")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_saved_folders_are_loaded_by_sentence_transformers(folder_of, tmp_path, name):
+    """With the same scores, there and here; transformers loads the head without a new weight."""
+    ours = PairScorer.from_pretrained(folder_of(name))
+    save_cross_encoder(tmp_path / "new", ours)
+    expected = ours(QUERIES, DOCUMENTS)
+    theirs = reference(tmp_path / "new")
+    np.testing.assert_allclose(theirs.predict(PAIRS), expected, atol=1e-5)
+    found = PairScorer.from_pretrained(tmp_path / "new")(QUERIES, DOCUMENTS)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    model, report = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "new", output_loading_info=True
+    )
+    assert model.num_labels == 1
+    assert not any(report[each] for each in ("missing_keys", "unexpected_keys"))
+    with pytest.raises(FileExistsError, match="Use another folder"):
+        save_cross_encoder(tmp_path / "new", ours)
+
+
+@pytest.mark.parametrize("name", ["Bert", "ModernBert"])
+def test_other_layers_are_saved_as_modules(folder_of, tmp_path, name):
+    """As those of a model that was trained from an encoder's weights."""
+    dense = [{"units": 8, "activation": "relu"}, {"units": 1}]
+    model = load_encoder(folder_of(name), pooling="mean", dense=dense)
+    tokenizer = TextTokenizer(folder_of(name), prompt="find: ", pair_truncation="only_second")
+    ours = PairScorer(model, tokenizer)
+    save_cross_encoder(tmp_path / "new", ours)
+    rows = [0, 1, 4, 5]  # without queries that leave no room
+    texts = [QUERIES[row] for row in rows], [DOCUMENTS[row] for row in rows]
+    expected = reference(tmp_path / "new").predict([PAIRS[row] for row in rows])
+    assert np.ptp(expected) > 1e-2
+    np.testing.assert_allclose(ours(*texts), expected, atol=1e-5)
+    found = PairScorer.from_pretrained(tmp_path / "new")(*texts)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_cross_encoders_that_sentence_transformers_cannot_load_raise(folder_of, tmp_path):
+    tokenizer = TextTokenizer(folder_of("Bert"))
+    for model, message in (
+        (keras.Sequential(), "must be a BertEncoder or TransformerEncoder .* got Sequential"),
+        (load_encoder(folder_of("Bert")), r"end in pooling and a dense layer of one unit.*\[\]"),
+        (BertEncoder(30522, 8, 1, 2, 16, dense=[{"units": 1}]), "got built=False"),
+        (
+            load_encoder(folder_of("Bert"), dense=[{"epsilon": 1e-3}, {"units": 1}]),
+            "layers after pooling must be dense",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            save_cross_encoder(tmp_path / "new", PairScorer(model, tokenizer))
+    assert not list(tmp_path.iterdir())

@@ -23,6 +23,7 @@ from polus.ir.heads import HEADS
 from polus.ir.losses import MASKED
 from polus.ir.models import BertEncoder, TextTokenizer, TransformerEncoder, load_encoder
 from polus.ir.pretrained import (
+    dense_folders,
     model_config,
     score_activation,
     text_settings,
@@ -37,7 +38,8 @@ def load_cross_encoder(folder: str | Path, **overrides: Any) -> BertEncoder | Tr
     """Loads a classifier of pairs with one label, which maps them to `(B, 1)`.
 
     It is a ForSequenceClassification of BERT, RoBERTa, XLM-RoBERTa, CamemBERT, MPNet, ModernBERT or
-    Qwen3, as transformers and sentence-transformers save it. Its score is the logit:
+    Qwen3, as transformers and sentence-transformers save it, or one of these encoders with modules
+    Pooling and Dense on top. Its score is the logit:
     `PairScorer.from_pretrained` applies the folder's activation too. For one to train from an
     encoder's weights, use `load_encoder(folder, pooling="first", normalize=False, dense=[{"units":
     1}])`.
@@ -52,6 +54,10 @@ def load_cross_encoder(folder: str | Path, **overrides: Any) -> BertEncoder | Tr
     """
     folder = Path(folder)
     config = model_config(folder)
+    if dense_folders(folder):
+        model = load_encoder(folder, **overrides)
+        _check_labels(folder, model.config["dense"][-1]["units"])
+        return model
     head = HEADS.get(config["model_type"])
     tensors = CheckpointTensors(transformer_folder(folder))
     if head is None or any(f"{name}.weight" not in tensors for _, name in head.names):
@@ -60,12 +66,15 @@ def load_cross_encoder(folder: str | Path, **overrides: Any) -> BertEncoder | Tr
             f"{folder} has {config.get('architectures') or config['model_type']}. Any Keras model "
             "that maps tokens to (B, 1) serves as one: PairScorer(model, tokenizer)."
         )
-    labels = len(tensors[f"{head.names[-1][1]}.weight"])
-    if labels != 1:
-        raise ValueError(f"A cross-encoder must have one label, got {labels} in {folder}.")
+    _check_labels(folder, len(tensors[f"{head.names[-1][1]}.weight"]))
     model = load_encoder(folder, **{**head.settings(config), **overrides})
     assign_slots(head.slots(model), tensors)
     return model
+
+
+def _check_labels(folder: Path, labels: int) -> None:
+    if labels != 1:
+        raise ValueError(f"A cross-encoder must have one label, got {labels} in {folder}.")
 
 
 class PairScorer:

@@ -2,8 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import keras
@@ -134,7 +135,8 @@ class TextTokenizer:
             self._tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *own])
         self._segment_ids = settings.segment_ids
         self._of_pairs = self._tokenizer
-        if (pair_truncation or settings.pair_truncation) == "only_second":
+        self.pair_truncation = pair_truncation or settings.pair_truncation
+        if self.pair_truncation == "only_second":
             self._of_pairs = Tokenizer.from_str(self._tokenizer.to_str())
             self._of_pairs.enable_truncation(
                 self.max_length, strategy="only_second", direction=settings.truncation_side
@@ -191,12 +193,21 @@ class TextTokenizer:
         )
         return encodings
 
-    def save(self, folder: str | Path, pad_id: int = 0) -> int:
+    def save(
+        self,
+        folder: str | Path,
+        pad_id: int = 0,
+        *,
+        segment_ids: bool = True,
+        settings: Mapping[str, object] = MappingProxyType({}),
+    ) -> int:
         """Writes `tokenizer.json` and the files that transformers needs beside it.
 
         Args:
             folder: An existing folder.
             pad_id: The id of the token for padding, if the tokenizer's folder names none.
+            segment_ids: Whether the model takes segment ids.
+            settings: Further settings of sentence-transformers' module Transformer.
 
         Returns:
             The id of the token for padding.
@@ -204,15 +215,19 @@ class TextTokenizer:
         folder = Path(folder)
         pad_token = self._pad_token or self._tokenizer.id_to_token(pad_id)
         (folder / "tokenizer.json").write_text(self._tokenizer.to_str(), "utf-8")
-        settings = {
+        names = ["input_ids", "token_type_ids", "attention_mask"]
+        if not (segment_ids and self._segment_ids):
+            names.remove("token_type_ids")
+        config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_max_length": self.max_length,
+            "model_input_names": names,
             "pad_token": pad_token,
             "truncation_side": self._truncation_side,
         }
-        (folder / "tokenizer_config.json").write_text(json.dumps(settings), "utf-8")
-        length = {"max_seq_length": self.max_length, "do_lower_case": False}
-        (folder / "sentence_bert_config.json").write_text(json.dumps(length), "utf-8")
+        (folder / "tokenizer_config.json").write_text(json.dumps(config), "utf-8")
+        module = {"max_seq_length": self.max_length, "do_lower_case": False, **settings}
+        (folder / "sentence_bert_config.json").write_text(json.dumps(module), "utf-8")
         known = None if pad_token is None else self._tokenizer.token_to_id(pad_token)
         return pad_id if known is None else known
 

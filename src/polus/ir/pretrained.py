@@ -162,19 +162,22 @@ def output_settings(folder: Path) -> OutputSettings:
         ValueError: If `BertEncoder` doesn't implement a module, its place or one of its settings.
     """
     found: OutputSettings = {}
-    kinds = [_kind(module) for module in _modules(folder)]
+    modules = _modules(folder)
+    kinds = [_kind(module) for module in modules]
     if [_ORDER.get(kind) for kind in kinds] != sorted(_ORDER.get(kind, -1) for kind in kinds):
         raise ValueError(
             f"BertEncoder implements the modules {', '.join(_ORDER)}, in this order, but {folder} "
-            f"has {', '.join(module['type'] for module in _modules(folder))}. Use another Keras "
+            f"has {', '.join(module['type'] for module in modules)}. Use another Keras "
             "model as the encoder; DualEncoder takes any."
         )
-    for module, kind in zip(_modules(folder), kinds, strict=True):
+    for module, kind in zip(modules, kinds, strict=True):
         config = _read(folder / module["path"] / "config.json")
         if kind == "Pooling":
             found["pooling"] = _pooling(folder, config)
         elif kind != "Transformer":
-            names = (config.get("module_input_name"), config.get("module_output_name"))
+            names = {config.get("module_input_name"), config.get("module_output_name")}
+            if module is modules[-1]:
+                names.discard("scores")  # a cross-encoder's
             if not {None, "sentence_embedding"}.issuperset(names):
                 raise ValueError(
                     f"The module {kind} must map sentence embeddings to sentence embeddings, got "
