@@ -114,7 +114,9 @@ class BertEncoder(PooledEncoder):
 
     def call(self, inputs: dict[str, Any]) -> Any:
         ids, mask = self.tokens_of(inputs)
-        types = inputs["token_type_ids"] if "token_type_ids" in inputs else ops.zeros_like(ids)
+        # RoBERTa has one type, whatever a tokenizer says of a pair's second text.
+        several = "token_type_ids" in inputs and self.config["num_types"] > 1
+        types = inputs["token_type_ids"] if several else ops.zeros_like(ids)
         x = (
             self.words(ids)
             + self.positions(table_rows(ids, self.position_offset))

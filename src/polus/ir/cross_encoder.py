@@ -15,57 +15,66 @@ from numpy.typing import NDArray
 
 from polus.core import function
 from polus.ir.batch import flatten_negatives, unflatten_negatives
-from polus.ir.bert import BertEncoder
 from polus.ir.data import Features, Rows
 from polus.ir.encoding import encode
 from polus.ir.evaluation import Run, ranked
+from polus.ir.families import assign_slots
+from polus.ir.heads import HEADS
 from polus.ir.losses import MASKED
-from polus.ir.models import TextTokenizer
+from polus.ir.models import BertEncoder, TextTokenizer, TransformerEncoder, load_encoder
+from polus.ir.pretrained import (
+    dense_folders,
+    model_config,
+    score_activation,
+    text_settings,
+    transformer_folder,
+)
 from polus.ir.tensors import CheckpointTensors
 from polus.ir.texts import as_texts, check_texts_by_id
 from polus.training import BaseTrainer
 
-# The two layers behind the first token, of BERT and of RoBERTa.
-_HEADS = ("bert.pooler.dense", "classifier"), ("classifier.dense", "classifier.out_proj")
 
-
-def load_cross_encoder(folder: str | Path, **overrides: Any) -> BertEncoder:
+def load_cross_encoder(folder: str | Path, **overrides: Any) -> BertEncoder | TransformerEncoder:
     """Loads a classifier of pairs with one label, which maps them to `(B, 1)`.
 
-    It is a `BertForSequenceClassification`, or that of RoBERTa or XLM-RoBERTa, as transformers
-    saves it. Its score is the logit, without a sigmoid. For one to train from an encoder's weights,
-    use `BertEncoder.from_pretrained(folder, pooling="first", normalize=False, dense=[{"units":
+    It is a ForSequenceClassification of BERT, RoBERTa, XLM-RoBERTa, CamemBERT, MPNet, ModernBERT or
+    Qwen3, as transformers and sentence-transformers save it, or one of these encoders with modules
+    Pooling and Dense on top. Its score is the logit:
+    `PairScorer.from_pretrained` applies the folder's activation too. For one to train from an
+    encoder's weights, use `load_encoder(folder, pooling="first", normalize=False, dense=[{"units":
     1}])`.
 
     Args:
-        folder: A folder that transformers has saved.
-        overrides: Arguments of `BertEncoder`, such as `dropout=0.0`.
+        folder: A folder that transformers or sentence-transformers has saved.
+        overrides: Arguments of the encoder, such as `dropout=0.0`.
 
     Raises:
+        FileNotFoundError: If there is no `config.json`, or no weights in the safetensors format.
         ValueError: If the model isn't such a model.
     """
-    tensors = CheckpointTensors(Path(folder))
-    found = [names for names in _HEADS if all(f"{name}.weight" in tensors for name in names)]
-    if not found:
+    folder = Path(folder)
+    config = model_config(folder)
+    if dense_folders(folder):
+        model = load_encoder(folder, **overrides)
+        _check_labels(folder, model.config["dense"][-1]["units"])
+        return model
+    head = HEADS.get(config["model_type"])
+    tensors = CheckpointTensors(transformer_folder(folder))
+    if head is None or any(f"{name}.weight" not in tensors for _, name in head.names):
         raise ValueError(
-            f"A cross-encoder must be a ForSequenceClassification of BERT, RoBERTa or XLM-RoBERTa, "
-            f"but {folder} has no {' and no '.join(names[-1] for names in _HEADS)}. Any Keras "
-            "model that maps tokens to (B, 1) serves as one: PairScorer(model, tokenizer)."
+            f"A cross-encoder must be a ForSequenceClassification of {', '.join(HEADS)}, but "
+            f"{folder} has {config.get('architectures') or config['model_type']}. Any Keras model "
+            "that maps tokens to (B, 1) serves as one: PairScorer(model, tokenizer)."
         )
-    heads = [tensors.of("dense", name) for name in found[0]]
-    (hidden, labels) = (head[0].shape[1] for head in heads)
+    _check_labels(folder, len(tensors[f"{head.names[-1][1]}.weight"]))
+    model = load_encoder(folder, **{**head.settings(config), **overrides})
+    assign_slots(head.slots(model), tensors)
+    return model
+
+
+def _check_labels(folder: Path, labels: int) -> None:
     if labels != 1:
         raise ValueError(f"A cross-encoder must have one label, got {labels} in {folder}.")
-    model = BertEncoder.from_pretrained(
-        folder,
-        pooling="first",
-        normalize=False,
-        dense=[{"units": hidden, "activation": "tanh"}, {"units": 1}],
-        **overrides,
-    )
-    for layer, values in zip(model.dense, heads, strict=True):
-        layer.set_weights(values)
-    return model
 
 
 class PairScorer:
@@ -77,13 +86,53 @@ class PairScorer:
         model: Maps `tokenizer.pairs(queries, documents)` to `(B, 1)`.
         tokenizer: The model's tokenizer.
         batch_size: The number of pairs scored at a time.
+        activation: The name of a Keras activation for the model's output. The default returns it
+            as it is, the logit: `MarginMSE` and `TeacherKL` need logits. "sigmoid" maps it to
+            (0, 1) in the same order, as `CrossEncoder.predict` of sentence-transformers does.
     """
 
-    def __init__(self, model: keras.Model, tokenizer: TextTokenizer, batch_size: int = 64) -> None:
+    def __init__(
+        self,
+        model: keras.Model,
+        tokenizer: TextTokenizer,
+        batch_size: int = 64,
+        activation: str = "linear",
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.batch_size = batch_size
-        self._score = function(lambda tokens: self.model(tokens, training=False))
+        self.activation = activation
+        self._score = function(self._activated)
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, batch_size: int = 64, **overrides: Any
+    ) -> "PairScorer":
+        """Returns a scorer whose scores are those of sentence-transformers' `CrossEncoder(folder)`.
+
+        Its activation is the folder's, or a sigmoid if the folder names none. Its prompt, if any,
+        is the folder's default.
+
+        Args:
+            folder: As for `load_cross_encoder`, with the tokenizer.
+            batch_size: The number of pairs scored at a time.
+            overrides: As for `load_cross_encoder`.
+
+        Raises:
+            FileNotFoundError: As `load_cross_encoder` does.
+            ValueError: If the model, its tokenizer or its activation isn't implemented.
+        """
+        folder = Path(folder)
+        settings = text_settings(folder)
+        tokenizer = TextTokenizer(
+            folder, prompt=settings.prompts.get(settings.default_prompt or "", "")
+        )
+        model = load_cross_encoder(folder, **overrides)
+        return cls(model, tokenizer, batch_size, score_activation(folder))
+
+    def _activated(self, tokens: Any) -> Any:
+        scores = ops.cast(self.model(tokens, training=False), "float32")
+        return keras.activations.get(self.activation)(scores)
 
     def __call__(self, queries: Sequence[str], documents: Sequence[str]) -> NDArray[np.float32]:
         queries, documents = as_texts(queries, "queries"), as_texts(documents, "documents")

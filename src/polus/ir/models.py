@@ -2,21 +2,22 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
-from polus.host import did_you_mean
 from polus.ir.bert import BertEncoder
 from polus.ir.families import FAMILIES, load_transformer
 from polus.ir.pooled import PooledBackbone
 from polus.ir.pretrained import (
     BERT_TYPES,
-    TextSettings,
+    PairTruncation,
+    choose_prompt,
     model_config,
     text_settings,
     transformer_folder,
@@ -92,6 +93,9 @@ class TextTokenizer:
             the folder has none of that name, as in sentence-transformers. Defaults to the folder's
             own default.
         prompt: A text to prepend instead; "" for none.
+        pair_truncation: How `pairs` truncates: "longest_first" removes the tokens of the longer
+            text first, "only_second" those of the document alone, and raises ValueError if the
+            query is too long. Defaults to the folder's, which is mostly "longest_first".
 
     Raises:
         FileNotFoundError: If there is no `tokenizer.json`.
@@ -109,13 +113,8 @@ class TextTokenizer:
         *,
         prompt_name: str | None = None,
         prompt: str | None = None,
+        pair_truncation: PairTruncation | None = None,
     ) -> None:
-        try:
-            from tokenizers import normalizers
-        except ImportError as error:
-            raise ImportError(
-                "TextTokenizer needs tokenizers. Use: pip install tokenizers"
-            ) from error
         path = Path(path)
         folder = path if path.is_dir() else path.parent
         settings = text_settings(folder)
@@ -123,16 +122,21 @@ class TextTokenizer:
         check_k(multiple, "multiple")
         self.max_length = (settings.max_length or 256) if max_length is None else max_length
         self.multiple = multiple
-        self.prompt = _choose_prompt(folder, settings, prompt_name) if prompt is None else prompt
+        self.prompt = choose_prompt(folder, settings, prompt_name) if prompt is None else prompt
         self._truncation_side = settings.truncation_side
         self._pad_token = settings.pad_token
-        self._tokenizer = _read_tokenizer(file)
+        self._tokenizer = _read_tokenizer(file, settings.lower_case)
         self._tokenizer.no_padding()
         self._check_room(self.max_length)
         self._tokenizer.enable_truncation(self.max_length, direction=settings.truncation_side)
-        if settings.lower_case:
-            own = [self._tokenizer.normalizer] if self._tokenizer.normalizer else []
-            self._tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *own])
+        self._segment_ids = settings.segment_ids
+        self._of_pairs = self._tokenizer
+        self.pair_truncation = pair_truncation or settings.pair_truncation
+        if self.pair_truncation == "only_second":
+            self._of_pairs = type(self._tokenizer).from_str(self._tokenizer.to_str())
+            self._of_pairs.enable_truncation(
+                self.max_length, strategy="only_second", direction=settings.truncation_side
+            )
         self.vocab_size: int = self._tokenizer.get_vocab_size()
 
     def _check_room(self, max_length: int) -> None:
@@ -156,11 +160,26 @@ class TextTokenizer:
     ) -> dict[str, np.ndarray[Any, Any]]:
         """Tokenizes each query together with a document, for a cross-encoder.
 
-        It returns `token_type_ids` too, 0 for the query and 1 for the document. A pair that is too
-        long is truncated, the longer text first. No prompt is prepended.
+        It returns `token_type_ids` too, as the tokenizer has them: 0 for the query and 1 for the
+        document with BERT's, 0 with RoBERTa's. The prompt is prepended to the query.
         """
-        firsts, seconds = as_texts(queries, "queries"), as_texts(documents, "documents")
-        return self._padded(self._encodings(list(zip(firsts, seconds, strict=True))))
+        queries = [self.prompt + each for each in as_texts(queries, "queries")]
+        pairs = list(zip(queries, as_texts(documents, "documents"), strict=True))
+        try:
+            encodings = self._encodings(pairs, self._of_pairs)
+        except ValueError:
+            raise
+        except Exception as error:  # the library raises no narrower one
+            if self._of_pairs is self._tokenizer:
+                raise
+            raise ValueError(
+                f"A query must leave room for the document in {self.max_length} tokens. Use "
+                "pair_truncation='longest_first', or a larger max_length."
+            ) from error
+        tokens = self._padded(encodings)
+        if not self._segment_ids:
+            tokens["token_type_ids"][:] = 0
+        return tokens
 
     def _padded(self, encodings: Sequence[Any]) -> dict[str, np.ndarray[Any, Any]]:
         longest = max((len(each.ids) for each in encodings), default=1)
@@ -181,19 +200,30 @@ class TextTokenizer:
     def _encode(self, texts: Sequence[str]) -> list[Any]:
         return self._encodings([self.prompt + text for text in as_texts(texts)])
 
-    def _encodings(self, given: Sequence[str | tuple[str, str]]) -> list[Any]:
+    def _encodings(
+        self, given: Sequence[str | tuple[str, str]], tokenizer: Any = None
+    ) -> list[Any]:
         try:
-            return list(self._tokenizer.encode_batch(given))
+            return list((tokenizer or self._tokenizer).encode_batch(given))
         except TypeError:
             check_unicode(given)
             raise
 
-    def save(self, folder: str | Path, pad_id: int = 0) -> int:
+    def save(
+        self,
+        folder: str | Path,
+        pad_id: int = 0,
+        *,
+        segment_ids: bool = True,
+        settings: Mapping[str, object] = MappingProxyType({}),
+    ) -> int:
         """Writes `tokenizer.json` and the files that transformers needs beside it.
 
         Args:
             folder: An existing folder.
             pad_id: The id of the token for padding, if the tokenizer's folder names none.
+            segment_ids: Whether the model takes segment ids.
+            settings: Further settings of sentence-transformers' module Transformer.
 
         Returns:
             The id of the token for padding.
@@ -201,15 +231,19 @@ class TextTokenizer:
         folder = Path(folder)
         pad_token = self._pad_token or self._tokenizer.id_to_token(pad_id)
         (folder / "tokenizer.json").write_text(self._tokenizer.to_str(), "utf-8")
-        settings = {
+        names = ["input_ids", "token_type_ids", "attention_mask"]
+        if not (segment_ids and self._segment_ids):
+            names.remove("token_type_ids")
+        config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_max_length": self.max_length,
+            "model_input_names": names,
             "pad_token": pad_token,
             "truncation_side": self._truncation_side,
         }
-        (folder / "tokenizer_config.json").write_text(json.dumps(settings), "utf-8")
-        length = {"max_seq_length": self.max_length, "do_lower_case": False}
-        (folder / "sentence_bert_config.json").write_text(json.dumps(length), "utf-8")
+        (folder / "tokenizer_config.json").write_text(json.dumps(config), "utf-8")
+        module = {"max_seq_length": self.max_length, "do_lower_case": False, **settings}
+        (folder / "sentence_bert_config.json").write_text(json.dumps(module), "utf-8")
         known = None if pad_token is None else self._tokenizer.token_to_id(pad_token)
         return pad_id if known is None else known
 
@@ -219,34 +253,24 @@ class TextTokenizer:
         return hashlib.sha256((self._tokenizer.to_str() + self.prompt).encode()).hexdigest()
 
 
-def _read_tokenizer(path: Path) -> Any:
-    from tokenizers import Tokenizer
-
+def _read_tokenizer(path: Path, lower_case: bool) -> Any:
+    try:
+        from tokenizers import Tokenizer, normalizers
+    except ImportError as error:
+        raise ImportError("TextTokenizer needs tokenizers. Use: pip install tokenizers") from error
     if not path.exists():
         raise FileNotFoundError(
             f"{path} must be there for a TextTokenizer. Write it with transformers: "
             "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)."
         )
     try:
-        return Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library has no class of its own
         raise damaged(path, "a tokenizer.json of the library tokenizers", error) from error
-
-
-def _choose_prompt(folder: Path, settings: TextSettings, name: str | None) -> str:
-    """Returns the prompt of that name, or else the folder's default."""
-    names = [each for each, text in settings.prompts.items() if text]
-    if name is None:
-        if settings.default_prompt is None and names:
-            raise ValueError(
-                f"{folder} has prompts, so TextTokenizer needs to know which one to use. Use "
-                f"prompt_name= with one of {list(settings.prompts)}, or prompt='' for none."
-            )
-        return settings.prompts.get(settings.default_prompt or "", "")
-    if name not in settings.prompts:
-        hint = did_you_mean(name, settings.prompts) or f"Its prompts are {list(settings.prompts)}."
-        raise ValueError(f"{folder} has no prompt named {name!r}. {hint}")
-    return settings.prompts[name]
+    if lower_case:
+        own = [tokenizer.normalizer] if tokenizer.normalizer else []
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *own])
+    return tokenizer
 
 
 @keras.saving.register_keras_serializable(package="polus")

@@ -18,7 +18,7 @@ class PooledEncoder(keras.Model):
         config: The arguments of the subclass, which `get_config` returns.
         pooling: See `add_output_layers`.
         normalize: See `add_output_layers`.
-        dense: The dense layers after pooling.
+        dense: The dense layers after pooling, and the norms among them.
     """
 
     config: dict[str, Any]
@@ -36,13 +36,18 @@ class PooledEncoder(keras.Model):
             pooling: A mode, or several whose vectors are concatenated; see
                 `polus.ir.pooling.pool`. None returns the vectors of all tokens.
             normalize: Whether to scale vectors to unit length, at the end.
-            dense: The arguments of `keras.layers.Dense` for each layer after pooling.
+            dense: The arguments of `keras.layers.Dense` for each layer after pooling; without
+                `units`, those of a `keras.layers.LayerNormalization`.
         """
         check_pooling(pooling)
         self.pooling = pooling
         self.normalize = normalize
-        self.dense = [
+        self.dense: list[keras.layers.Layer] = [
             layers.Dense(**{"name": f"dense_{i}", "dtype": self.dtype_policy, **each})
+            if "units" in each
+            else layers.LayerNormalization(
+                **{"name": f"dense_{i}_norm", "dtype": self.dtype_policy, **each}
+            )
             for i, each in enumerate(dense)
         ]
 
