@@ -35,10 +35,31 @@ class _Block(layers.Layer):
         self.output_norm = layers.LayerNormalization(epsilon=epsilon, dtype=dtype)
         self.dropout = layers.Dropout(dropout, dtype=dtype)
 
-    def call(self, x: Any, mask: Any) -> Any:
-        attended = self.attention(x, x, attention_mask=mask)
-        x = self.attention_norm(x + self.dropout(attended))
+    def build(self, input_shape: tuple[int | None, ...]) -> None:
+        self.attention.build(input_shape, input_shape)
+        for layer in (self.attention_norm, self.expand, self.output_norm):
+            layer.build(input_shape)
+        self.contract.build((*input_shape[:-1], self.expand.units))
+
+    def call(
+        self, x: Any, mask: Any, first_only: bool = False, training: bool | None = None
+    ) -> Any:
+        queries = x[:, :1] if first_only else x
+        attend = self.attention if training else self.attend_without_dropout
+        attended = attend(queries, x, attention_mask=mask)
+        x = self.attention_norm(queries + self.dropout(attended))
         return self.output_norm(x + self.dropout(self.contract(self.expand(x))))
+
+    def attend_without_dropout(self, queries: Any, x: Any, attention_mask: Any) -> Any:
+        """Returns what `attention` returns in inference.
+
+        Keras' layer with a dropout rate computes all scores even where it drops none. On PyTorch a
+        whole encoder took 1.4 times as long.
+        """
+        layer = self.attention
+        inputs = layer.query_dense(queries), layer.key_dense(x), layer.value_dense(x)
+        seen = ops.cast(attention_mask, "bool")[:, None]
+        return layer.output_dense(ops.dot_product_attention(*inputs, mask=seen))
 
 
 @keras.saving.register_keras_serializable(package="polus")
@@ -124,7 +145,9 @@ class BertEncoder(PooledEncoder):
         )
         x = self.dropout(self.norm(x))
         for block in self.blocks:
-            x = block(x, mask[:, None, :])
+            # Of the last block's outputs, "first" pools one: the others needn't be computed.
+            first_only = self.pooling == "first" and block is self.blocks[-1]
+            x = block(x, mask[:, None, :], first_only=first_only)
         return self.output_of(x, mask)
 
     @classmethod
