@@ -96,6 +96,21 @@ def test_the_number_of_threads_of_faiss_stays_what_it_was():
 
 
 @pytest.mark.once
+@pytest.mark.once
+def test_a_number_of_numpy_is_a_number_of_documents(index):
+    assert index.search(QUERIES, np.int64(3)) == index.search(QUERIES, 3)
+
+
+@pytest.mark.once
+def test_a_file_is_no_folder(tmp_path):
+    DenseIndex([[1.0]], ["a"]).save(tmp_path / "index")
+    with pytest.raises(ValueError, match=r"must be written by ApproximateIndex\.save"):
+        ApproximateIndex.load(tmp_path / "index")
+    ApproximateIndex([[1.0]], ["a"]).save(tmp_path / "graph")
+    with pytest.raises(ValueError, match=r"is a folder\. ApproximateIndex.load reads"):
+        DenseIndex.load(tmp_path / "graph")
+
+
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_fewer_documents_than_asked_for(library):
     index = ApproximateIndex(VECTORS[:3], IDS[:3], library=library)
@@ -125,7 +140,15 @@ def test_it_takes_the_tensors_of_a_model():
         (lambda: ApproximateIndex([[np.nan], [1]], ["a", "b"]), "that of 'a' contains NaN"),
         (lambda: ApproximateIndex([[1.0]], ["a"], library="annoy"), r"one of .*got 'annoy'"),
         (lambda: ApproximateIndex([[1.0]], ["a"]).search([[1.0, 2.0]]), r"\(Q, 1\).*\(1, 2\)"),
-        (lambda: ApproximateIndex([[1.0]], ["a"]).search([[1.0]], 0), "got the shape .* k=0"),
+        (
+            lambda: ApproximateIndex([[1.0]], ["a"]).search([[1.0]], 0),
+            "k must be a positive integer",
+        ),
+        (lambda: ApproximateIndex([[1.0]], ["a"]).search([[np.nan]]), "Queries must be finite"),
+        (
+            lambda: ApproximateIndex([[1.0]], ["a"], library="faiss").search([[np.inf]]),
+            "Queries must be finite",
+        ),
     ],
 )
 def test_bad_input_raises(wrong, message):

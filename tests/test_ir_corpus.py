@@ -111,6 +111,10 @@ def test_vectors_that_are_not_finite_or_not_one_per_text_raise(tmp_path, tokeniz
     late = BertEncoder(30522, 8, 1, 2, 16, pooling=None)
     with pytest.raises(ValueError, match=r"one vector \(E,\) per text, got the shape"):
         encode(tmp_path, [("a", "x"), ("b", "y")], late, tokenizer)
+    with pytest.raises(
+        ValueError, match=r"one vector .* shapes \[\(3, 8\), \(4, 8\)\]. Use an enc"
+    ):
+        encode(tmp_path, [("a", "x"), ("b", "y z")], late, tokenizer)
     broken = BertEncoder(30522, 8, 1, 2, 16)
     broken(tokenizer(["x"]))
     words = ops.convert_to_numpy(broken.words.embeddings).copy()
@@ -119,6 +123,14 @@ def test_vectors_that_are_not_finite_or_not_one_per_text_raise(tmp_path, tokeniz
     with pytest.raises(ValueError, match="of 'b' contains NaN or infinity; its shard"):
         encode(tmp_path / "nan", [("a", "x"), ("b", "damaged")], broken, tokenizer)
     assert not (tmp_path / "nan" / "progress.json").exists()
+
+
+def test_sizes_of_batches_and_folders_of_something_else_raise(tmp_path, encoder, tokenizer):
+    for name in ("batch_size", "shard_size"):
+        with pytest.raises(ValueError, match=f"{name} must be a positive integer, got 0"):
+            encode_corpus(tmp_path, {"a": "x"}, encoder, tokenizer, **{name: 0})
+    with pytest.raises(FileNotFoundError, match=r"encode_corpus has written.* no progress\.json"):
+        open_corpus(tmp_path)
 
 
 def test_the_search_page_encodes_its_documents_once(tmp_path, encoder, tokenizer, monkeypatch):

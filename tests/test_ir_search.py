@@ -11,7 +11,7 @@ from keras import ops
 from polus.ir import scores, search
 from polus.ir.callbacks import mine
 from polus.ir.index import DenseIndex
-from polus.ir.search import top_k
+from polus.ir.search import as_run, top_k
 
 rng = np.random.default_rng(0)
 SIMILARITIES = [None, scores.dot_product.similarity]
@@ -166,7 +166,10 @@ def test_search_and_mining_take_little_memory():
         (lambda: top_k(np.ones((1, 2)), np.ones(2), 1), r"Documents must have .* \(2,\)"),
         (lambda: DenseIndex([[1.0]], ["a", "b"]), "2 ids"),
         (lambda: DenseIndex([[1.0]], ["a"]).search([1.0]), r"Queries must .*vector\[None\]"),
-        (lambda: DenseIndex([[1.0]], ["a"]).run([[1.0]], ["q", "r"]), "got 1 vectors and 2 ids"),
+        (lambda: DenseIndex([[1.0]], ["a"]).run([[1.0]], ["q", "r"]), "got 2 ids, .* 1 queries"),
+        (lambda: DenseIndex([[1.0]], ["a"]).run([[1.0]] * 2, ["q", "q"]), "unique, got 'q' twice"),
+        (lambda: DenseIndex([[1.0]], ["a"]).run([[1.0]], [7]), "strings, got 7. Use '7'"),
+        (lambda: DenseIndex([[1.0]], ["a"]).search([[1.0]], 1.5), "positive integer, got 1.5"),
         (lambda: DenseIndex([[1.0]], [7]), "must be strings, got 7. Use '7'"),
         (lambda: DenseIndex([[1.0], [2.0]], ["a", "a"]), "must be unique, got 'a' twice"),
         (lambda: DenseIndex([[1.0], [np.nan]], ["a", "b"]), "finite, but that of 'b' contains NaN"),
@@ -176,6 +179,34 @@ def test_search_and_mining_take_little_memory():
 def test_bad_input_raises(wrong, message):
     with pytest.raises(ValueError, match=message):
         wrong()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda index: index.search("a text"), r"got 'a text'. Encode texts first: TextEncoder"),
+        (lambda index: index.search([{"input_ids": [1]}]), "Encode texts first"),
+        (lambda index: index.search((np.ones((1, 2, 1)), np.ones((1, 2)))), "late interaction"),
+        (lambda _: DenseIndex(["a text"], ["a"]), "vectors must be vectors of real numbers"),
+        (lambda _: DenseIndex([[1j]], ["a"]), "vectors of real numbers"),
+    ],
+)
+def test_texts_and_tokens_are_no_vectors(wrong, message):
+    with pytest.raises(TypeError, match=message):
+        wrong(DenseIndex([[1.0]], ["a"]))
+
+
+def test_a_similarity_is_a_function_of_scores():
+    for wrong in ("cosine", scores.cosine):
+        with pytest.raises(TypeError, match=r"polus\.ir\.scores\.cosine\.similarity"):
+            top_k(np.ones((1, 2)), np.ones((1, 2)), 1, similarity=wrong)
+    late = np.ones((1, 2, 1)), np.ones((1, 2))
+    with pytest.raises(ValueError, match=r"similarity=polus\.ir\.scores\.max_sim"):
+        top_k(late, late, 1)
+
+
+def test_a_row_that_was_not_found_has_no_document():
+    assert as_run(["q"], ["a", "b"], [[2.0, 0.0]], [[0, -1]]) == {"q": {"a": 2.0}}
 
 
 IDS = ["é", "日本語 id", "a\tb", "x" * 1000, "\u2028", "😀", "null", '"q"', "\ud800"]

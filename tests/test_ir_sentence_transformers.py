@@ -122,6 +122,7 @@ def test_roberta_gives_the_vectors_of_transformers(tmp_path, name):
     ids = np.random.default_rng(0).integers(4, 50, (2, 32))
     mask = np.ones((2, 32), int)
     ids[1, 9:], mask[1, 9:] = 1, 0
+    ids[0, 5] = 1  # a text may spell padding out
     with torch.no_grad():
         states = model(torch.tensor(ids), attention_mask=torch.tensor(mask)).last_hidden_state
     encoder = BertEncoder.from_pretrained(tmp_path, pooling=None)
@@ -208,6 +209,21 @@ def test_a_trained_projection_and_prompts_are_saved(tmp_path, bert):
     np.testing.assert_allclose(loaded(tmp_path / "two").encode_query(TEXTS), vectors, atol=1e-4)
 
 
+def test_what_was_saved_is_loaded_trained_and_saved_again(tmp_path, bert):
+    encoder, tokenizer = BertEncoder.from_pretrained(bert), TextTokenizer(bert)
+    for name, size in (("one", 6), ("two", 4)):
+        projection = IdentityProjection(size)
+        projection.build((None, 16 if name == "one" else 6))
+        kernel = np.random.default_rng(size).normal(size=projection.kernel.shape)
+        projection.set_weights([kernel.astype("float32")])
+        expected = numpy(projection(encoder(tokenizer(TEXTS), training=False)))
+        expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+        save_sentence_transformers(tmp_path / name, encoder, tokenizer, projection, normalize=True)
+        np.testing.assert_allclose(loaded(tmp_path / name).encode(TEXTS), expected, atol=1e-5)
+        encoder = BertEncoder.from_pretrained(tmp_path / name)
+        np.testing.assert_allclose(vectors_of(tmp_path / name), expected, atol=1e-5)
+
+
 def test_encoders_that_sentence_transformers_cannot_load_raise(tmp_path, bert):
     tokenizer = TextTokenizer(bert)
     odd = BertEncoder.from_pretrained(bert, dense=[{"units": 3, "activation": "softplus"}])
@@ -220,6 +236,52 @@ def test_encoders_that_sentence_transformers_cannot_load_raise(tmp_path, bert):
         with pytest.raises(ValueError, match=message):
             save_sentence_transformers(tmp_path / "new", encoder, tokenizer)
     assert not list(tmp_path.iterdir())
+
+
+def test_arguments_that_would_be_saved_as_something_else_raise(tmp_path, bert):
+    encoder, tokenizer = BertEncoder.from_pretrained(bert), TextTokenizer(bert)
+    projection = keras.layers.Dense(3)  # its bias would get lost
+    projection.build((None, 16))
+    for wrong, error, message in (
+        (
+            {"encoder": DualEncoder(encoder)},
+            TypeError,
+            r"model\.query_encoder, tokenizer, model\.q",
+        ),
+        ({"projection": projection}, TypeError, "IdentityProjection, .* got a Dense"),
+        ({"projection": IdentityProjection(3)}, ValueError, "projection must be built"),
+        ({"prompts": "query: "}, TypeError, "prompts must be a dict"),
+        ({"prompts": {"query": None}}, TypeError, "got None for 'query'"),
+        ({"similarity": "dot_product"}, ValueError, "'cosine', 'dot', .* got 'dot_product'"),
+    ):
+        given = {"encoder": encoder, "tokenizer": tokenizer, **wrong}
+        with pytest.raises(error, match=message):
+            save_sentence_transformers(tmp_path / "new", **given)
+    assert not list(tmp_path.iterdir())
+
+
+def test_similarity_and_layers_in_half_precision_are_saved(tmp_path, bert):
+    encoder = BertEncoder.from_pretrained(bert, dtype="bfloat16", dense=[{"units": 3}])
+    encoder.build_on_tokens()
+    tokenizer = TextTokenizer(bert)
+    save_sentence_transformers(tmp_path / "new", encoder, tokenizer, similarity="dot")
+    found = loaded(tmp_path / "new")
+    assert found.similarity_fn_name == "dot"
+    ours = numpy(encoder(tokenizer(TEXTS), training=False)).astype("float32")
+    np.testing.assert_allclose(found.encode(TEXTS), ours, atol=0.1)
+
+
+def test_what_a_folder_lacks_or_cuts_is_named(tmp_path, bert):
+    saved(bert, tmp_path, *ABOVE["dense"], truncate_dim=4)
+    with pytest.raises(ValueError, match=r"truncate_dim, .* to 4. .* take vectors\[:, :4\]"):
+        BertEncoder.from_pretrained(tmp_path)
+    (tmp_path / "config_sentence_transformers.json").unlink()
+    BertEncoder.from_pretrained(tmp_path)
+    for name in ("2_Dense", "1_Pooling"):
+        shutil.rmtree(tmp_path / name)
+        message = f"module {name[2:]}, but .*{name}.config.json isn't there"
+        with pytest.raises(FileNotFoundError, match=message):
+            BertEncoder.from_pretrained(tmp_path)
 
 
 def words(count, seed):

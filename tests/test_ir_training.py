@@ -757,6 +757,27 @@ def test_bad_input_raises(wrong, message):
         wrong()
 
 
+def test_encoders_that_do_not_fit_together_raise():
+    with pytest.raises(TypeError, match=r"got a DualEncoder\. Use its query_encoder"):
+        DualEncoder(DualEncoder(encoder()))
+    with pytest.raises(TypeError, match=r"such as polus\.ir\.scores\.cosine, got 'cosine'"):
+        trainer_of(DualEncoder(encoder()), compute_scores="cosine")
+    model = DualEncoder(keras.layers.Dense(6), keras.layers.Dense(4), shared_projection=True)
+    with pytest.raises(
+        ValueError, match=r"vectors of size 6, as at first, got 4.*leave out shared"
+    ):
+        one_step(FEATURES, FEATURES, model=model)
+
+
+def test_the_dtype_of_projections_is_kept(tmp_path):
+    model = DualEncoder(keras.layers.Dense(6), dtype="bfloat16")
+    model((FEATURES[:2], FEATURES[:2]))
+    model.save(tmp_path / "model.keras")
+    for each in (model, keras.saving.load_model(tmp_path / "model.keras")):
+        dtypes = [each.query_projection.kernel.dtype, each.document_projection.kernel.dtype]
+        assert dtypes == ["bfloat16", "bfloat16"]
+
+
 def test_a_model_without_the_methods_is_told_the_class_to_write(tmp_path):
     with pytest.raises(TypeError, match="class MyDualEncoder") as error:
         trainer_of(encoder())

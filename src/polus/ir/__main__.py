@@ -16,8 +16,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     serve.add_argument("--host", default="127.0.0.1", help="0.0.0.0: other machines reach it too")
     serve.add_argument("--port", type=int, default=8000)
     given = parser.parse_args(arguments)
-    search, documents = load_search(given.folder, given.encoder)
-    with make_server(search, documents, given.host, given.port) as server:
+    try:
+        search, documents = load_search(given.folder, given.encoder)
+        server = make_server(search, documents, given.host, given.port)
+    except (ImportError, OSError, OverflowError, ValueError) as error:
+        # A user's mistake, whose message says it all: without the frames.
+        serve.error(str(error))
+    with server:
         host, port = server.server_address[:2]
         print(f"{len(documents)} documents: http://{host!s}:{port} (Ctrl-C ends it)", flush=True)
         try:

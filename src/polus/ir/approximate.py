@@ -19,8 +19,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from polus.files import atomic_write
-from polus.ir.index import DenseIndex, VectorIndex, check_finite, check_ids
-from polus.ir.search import Floats, Ints, to_arrays
+from polus.ir.index import DenseIndex, VectorIndex, check_finite
+from polus.ir.search import Floats, Ints, as_vectors, check_k
+from polus.ir.texts import check_ids
 
 Library = Literal["usearch", "faiss"]
 
@@ -83,7 +84,7 @@ class ApproximateIndex(VectorIndex):
         expansion_search: int = 64,
         threads: int = 0,
     ) -> None:
-        array = to_arrays(vectors)
+        array = as_vectors(vectors, "vectors")
         self.ids = list(ids)
         if array.ndim != 2 or len(array) != len(self.ids) or not self.ids:
             raise ValueError(
@@ -101,13 +102,20 @@ class ApproximateIndex(VectorIndex):
             self._graph.add(start, block, threads)
 
     def top_k(self, queries: ArrayLike, k: int) -> tuple[Floats, Ints]:
-        array = np.ascontiguousarray(to_arrays(queries), np.float32)
-        if array.ndim != 2 or array.shape[1] != self.parameters.size or k < 1:
+        array = np.ascontiguousarray(as_vectors(queries), np.float32)
+        check_k(k)
+        if array.ndim != 2 or array.shape[1] != self.parameters.size:
             raise ValueError(
-                f"Queries must have the shape (Q, {self.parameters.size}) and k be positive, got "
-                f"the shape {array.shape} and k={k}."
+                f"Queries must have the shape (Q, {self.parameters.size}), got the shape "
+                f"{array.shape}. Encode them with the documents' model; use vector[None] for a "
+                "single one."
             )
-        k = min(k, len(self.ids))
+        if not np.isfinite(array).all():
+            raise ValueError(
+                "Queries must be finite, got NaN or infinity. Look for such numbers in the "
+                "encoder's weights."
+            )
+        k = min(int(k), len(self.ids))
         if not len(array):
             return np.empty((0, k), np.float32), np.empty((0, k), np.int64)
         expansion = max(self.expansion_search, k)
@@ -174,7 +182,7 @@ class ApproximateIndex(VectorIndex):
             self = cls.__new__(cls)
             self.parameters = Parameters(**facts["parameters"])
             self.expansion_search, sums = int(facts["expansion_search"]), dict(facts["sha256"])
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, NotADirectoryError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{folder / 'index.json'} must be written by ApproximateIndex.save, but it isn't."
             ) from error

@@ -9,11 +9,12 @@ from keras import ops
 
 from polus.callbacks.base import Callback
 from polus.host import to_host
-from polus.ir.data import PairBatches, Rows, as_features
+from polus.ir.data import Features, PairBatches, Rows, as_features
 from polus.ir.encoding import encode, stack_vectors
-from polus.ir.evaluation import MEASURES, evaluate
+from polus.ir.evaluation import MEASURES, check_judged, evaluate
 from polus.ir.scores import InBatchScores, Similarity, dot_product
 from polus.ir.search import as_run, take_rows, to_arrays, top_k
+from polus.ir.texts import as_texts, check_ids
 
 _QUERIES = 1024  # mined at a time
 
@@ -60,7 +61,7 @@ class RetrievalValidation(_Search):
     Args:
         queries: The features of the judged queries; see `polus.ir.data.Features`.
         documents: The features of all documents.
-        qrels: The judgements, `{query id: {document id: grade}}`.
+        qrels: The judgements, `{query id: {document id: grade}}`, of these queries alone.
         query_ids: The ids of `queries`, in order.
         document_ids: The ids of `documents`, in order.
         measures: The measures, as for `polus.ir.evaluation.evaluate`.
@@ -96,12 +97,15 @@ class RetrievalValidation(_Search):
         batch_size: int = 256,
     ) -> None:
         super().__init__()
+        measures = as_texts(measures, "measures")
         if monitor not in measures:
-            raise ValueError(
-                f"monitor must be one of the measures {list(measures)}, got {monitor!r}."
-            )
-        self.queries, self.documents = queries, documents
-        self.qrels, self.query_ids, self.document_ids = qrels, query_ids, document_ids
+            raise ValueError(f"monitor must be one of the measures {measures}, got {monitor!r}.")
+        _check_positive(every_epochs=every_epochs, depth=depth, batch_size=batch_size)
+        self.queries, self.documents = as_features(queries), as_features(documents)
+        self.query_ids = _ids_of(self.queries, query_ids, "query_ids")
+        check_judged(qrels, set(self.query_ids))
+        self.qrels = qrels
+        self.document_ids = _ids_of(self.documents, document_ids, "document_ids")
         self.measures, self.monitor, self.restore_best = measures, monitor, restore_best
         self.name, self.every_epochs, self.depth = name, every_epochs, depth
         self.similarity, self.batch_size = similarity, batch_size
@@ -187,6 +191,7 @@ class HardNegativeMining(_Search):
                 "k must be positive and ranks must be (first, last) with 0 <= first < last, got "
                 f"k={k} and ranks={ranks}. Use, for example, ranks=(0, 100)."
             )
+        _check_positive(every_epochs=every_epochs, batch_size=batch_size)
         self.batches = batches
         self.k, self.every_epochs, self.ranks = k, every_epochs, ranks
         self.relative_margin = relative_margin
@@ -202,6 +207,11 @@ class HardNegativeMining(_Search):
             self._mine()
 
     def _mine(self) -> None:
+        if self.batches.teacher_scores is not None:
+            raise ValueError(
+                "teacher_scores are of the negatives that they were computed for, which mining "
+                "replaces. Leave out HardNegativeMining, or teacher_scores."
+            )
         represented = self._represented(self.batches.queries, self.batches.documents)
         self.batches.negatives = mine(
             *represented,
@@ -265,3 +275,18 @@ def _pair_scores(queries: Any, documents: Any, pairs: Rows, similarity: Similari
         tensors = keras.tree.map_structure(lambda x: ops.convert_to_tensor(x[:, None]), pair)
         found.append(to_host(similarity(*tensors))[:, 0, 0])
     return np.concatenate(found)
+
+
+def _check_positive(**numbers: int) -> None:
+    for name, value in numbers.items():
+        if value < 1:
+            raise ValueError(f"{name} must be a positive integer, got {value!r}.")
+
+
+def _ids_of(features: Features, ids: Sequence[str], what: str) -> list[str]:
+    """Returns the ids of texts as a list, and raises unless each text has one of its own."""
+    found = list(ids)
+    check_ids(found, what)
+    if len(found) != len(features):
+        raise ValueError(f"{what} must be those of {len(features)} texts, got {len(found)} ids.")
+    return found

@@ -26,6 +26,7 @@ from polus.ir.data import Features
 from polus.ir.encoding import encode_batches
 from polus.ir.fingerprint import fingerprint
 from polus.ir.models import TextTokenizer
+from polus.ir.search import check_k
 
 
 class Corpus(NamedTuple):
@@ -70,6 +71,8 @@ def encode_corpus(
         index = DenseIndex(corpus.vectors, corpus.ids)
         ```
     """
+    check_k(batch_size, "batch_size")
+    check_k(shard_size, "shard_size")
     remaining = _checked(documents)
     first = next(remaining, None)
     if first is None:
@@ -88,6 +91,11 @@ def encode_corpus(
         for rows, found in encode_batches(encode, features, order, batch_size):
             for row, each in zip(rows, found, strict=True):
                 vectors[row] = each
+        if len(shapes := {each.shape for each in vectors}) > 1:
+            raise ValueError(
+                f"The encoder must return one vector (E,) per text, got the shapes "
+                f"{sorted(shapes)[:3]}. Use an encoder with pooling."
+            )
         writer.append(shard, np.stack(vectors))
     return open_corpus(folder)
 
@@ -117,6 +125,11 @@ def open_corpus(folder: str | Path) -> Corpus:
         ValueError: If a file is shorter than it was.
     """
     folder = Path(folder)
+    if not (folder / "progress.json").exists():
+        raise FileNotFoundError(
+            f"{folder} must be a folder that encode_corpus has written, but it has no "
+            "progress.json."
+        )
     progress = _Progress(**json.loads((folder / "progress.json").read_text("utf-8")))
     _check_length(folder, progress)
     shape = (progress.rows, progress.size)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from polus.data import SeekableAdapter
 from polus.data.fingerprint import checksum
 from polus.ir.guide import Guide
+from polus.ir.texts import as_texts, check_ids
 
 Rows = NDArray[np.int64]
 
@@ -39,8 +40,8 @@ def read_beir(folder: str | Path, split: str = "test") -> Collection:
 
     Raises:
         FileNotFoundError: If there is no such split. The message lists the splits found.
-        ValueError: If `queries.jsonl` lacks a judged query, or the judgements have no header or a
-            grade that isn't a whole number.
+        ValueError: If `queries.jsonl` lacks a judged query, the judgements have no header, a grade
+            that isn't a whole number or two grades for a document, or as for `read_documents`.
     """
     folder = Path(folder)
     path = folder / "qrels" / f"{split}.tsv"
@@ -49,7 +50,7 @@ def read_beir(folder: str | Path, split: str = "test") -> Collection:
         raise FileNotFoundError(f"{path} doesn't exist. Splits found: {found or 'none'}.")
     qrels = _read_qrels(path)
     documents = read_documents(folder)
-    queries = {each["_id"]: each["text"] for each in _json_lines(folder / "queries.jsonl")}
+    queries = {name: text for name, _, text in _json_lines(folder / "queries.jsonl")}
     missing = [query for query in qrels if query not in queries]
     if missing:
         raise ValueError(
@@ -62,22 +63,28 @@ def read_beir(folder: str | Path, split: str = "test") -> Collection:
 def read_documents(folder: str | Path) -> dict[str, str]:
     """Reads `corpus.jsonl` or `corpus.jsonl.gz` in a folder in the layout of BEIR.
 
-    A document's title, which may be null, is prepended to its text.
+    A document's title, which may be null, is prepended to its text. An id that is a whole number
+    becomes a string, as it is in the judgements.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If a line isn't a JSON object with `_id` and `text`, or an id has two texts.
     """
     return {
-        each["_id"]: f"{each.get('title') or ''} {each['text']}".strip()
-        for each in _json_lines(Path(folder) / "corpus.jsonl")
+        name: f"{title} {text}".strip()
+        for name, title, text in _json_lines(Path(folder) / "corpus.jsonl")
     }
 
 
 def _read_qrels(path: Path) -> dict[str, dict[str, int]]:
     qrels: dict[str, dict[str, int]] = {}
-    with open(path, encoding="utf-8", newline="") as file:
+    with open(path, encoding="utf-8-sig", newline="") as file:
         rows = csv.DictReader(file, delimiter="\t")
         if not {"query-id", "corpus-id", "score"}.issubset(rows.fieldnames or ()):
             raise ValueError(
                 f"{path} must begin with a line of the names query-id, corpus-id and score, with "
-                f"tabs between them, got {rows.fieldnames}. Add that line."
+                f"tabs between them, got {rows.fieldnames}. Add that line. (TREC's format, without "
+                "names, is read by ir_measures.read_trec_qrels.)"
             )
         for row in rows:
             try:
@@ -89,24 +96,72 @@ def _read_qrels(path: Path) -> dict[str, dict[str, int]]:
                     f"Grades must be whole numbers, got {row['score']!r} in line {rows.line_num} "
                     f"of {path}. Measures such as nDCG take no others."
                 ) from None
-            qrels.setdefault(row["query-id"], {})[row["corpus-id"]] = int(grade)
+            judged = qrels.setdefault(row["query-id"], {})
+            if judged.setdefault(row["corpus-id"], int(grade)) != grade:
+                raise ValueError(
+                    f"A document must have one grade for a query, got another one for "
+                    f"{row['corpus-id']!r} and {row['query-id']!r} in line {rows.line_num} of "
+                    f"{path}. Remove one of them."
+                )
     return qrels
 
 
-def _json_lines(path: Path) -> list[dict[str, str]]:
-    if path.exists():
-        text = path.read_text(encoding="utf-8")
-    else:
-        with gzip.open(f"{path}.gz", "rt", encoding="utf-8") as file:
-            text = file.read()
-    # Not splitlines(), which splits at Unicode line separators inside a text too.
-    return [json.loads(line) for line in text.split("\n") if line]
+def _json_lines(path: Path) -> Iterator[tuple[str, str, str]]:
+    """Yields id, title and text of each line; the title may be empty."""
+    texts: dict[str, tuple[str, str]] = {}
+    for number, line in enumerate(_lines(path), start=1):
+        if not line.strip():
+            continue
+        try:
+            found = json.loads(line)
+            name, title, text = found["_id"], found.get("title") or "", found["text"]
+        except (ValueError, TypeError, KeyError, AttributeError):
+            name = title = text = None
+        if isinstance(name, int) and not isinstance(name, bool):
+            name = str(name)
+        if not all(isinstance(each, str) for each in (name, title, text)):
+            raise ValueError(
+                f'Line {number} of {path} must be a JSON object with strings "_id" and "text", '
+                f"got {line.strip()!r:.100}."
+            )
+        if texts.setdefault(name, (title, text)) != (title, text):
+            raise ValueError(
+                f"Line {number} of {path} has another text for the id {name!r} of an earlier "
+                "line. Remove one of them, or rename it."
+            )
+        yield name, title, text
+
+
+def _lines(path: Path) -> Iterator[str]:
+    # Lines end with "\n" alone: a text may have Unicode's line separators. Some editors write a
+    # byte order mark.
+    settings: Any = {"mode": "rt", "encoding": "utf-8-sig", "newline": "\n"}
+    zipped = path.with_name(f"{path.name}.gz")
+    if not path.exists() and not zipped.exists():
+        raise FileNotFoundError(
+            f"{path.parent} must have {path.name} or {zipped.name}, with a JSON object in each "
+            "line, as in the layout of BEIR."
+        )
+    try:
+        with open(path, **settings) if path.exists() else gzip.open(zipped, **settings) as file:
+            yield from file
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} must be UTF-8, but it isn't: {error}.") from error
 
 
 def relevant_rows(
     qrels: Mapping[str, Mapping[str, int]], query_ids: Sequence[str], document_ids: Sequence[str]
 ) -> list[Rows]:
-    """Returns, for each query, the row numbers of the relevant documents (graded above 0)."""
+    """Returns, for each query, the row numbers of the relevant documents (graded above 0).
+
+    Documents and queries without a row are left out.
+
+    Raises:
+        ValueError: If an id of a row isn't a string, or not unique.
+    """
+    query_ids, document_ids = list(query_ids), list(document_ids)
+    check_ids(query_ids, "query_ids")
+    check_ids(document_ids, "document_ids")
     row_of = {document: row for row, document in enumerate(document_ids)}
     return [
         np.array(
@@ -134,7 +189,14 @@ class Features:
                     "Features of a function need the number of texts. Use Features(function, "
                     "count=len(texts))."
                 )
-            count = len(keras.tree.flatten(rows)[0])
+            shapes = [np.shape(each) for each in keras.tree.flatten(rows)]
+            if not all(shapes) or len({shape[0] for shape in shapes}) != 1:
+                raise ValueError(
+                    "Features must be arrays with a row for each text, got "
+                    f"{type(rows).__name__} with the shapes {sorted(set(shapes))}. For texts use "
+                    "Features.of_texts(texts, tokenizer)."
+                )
+            count = shapes[0][0]
         self.count = count
 
     @classmethod
@@ -142,7 +204,8 @@ class Features:
         cls, texts: Sequence[str], tokenizer: Callable[[Sequence[str]], Any]
     ) -> "Features":
         """Returns the tokens of texts, tokenized on demand."""
-        return cls(lambda rows: tokenizer([texts[row] for row in rows]), len(texts))
+        found = as_texts(texts)
+        return cls(lambda rows: tokenizer([found[row] for row in rows]), len(found))
 
     def __len__(self) -> int:
         return self.count
@@ -202,7 +265,7 @@ class PairBatches(SeekableAdapter):
         guide: Guide | None = None,
     ) -> None:
         self.queries, self.documents = as_features(queries), as_features(documents)
-        self.relevant = [np.asarray(rows, np.int64) for rows in relevant]
+        self.relevant = [_row_numbers(rows) for rows in relevant]
         pairs = [(query, row) for query, rows in enumerate(self.relevant) for row in rows]
         if len(self.relevant) != len(self.queries) or not pairs:
             raise ValueError(
@@ -242,14 +305,44 @@ class PairBatches(SeekableAdapter):
         }
 
     def batches(self, epoch: int, skip: int = 0) -> Iterator[Any]:
-        """Yields the batches of an epoch, from batch `skip` on."""
-        negatives, teacher = self.negatives, self.teacher_scores
+        """Yields the batches of an epoch, from batch `skip` on.
+
+        Raises:
+            ValueError: If the shape of negatives or teacher's scores is wrong, or negatives aren't
+                row numbers.
+        """
+        negatives, teacher = self._mined()
         for number, places in enumerate(self.order(epoch)):
             if number >= skip:
                 *parts, extras = self._batch(places, negatives)
                 if teacher is not None:
                     extras = {**extras, "teacher_scores": teacher[places]}
                 yield *parts, extras
+
+    def _mined(self) -> tuple[Rows | None, NDArray[np.float32] | None]:
+        """Returns negatives and teacher's scores, which may have been assigned by anybody."""
+        negatives = None if self.negatives is None else np.asarray(self.negatives)
+        teacher = None if self.teacher_scores is None else np.asarray(self.teacher_scores)
+        count, last = len(self.pairs), len(self.documents) - 1
+        if negatives is not None and (
+            negatives.ndim != 2
+            or len(negatives) != count
+            or negatives.dtype.kind not in "iu"
+            or not -1 <= negatives.min(initial=-1) <= negatives.max(initial=-1) <= last
+        ):
+            raise ValueError(
+                f"negatives must be rows ({count}, k) from 0 to {last}, or -1 for padding, got "
+                f"{negatives.dtype} {negatives.shape} from {negatives.min(initial=0)} to "
+                f"{negatives.max(initial=0)}."
+            )
+        wanted = count, 1 + (0 if negatives is None else negatives.shape[1])
+        if teacher is not None and teacher.shape != wanted:
+            raise ValueError(
+                f"teacher_scores must be {wanted}, one for the positive and for each of the "
+                f"negatives of a pair, got the shape {teacher.shape}. "
+                "polus.ir.cross_encoder.score_candidates makes them."
+            )
+        return negatives, teacher
 
     def get_state(self) -> dict[str, Any]:
         state = {"negatives": self.negatives, "teacher_scores": self.teacher_scores}
@@ -310,3 +403,13 @@ class PairBatches(SeekableAdapter):
             mask[i, len(documents) :] = is_relevant[hard[i]] | (hard[i] < 0)
             is_relevant[self.relevant[query]] = False
         return mask
+
+
+def _row_numbers(rows: object) -> Rows:
+    found = np.asarray(rows)
+    if found.ndim != 1 or (found.size and found.dtype.kind not in "iu"):
+        raise ValueError(
+            f"relevant must have a list of row numbers for each query, got {rows!r:.80}. Use "
+            "relevant_rows(qrels, query_ids, document_ids)."
+        )
+    return found.astype(np.int64)

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from polus.core import function
 from polus.host import to_host
 from polus.ir.data import Features, Rows
+from polus.ir.search import check_k
 from polus.ir.texts import as_texts
 
 Vectors = NDArray[np.float32]
@@ -41,7 +42,11 @@ def encode_batches(
         features: As for `encode`.
         order: The row numbers, in the order to encode them.
         batch_size: The number of texts encoded at a time.
+
+    Raises:
+        ValueError: If `batch_size` isn't a positive integer.
     """
+    check_k(batch_size, "batch_size")
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         # Padded to a power of two or a whole batch, so that few shapes are compiled and a single
@@ -83,8 +88,14 @@ class TextEncoder:
         texts = as_texts(texts)
         if not texts:
             raise ValueError("texts must have at least one text, got none.")
+        # By length, which saves most of the padding.
+        order = np.argsort([-len(text) for text in texts], kind="stable")
         features = Features.of_texts(texts, self.tokenizer)
-        return stack_vectors(encode(self._encode, features, self.batch_size))
+        vectors: list[Any] = [None] * len(texts)
+        for rows, found in encode_batches(self._encode, features, order, self.batch_size):
+            for row, each in zip(rows, found, strict=True):
+                vectors[row] = each
+        return stack_vectors(vectors)
 
 
 def stack_vectors(vectors: Sequence[Vectors]) -> Any:

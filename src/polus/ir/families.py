@@ -1,7 +1,7 @@
 """How folders of MPNet, ModernBERT and Qwen3 describe a `TransformerEncoder` and its weights."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from polus.host import to_host
 from polus.ir.pretrained import dense_folders, model_config, output_settings, transformer_folder
-from polus.ir.tensors import CheckpointTensors, TensorKind
+from polus.ir.tensors import CheckpointTensors, TensorKind, reshaped
 from polus.ir.transformer import Architecture, TransformerEncoder
 
 Config = dict[str, Any]
@@ -63,7 +63,9 @@ def load_transformer(folder: Path, **overrides: Any) -> TransformerEncoder:
         **{**_sizes(config), **family.arguments(config), **output_settings(folder), **overrides}
     )
     model.build_on_tokens()
-    _assign(family.slots(model), CheckpointTensors(transformer_folder(folder), family.prefixes))
+    assign_slots(
+        family.slots(model), CheckpointTensors(transformer_folder(folder), family.prefixes)
+    )
     if "dense" not in overrides:
         for layer, inner in zip(model.dense, dense_folders(folder), strict=True):
             layer.set_weights(CheckpointTensors(inner).of("dense", "linear"))
@@ -89,8 +91,13 @@ def checkpoint_config(encoder: TransformerEncoder) -> Config:
 
 def checkpoint_weights(encoder: TransformerEncoder, config: Config) -> dict[str, Any]:
     """Returns the weights of an encoder by their names in a checkpoint, float32."""
+    return slot_weights(FAMILIES[config["model_type"]].slots(encoder))
+
+
+def slot_weights(slots: Iterable[Slot]) -> dict[str, Any]:
+    """Returns the weights of layers by their names in a checkpoint, float32."""
     found = {}
-    for kind, name, layers in FAMILIES[config["model_type"]].slots(encoder):
+    for kind, name, layers in slots:
         for number, part in enumerate(("weight", "bias")[: len(layers[0].weights)]):
             values = np.concatenate([_rows(kind, layer, number) for layer in layers])
             found[f"{name}.{part}"] = np.ascontiguousarray(values, np.float32)
@@ -109,12 +116,13 @@ def _rows(kind: TensorKind, layer: keras.layers.Layer, number: int) -> Any:
     return value.reshape(-1, value.shape[-1]).T if of_heads else value.reshape(len(value), -1).T
 
 
-def _assign(slots: Iterator[Slot], tensors: CheckpointTensors) -> None:
+def assign_slots(slots: Iterable[Slot], tensors: CheckpointTensors) -> None:
+    """Assigns the weights in a checkpoint to layers."""
     for kind, name, layers in slots:
         parts = [np.split(value, len(layers), axis=-1) for value in tensors.of(kind, name)]
         for number, layer in enumerate(layers):
             for variable, values in zip(layer.weights, parts, strict=True):
-                variable.assign(values[number].reshape(variable.shape))
+                variable.assign(reshaped(values[number], variable.shape, name))
 
 
 def _sizes(config: Config) -> Config:
@@ -203,6 +211,7 @@ def _modernbert_config(encoder: TransformerEncoder) -> Config:
         "attention_dropout": dropout,
         "mlp_dropout": dropout,
         "norm_eps": encoder.config["epsilon"],
+        "classifier_pooling": "mean" if encoder.pooling == "mean" else "cls",
     }
 
 

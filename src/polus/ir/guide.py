@@ -85,9 +85,15 @@ class Guide:
         unique, places = np.unique(np.maximum(negatives, 0), return_inverse=True)
         places = places.reshape(negatives.shape)
         hard = np.take_along_axis(query @ _unit(self.documents[unique]).T, places, axis=1)
+        found = np.concatenate([in_batch, hard], axis=1)
+        if not np.isfinite(found).all():
+            raise ValueError(
+                "A guide's vectors must be finite, but those of a batch contain NaN or infinity. "
+                "Look for such numbers in the weights of the encoder that has computed them."
+            )
         limit = np.diagonal(in_batch)[:, None]
         limit = limit - self.margin * (np.abs(limit) if self.relative else 1.0)
-        return np.asarray(np.concatenate([in_batch, hard], axis=1) > limit)
+        return np.asarray(found > limit)
 
 
 def _unit(vectors: Any) -> NDArray[np.float32]:

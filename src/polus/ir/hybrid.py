@@ -5,9 +5,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from polus.ir.evaluation import Qrels, Run, evaluate, reciprocal_rank_fusion
+from polus.ir.evaluation import Qrels, Run, check_judged, evaluate, ranked, reciprocal_rank_fusion
 from polus.ir.index import VectorIndex
-from polus.ir.texts import check_texts_by_id
+from polus.ir.search import check_k
+from polus.ir.texts import check_ids, check_texts_by_id
 
 Results = list[tuple[str, float]]
 
@@ -29,7 +30,7 @@ class BM25:
     Raises:
         ImportError: If `bm25s` isn't installed.
         TypeError: If a text, of a document or later of a query, isn't a string.
-        ValueError: If there are no documents.
+        ValueError: If there are no documents, none has a word, or an id isn't a string.
     """
 
     def __init__(self, documents: Mapping[str, str]) -> None:
@@ -37,12 +38,20 @@ class BM25:
         if not documents:
             raise ValueError("documents must have at least one document, got none.")
         self.ids = list(documents)
+        check_ids(self.ids, "ids of documents")
         self._library = _bm25s()
         self._engine = self._library.BM25()
-        self._engine.index(self._tokens(documents, "documents"), show_progress=False)
+        tokens = self._tokens(documents, "documents")
+        if not tokens.vocab:
+            raise ValueError(
+                f"At least one of the {len(documents)} documents must have a word of two letters "
+                "that isn't a stop word of bm25s, such as 'the'."
+            )
+        self._engine.index(tokens, show_progress=False)
 
     def run(self, queries: Mapping[str, str], k: int = 100) -> dict[str, dict[str, float]]:
         """Returns the documents, k at most, that share words with each query, as a run."""
+        check_k(k)
         if not queries:
             return {}
         k = min(k, len(self.ids))
@@ -76,6 +85,8 @@ class Dense:
 
     def run(self, queries: Mapping[str, str], k: int = 100) -> dict[str, dict[str, float]]:
         """Returns the k documents whose vectors have the largest inner products, as a run."""
+        check_texts_by_id(queries, "queries")
+        check_k(k)
         if not queries:
             return {}
         return self.index.run(self.encode(list(queries.values())), list(queries), k)
@@ -113,6 +124,7 @@ class Hybrid:
                     f"A {name} searches vectors, and Hybrid gives its engines texts. Write "
                     f"Dense({name}(...), TextEncoder(encoder, tokenizer))."
                 )
+        check_k(depth, "depth")
         self.engines = engines
         self.weight = weight
         self.depth = depth
@@ -128,6 +140,8 @@ class Hybrid:
 
     def run(self, queries: Mapping[str, str], k: int = 100) -> dict[str, dict[str, float]]:
         """Returns the k best documents of each query `{id: text}` as a run, the best first."""
+        check_texts_by_id(queries, "queries")
+        check_k(k)
         return _cut(self._fuse(self._found(queries, k), self.weight), queries, k)
 
     def tune(
@@ -139,6 +153,8 @@ class Hybrid:
             The measure of each weight tried: 0, 0.1 and so on to 1, and None for reciprocal rank
             fusion, which stays unless a weight is better.
         """
+        check_texts_by_id(queries, "queries")
+        check_judged(qrels, queries)
         found = self._found(queries, self.depth)
         weights = [None, *(np.arange(11) / 10).tolist()] if len(self.engines) == 2 else [None]
         values = {each: evaluate(qrels, self._fuse(found, each), [measure]) for each in weights}
@@ -172,9 +188,10 @@ def _scaled(scores: Mapping[str, float]) -> dict[str, float]:
 
 
 def _cut(run: Run, queries: Iterable[str], k: int) -> dict[str, dict[str, float]]:
+    found = {query: run.get(query, {}) for query in queries}
     return {
-        query: dict(sorted(run.get(query, {}).items(), key=lambda item: -item[1])[:k])
-        for query in queries
+        query: {each: scores[each] for each in ranked(scores)[:k]}
+        for query, scores in found.items()
     }
 
 

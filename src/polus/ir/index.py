@@ -12,7 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from polus.files import atomic_write
-from polus.ir.search import Floats, Ints, to_arrays, top_k
+from polus.ir.search import Floats, Ints, as_run, as_vectors, top_k
+from polus.ir.texts import check_ids
 
 Array = np.ndarray[Any, Any]
 
@@ -53,13 +54,12 @@ class VectorIndex:
     def run(
         self, queries: ArrayLike, query_ids: Sequence[str], k: int = 100
     ) -> dict[str, dict[str, float]]:
-        """Returns the k best documents of each query as a run."""
-        found = self.search(queries, k)
-        if len(found) != len(query_ids):
-            raise ValueError(
-                f"Each query must have an id, got {len(found)} vectors and {len(query_ids)} ids."
-            )
-        return {query: dict(each) for query, each in zip(query_ids, found, strict=True)}
+        """Returns the k best documents of each query as a run.
+
+        Raises:
+            ValueError: If there are not as many ids as queries, or they aren't different strings.
+        """
+        return as_run(query_ids, self.ids, *self.top_k(queries, k))
 
 
 class DenseIndex(VectorIndex):
@@ -80,7 +80,7 @@ class DenseIndex(VectorIndex):
     """
 
     def __init__(self, vectors: ArrayLike, ids: Sequence[str]) -> None:
-        self.vectors: Floats = np.ascontiguousarray(to_arrays(vectors), np.float32)
+        self.vectors: Floats = np.ascontiguousarray(as_vectors(vectors, "vectors"), np.float32)
         self.ids = list(ids)
         if self.vectors.ndim != 2 or len(self.vectors) != len(self.ids):
             raise ValueError(
@@ -93,7 +93,7 @@ class DenseIndex(VectorIndex):
             check_finite(self.vectors[rows], self.ids[rows])
 
     def top_k(self, queries: ArrayLike, k: int) -> tuple[Floats, Ints]:
-        return top_k(np.asarray(to_arrays(queries), np.float32), self.vectors, k)
+        return top_k(np.asarray(as_vectors(queries), np.float32), self.vectors, k)
 
     def save(self, path: str | Path) -> None:
         """Writes vectors, ids and a checksum to one safetensors file, which replaces an older one.
@@ -145,17 +145,6 @@ def check_finite(vectors: Floats, ids: Sequence[str]) -> None:
         )
 
 
-def check_ids(ids: Sequence[str]) -> None:
-    """Raises a ValueError unless all ids are strings, and different ones."""
-    seen: set[str] = set()
-    for each in ids:
-        if not isinstance(each, str):
-            raise ValueError(f"ids must be strings, got {each!r}. Use {str(each)!r}.")
-        if each in seen:
-            raise ValueError(f"ids must be unique, got {each!r} twice.")
-        seen.add(each)
-
-
 def save_index(
     path: str | Path, arrays: Mapping[str, Array], ids: Sequence[str], **facts: str
 ) -> None:
@@ -182,6 +171,11 @@ def load_index(
         ValueError: If it is no such file, or damaged.
     """
     arrays, facts = {}, {}
+    if Path(path).is_dir():
+        raise ValueError(
+            f"{path} must be a file written by {writer}, but it is a folder. "
+            "ApproximateIndex.load reads a folder."
+        )
     try:
         with safe_open(str(path), "numpy") as file:
             facts = dict(file.metadata() or {})

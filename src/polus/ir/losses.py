@@ -29,6 +29,12 @@ def _mean_of_unmasked(values: Any, negative_scores: Any) -> Any:
     return total / ops.maximum(ops.sum(counted), 1.0)
 
 
+def _check_temperatures(**temperatures: float) -> None:
+    for name, value in temperatures.items():
+        if not value > 0:  # NaN isn't either
+            raise ValueError(f"{name} must be positive, got {value}. Use 0.05 with cosines.")
+
+
 class RetrievalLoss:
     """A callable loss, whose `trainable_variables` are trained along with the model."""
 
@@ -49,10 +55,7 @@ class InfoNCE(RetrievalLoss):
     """
 
     def __init__(self, temperature: float = 0.05, learned: bool = False) -> None:
-        if temperature <= 0:
-            raise ValueError(
-                f"temperature must be positive, got {temperature}. Use 0.05 with cosines."
-            )
+        _check_temperatures(temperature=temperature)
         self.temperature = temperature
         self.log_scale: keras.Variable | None = None
         if learned:
@@ -136,6 +139,7 @@ class PairwiseLogistic(RetrievalLoss):
     """
 
     def __init__(self, temperature: float = 0.05) -> None:
+        _check_temperatures(temperature=temperature)
         self.temperature = temperature
 
     def __call__(self, positive_scores: Tensor, negative_scores: Tensor) -> Tensor:
@@ -174,6 +178,7 @@ class TeacherKL(RetrievalLoss):
     """
 
     def __init__(self, temperature: float = 0.05, teacher_temperature: float = 1.0) -> None:
+        _check_temperatures(temperature=temperature, teacher_temperature=teacher_temperature)
         self.temperature = temperature
         self.teacher_temperature = teacher_temperature
 
@@ -233,6 +238,11 @@ class Matryoshka(RetrievalLoss):
     ) -> None:
         self.loss = loss
         self.dimensions = tuple(dimensions)
+        if not self.dimensions or min(self.dimensions) < 1:
+            raise ValueError(
+                "dimensions must be the sizes to train, at least one of 1 or more, got "
+                f"{list(self.dimensions)}. Use, for example, [64, 128, 384]."
+            )
         self.weights = tuple(weights or [1.0] * len(self.dimensions))
         if len(self.weights) != len(self.dimensions):
             raise ValueError(
@@ -261,6 +271,12 @@ class Matryoshka(RetrievalLoss):
     def __call__(
         self, positive_scores: Tensor, negative_scores: Tensor, *teacher_scores: Tensor
     ) -> Tensor:
+        if len(positive_scores.shape) != 2:
+            raise ValueError(
+                "Matryoshka must have the scores of its own compute_scores, a column for each "
+                f"size, got the shape {tuple(positive_scores.shape)}. Give the trainer both: "
+                "compute_scores=matryoshka.compute_scores, loss=matryoshka."
+            )
         losses = [
             weight * self.loss(positive_scores[..., i], negative_scores[..., i], *teacher_scores)
             for i, weight in enumerate(self.weights)

@@ -2,27 +2,30 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
-from polus.host import did_you_mean
 from polus.ir.bert import BertEncoder
 from polus.ir.families import FAMILIES, load_transformer
 from polus.ir.pooled import PooledBackbone
 from polus.ir.pretrained import (
     BERT_TYPES,
-    TextSettings,
+    PairTruncation,
+    choose_prompt,
     model_config,
     text_settings,
     transformer_folder,
 )
 from polus.ir.scores import Representation
-from polus.ir.texts import as_texts
+from polus.ir.search import check_k
+from polus.ir.tensors import damaged
+from polus.ir.texts import as_texts, check_unicode
 from polus.ir.transformer import TransformerEncoder
 
 __all__ = [
@@ -90,11 +93,16 @@ class TextTokenizer:
             the folder has none of that name, as in sentence-transformers. Defaults to the folder's
             own default.
         prompt: A text to prepend instead; "" for none.
+        pair_truncation: How `pairs` truncates: "longest_first" removes the tokens of the longer
+            text first, "only_second" those of the document alone, and raises ValueError if the
+            query is too long. Defaults to the folder's, which is mostly "longest_first".
 
     Raises:
+        FileNotFoundError: If there is no `tokenizer.json`.
         ImportError: If `tokenizers` isn't installed.
         ValueError: If the folder has prompts but no default, and neither `prompt_name` nor `prompt`
-            is given, or if it has a setting that isn't implemented.
+            is given, if it has a setting that isn't implemented, or if `max_length` leaves no room
+            for a text.
     """
 
     def __init__(
@@ -105,29 +113,43 @@ class TextTokenizer:
         *,
         prompt_name: str | None = None,
         prompt: str | None = None,
+        pair_truncation: PairTruncation | None = None,
     ) -> None:
-        try:
-            from tokenizers import Tokenizer, normalizers
-        except ImportError as error:
-            raise ImportError(
-                "TextTokenizer needs tokenizers. Use: pip install tokenizers"
-            ) from error
         path = Path(path)
         folder = path if path.is_dir() else path.parent
         settings = text_settings(folder)
         file = transformer_folder(folder) / "tokenizer.json" if path.is_dir() else path
-        self.max_length = max_length or settings.max_length or 256
+        check_k(multiple, "multiple")
+        self.max_length = (settings.max_length or 256) if max_length is None else max_length
         self.multiple = multiple
-        self.prompt = _choose_prompt(folder, settings, prompt_name) if prompt is None else prompt
+        self.prompt = choose_prompt(folder, settings, prompt_name) if prompt is None else prompt
         self._truncation_side = settings.truncation_side
         self._pad_token = settings.pad_token
-        self._tokenizer = Tokenizer.from_file(str(file))
+        self._tokenizer = _read_tokenizer(file, settings.lower_case)
         self._tokenizer.no_padding()
+        self._check_room(self.max_length)
         self._tokenizer.enable_truncation(self.max_length, direction=settings.truncation_side)
-        if settings.lower_case:
-            own = [self._tokenizer.normalizer] if self._tokenizer.normalizer else []
-            self._tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *own])
+        self._segment_ids = settings.segment_ids
+        self._of_pairs = self._tokenizer
+        self.pair_truncation = pair_truncation or settings.pair_truncation
+        if self.pair_truncation == "only_second":
+            self._of_pairs = type(self._tokenizer).from_str(self._tokenizer.to_str())
+            self._of_pairs.enable_truncation(
+                self.max_length, strategy="only_second", direction=settings.truncation_side
+            )
         self.vocab_size: int = self._tokenizer.get_vocab_size()
+
+    def _check_room(self, max_length: int) -> None:
+        """Raises unless a token of a text fits beside the prompt and the special tokens."""
+        check_k(max_length, "max_length")
+        self._tokenizer.no_truncation()
+        taken = len(self._tokenizer.encode(self.prompt).ids)
+        # Truncation at the left would cut the prompt.
+        if max_length <= (taken if self._truncation_side == "right" else 1):
+            raise ValueError(
+                f"max_length must be larger than {taken}, the number of special tokens and those "
+                f"of the prompt {self.prompt!r}, got {max_length}: nothing of a text would be left."
+            )
 
     def __call__(self, texts: Sequence[str]) -> dict[str, np.ndarray[Any, Any]]:
         tokens = self._padded(self._encode(texts))
@@ -138,16 +160,26 @@ class TextTokenizer:
     ) -> dict[str, np.ndarray[Any, Any]]:
         """Tokenizes each query together with a document, for a cross-encoder.
 
-        It returns `token_type_ids` too, 0 for the query and 1 for the document. A pair that is too
-        long is truncated, the longer text first. No prompt is prepended.
+        It returns `token_type_ids` too, as the tokenizer has them: 0 for the query and 1 for the
+        document with BERT's, 0 with RoBERTa's. The prompt is prepended to the query.
         """
-        return self._padded(
-            self._tokenizer.encode_batch(
-                list(
-                    zip(as_texts(queries, "queries"), as_texts(documents, "documents"), strict=True)
-                )
-            )
-        )
+        queries = [self.prompt + each for each in as_texts(queries, "queries")]
+        pairs = list(zip(queries, as_texts(documents, "documents"), strict=True))
+        try:
+            encodings = self._encodings(pairs, self._of_pairs)
+        except ValueError:
+            raise
+        except Exception as error:  # the library raises no narrower one
+            if self._of_pairs is self._tokenizer:
+                raise
+            raise ValueError(
+                f"A query must leave room for the document in {self.max_length} tokens. Use "
+                "pair_truncation='longest_first', or a larger max_length."
+            ) from error
+        tokens = self._padded(encodings)
+        if not self._segment_ids:
+            tokens["token_type_ids"][:] = 0
+        return tokens
 
     def _padded(self, encodings: Sequence[Any]) -> dict[str, np.ndarray[Any, Any]]:
         longest = max((len(each.ids) for each in encodings), default=1)
@@ -166,17 +198,32 @@ class TextTokenizer:
         return [len(each.ids) for each in self._encode(texts)]
 
     def _encode(self, texts: Sequence[str]) -> list[Any]:
-        encodings: list[Any] = self._tokenizer.encode_batch(
-            [self.prompt + text for text in as_texts(texts)]
-        )
-        return encodings
+        return self._encodings([self.prompt + text for text in as_texts(texts)])
 
-    def save(self, folder: str | Path, pad_id: int = 0) -> int:
+    def _encodings(
+        self, given: Sequence[str | tuple[str, str]], tokenizer: Any = None
+    ) -> list[Any]:
+        try:
+            return list((tokenizer or self._tokenizer).encode_batch(given))
+        except TypeError:
+            check_unicode(given)
+            raise
+
+    def save(
+        self,
+        folder: str | Path,
+        pad_id: int = 0,
+        *,
+        segment_ids: bool = True,
+        settings: Mapping[str, object] = MappingProxyType({}),
+    ) -> int:
         """Writes `tokenizer.json` and the files that transformers needs beside it.
 
         Args:
             folder: An existing folder.
             pad_id: The id of the token for padding, if the tokenizer's folder names none.
+            segment_ids: Whether the model takes segment ids.
+            settings: Further settings of sentence-transformers' module Transformer.
 
         Returns:
             The id of the token for padding.
@@ -184,15 +231,19 @@ class TextTokenizer:
         folder = Path(folder)
         pad_token = self._pad_token or self._tokenizer.id_to_token(pad_id)
         (folder / "tokenizer.json").write_text(self._tokenizer.to_str(), "utf-8")
-        settings = {
+        names = ["input_ids", "token_type_ids", "attention_mask"]
+        if not (segment_ids and self._segment_ids):
+            names.remove("token_type_ids")
+        config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_max_length": self.max_length,
+            "model_input_names": names,
             "pad_token": pad_token,
             "truncation_side": self._truncation_side,
         }
-        (folder / "tokenizer_config.json").write_text(json.dumps(settings), "utf-8")
-        length = {"max_seq_length": self.max_length, "do_lower_case": False}
-        (folder / "sentence_bert_config.json").write_text(json.dumps(length), "utf-8")
+        (folder / "tokenizer_config.json").write_text(json.dumps(config), "utf-8")
+        module = {"max_seq_length": self.max_length, "do_lower_case": False, **settings}
+        (folder / "sentence_bert_config.json").write_text(json.dumps(module), "utf-8")
         known = None if pad_token is None else self._tokenizer.token_to_id(pad_token)
         return pad_id if known is None else known
 
@@ -202,20 +253,24 @@ class TextTokenizer:
         return hashlib.sha256((self._tokenizer.to_str() + self.prompt).encode()).hexdigest()
 
 
-def _choose_prompt(folder: Path, settings: TextSettings, name: str | None) -> str:
-    """Returns the prompt of that name, or else the folder's default."""
-    names = [each for each, text in settings.prompts.items() if text]
-    if name is None:
-        if settings.default_prompt is None and names:
-            raise ValueError(
-                f"{folder} has prompts, so TextTokenizer needs to know which one to use. Use "
-                f"prompt_name= with one of {list(settings.prompts)}, or prompt='' for none."
-            )
-        return settings.prompts.get(settings.default_prompt or "", "")
-    if name not in settings.prompts:
-        hint = did_you_mean(name, settings.prompts) or f"Its prompts are {list(settings.prompts)}."
-        raise ValueError(f"{folder} has no prompt named {name!r}. {hint}")
-    return settings.prompts[name]
+def _read_tokenizer(path: Path, lower_case: bool) -> Any:
+    try:
+        from tokenizers import Tokenizer, normalizers
+    except ImportError as error:
+        raise ImportError("TextTokenizer needs tokenizers. Use: pip install tokenizers") from error
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} must be there for a TextTokenizer. Write it with transformers: "
+            "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)."
+        )
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library has no class of its own
+        raise damaged(path, "a tokenizer.json of the library tokenizers", error) from error
+    if lower_case:
+        own = [tokenizer.normalizer] if tokenizer.normalizer else []
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *own])
+    return tokenizer
 
 
 @keras.saving.register_keras_serializable(package="polus")
@@ -245,7 +300,14 @@ class IdentityProjection(keras.layers.Layer):
     def call(self, representation: Representation) -> Any:
         if isinstance(representation, (tuple, list)):  # late interaction
             vectors, mask = representation
-            return ops.matmul(vectors, self.kernel), mask
+            return self.call(vectors), mask
+        sizes = self.kernel.shape[0], representation.shape[-1]
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                f"{self.name} must be given vectors of size {sizes[0]}, as at first, got "
+                f"{sizes[1]}. Encoders of different sizes can't share a projection: leave out "
+                "shared_projection, and set projection_size."
+            )
         return ops.matmul(representation, self.kernel)
 
     def get_config(self) -> dict[str, Any]:
@@ -265,7 +327,7 @@ class DualEncoder(keras.Model):
         document_encoder: The encoder for documents. Defaults to `encoder`.
         projection_size: The size of the representations. Defaults to the encoder's.
         shared_projection: Whether queries and documents share one projection.
-        kwargs: As for `keras.Model`.
+        kwargs: As for `keras.Model`; a `dtype` is that of the projections.
 
     Example:
         >>> model = DualEncoder(keras.Sequential([keras.layers.Dense(8)]))
@@ -283,15 +345,22 @@ class DualEncoder(keras.Model):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        for each in (encoder, document_encoder):
+            if isinstance(each, DualEncoder):
+                raise TypeError(
+                    "DualEncoder must be given an encoder, got a DualEncoder. Use its "
+                    "query_encoder and document_encoder."
+                )
         self.query_encoder = encoder
         self.document_encoder = document_encoder or encoder
         self.projection_size = projection_size
         self.shared_projection = shared_projection
-        self.query_projection = IdentityProjection(projection_size, name="query_projection")
+        given = {"size": projection_size, "dtype": self.dtype_policy}
+        self.query_projection = IdentityProjection(name="query_projection", **given)
         self.document_projection = (
             self.query_projection
             if shared_projection
-            else IdentityProjection(projection_size, name="document_projection")
+            else IdentityProjection(name="document_projection", **given)
         )
 
     def encode_query(self, inputs: object, training: bool = False) -> Representation:
@@ -338,6 +407,7 @@ class DualEncoder(keras.Model):
         two = self.document_encoder is not self.query_encoder
         return {
             "name": self.name,
+            "dtype": serialize(self.dtype_policy),
             "encoder": serialize(self.query_encoder),
             "document_encoder": serialize(self.document_encoder) if two else None,
             "projection_size": self.projection_size,

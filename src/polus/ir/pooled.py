@@ -18,7 +18,7 @@ class PooledEncoder(keras.Model):
         config: The arguments of the subclass, which `get_config` returns.
         pooling: See `add_output_layers`.
         normalize: See `add_output_layers`.
-        dense: The dense layers after pooling.
+        dense: The dense layers after pooling, and the norms among them.
     """
 
     config: dict[str, Any]
@@ -36,13 +36,19 @@ class PooledEncoder(keras.Model):
             pooling: A mode, or several whose vectors are concatenated; see
                 `polus.ir.pooling.pool`. None returns the vectors of all tokens.
             normalize: Whether to scale vectors to unit length, at the end.
-            dense: The arguments of `keras.layers.Dense` for each layer after pooling.
+            dense: The arguments of `keras.layers.Dense` for each layer after pooling; without
+                `units`, those of a `keras.layers.LayerNormalization`.
         """
         check_pooling(pooling)
         self.pooling = pooling
         self.normalize = normalize
-        self.dense = [
-            layers.Dense(**{"name": f"dense_{i}", **each}) for i, each in enumerate(dense)
+        self.dense: list[keras.layers.Layer] = [
+            layers.Dense(**{"name": f"dense_{i}", "dtype": self.dtype_policy, **each})
+            if "units" in each
+            else layers.LayerNormalization(
+                **{"name": f"dense_{i}_norm", "dtype": self.dtype_policy, **each}
+            )
+            for i, each in enumerate(dense)
         ]
 
     def output_of(self, x: Any, mask: Any) -> Any:
@@ -55,8 +61,19 @@ class PooledEncoder(keras.Model):
             x = ops.normalize(x, axis=-1)
         return (x, mask) if self.pooling is None else x
 
-    def check_length(self, ids: Any) -> None:
-        """Raises a ValueError if there are more tokens than the encoder has positions."""
+    def tokens_of(self, inputs: Any) -> tuple[Any, Any]:
+        """Returns the ids and the mask of a batch.
+
+        Raises:
+            TypeError: If the inputs aren't a dict of both.
+            ValueError: If there are more tokens than the encoder has positions.
+        """
+        if not isinstance(inputs, Mapping) or not {"input_ids", "attention_mask"} <= set(inputs):
+            raise TypeError(
+                f"{type(self).__name__} must be called with a dict of input_ids and "
+                f"attention_mask, got {inputs!r:.80}. Use TextTokenizer(folder)(texts)."
+            )
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
         length = ids.shape[1]
         if isinstance(length, int) and length > self.max_positions:
             raise ValueError(  # JAX would give NaN
@@ -64,6 +81,7 @@ class PooledEncoder(keras.Model):
                 f"positions, got {length} (padding included). Use TextTokenizer(path, "
                 f"max_length={self.max_positions}) to truncate texts."
             )
+        return ids, mask
 
     def build_on_tokens(self) -> None:
         """Creates all variables, by encoding two tokens."""
@@ -101,7 +119,7 @@ class PooledBackbone(PooledEncoder):
         pooling: A mode, or several whose vectors are concatenated; see `polus.ir.pooling.pool`.
         normalize: Whether to scale vectors to unit length, at the end.
         dense: The arguments of `keras.layers.Dense` for each layer after pooling.
-        kwargs: As for `keras.Model`.
+        kwargs: As for `keras.Model`. The backbone has its own `dtype`.
     """
 
     def __init__(
@@ -125,8 +143,7 @@ class PooledBackbone(PooledEncoder):
         self.add_output_layers(pooling, normalize, dense)
 
     def call(self, inputs: dict[str, Any], training: bool | None = None) -> Any:
-        ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        self.check_length(ids)
+        ids, mask = self.tokens_of(inputs)
         given = {"token_ids": ids, "padding_mask": mask}
         if "segment_ids" in self.backbone.input:
             given["segment_ids"] = ops.zeros_like(ids)

@@ -51,6 +51,18 @@ def positions(tokens: Tensor) -> Any:
     return ops.cumsum(ops.ones_like(tokens[0])) - 1
 
 
+def table_rows(ids: Tensor, offset: int) -> Any:
+    """Returns the rows of token ids `(B, L)` in a table of positions that begins at `offset`.
+
+    With an offset, as in RoBERTa and MPNet, the token `offset - 1` is padding. Its row is that one,
+    and it isn't counted, even where a text spells it out: "<pad>".
+    """
+    if not offset:
+        return positions(ids)
+    real = ops.cast(ops.not_equal(ids, offset - 1), ids.dtype)
+    return ops.cumsum(real, axis=1) * real + (offset - 1)
+
+
 def check_pooling(modes: object) -> None:
     """Raises a ValueError unless `modes` is None, a mode or a sequence of modes."""
     given = [modes] if isinstance(modes, str) else modes

@@ -6,7 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
+from polus.host import did_you_mean
 from polus.ir.pooling import Pooling
+from polus.ir.tensors import damaged
+
+PairTruncation = Literal["longest_first", "only_second"]
 
 _ROBERTA = ("roberta", "xlm-roberta", "camembert")
 BERT_TYPES = ("bert", *_ROBERTA)
@@ -53,6 +57,11 @@ _POOLING_FLAGS = {
 }
 # Settings of its module Transformer that change what the encoder is given.
 _NOT_SERVED = ("query_length", "document_length", "query_expansion", "processing_kwargs")
+_PAIR_TRUNCATIONS: dict[object, PairTruncation] = {
+    True: "longest_first",
+    "longest_first": "longest_first",
+    "only_second": "only_second",
+}
 # The prompts of every sentence-transformers model; the folder may replace them.
 _PROMPTS = {"query": "", "document": ""}
 
@@ -76,6 +85,9 @@ class TextSettings:
         prompts: The prompts that are prepended to texts, by name, perhaps empty.
         default_prompt: The name of the prompt for texts of no particular kind.
         pad_token: The token for padding; None if nothing is known.
+        pair_truncation: How pairs of texts are truncated: tokens of the longer text go first, or
+            only those of the second text.
+        segment_ids: Whether pairs have segment ids other than 0.
     """
 
     max_length: int | None = None
@@ -84,6 +96,8 @@ class TextSettings:
     prompts: dict[str, str] = dataclasses.field(default_factory=dict)
     default_prompt: str | None = None
     pad_token: str | None = None
+    pair_truncation: PairTruncation = "longest_first"
+    segment_ids: bool = True
 
 
 def transformer_folder(folder: Path) -> Path:
@@ -150,19 +164,34 @@ def output_settings(folder: Path) -> OutputSettings:
         ValueError: If `BertEncoder` doesn't implement a module, its place or one of its settings.
     """
     found: OutputSettings = {}
-    kinds = [_kind(module) for module in _modules(folder)]
+    size = _read(folder / "config_sentence_transformers.json").get("truncate_dim")
+    if size is not None:
+        raise ValueError(
+            f"load_encoder doesn't implement truncate_dim, which config_sentence_transformers.json "
+            f"in {folder} sets to {size}. Set it to null there, and take vectors[:, :{size}]."
+        )
+    modules = _modules(folder)
+    kinds = [_kind(module) for module in modules]
     if [_ORDER.get(kind) for kind in kinds] != sorted(_ORDER.get(kind, -1) for kind in kinds):
         raise ValueError(
             f"BertEncoder implements the modules {', '.join(_ORDER)}, in this order, but {folder} "
-            f"has {', '.join(module['type'] for module in _modules(folder))}. Use another Keras "
+            f"has {', '.join(module['type'] for module in modules)}. Use another Keras "
             "model as the encoder; DualEncoder takes any."
         )
-    for module, kind in zip(_modules(folder), kinds, strict=True):
-        config = _read(folder / module["path"] / "config.json")
+    for module, kind in zip(modules, kinds, strict=True):
+        path = folder / module["path"] / "config.json"
+        if kind in ("Pooling", "Dense") and not path.exists():
+            raise FileNotFoundError(
+                f"modules.json in {folder} has a module {kind}, but {path} isn't there. Get all of "
+                "the folder, with its subfolders."
+            )
+        config = _read(path)
         if kind == "Pooling":
             found["pooling"] = _pooling(folder, config)
         elif kind != "Transformer":
-            names = (config.get("module_input_name"), config.get("module_output_name"))
+            names = {config.get("module_input_name"), config.get("module_output_name")}
+            if module is modules[-1]:
+                names.discard("scores")  # a cross-encoder's
             if not {None, "sentence_embedding"}.issuperset(names):
                 raise ValueError(
                     f"The module {kind} must map sentence embeddings to sentence embeddings, got "
@@ -236,6 +265,9 @@ def text_settings(folder: Path) -> TextSettings:
     transformer: dict[str, Any] = {}
     for path in sorted(inner.glob("sentence_*_config.json")):  # one per family in old versions
         transformer |= _read(path)
+    pair_truncation = _pair_truncation(transformer)
+    if pair_truncation is not None:
+        del transformer["processing_kwargs"]
     unserved = {name: transformer[name] for name in _NOT_SERVED if transformer.get(name)}
     # Rotary positions are relative, so the vectors don't depend on the side.
     rotary = _read(inner / "config.json").get("model_type") in ("modernbert", "qwen3")
@@ -263,7 +295,43 @@ def text_settings(folder: Path) -> TextSettings:
         prompts=_PROMPTS | {name: text or "" for name, text in prompts.items()},
         default_prompt=sentence_transformers.get("default_prompt_name"),
         pad_token=pad.get("content") if isinstance(pad, dict) else pad,
+        pair_truncation=pair_truncation or "longest_first",
+        segment_ids="token_type_ids" in tokenizer.get("model_input_names", ["token_type_ids"]),
     )
+
+
+def _pair_truncation(transformer: dict[str, Any]) -> PairTruncation | None:
+    """Returns the truncation in `processing_kwargs`; None if there is none or anything else."""
+    given = transformer.get("processing_kwargs") or {}
+    text = given.get("text") or {}
+    if set(given) != {"text"} or set(text) != {"truncation"}:
+        return None
+    return _PAIR_TRUNCATIONS.get(text["truncation"])
+
+
+def score_activation(folder: Path) -> str:
+    """Returns the Keras name of the activation that sentence-transformers applies to a score.
+
+    It is "sigmoid" if the folder names none.
+
+    Raises:
+        ValueError: If it is none of those that modules Dense may have.
+    """
+    config = _read(transformer_folder(folder) / "config.json")
+    named = (
+        _read(folder / "config_sentence_transformers.json").get("activation_fn")
+        or config.get("sentence_transformers", {}).get("activation_fn")
+        or config.get("sbert_ce_default_activation_function")
+        or "Sigmoid"
+    )
+    name = str(named).rsplit(".", 1)[-1]
+    if name not in _ACTIVATIONS:
+        raise ValueError(
+            f"A score must have one of the activations {', '.join(_ACTIVATIONS)}, got {named!r} in "
+            f"{folder}. Use PairScorer(load_cross_encoder(folder), TextTokenizer(folder), "
+            "activation=...)."
+        )
+    return _ACTIVATIONS[name]
 
 
 def _pooling(folder: Path, config: dict[str, Any]) -> Pooling | list[Pooling]:
@@ -287,7 +355,7 @@ def _pooling(folder: Path, config: dict[str, Any]) -> Pooling | list[Pooling]:
 
 def _modules(folder: Path) -> list[dict[str, Any]]:
     path = folder / "modules.json"
-    return json.loads(path.read_text("utf-8")) if path.exists() else []
+    return _json(path) if path.exists() else []
 
 
 def _kind(module: dict[str, Any]) -> str:
@@ -296,4 +364,27 @@ def _kind(module: dict[str, Any]) -> str:
 
 def _read(path: Path) -> dict[str, Any]:
     """Returns what a JSON file holds; an empty dict if there is none."""
-    return json.loads(path.read_text("utf-8")) if path.exists() else {}
+    return _json(path) if path.exists() else {}
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise damaged(path, "JSON", error) from error
+
+
+def choose_prompt(folder: Path, settings: TextSettings, name: str | None) -> str:
+    """Returns the prompt of that name, or else the folder's default."""
+    names = [each for each, text in settings.prompts.items() if text]
+    if name is None:
+        if settings.default_prompt is None and names:
+            raise ValueError(
+                f"{folder} has prompts, so TextTokenizer needs to know which one to use. Use "
+                f"prompt_name= with one of {list(settings.prompts)}, or prompt='' for none."
+            )
+        return settings.prompts.get(settings.default_prompt or "", "")
+    if name not in settings.prompts:
+        hint = did_you_mean(name, settings.prompts) or f"Its prompts are {list(settings.prompts)}."
+        raise ValueError(f"{folder} has no prompt named {name!r}. {hint}")
+    return settings.prompts[name]

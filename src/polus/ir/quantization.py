@@ -7,8 +7,9 @@ from typing import Any, Literal, cast
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from polus.ir.index import VectorIndex, check_finite, check_ids, load_index, save_index
-from polus.ir.search import Floats, Ints, to_arrays, top_k
+from polus.ir.index import VectorIndex, check_finite, load_index, save_index
+from polus.ir.search import Floats, Ints, as_vectors, check_k, top_k
+from polus.ir.texts import check_ids
 
 Precision = Literal["int8", "binary"]
 Codes = NDArray[np.int8] | NDArray[np.uint8]
@@ -21,7 +22,7 @@ def int8_ranges(vectors: ArrayLike) -> Floats:
     Args:
         vectors: `(N, E)`, those to quantize or a sample of them.
     """
-    found = np.asarray(to_arrays(vectors), np.float32)
+    found = np.asarray(as_vectors(vectors, "vectors"), np.float32)
     return np.stack([found.min(axis=0), found.max(axis=0)])
 
 
@@ -37,8 +38,14 @@ def quantize(vectors: ArrayLike, precision: Precision, ranges: Floats | None = N
         vectors: `(N, E)`.
         precision: See above.
         ranges: `(2, E)`, for "int8"; those of the vectors themselves by default.
+
+    Raises:
+        ValueError: If the precision is unknown, or a vector isn't finite: no code says so.
     """
-    found = np.asarray(to_arrays(vectors), np.float32)
+    _check_precision(precision)
+    found = np.asarray(as_vectors(vectors, "vectors"), np.float32)
+    if not np.isfinite(found).all():
+        raise ValueError("vectors must be finite, got NaN or infinity.")
     if precision == "binary":
         return np.packbits(found > 0, axis=-1)
     start, step = _grid(int8_ranges(found) if ranges is None else ranges)
@@ -54,10 +61,18 @@ def dequantize(codes: Codes, precision: Precision, size: int, ranges: Floats | N
         precision: That of the codes.
         size: The length of a vector.
         ranges: `(2, E)`, for "int8": those it was quantized with.
+
+    Raises:
+        ValueError: If the precision is unknown, or "int8" has no ranges.
     """
+    _check_precision(precision)
     if precision == "binary":
         return np.unpackbits(codes.view(np.uint8), axis=-1, count=size) * np.float32(2) - 1
-    assert ranges is not None  # or there would be no codes
+    if ranges is None:
+        raise ValueError(
+            "ranges must be those that the vectors were quantized with, got None. Give the same "
+            "int8_ranges(vectors) to quantize and dequantize."
+        )
     start, step = _grid(ranges)
     return (codes.astype(np.float32) + 128) * step + start
 
@@ -103,14 +118,14 @@ class QuantizedIndex(VectorIndex):
         originals: ArrayLike | None = None,
         rescore: int = 4,
     ) -> None:
-        found = to_arrays(vectors)
-        found = found if isinstance(found, np.ndarray) else np.asarray(found, np.float32)
+        found = as_vectors(vectors, "vectors")
         self.ids = list(ids)
         _check(found, self.ids, precision, ranges, rescore)
         check_ids(self.ids)
         starts = range(0, len(found), _ROWS)
         for start in starts:
-            check_finite(found[start : start + _ROWS], self.ids[start : start + _ROWS])
+            block = np.asarray(found[start : start + _ROWS], np.float32)
+            check_finite(block, self.ids[start : start + _ROWS])
         self.precision: Precision = precision
         self.size = found.shape[1]
         self.originals = _checked_originals(originals, found.shape)
@@ -121,16 +136,22 @@ class QuantizedIndex(VectorIndex):
         )
 
     def top_k(self, queries: ArrayLike, k: int) -> tuple[Floats, Ints]:
-        found = np.asarray(to_arrays(queries), np.float32)
+        found = np.asarray(as_vectors(queries), np.float32)
+        check_k(k)
         if self.originals is None:
             return self._best(found, k)
         _, rows = self._best(found, k * self.rescore)
-        scores = np.stack(
-            [
-                np.asarray(self.originals[places], np.float32) @ query  # type: ignore[index]
-                for query, places in zip(found, rows, strict=True)
-            ]
-        )
+        rows.sort(axis=1)  # so that of equal scores the first in the index comes first
+        scores = np.empty(rows.shape, np.float32)
+        for query, places, target in zip(found, rows, scores, strict=True):
+            # In float64, as exact search computes them: equal vectors have equal scores.
+            target[:] = self.originals[places].astype(np.float64) @ query
+        if not np.isfinite(scores).all():
+            row, column = np.argwhere(~np.isfinite(scores))[0]
+            raise ValueError(
+                "originals must be finite, and as large as float32 can hold, but the score of "
+                f"{self.ids[rows[row, column]]!r} is {scores[row, column]}."
+            )
         return _first(scores, rows, k)
 
     def save(self, path: str | Path) -> None:
@@ -176,9 +197,13 @@ class QuantizedIndex(VectorIndex):
         return scores, rows
 
 
-def _check(vectors: Any, ids: Sequence[str], precision: str, ranges: Any, rescore: int) -> None:
+def _check_precision(precision: object) -> None:
     if precision not in ("int8", "binary"):
         raise ValueError(f"precision must be 'int8' or 'binary', got {precision!r}.")
+
+
+def _check(vectors: Any, ids: Sequence[str], precision: str, ranges: Any, rescore: int) -> None:
+    _check_precision(precision)
     if vectors.ndim != 2 or len(vectors) != len(ids) or not ids:
         raise ValueError(
             "An index needs vectors (D, E) and D ids, at least one, got vectors of shape "
@@ -189,16 +214,18 @@ def _check(vectors: Any, ids: Sequence[str], precision: str, ranges: Any, rescor
             "ranges must be the smallest and the largest value of each dimension, "
             f"(2, {vectors.shape[1]}), got the shape {np.shape(ranges)}."
         )
-    if rescore < 1:
-        raise ValueError(f"rescore must be a positive integer, got {rescore!r}.")
+    check_k(rescore, "rescore")
 
 
-def _checked_originals(originals: ArrayLike | None, shape: tuple[int, ...]) -> ArrayLike | None:
-    if originals is not None and np.shape(originals) != shape:
+def _checked_originals(originals: ArrayLike | None, shape: tuple[int, ...]) -> Any:
+    if originals is None:
+        return None
+    found = as_vectors(originals, "originals")
+    if found.shape != shape:
         raise ValueError(
-            f"originals must have the shape of the vectors, {shape}, got {np.shape(originals)}."
+            f"originals must have the shape of the vectors, {shape}, got {found.shape}."
         )
-    return originals
+    return found
 
 
 def _first(scores: Floats, rows: Ints, k: int) -> tuple[Floats, Ints]:

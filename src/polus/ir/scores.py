@@ -20,11 +20,13 @@ Similarity = Callable[[Representation, Representation], Any]
 
 
 def _dot_product(queries: Any, documents: Any) -> Any:
+    _check_pairs(False, queries, documents)
     _check_sizes(queries, documents)
     return ops.matmul(queries, ops.swapaxes(documents, -1, -2))
 
 
 def _cosine(queries: Any, documents: Any) -> Any:
+    _check_pairs(False, queries, documents)
     return _dot_product(_unit(queries), _unit(documents))
 
 
@@ -36,6 +38,7 @@ def _unit(vectors: Any) -> Any:
 
 
 def _max_sim(queries: Any, documents: Any) -> Any:
+    _check_pairs(True, queries, documents)
     (query, query_mask), (document, document_mask) = queries, documents
     _check_sizes(query, document)
     *_, num_queries, query_tokens, size = ops.shape(query)
@@ -54,6 +57,18 @@ def _max_sim(queries: Any, documents: Any) -> Any:
     # A document without tokens must not score -1e9 per query token.
     best = ops.where(ops.any(present, axis=-1), best, 0.0)
     return ops.sum(best * ops.cast(query_mask, best.dtype)[..., None], axis=-2)
+
+
+def _check_pairs(wanted: bool, *representations: Any) -> None:
+    """Raises unless all representations, or none, are pairs of token vectors and mask."""
+    if any(isinstance(each, tuple | list) is not wanted for each in representations):
+        raise ValueError(
+            "max_sim compares vectors of tokens with their mask, got one vector per text. Use an "
+            "encoder with pooling=None, or another similarity."
+            if wanted
+            else "dot_product and cosine compare one vector per text, got those of tokens with "
+            "their mask. Use polus.ir.scores.max_sim, or an encoder with pooling."
+        )
 
 
 def _check_sizes(queries: Any, documents: Any) -> None:

@@ -9,7 +9,8 @@ from keras import ops
 from numpy.typing import ArrayLike, NDArray
 
 from polus.host import to_host
-from polus.ir.scores import Representation, Similarity
+from polus.ir.scores import InBatchScores, Representation, Similarity
+from polus.ir.texts import check_ids
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
@@ -49,9 +50,12 @@ def top_k(
         Scores `(Q, k)`, the highest first, and row numbers of documents `(Q, k)`.
 
     Raises:
-        ValueError: If k or block_size is less than 1, the shapes don't match, or a score is NaN.
+        TypeError: If the similarity isn't a function.
+        ValueError: If k or block_size is less than 1, the shapes don't match, a score is NaN, or
+            late interaction has no similarity.
     """
     queries, documents = to_arrays(queries), to_arrays(documents)
+    _check_similarity(similarity, queries)
     _check(queries, documents, k, block_size)
     num_queries, num_documents = len(_vectors(queries)), len(_vectors(documents))
     k = min(k, num_documents)
@@ -159,10 +163,28 @@ def _block_sizes(queries: Any, documents: Any, k: int, block_size: int) -> tuple
     return max(query_block, 1), max(document_block, 1)
 
 
+def _check_similarity(similarity: object, queries: object) -> None:
+    if isinstance(similarity, InBatchScores) or not (similarity is None or callable(similarity)):
+        raise TypeError(
+            "similarity must be a function of queries and documents, got "
+            f"{similarity!r}. Use, for example, polus.ir.scores.cosine.similarity."
+        )
+    if similarity is None and isinstance(queries, tuple):
+        raise ValueError(
+            "Vectors of tokens have no inner product with a mask. Use "
+            "similarity=polus.ir.scores.max_sim.similarity."
+        )
+
+
+def check_k(k: object, what: str = "k") -> None:
+    """Raises a ValueError unless a number of results is a positive integer, NumPy's included."""
+    if not isinstance(k, int | np.integer) or isinstance(k, bool) or k < 1:
+        raise ValueError(f"{what} must be a positive integer, got {k!r}.")
+
+
 def _check(queries: Any, documents: Any, k: int, block_size: int) -> None:
-    for name, value in (("k", k), ("block_size", block_size)):
-        if value < 1:
-            raise ValueError(f"{name} must be a positive integer, got {value!r}.")
+    check_k(k)
+    check_k(block_size, "block_size")
     shapes = _vectors(queries).shape, _vectors(documents).shape
     for name, shape in zip(("Queries", "Documents"), shapes, strict=True):
         if len(shape) < 2:
@@ -184,6 +206,26 @@ def to_arrays(representation: object) -> Any:
     return to_host(representation)
 
 
+def as_vectors(vectors: object, what: str = "queries") -> Any:
+    """Returns vectors as an array of any kind of number, without a copy if they are one.
+
+    Raises:
+        TypeError: If they are texts, tokens, or token vectors with a mask.
+    """
+    found = to_arrays(vectors)
+    if isinstance(found, tuple):
+        raise TypeError(
+            f"{what} must have one vector for each text, got a tuple, as late interaction has. Use "
+            "polus.ir.search.top_k(queries, documents, k, similarity=max_sim.similarity)."
+        )
+    if found.dtype.kind in "USOc":
+        raise TypeError(
+            f"{what} must be vectors of real numbers, got {vectors!r:.80}. Encode texts first: "
+            "TextEncoder(encoder, tokenizer)(texts)."
+        )
+    return found
+
+
 def take_rows(representation: Any, rows: slice | NDArray[np.integer[Any]]) -> Any:
     """Returns some rows of a representation of NumPy arrays."""
     if isinstance(representation, tuple):
@@ -198,10 +240,26 @@ def _vectors(representation: Any) -> Any:
 def as_run(
     query_ids: Sequence[str], document_ids: Sequence[str], scores: ArrayLike, rows: ArrayLike
 ) -> dict[str, dict[str, float]]:
-    """Returns the result of `top_k` as a run, `{query id: {document id: score}}`."""
-    return {
-        query: {document_ids[row]: float(score) for score, row in zip(values, places, strict=True)}
-        for query, values, places in zip(
-            query_ids, np.asarray(scores), np.asarray(rows), strict=True
+    """Returns the result of `top_k` as a run, `{query id: {document id: score}}`.
+
+    A row -1, where an index found nothing more, is left out.
+
+    Raises:
+        ValueError: If there are not as many ids as queries, or they aren't different strings.
+    """
+    scores, rows = np.asarray(scores), np.asarray(rows)
+    query_ids = list(query_ids)
+    if not len(query_ids) == len(scores) == len(rows):
+        raise ValueError(
+            f"Each query must have an id, got {len(query_ids)} ids, and the results of "
+            f"{len(scores)} queries."
         )
+    check_ids(query_ids, "query_ids")
+    return {
+        query: {
+            document_ids[row]: float(score)
+            for score, row in zip(values, places, strict=True)
+            if row >= 0
+        }
+        for query, values, places in zip(query_ids, scores, rows, strict=True)
     }

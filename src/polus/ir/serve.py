@@ -64,6 +64,9 @@ def make_server(
         documents: The texts of the documents, by id.
         host: The address to listen on. By default only this machine reaches it.
         port: The port; 0 for one that is free.
+
+    Raises:
+        OSError: If the port is in use, or the address isn't this machine's.
     """
     lock = threading.Lock()  # an encoder runs one query at a time
 
@@ -88,7 +91,13 @@ def make_server(
         def log_message(self, format: str, *args: object) -> None:
             pass  # queries are nobody else's business
 
-    return ThreadingHTTPServer((host, port), Handler)
+    try:
+        return ThreadingHTTPServer((host, port), Handler)
+    except OSError as error:
+        raise OSError(
+            f"The page can't be served at {host}:{port}: {error.strerror or error}. Use another "
+            "--port, such as 0 for one that is free."
+        ) from error
 
 
 def render(

@@ -14,7 +14,7 @@ from polus.ir.encoding import encode_batches, stack_vectors
 from polus.ir.fingerprint import fingerprint
 from polus.ir.models import TextTokenizer
 from polus.ir.shards import VectorShards
-from polus.ir.texts import as_texts
+from polus.ir.texts import as_texts, check_unicode
 
 
 class RepresentationStore(BaseLogger):
@@ -72,6 +72,7 @@ class RepresentationStore(BaseLogger):
         if not self.encoder.built:  # it has no weights to compare yet
             self.encoder(self.tokenizer(texts[:1]), training=False)
         shards, encode = self._opened()
+        check_unicode(texts)
         keys = [hashlib.sha256(text.encode()).digest() for text in texts]
         damaged = shards.damaged
         known = shards.get(list(dict.fromkeys(keys)))

@@ -1,6 +1,7 @@
 """Reads the tensors of a model saved by Hugging Face's transformers, in one file or in shards."""
 
 import json
+import math
 from collections.abc import Sequence
 from itertools import repeat
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 Array = NDArray[Any]
 TensorKind = Literal["embedding", "norm", "dense"]
@@ -23,11 +24,12 @@ class CheckpointTensors:
 
     Raises:
         FileNotFoundError: If there are no weights in this format.
+        ValueError: If a file is incomplete or no such file.
     """
 
     def __init__(self, folder: Path, prefixes: Sequence[str] = ()) -> None:
         self.folder = folder
-        files: list[Any] = [safe_open(str(path), "numpy") for path in _files(folder)]
+        files: list[Any] = [_opened(path) for path in _files(folder)]
         self._file_of = {name: file for file in files for name in file.keys()}  # noqa: SIM118
         begun = [each for each in prefixes if any(map(str.startswith, self._file_of, repeat(each)))]
         self.prefix = begun[0] if begun else ""
@@ -54,6 +56,36 @@ class CheckpointTensors:
         if kind == "dense":
             first = np.ascontiguousarray(first.T)
         return [first, self[f"{name}.{bias}"]] if f"{name}.{bias}" in self else [first]
+
+
+def reshaped(value: Array, shape: Sequence[int], name: str) -> Array:
+    """Returns a tensor in the shape of a variable, which may split one of its axes.
+
+    Raises:
+        ValueError: If it has another number of values.
+    """
+    if value.size != math.prod(shape):
+        raise ValueError(
+            f"The weights of {name!r} must have {math.prod(shape):,} values, those of "
+            f"{tuple(shape)} as config.json says, but they are {value.shape}. Take both files from "
+            "the same model."
+        )
+    return value.reshape(shape)
+
+
+def damaged(path: Path, kind: str, error: Exception) -> ValueError:
+    """Returns the error to raise for a file that a library couldn't read."""
+    with open(path, "rb") as file:
+        pointer = file.read(40).startswith(b"version https://git-lfs")
+    advice = "It is a pointer of Git LFS: run `git lfs pull`." if pointer else "Get it anew."
+    return ValueError(f"{path} must be {kind}, but it is damaged or incomplete: {error}. {advice}")
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(str(path), "numpy")
+    except SafetensorError as error:
+        raise damaged(path, "a safetensors file", error) from error
 
 
 def _files(folder: Path) -> list[Path]:

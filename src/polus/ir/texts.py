@@ -1,4 +1,4 @@
-"""What is taken for a collection of texts."""
+"""What is taken for a collection of texts, or of ids."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -46,3 +46,26 @@ def check_texts_by_id(texts: object, what: str) -> None:
                 f"{what} must be strings by their ids, got {text!r} for {name!r}. Leave it out, or "
                 "write an empty string."
             )
+
+
+def check_ids(ids: Iterable[str], what: str = "ids") -> None:
+    """Raises a ValueError unless all ids are strings, and different ones."""
+    seen: set[str] = set()
+    for each in ids:
+        if not isinstance(each, str):
+            raise ValueError(f"{what} must be strings, got {each!r}. Use {str(each)!r}.")
+        if each in seen:
+            raise ValueError(f"{what} must be unique, got {each!r} twice.")
+        seen.add(each)
+
+
+def check_unicode(texts: Iterable[str | tuple[str, str]]) -> None:
+    """Raises a ValueError unless all texts can be encoded as UTF-8, as tokenizers want them."""
+    for text in (each for part in texts for each in (part if isinstance(part, tuple) else [part])):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"texts must be Unicode, but {text!r:.80} has half of a surrogate pair. Use "
+                "text.encode('utf-8', 'replace').decode()."
+            ) from error

@@ -82,7 +82,7 @@ class EfficientDenseRetrievalTrainer(BaseTrainer):
             `loss` is called with positive and negative scores.
 
     Raises:
-        TypeError: If the model lacks one of the four methods.
+        TypeError: If the model lacks one of the four methods, or `compute_scores` isn't a function.
         ValueError: If `encoded`, `freeze_encoder` and `micro_batch_size` contradict each other.
     """
 
@@ -99,6 +99,11 @@ class EfficientDenseRetrievalTrainer(BaseTrainer):
         **kwargs: Any,
     ) -> None:
         check_methods(model)
+        if not callable(compute_scores):
+            raise TypeError(
+                "compute_scores must be a function of representations, such as "
+                f"polus.ir.scores.cosine, got {compute_scores!r}."
+            )
         super().__init__(model, *args, trainable_weights=trainable_weights, **kwargs)
         self.compute_scores = compute_scores
         self.k_negatives = k_negatives

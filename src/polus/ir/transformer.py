@@ -10,7 +10,7 @@ import numpy as np
 from keras import layers, ops
 
 from polus.ir.pooled import PooledEncoder
-from polus.ir.pooling import Pooling, positions
+from polus.ir.pooling import Pooling, positions, table_rows
 from polus.types import Tensor
 
 # Added to the attention scores of tokens that are out of sight, in float32. A finite number: a
@@ -35,7 +35,8 @@ class Architecture:
         gated: Whether what is activated is multiplied by a second dense layer (Shazeer 2020,
             arXiv:2002.05202).
         causal: Whether a token sees only those before it.
-        position_offset: The row of the first token in the table of positions. None for no table.
+        position_offset: The row of the first token in the table of positions; if it is positive,
+            the token before it is padding, wherever it stands. None for no table.
         relative_bias: Whether scores of attention get a bias by distance, as in T5 (Raffel et al.
             2020, arXiv:1910.10683), shared by all blocks.
         rotary_bases: The base of each block's rotary embedding (Su et al. 2021, arXiv:2104.09864),
@@ -87,22 +88,28 @@ class _Attention(layers.Layer):
         dropout: float,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(autocast=False, **kwargs)  # the bias and the rotation stay float32
+        dtype = self.dtype_policy  # Keras doesn't hand it on to the layers in a layer
         self.groups = num_heads // num_kv_heads
         self.scale = head_size**-0.5
         self.query, self.key, self.value = (
             layers.EinsumDense(
-                "ble,ehd->blhd", (None, heads, head_size), bias_axes="hd" if use_bias else None
+                "ble,ehd->blhd",
+                (None, heads, head_size),
+                bias_axes="hd" if use_bias else None,
+                dtype=dtype,
             )
             for heads in (num_heads, num_kv_heads, num_kv_heads)
         )
         self.output_dense = layers.EinsumDense(
-            "blhd,hde->ble", (None, size), bias_axes="e" if use_bias else None
+            "blhd,hde->ble", (None, size), bias_axes="e" if use_bias else None, dtype=dtype
         )
         self.qk_norms = [
-            layers.RMSNormalization(epsilon=qk_epsilon) for _ in range(2) if qk_epsilon is not None
+            layers.RMSNormalization(epsilon=qk_epsilon, dtype=dtype)
+            for _ in range(2)
+            if qk_epsilon is not None
         ]
-        self.dropout = layers.Dropout(dropout)
+        self.dropout = layers.Dropout(dropout, dtype=dtype)
         self.of_heads = (None, None, num_heads, head_size)
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
@@ -132,33 +139,30 @@ class _Block(layers.Layer):
     """Self-attention and a feed-forward network, with norms before them or after the sums."""
 
     def __init__(self, settings: Mapping[str, Any], first: bool, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        size, use_bias = settings["hidden_size"], settings["use_bias"]
+        super().__init__(autocast=False, **kwargs)
+        size, inner = settings["hidden_size"], settings["intermediate_size"]
+        given = {"dtype": self.dtype_policy}
+        dense = {"use_bias": settings["use_bias"], **given}
         self.norm_first = settings["norm_first"]
         self.attention = _Attention(
             settings["num_heads"],
             settings["num_kv_heads"] or settings["num_heads"],
             settings["head_size"] or size // settings["num_heads"],
             size,
-            use_bias,
+            settings["use_bias"],
             settings["epsilon"] if settings["qk_norm"] else None,
             settings["dropout"],
             name="attention",
+            **given,
         )
         # Embeddings that have just been normalized are not normalized again, as in ModernBERT.
         repeated = first and self.norm_first and settings["embedding_norm"]
-        self.attention_norm = layers.Identity() if repeated else _norm(settings)
-        self.expand = layers.Dense(
-            settings["intermediate_size"], activation=settings["activation"], use_bias=use_bias
-        )
-        self.gate = (
-            layers.Dense(settings["intermediate_size"], use_bias=use_bias)
-            if settings["gated"]
-            else None
-        )
-        self.contract = layers.Dense(size, use_bias=use_bias)
-        self.output_norm = _norm(settings)
-        self.dropout = layers.Dropout(settings["dropout"])
+        self.attention_norm = layers.Identity(**given) if repeated else _norm(settings, **given)
+        self.expand = layers.Dense(inner, activation=settings["activation"], **dense)
+        self.gate = layers.Dense(inner, **dense) if settings["gated"] else None
+        self.contract = layers.Dense(size, **dense)
+        self.output_norm = _norm(settings, **given)
+        self.dropout = layers.Dropout(settings["dropout"], **given)
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
         for layer in (self.attention, self.attention_norm, self.output_norm, self.expand):
@@ -207,7 +211,7 @@ class TransformerEncoder(PooledEncoder):
             None returns the vectors of all tokens.
         normalize: Whether to scale vectors to unit length, at the end.
         dense: The arguments of `keras.layers.Dense` for each layer after pooling.
-        kwargs: As for `keras.Model`.
+        kwargs: As for `keras.Model`; a `dtype`, such as "mixed_bfloat16", is that of all layers.
     """
 
     def __init__(
@@ -242,33 +246,39 @@ class TransformerEncoder(PooledEncoder):
         self.head_size = head_size or hidden_size // num_heads
         self.add_embeddings()
         settings = self.config | self.config["architecture"]
-        self.blocks = [_Block(settings, first=i == 0, name=f"block_{i}") for i in range(num_layers)]
-        last = architecture.norm_first
-        self.last_norm = _norm(settings, name="last_norm") if last else layers.Identity()
+        given = {"dtype": self.dtype_policy}
+        self.blocks = [
+            _Block(settings, first=i == 0, name=f"block_{i}", **given) for i in range(num_layers)
+        ]
+        norm = _norm(settings, name="last_norm", **given)
+        self.last_norm = norm if architecture.norm_first else layers.Identity(**given)
         self.add_output_layers(pooling, normalize, dense)
 
     def add_embeddings(self) -> None:
         """Adds the embeddings of tokens, positions and distances, as many as there are."""
         config, architecture = self.config, self.architecture
         size, offset = config["hidden_size"], architecture.position_offset
-        self.words = layers.Embedding(config["vocab_size"], size, name="words")
+        given = {"dtype": self.dtype_policy}
+        self.words = layers.Embedding(config["vocab_size"], size, name="words", **given)
         self.positions = self.relative = None
         if offset is not None:
-            self.positions = layers.Embedding(self.max_positions + offset, size, name="positions")
+            count = self.max_positions + offset
+            self.positions = layers.Embedding(count, size, name="positions", **given)
         if architecture.relative_bias:
-            self.relative = layers.Embedding(_NUM_BUCKETS, config["num_heads"], name="relative")
+            heads = config["num_heads"]
+            self.relative = layers.Embedding(_NUM_BUCKETS, heads, name="relative", **given)
         settings = config | config["architecture"]
         normed = architecture.embedding_norm
-        self.norm = _norm(settings, name="norm") if normed else layers.Identity()
-        self.dropout = layers.Dropout(config["dropout"])
+        self.norm = _norm(settings, name="norm", **given) if normed else layers.Identity(**given)
+        self.dropout = layers.Dropout(config["dropout"], **given)
 
     def call(self, inputs: dict[str, Any]) -> Any:
-        ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        self.check_length(ids)
+        ids, mask = self.tokens_of(inputs)
         places = positions(ids)
         x = self.words(ids)
-        if self.positions is not None:
-            x = x + self.positions(places + self.architecture.position_offset)
+        offset = self.architecture.position_offset
+        if self.positions is not None and offset is not None:
+            x = x + self.positions(table_rows(ids, offset))
         x = self.dropout(self.norm(x))
         distances = places[None, :] - places[:, None]  # of a key from a query
         biases = {window: self.attention_bias(mask, distances, window) for window, _ in self.kinds}
