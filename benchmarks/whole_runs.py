@@ -30,8 +30,14 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 from speed import BACKENDS, ROOT, WORKLOADS, Workload, parts
 
 TABLE = ROOT / "docs" / "benchmarks" / "whole_runs.md"
-LENGTHS = {"mlp": (10, 100, 1_000, 10_000), "dual encoder": (10, 100, 1_000), "cnn": (10, 100)}
-DATA = ("arrays", "list", "generator")
+LENGTHS = {
+    "mlp": (10, 100, 1_000, 10_000),
+    "dual encoder": (10, 100, 1_000),
+    "cnn": (10, 100),
+    "encoder": (10, 100),
+}
+DATA = ("arrays", "list", "generator", "tf.data", "loader")
+ONLY = {"tf.data": "tensorflow", "loader": "torch"}  # kinds that only this backend is measured with
 STEPS_PER_EXECUTION = (1, 10, 100)
 
 
@@ -43,6 +49,20 @@ def batches(work: Workload, steps: int) -> Iterator[Any]:
     for start in itertools.islice(starts, steps):
         rows = slice(start, start + work.batch_size)
         yield keras.tree.map_structure(lambda a, rows=rows: a[rows], (work.x, work.y))
+
+
+def loaded(work: Workload, kind: str, steps: int) -> Any:
+    """Returns `steps` batches as a `tf.data` pipeline or a `DataLoader`."""
+    if kind == "tf.data":
+        import tensorflow as tf
+
+        examples = tf.data.Dataset.from_tensor_slices((work.x, work.y))
+        return examples.batch(work.batch_size, drop_remainder=True).repeat().take(steps).prefetch(2)
+    import torch
+
+    examples = torch.utils.data.TensorDataset(torch.tensor(work.x), torch.tensor(work.y))
+    rows = [i % len(work.y) for i in range(steps * work.batch_size)]
+    return torch.utils.data.DataLoader(torch.utils.data.Subset(examples, rows), work.batch_size)
 
 
 def fit(work: Workload, kind: str, steps: int, steps_per_execution: int) -> float:
@@ -68,6 +88,8 @@ def fit(work: Workload, kind: str, steps: int, steps_per_execution: int) -> floa
                 return data[i]
 
         x = Batches()
+    elif kind in ONLY:
+        x = loaded(work, kind, steps)
     began = time.perf_counter()
     model.compile(optimizer, loss, steps_per_execution=steps_per_execution)
     model.fit(x, verbose=0, **arguments)
@@ -103,6 +125,8 @@ def polus(
         data = from_arrays(arrays, work.batch_size, shuffle=False)
     elif kind == "list":
         data = list(data())
+    elif kind in ONLY:
+        data = loaded(work, kind, steps)
     set_jit_compile(jit)
     set_tuning_cache(None)
     if keras.backend.backend() == "jax":
@@ -166,6 +190,8 @@ def child(arguments: argparse.Namespace) -> None:
     backend = keras.backend.backend()
     for workload in arguments.workload or LENGTHS:
         for kind in arguments.data or DATA:
+            if ONLY.get(kind, backend) != backend or (kind in ONLY and workload == "dual encoder"):
+                continue
             measure(workload, kind, 10, 1)  # loads code
             for steps in arguments.steps or LENGTHS.get(workload, (10, 100)):
                 secs = measure(workload, kind, steps, arguments.rounds)

@@ -1,11 +1,14 @@
 """Many batches of a `tf.data` pipeline, read and stacked in one call of TensorFlow's graph."""
 
+import time
 from typing import Any, TypeVar
 
 import numpy as np
 import tensorflow as tf
 
 T = TypeVar("T")
+
+FEW = 8  # batches, which Python reads sooner than TensorFlow traces the graph for it
 
 # The dtypes whose memory NumPy can share: not text, and not bfloat16.
 _SHARED = {np.dtype(kind).type for kind in "?bBhHiIlLqQefd"}
@@ -25,6 +28,8 @@ class GraphBlocks:
         self.specs = tf.nest.flatten(iterator.element_spec)
 
     def read(self, first: T, want: int, secs: float) -> tuple[int, T, T | None]:
+        if want <= FEW:
+            return self._read_few(first, want, secs)
         count, stacked, other, left = _read(
             self.iterator,
             tf.nest.flatten(first),
@@ -33,6 +38,22 @@ class GraphBlocks:
         )
         pack = tf.nest.pack_sequence_as
         return int(count), pack(first, stacked), pack(first, left) if bool(other) else None
+
+    def _read_few(self, first: T, want: int, secs: float) -> tuple[int, T, T | None]:
+        rows, left, ends = [tf.nest.flatten(first)], None, time.perf_counter() + secs
+        while len(rows) < want and left is None:
+            batch = next(self.iterator, None)
+            if batch is None:
+                break
+            tensors = tf.nest.flatten(batch)
+            if [t.shape for t in tensors] == [t.shape for t in rows[0]]:
+                rows.append(tensors)
+            else:
+                left = tf.nest.pack_sequence_as(first, tensors)
+            if time.perf_counter() >= ends:
+                break
+        stacked = [tf.stack(each) for each in zip(*rows, strict=True)]
+        return len(rows), tf.nest.pack_sequence_as(first, stacked), left
 
     def pad(self, batches: T, capacity: int) -> T:
         filled: T = tf.nest.map_structure(lambda rows: padded(rows, capacity), batches)
