@@ -307,8 +307,14 @@ class CrossEncoderTrainer(BaseTrainer):
 
         Without a teacher's scores in the batch, only the first two.
         """
+        given = dict(extras or {})
+        teacher = given.pop("teacher_scores", None)
+        if given:
+            raise ValueError(
+                "The dict after the tokens of a batch must have teacher_scores alone, got "
+                f"{', '.join(map(repr, given))} too."
+            )
         scores = self._scores(tokens, training=True)
-        teacher = (extras or {}).get("teacher_scores")
         return scores if teacher is None else (*scores, teacher)
 
     def evaluation_step(self, tokens: Any, *_: Any) -> Any:
