@@ -254,7 +254,9 @@ def _qwen3_arguments(config: Config) -> Config:
 def _qwen3_config(encoder: TransformerEncoder) -> Config:
     base = encoder.kinds[0][1]
     heads = encoder.config["num_heads"]
+    pad_id = encoder.config["pad_id"]
     return {
+        **({} if pad_id is None else {"pad_token_id": pad_id}),
         "architectures": ["Qwen3Model"],
         "num_key_value_heads": encoder.config["num_kv_heads"] or heads,
         "head_dim": encoder.head_size,

@@ -1,8 +1,8 @@
 """Losses over the score of a positive and the scores of its negatives.
 
 Each is called as `loss(positive_scores (B,), negative_scores (B, N))` and returns a float32 scalar;
-distillation losses take `teacher_scores (B, 1 + n)` as well, and the others raise ValueError if they
-are given any. All of them ignore masked scores (`MASKED`).
+distillation losses take `teacher_scores (B, 1 + n)` as well, and the others raise ValueError if
+they are given any. All of them ignore masked scores (`MASKED`).
 """
 
 from collections.abc import Callable, Sequence

@@ -54,9 +54,10 @@ class CheckpointTensors:
         numbers = [int(found[1]) for name in self._file_of if (found := re.match(begin, name))]
         if max(numbers, default=-1) >= num_layers:
             raise ValueError(
-                f"The weights in {self.folder} must be those of {num_layers} layers, as config.json "
-                f"says, but they are of {max(numbers) + 1}. Take both files from the same model; to "
-                f"load the first {num_layers} alone, use load_encoder(..., num_layers={num_layers})."
+                f"The weights in {self.folder} must be those of {num_layers} layers, as "
+                f"config.json says, but they are of {max(numbers) + 1}. Take both files from the "
+                f"same model. To load the first {num_layers} alone, use load_encoder(folder, "
+                f"num_layers={num_layers})."
             )
 
     def of(self, kind: TensorKind, name: str) -> list[Array]:
