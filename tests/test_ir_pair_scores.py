@@ -165,7 +165,7 @@ def test_scores_are_those_of_sentence_transformers(folder_of, tmp_path, name):
 def test_texts_that_end_in_padding_have_the_scores_of_sentence_transformers(folder_of, tmp_path):
     """Qwen3's class scores the last other token, and pooling the last token of the text."""
     folder, documents = folder_of("Qwen3"), [f"{text} <pad>" for text in ("b c", "d", "a <pad>")]
-    queries = QUERIES[:2] + ["a"]
+    queries = [*QUERIES[:2], "a"]
     pairs = list(zip(queries, documents, strict=True))
     ours = PairScorer.from_pretrained(folder)
     save_cross_encoder(tmp_path / "class", ours)
