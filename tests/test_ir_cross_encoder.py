@@ -157,6 +157,13 @@ def test_other_extras_than_teacher_scores_raise():
         trainer.train([batch], epochs=1)
 
 
+def test_scorers_of_other_models_raise(tokenizer):
+    """The first number of an encoder's vector would pass for a score."""
+    scorer = PairScorer(BertEncoder(30522, 8, 1, 2, 8), tokenizer)
+    with pytest.raises(ValueError, match=r"must return \(N, 1\).* got the shape \(1, 8\)"):
+        scorer(["a"], ["b"])
+
+
 def test_wrong_input_raises(tokenizer):
     with pytest.raises(ValueError, match="as many queries as documents, got 1 and 2"):
         PairScorer(keras.layers.Identity(), tokenizer)(["a"], ["b", "c"])
