@@ -131,6 +131,39 @@ def test_a_step_on_other_shapes_raises(units, axes, message):
         trainer.train([(tokens,)], epochs=1)
 
 
+PLAIN = [
+    losses.InfoNCE(),
+    losses.Symmetric(losses.InfoNCE()),
+    losses.BinaryCrossEntropy(),
+    losses.PairwiseHinge(),
+    losses.PairwiseLogistic(),
+]
+
+
+@pytest.mark.parametrize("loss", PLAIN, ids=lambda loss: type(loss).__name__)
+def test_a_loss_without_a_teacher_refuses_teacher_scores(loss):
+    rows = np.ones((2, 2), "float32")
+    message = rf"^{type(loss).__name__} takes no teacher_scores, .* Use MarginMSE or TeacherKL"
+    with pytest.raises(ValueError, match=message):
+        loss(rows[:, 0], rows, rows)
+
+
+def test_other_extras_than_teacher_scores_raise():
+    """Under another name a teacher's scores would be ignored."""
+    model = keras.Sequential([keras.layers.Dense(1)])
+    trainer = CrossEncoderTrainer(model, keras.optimizers.SGD(), losses.InfoNCE(1.0))
+    batch = (np.ones((1, 2, 4), "float32"), {"teacher": np.ones((1, 2), "float32")})
+    with pytest.raises(ValueError, match="must have teacher_scores alone, got 'teacher' too"):
+        trainer.train([batch], epochs=1)
+
+
+def test_scorers_of_other_models_raise(tokenizer):
+    """The first number of an encoder's vector would pass for a score."""
+    scorer = PairScorer(BertEncoder(30522, 8, 1, 2, 8), tokenizer)
+    with pytest.raises(ValueError, match=r"must return \(N, 1\).* got the shape \(1, 8\)"):
+        scorer(["a"], ["b"])
+
+
 def test_wrong_input_raises(tokenizer):
     with pytest.raises(ValueError, match="as many queries as documents, got 1 and 2"):
         PairScorer(keras.layers.Identity(), tokenizer)(["a"], ["b", "c"])

@@ -194,6 +194,17 @@ def test_what_is_not_implemented_raises(folder_of, tmp_path, name, change, messa
         load_encoder(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["XLMRoberta", "MPNet", "Qwen3"])
+def test_weights_of_more_layers_than_the_configuration_has_raise(folder_of, tmp_path, name):
+    folder = folder_of(name)[0]
+    config = json.loads((folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    shutil.copy(folder / "model.safetensors", tmp_path)
+    with pytest.raises(ValueError, match=r"those of 3 layers, .* but they are of 4\."):
+        load_encoder(tmp_path)
+    assert len(load_encoder(tmp_path, num_layers=2).blocks) == 2  # on purpose
+
+
 def test_folders_without_a_model_raise(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"config\.json must say what kind of model"):
         load_encoder(tmp_path)

@@ -162,6 +162,33 @@ def test_scores_are_those_of_sentence_transformers(folder_of, tmp_path, name):
     np.testing.assert_allclose(ours(QUERIES, DOCUMENTS), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_texts_that_end_in_padding_have_the_scores_of_sentence_transformers(folder_of, tmp_path):
+    """Qwen3's class scores the last other token, and pooling the last token of the text."""
+    folder, documents = folder_of("Qwen3"), [f"{text} <pad>" for text in ("b c", "d", "a <pad>")]
+    queries = [*QUERIES[:2], "a"]
+    pairs = list(zip(queries, documents, strict=True))
+    ours = PairScorer.from_pretrained(folder)
+    save_cross_encoder(tmp_path / "class", ours)
+    for each in (folder, tmp_path / "class"):
+        np.testing.assert_allclose(
+            ours(queries, documents), reference(each).predict(pairs), atol=1e-5
+        )
+    ours.model.save(tmp_path / "model.keras")
+    loaded = PairScorer(
+        keras.saving.load_model(tmp_path / "model.keras"), ours.tokenizer, activation="sigmoid"
+    )
+    np.testing.assert_array_equal(loaded(queries, documents), ours(queries, documents))
+    encoder = load_encoder(folder, pooling="last", dense=[{"units": 1, "use_bias": False}])
+    encoder.set_weights(ours.model.get_weights())
+    other = PairScorer(encoder, ours.tokenizer)
+    save_cross_encoder(tmp_path / "modules", other)
+    found = other(queries, documents)
+    expected = reference(tmp_path / "modules").predict(pairs)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    sigmoid = 1 / (1 + np.exp(-found))
+    assert np.abs(sigmoid - ours(queries, documents)).max() > 0.01
+
+
 def test_a_thousand_pairs_keep_their_order_and_rank_as_there(folder_of):
     theirs, ours = reference(folder_of("Bert")), PairScorer.from_pretrained(folder_of("Bert"))
     rng = np.random.default_rng(0)

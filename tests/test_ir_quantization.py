@@ -102,6 +102,17 @@ def test_a_saved_index_searches_as_before(tmp_path, precision):
         QuantizedIndex.load(path)
 
 
+@pytest.mark.once
+@pytest.mark.parametrize("precision", ["int8", "binary"])
+def test_originals_of_another_order_raise_when_loaded(tmp_path, precision):
+    path = tmp_path / "index.safetensors"
+    index = QuantizedIndex(VECTORS, IDS, precision)
+    index.save(path)
+    with pytest.raises(ValueError, match="in the same order, but in a sample of 64 their codes"):
+        QuantizedIndex.load(path, VECTORS[::-1])
+    QuantizedIndex.load(path, VECTORS.astype("float16"))
+
+
 def test_wrong_arguments_raise():
     with pytest.raises(ValueError, match=r"originals must have the shape.*\(300, 20\)"):
         QuantizedIndex(VECTORS, IDS, "int8", originals=VECTORS[:4])

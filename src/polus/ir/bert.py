@@ -169,8 +169,11 @@ class BertEncoder(PooledEncoder):
         """
         folder = Path(folder)
         model = cls(**{**bert_arguments(folder), **output_settings(folder), **overrides})
+        tensors = CheckpointTensors(transformer_folder(folder), ("bert.", "roberta."))
+        if "num_layers" not in overrides:
+            tensors.check_depth(model.config["num_layers"])
         model.build_on_tokens()
-        _load_weights(model, CheckpointTensors(transformer_folder(folder), ("bert.", "roberta.")))
+        _load_weights(model, tensors)
         if "dense" not in overrides:
             for layer, inner in zip(model.dense, dense_folders(folder), strict=True):
                 layer.set_weights(CheckpointTensors(inner).of("dense", "linear"))

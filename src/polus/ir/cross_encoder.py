@@ -80,7 +80,8 @@ def _check_labels(folder: Path, labels: int) -> None:
 class PairScorer:
     """Scores pairs of texts with a cross-encoder, in inference mode.
 
-    Called with N queries and N documents, it returns `(N,)` float32.
+    Called with N queries and N documents, it returns `(N,)` float32. A model that doesn't return
+    one score for each pair raises ValueError.
 
     Args:
         model: Maps `tokenizer.pairs(queries, documents)` to `(B, 1)`.
@@ -132,7 +133,7 @@ class PairScorer:
         return cls(model, tokenizer, batch_size, score_activation(folder))
 
     def _activated(self, tokens: Any) -> Any:
-        scores = ops.cast(self.model(tokens, training=False), "float32")
+        scores = ops.cast(_checked_scores(self.model(tokens, training=False)), "float32")
         return keras.activations.get(self.activation)(scores)
 
     def __call__(self, queries: Sequence[str], documents: Sequence[str]) -> NDArray[np.float32]:
@@ -153,6 +154,16 @@ class PairScorer:
         scores = np.empty(len(queries), np.float32)
         scores[order] = [each[0] for each in encode(self._score, pairs, self.batch_size)]
         return scores
+
+
+def _checked_scores(scores: Any) -> Any:
+    """Returns what a model has computed, or raises unless it is `(N, 1)`."""
+    if len(scores.shape) != 2 or scores.shape[1] != 1:
+        raise ValueError(
+            f"A cross-encoder must return (N, 1), a score for each pair, got the shape "
+            f"{tuple(scores.shape)}. Use dense=[{{'units': 1}}] at its end."
+        )
+    return scores
 
 
 def rerank(
@@ -307,8 +318,14 @@ class CrossEncoderTrainer(BaseTrainer):
 
         Without a teacher's scores in the batch, only the first two.
         """
+        given = dict(extras or {})
+        teacher = given.pop("teacher_scores", None)
+        if given:
+            raise ValueError(
+                "The dict after the tokens of a batch must have teacher_scores alone, got "
+                f"{', '.join(map(repr, given))} too."
+            )
         scores = self._scores(tokens, training=True)
-        teacher = (extras or {}).get("teacher_scores")
         return scores if teacher is None else (*scores, teacher)
 
     def evaluation_step(self, tokens: Any, *_: Any) -> Any:
@@ -329,12 +346,7 @@ class CrossEncoderTrainer(BaseTrainer):
                     f"shape {tuple(each.shape)}. candidate_tokens makes them."
                 )
         flat, shape = flatten_negatives(tokens)
-        scores = self.model(flat, training=training)
-        if len(scores.shape) != 2 or scores.shape[1] != 1:
-            raise ValueError(
-                f"A cross-encoder must return (N, 1), a score for each pair, got the shape "
-                f"{tuple(scores.shape)}. Use dense=[{{'units': 1}}] at its end."
-            )
+        scores = _checked_scores(self.model(flat, training=training))
         scores = unflatten_negatives(ops.cast(scores[:, 0], "float32"), shape)
         return scores[:, 0], scores[:, 1:]
 

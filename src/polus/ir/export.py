@@ -108,7 +108,8 @@ def save_cross_encoder(folder: str | Path, scorer: PairScorer) -> None:
 
     A model with the layers of its family's ForSequenceClassification on top, as one that
     `load_cross_encoder` has read, is saved as that class, so that transformers loads it too. With
-    other pooling or dense layers it is saved as modules, for sentence-transformers 6 or later.
+    other pooling or dense layers, or without Qwen3's `pad_id`, it is saved as modules, for
+    sentence-transformers 6 or later.
 
     Args:
         folder: A new folder. An interrupted call leaves none.

@@ -62,10 +62,11 @@ def load_transformer(folder: Path, **overrides: Any) -> TransformerEncoder:
     model = TransformerEncoder(
         **{**_sizes(config), **family.arguments(config), **output_settings(folder), **overrides}
     )
+    tensors = CheckpointTensors(transformer_folder(folder), family.prefixes)
+    if "num_layers" not in overrides:
+        tensors.check_depth(model.config["num_layers"])
     model.build_on_tokens()
-    assign_slots(
-        family.slots(model), CheckpointTensors(transformer_folder(folder), family.prefixes)
-    )
+    assign_slots(family.slots(model), tensors)
     if "dense" not in overrides:
         for layer, inner in zip(model.dense, dense_folders(folder), strict=True):
             layer.set_weights(CheckpointTensors(inner).of("dense", "linear"))
@@ -253,7 +254,9 @@ def _qwen3_arguments(config: Config) -> Config:
 def _qwen3_config(encoder: TransformerEncoder) -> Config:
     base = encoder.kinds[0][1]
     heads = encoder.config["num_heads"]
+    pad_id = encoder.config["pad_id"]
     return {
+        **({} if pad_id is None else {"pad_token_id": pad_id}),
         "architectures": ["Qwen3Model"],
         "num_key_value_heads": encoder.config["num_kv_heads"] or heads,
         "head_dim": encoder.head_size,

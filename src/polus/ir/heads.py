@@ -14,6 +14,12 @@ from polus.ir.tensors import TensorKind
 Config = dict[str, Any]
 
 
+class HeadSettings(OutputSettings, total=False):
+    """The arguments of an encoder that say how a score is made of token vectors."""
+
+    pad_id: int | None
+
+
 @dataclasses.dataclass(frozen=True)
 class Head:
     """How a family scores the vectors of its encoder.
@@ -28,7 +34,7 @@ class Head:
     architecture: str
     prefix: str
     names: tuple[tuple[TensorKind, str], ...]
-    settings: Callable[[Config], OutputSettings]
+    settings: Callable[[Config], HeadSettings]
 
     def slots(self, model: PooledEncoder) -> list[Slot]:
         """Returns where the weights of a model with this head are in a checkpoint."""
@@ -40,6 +46,8 @@ class Head:
         expected = self.settings(config)
         if model.normalize or model.pooling != expected["pooling"]:
             return False
+        if "pad_id" in expected and model.config["pad_id"] is None:
+            return False  # its score is another one where a text ends in padding
         return len(model.dense) == len(expected["dense"]) and all(
             map(_is_made_of, model.dense, expected["dense"])
         )
@@ -51,12 +59,12 @@ def _is_made_of(layer: layers.Layer, arguments: dict[str, object]) -> bool:
     return all(found.get(name) == value for name, value in (defaults | arguments).items())
 
 
-def _dense_and_tanh(config: Config) -> OutputSettings:
+def _dense_and_tanh(config: Config) -> HeadSettings:
     hidden = {"units": config["hidden_size"], "activation": "tanh"}
     return {"pooling": "first", "normalize": False, "dense": [hidden, {"units": 1}]}
 
 
-def _modernbert(config: Config) -> OutputSettings:
+def _modernbert(config: Config) -> HeadSettings:
     activation = config.get("classifier_activation", "gelu")
     if activation != "gelu":
         raise ValueError(f"classifier_activation must be 'gelu', got {activation!r}.")
@@ -73,8 +81,13 @@ def _modernbert(config: Config) -> OutputSettings:
     }
 
 
-def _last_token(_: Config) -> OutputSettings:
-    return {"pooling": "last", "normalize": False, "dense": [{"units": 1, "use_bias": False}]}
+def _last_token(config: Config) -> HeadSettings:
+    return {
+        "pooling": "last",
+        "normalize": False,
+        "dense": [{"units": 1, "use_bias": False}],
+        "pad_id": config.get("pad_token_id"),
+    }
 
 
 def _roberta(name: str, prefix: str = "roberta.") -> Head:

@@ -1,8 +1,8 @@
 """Losses over the score of a positive and the scores of its negatives.
 
 Each is called as `loss(positive_scores (B,), negative_scores (B, N))` and returns a float32 scalar;
-distillation losses take `teacher_scores (B, 1 + n)` as well. All of them ignore masked scores
-(`MASKED`).
+distillation losses take `teacher_scores (B, 1 + n)` as well, and the others raise ValueError if
+they are given any. All of them ignore masked scores (`MASKED`).
 """
 
 from collections.abc import Callable, Sequence
@@ -41,6 +41,14 @@ class RetrievalLoss:
     trainable_variables: Sequence[keras.Variable] = ()
 
 
+def _refuse(loss: RetrievalLoss, teacher_scores: Sequence[Any]) -> None:
+    if teacher_scores:
+        raise ValueError(
+            f"{type(loss).__name__} takes no teacher_scores, but the batch has them. Use MarginMSE "
+            "or TeacherKL, or leave them out: batches.teacher_scores = None for PairBatches."
+        )
+
+
 class InfoNCE(RetrievalLoss):
     """The cross-entropy of classifying the positive among the positive and its negatives.
 
@@ -63,7 +71,10 @@ class InfoNCE(RetrievalLoss):
             self.log_scale = keras.Variable(start, dtype="float32", name="log_scale")
             self.trainable_variables = (self.log_scale,)
 
-    def __call__(self, positive_scores: Tensor, negative_scores: Tensor) -> Tensor:
+    def __call__(
+        self, positive_scores: Tensor, negative_scores: Tensor, *teacher_scores: Tensor
+    ) -> Tensor:
+        _refuse(self, teacher_scores)
         scale = 1 / self.temperature
         if self.log_scale is not None:
             scale = ops.minimum(ops.exp(self.log_scale), 100.0)
@@ -86,7 +97,10 @@ class Symmetric(RetrievalLoss):
         self.loss = loss
         self.trainable_variables = tuple(getattr(loss, "trainable_variables", ()))
 
-    def __call__(self, positive_scores: Tensor, negative_scores: Tensor) -> Tensor:
+    def __call__(
+        self, positive_scores: Tensor, negative_scores: Tensor, *teacher_scores: Tensor
+    ) -> Tensor:
+        _refuse(self, teacher_scores)
         size = positive_scores.shape[0]
         if len(positive_scores.shape) != 1 or negative_scores.shape[1] < size - 1:
             raise ValueError(
@@ -109,7 +123,10 @@ class BinaryCrossEntropy(RetrievalLoss):
     Nogueira and Cho 2019, arXiv:1901.04085, equation 1. The mean over all pairs that aren't masked.
     """
 
-    def __call__(self, positive_scores: Tensor, negative_scores: Tensor) -> Tensor:
+    def __call__(
+        self, positive_scores: Tensor, negative_scores: Tensor, *teacher_scores: Tensor
+    ) -> Tensor:
+        _refuse(self, teacher_scores)
         scores = ops.concatenate([-positive_scores[:, None], negative_scores], axis=1)
         result: Tensor = _mean_of_unmasked(ops.softplus(scores), scores)
         return result
@@ -125,7 +142,10 @@ class PairwiseHinge(RetrievalLoss):
     def __init__(self, margin: float = 0.2) -> None:
         self.margin = margin
 
-    def __call__(self, positive_scores: Tensor, negative_scores: Tensor) -> Tensor:
+    def __call__(
+        self, positive_scores: Tensor, negative_scores: Tensor, *teacher_scores: Tensor
+    ) -> Tensor:
+        _refuse(self, teacher_scores)
         values = ops.relu(self.margin - positive_scores[:, None] + negative_scores)
         result: Tensor = _mean_of_unmasked(values, negative_scores)
         return result
@@ -142,7 +162,10 @@ class PairwiseLogistic(RetrievalLoss):
         _check_temperatures(temperature=temperature)
         self.temperature = temperature
 
-    def __call__(self, positive_scores: Tensor, negative_scores: Tensor) -> Tensor:
+    def __call__(
+        self, positive_scores: Tensor, negative_scores: Tensor, *teacher_scores: Tensor
+    ) -> Tensor:
+        _refuse(self, teacher_scores)
         values = ops.softplus((negative_scores - positive_scores[:, None]) / self.temperature)
         result: Tensor = _mean_of_unmasked(values, negative_scores)
         return result

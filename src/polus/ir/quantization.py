@@ -14,6 +14,8 @@ from polus.ir.texts import check_ids
 Precision = Literal["int8", "binary"]
 Codes = NDArray[np.int8] | NDArray[np.uint8]
 _ROWS = 8192  # decoded at a time
+_SAMPLE = 64
+_TOLERANCE = 0.03  # of a code's range, or of the signs: originals in half precision are far below
 
 
 def int8_ranges(vectors: ArrayLike) -> Floats:
@@ -169,12 +171,12 @@ class QuantizedIndex(VectorIndex):
 
         Args:
             path: The file.
-            originals: Vectors `(D, E)` to score again with, as for the class.
+            originals: Vectors `(D, E)` to score again with: those that were quantized.
 
         Raises:
             FileNotFoundError: If there is no such file.
             ValueError: If the file isn't an index, its checksum doesn't match, or the originals
-                have another shape.
+                have another shape or, in a sample, other codes.
         """
         arrays, ids, facts = load_index(path, {"codes"}, "QuantizedIndex.save")
         if "precision" not in facts:
@@ -184,7 +186,25 @@ class QuantizedIndex(VectorIndex):
         self.precision = cast(Precision, facts["precision"])
         self.size, self.rescore = int(facts["size"]), int(facts["rescore"])
         self.originals = _checked_originals(originals, (len(ids), self.size))
+        if self.originals is not None:
+            self._check_codes_of_originals()
         return self
+
+    def _check_codes_of_originals(self) -> None:
+        # A file is loaded beside vectors that may have been encoded again since, in another order.
+        rows = np.unique(np.linspace(0, len(self.ids) - 1, _SAMPLE).astype(int))
+        expected = quantize(self.originals[rows], self.precision, self.ranges)
+        found = self.codes[rows]
+        if self.precision == "int8":
+            distance = np.abs(found.astype(int) - expected).mean() / 255
+        else:
+            distance = np.unpackbits(found ^ expected, axis=1, count=self.size).mean()
+        if distance > _TOLERANCE:
+            raise ValueError(
+                "originals must be the vectors that were quantized, in the same order, but in a "
+                f"sample of {len(rows)} their codes differ from the file's. Take both from the "
+                "same corpus, or build the index anew."
+            )
 
     def _best(self, queries: Floats, k: int) -> tuple[Floats, Ints]:
         scores, rows = np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), int)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from itertools import repeat
 from pathlib import Path
@@ -46,6 +47,18 @@ class CheckpointTensors:
             )
         found: Array = self._file_of[self.prefix + name].get_tensor(self.prefix + name)
         return found
+
+    def check_depth(self, num_layers: int) -> None:
+        """Raises a ValueError if there are weights of more blocks than `num_layers`."""
+        begin = re.escape(self.prefix) + r"(?:encoder\.layer|layers)\.(\d+)\."
+        numbers = [int(found[1]) for name in self._file_of if (found := re.match(begin, name))]
+        if max(numbers, default=-1) >= num_layers:
+            raise ValueError(
+                f"The weights in {self.folder} must be those of {num_layers} layers, as "
+                f"config.json says, but they are of {max(numbers) + 1}. Take both files from the "
+                f"same model. To load the first {num_layers} alone, use load_encoder(folder, "
+                f"num_layers={num_layers})."
+            )
 
     def of(self, kind: TensorKind, name: str) -> list[Array]:
         """Returns a layer's weights as Keras stores them: a kernel, table or scale, then a bias."""

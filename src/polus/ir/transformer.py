@@ -211,6 +211,8 @@ class TransformerEncoder(PooledEncoder):
             None returns the vectors of all tokens.
         normalize: Whether to scale vectors to unit length, at the end.
         dense: The arguments of `keras.layers.Dense` for each layer after pooling.
+        pad_id: The id of a token that pooling leaves out even where a text spells it out, as
+            transformers' Qwen3ForSequenceClassification does. None to pool all of a text.
         kwargs: As for `keras.Model`; a `dtype`, such as "mixed_bfloat16", is that of all layers.
     """
 
@@ -231,6 +233,7 @@ class TransformerEncoder(PooledEncoder):
         pooling: Pooling | Sequence[Pooling] | None = "mean",
         normalize: bool = False,
         dense: Sequence[Mapping[str, object]] = (),
+        pad_id: int | None = None,
         **kwargs: Any,
     ) -> None:
         arguments = locals()
@@ -285,6 +288,9 @@ class TransformerEncoder(PooledEncoder):
         rotations = {base: _rotation(places, self.head_size, base) for _, base in self.kinds}
         for block, (window, base) in zip(self.blocks, self.kinds, strict=True):
             x = block(x, biases[window], rotations[base])
+        pad_id = self.config["pad_id"]
+        if pad_id is not None:
+            mask = ops.where(ops.equal(ids, pad_id), ops.zeros_like(mask), mask)
         return self.output_of(self.last_norm(x), mask)
 
     def attention_bias(self, mask: Tensor, distances: Tensor, window: int | None) -> Any:
