@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike
 
 from polus.files import atomic_write
 from polus.ir.index import DenseIndex, VectorIndex, check_finite
-from polus.ir.search import Floats, Ints, as_vectors, check_k
+from polus.ir.search import Floats, Ints, as_vectors, check_positive
 from polus.ir.texts import check_ids
 
 Library = Literal["usearch", "faiss"]
@@ -103,7 +103,7 @@ class ApproximateIndex(VectorIndex):
 
     def top_k(self, queries: ArrayLike, k: int) -> tuple[Floats, Ints]:
         array = np.ascontiguousarray(as_vectors(queries), np.float32)
-        check_k(k)
+        check_positive(k, "k")
         if array.ndim != 2 or array.shape[1] != self.parameters.size:
             raise ValueError(
                 f"Queries must have the shape (Q, {self.parameters.size}), got the shape "

@@ -13,7 +13,7 @@ from polus.ir.data import Features, PairBatches, Rows, as_features
 from polus.ir.encoding import encode, stack_vectors
 from polus.ir.evaluation import MEASURES, check_judged, evaluate
 from polus.ir.scores import InBatchScores, Similarity, dot_product
-from polus.ir.search import as_run, take_rows, to_arrays, top_k
+from polus.ir.search import as_run, check_positive, take_rows, to_arrays, top_k
 from polus.ir.texts import as_texts, check_ids
 
 _QUERIES = 1024  # mined at a time
@@ -100,7 +100,9 @@ class RetrievalValidation(_Search):
         measures = as_texts(measures, "measures")
         if monitor not in measures:
             raise ValueError(f"monitor must be one of the measures {measures}, got {monitor!r}.")
-        _check_positive(every_epochs=every_epochs, depth=depth, batch_size=batch_size)
+        check_positive(every_epochs, "every_epochs")
+        check_positive(depth, "depth")
+        check_positive(batch_size, "batch_size")
         self.queries, self.documents = as_features(queries), as_features(documents)
         self.query_ids = _ids_of(self.queries, query_ids, "query_ids")
         check_judged(qrels, set(self.query_ids))
@@ -191,7 +193,8 @@ class HardNegativeMining(_Search):
                 "k must be positive and ranks must be (first, last) with 0 <= first < last, got "
                 f"k={k} and ranks={ranks}. Use, for example, ranks=(0, 100)."
             )
-        _check_positive(every_epochs=every_epochs, batch_size=batch_size)
+        check_positive(every_epochs, "every_epochs")
+        check_positive(batch_size, "batch_size")
         self.batches = batches
         self.k, self.every_epochs, self.ranks = k, every_epochs, ranks
         self.relative_margin = relative_margin
@@ -275,12 +278,6 @@ def _pair_scores(queries: Any, documents: Any, pairs: Rows, similarity: Similari
         tensors = keras.tree.map_structure(lambda x: ops.convert_to_tensor(x[:, None]), pair)
         found.append(to_host(similarity(*tensors))[:, 0, 0])
     return np.concatenate(found)
-
-
-def _check_positive(**numbers: int) -> None:
-    for name, value in numbers.items():
-        if value < 1:
-            raise ValueError(f"{name} must be a positive integer, got {value!r}.")
 
 
 def _ids_of(features: Features, ids: Sequence[str], what: str) -> list[str]:

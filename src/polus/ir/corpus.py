@@ -26,7 +26,7 @@ from polus.ir.data import Features
 from polus.ir.encoding import encode_batches
 from polus.ir.fingerprint import fingerprint
 from polus.ir.models import TextTokenizer
-from polus.ir.search import check_k
+from polus.ir.search import check_positive
 
 
 class Corpus(NamedTuple):
@@ -71,8 +71,8 @@ def encode_corpus(
         index = DenseIndex(corpus.vectors, corpus.ids)
         ```
     """
-    check_k(batch_size, "batch_size")
-    check_k(shard_size, "shard_size")
+    check_positive(batch_size, "batch_size")
+    check_positive(shard_size, "shard_size")
     remaining = _checked(documents)
     first = next(remaining, None)
     if first is None:

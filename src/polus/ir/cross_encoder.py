@@ -29,6 +29,7 @@ from polus.ir.pretrained import (
     text_settings,
     transformer_folder,
 )
+from polus.ir.search import check_positive
 from polus.ir.tensors import CheckpointTensors
 from polus.ir.texts import as_texts, check_texts_by_id
 from polus.training import BaseTrainer
@@ -39,10 +40,9 @@ def load_cross_encoder(folder: str | Path, **overrides: Any) -> BertEncoder | Tr
 
     It is a ForSequenceClassification of BERT, RoBERTa, XLM-RoBERTa, CamemBERT, MPNet, ModernBERT or
     Qwen3, as transformers and sentence-transformers save it, or one of these encoders with modules
-    Pooling and Dense on top. Its score is the logit:
-    `PairScorer.from_pretrained` applies the folder's activation too. For one to train from an
-    encoder's weights, use `load_encoder(folder, pooling="first", normalize=False, dense=[{"units":
-    1}])`.
+    Pooling and Dense on top. Its score is the logit; `PairScorer.from_pretrained` applies the
+    folder's activation too. To train one from an encoder's weights, use
+    `load_encoder(folder, pooling="first", normalize=False, dense=[{"units": 1}])`.
 
     Args:
         folder: A folder that transformers or sentence-transformers has saved.
@@ -188,8 +188,7 @@ def rerank(
     """
     check_texts_by_id(queries, "queries")
     check_texts_by_id(documents, "documents")
-    if depth < 1:
-        raise ValueError(f"depth must be a positive integer, got {depth!r}.")
+    check_positive(depth, "depth")
     pairs = [
         (query, document) for query, found in run.items() for document in ranked(found)[:depth]
     ]

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from polus.data import SeekableAdapter
 from polus.data.fingerprint import checksum
 from polus.ir.guide import Guide
+from polus.ir.search import check_positive
 from polus.ir.texts import as_texts, check_ids
 
 Rows = NDArray[np.int64]
@@ -279,8 +280,7 @@ class PairBatches(SeekableAdapter):
                 f"relevant must hold row numbers from 0 to {len(self.documents) - 1}, got "
                 f"{self.pairs[:, 1].min()} to {self.pairs[:, 1].max()}."
             )
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}.")
+        check_positive(batch_size, "batch_size")
         if guide is not None:
             guide.check(len(self.queries), len(self.documents))
         self.guide = guide

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from polus.core import function
 from polus.host import to_host
 from polus.ir.data import Features, Rows
-from polus.ir.search import check_k
+from polus.ir.search import check_positive
 from polus.ir.texts import as_texts
 
 Vectors = NDArray[np.float32]
@@ -46,7 +46,7 @@ def encode_batches(
     Raises:
         ValueError: If `batch_size` isn't a positive integer.
     """
-    check_k(batch_size, "batch_size")
+    check_positive(batch_size, "batch_size")
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         # Padded to a power of two or a whole batch, so that few shapes are compiled and a single

@@ -7,7 +7,7 @@ import numpy as np
 
 from polus.ir.evaluation import Qrels, Run, check_judged, evaluate, ranked, reciprocal_rank_fusion
 from polus.ir.index import VectorIndex
-from polus.ir.search import check_k
+from polus.ir.search import check_positive
 from polus.ir.texts import check_ids, check_texts_by_id
 
 Results = list[tuple[str, float]]
@@ -51,7 +51,7 @@ class BM25:
 
     def run(self, queries: Mapping[str, str], k: int = 100) -> dict[str, dict[str, float]]:
         """Returns the documents, k at most, that share words with each query, as a run."""
-        check_k(k)
+        check_positive(k, "k")
         if not queries:
             return {}
         k = min(k, len(self.ids))
@@ -86,7 +86,7 @@ class Dense:
     def run(self, queries: Mapping[str, str], k: int = 100) -> dict[str, dict[str, float]]:
         """Returns the k documents whose vectors have the largest inner products, as a run."""
         check_texts_by_id(queries, "queries")
-        check_k(k)
+        check_positive(k, "k")
         if not queries:
             return {}
         return self.index.run(self.encode(list(queries.values())), list(queries), k)
@@ -124,7 +124,7 @@ class Hybrid:
                     f"A {name} searches vectors, and Hybrid gives its engines texts. Write "
                     f"Dense({name}(...), TextEncoder(encoder, tokenizer))."
                 )
-        check_k(depth, "depth")
+        check_positive(depth, "depth")
         self.engines = engines
         self.weight = weight
         self.depth = depth
@@ -141,7 +141,7 @@ class Hybrid:
     def run(self, queries: Mapping[str, str], k: int = 100) -> dict[str, dict[str, float]]:
         """Returns the k best documents of each query `{id: text}` as a run, the best first."""
         check_texts_by_id(queries, "queries")
-        check_k(k)
+        check_positive(k, "k")
         return _cut(self._fuse(self._found(queries, k), self.weight), queries, k)
 
     def tune(

@@ -23,7 +23,7 @@ from polus.ir.pretrained import (
     transformer_folder,
 )
 from polus.ir.scores import Representation
-from polus.ir.search import check_k
+from polus.ir.search import check_positive
 from polus.ir.tensors import damaged
 from polus.ir.texts import as_texts, check_unicode
 from polus.ir.transformer import TransformerEncoder
@@ -119,7 +119,7 @@ class TextTokenizer:
         folder = path if path.is_dir() else path.parent
         settings = text_settings(folder)
         file = transformer_folder(folder) / "tokenizer.json" if path.is_dir() else path
-        check_k(multiple, "multiple")
+        check_positive(multiple, "multiple")
         self.max_length = (settings.max_length or 256) if max_length is None else max_length
         self.multiple = multiple
         self.prompt = choose_prompt(folder, settings, prompt_name) if prompt is None else prompt
@@ -141,7 +141,7 @@ class TextTokenizer:
 
     def _check_room(self, max_length: int) -> None:
         """Raises unless a token of a text fits beside the prompt and the special tokens."""
-        check_k(max_length, "max_length")
+        check_positive(max_length, "max_length")
         self._tokenizer.no_truncation()
         taken = len(self._tokenizer.encode(self.prompt).ids)
         # Truncation at the left would cut the prompt.

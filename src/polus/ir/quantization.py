@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from polus.ir.index import VectorIndex, check_finite, load_index, save_index
-from polus.ir.search import Floats, Ints, as_vectors, check_k, top_k
+from polus.ir.search import Floats, Ints, as_vectors, check_positive, top_k
 from polus.ir.texts import check_ids
 
 Precision = Literal["int8", "binary"]
@@ -139,7 +139,7 @@ class QuantizedIndex(VectorIndex):
 
     def top_k(self, queries: ArrayLike, k: int) -> tuple[Floats, Ints]:
         found = np.asarray(as_vectors(queries), np.float32)
-        check_k(k)
+        check_positive(k, "k")
         if self.originals is None:
             return self._best(found, k)
         _, rows = self._best(found, k * self.rescore)
@@ -234,7 +234,7 @@ def _check(vectors: Any, ids: Sequence[str], precision: str, ranges: Any, rescor
             "ranges must be the smallest and the largest value of each dimension, "
             f"(2, {vectors.shape[1]}), got the shape {np.shape(ranges)}."
         )
-    check_k(rescore, "rescore")
+    check_positive(rescore, "rescore")
 
 
 def _checked_originals(originals: ArrayLike | None, shape: tuple[int, ...]) -> Any:

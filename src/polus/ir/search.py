@@ -176,15 +176,15 @@ def _check_similarity(similarity: object, queries: object) -> None:
         )
 
 
-def check_k(k: object, what: str = "k") -> None:
-    """Raises a ValueError unless a number of results is a positive integer, NumPy's included."""
-    if not isinstance(k, int | np.integer) or isinstance(k, bool) or k < 1:
-        raise ValueError(f"{what} must be a positive integer, got {k!r}.")
+def check_positive(number: object, what: str) -> None:
+    """Raises a ValueError unless `number` is a positive integer, of Python or of NumPy."""
+    if not isinstance(number, int | np.integer) or isinstance(number, bool) or number < 1:
+        raise ValueError(f"{what} must be a positive integer, got {number!r}.")
 
 
 def _check(queries: Any, documents: Any, k: int, block_size: int) -> None:
-    check_k(k)
-    check_k(block_size, "block_size")
+    check_positive(k, "k")
+    check_positive(block_size, "block_size")
     shapes = _vectors(queries).shape, _vectors(documents).shape
     for name, shape in zip(("Queries", "Documents"), shapes, strict=True):
         if len(shape) < 2:
