@@ -181,6 +181,13 @@ def test_slow_data_comes_in_shorter_blocks_for_the_same_programs(kind, monkeypat
     assert_same(read(KINDS[kind][0](), 4)[0], ragged())
 
 
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="others have no such graph")
+def test_a_few_batches_of_tf_data_are_read_without_a_graph(monkeypatch):
+    monkeypatch.setattr("polus.backends.tensorflow_blocks._read", None)
+    for make, expected in (KINDS["tf.data"], KINDS["tf.data of growing shapes"]):
+        assert_same(read(make(), 8)[0], expected())
+
+
 @pytest.mark.parametrize("kind", ["list", "tf.data", "arrays on the device"])
 def test_steps_limits_an_epoch(kind):
     batches, _ = read(KINDS[kind][0](), 3, steps=4)
