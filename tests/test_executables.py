@@ -68,6 +68,36 @@ def test_an_equal_step_is_compiled_once_and_gives_the_same_bits():
         np.testing.assert_array_equal(a, b)
 
 
+def test_fewer_passes_of_the_compiler_give_the_bits_of_its_own_choice(monkeypatch):
+    asked, compiled = [], jax.stages.Lowered.compile
+    forced = {"xla_cpu_use_fusion_emitters": True}  # the tests' own flags are others
+
+    def spied(self, compiler_options=None):
+        asked.append(compiler_options)
+        return compiled(self, forced | (compiler_options or {}))
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", spied)
+    monkeypatch.setenv("XLA_FLAGS", "")
+    losses, weights = trained(units=100, activation="gelu")
+    assert asked[-1] == {jax_executables.LEVEL: 1}
+    jax_executables.forget()
+    monkeypatch.setenv("XLA_FLAGS", f"--{jax_executables.LEVEL}=3")
+    forced[jax_executables.LEVEL] = 3
+    own, own_weights = trained(units=100, activation="gelu")
+    assert asked[-1] is None
+    assert own == losses
+    for a, b in zip(own_weights, weights, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_an_xla_without_the_option_compiles_as_it_does(monkeypatch):
+    losses, _ = trained()
+    jax_executables.forget()
+    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setattr(jax_executables, "LEVEL", "xla_no_such_option")
+    assert trained()[0] == losses
+
+
 @pytest.mark.parametrize("changes", [{"units": 9}, {"activation": "tanh"}])
 def test_another_step_is_compiled(changes):
     losses, _ = trained()
