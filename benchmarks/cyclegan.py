@@ -193,7 +193,9 @@ def by_hand(trainer: Any, data: list[Any]) -> Callable[..., None]:
     return run
 
 
-def polus(trainer: Any, data: list[Any]) -> Callable[..., None]:
+def polus(
+    trainer: Any, data: list[Any], steps_per_execution: int | None = None
+) -> Callable[..., None]:
     """Returns a run of the trainer, given the number of epochs."""
     import numpy as np
 
@@ -201,7 +203,19 @@ def polus(trainer: Any, data: list[Any]) -> Callable[..., None]:
 
     arrays = tuple(np.concatenate(part) for part in zip(*data, strict=True))
     dataset = from_arrays(arrays, len(data[0][0]), shuffle=False)
-    return lambda epochs: trainer.train(dataset, epochs=epochs) and None
+    settings = {"steps_per_execution": steps_per_execution}
+    return lambda epochs: trainer.train(dataset, epochs=epochs, **settings) and None
+
+
+def random_batches(count: int, batch_size: int = 16) -> list[Any]:
+    """Returns batches of two images, each of uniform noise."""
+    import numpy as np
+
+    generator = np.random.default_rng(0)
+    return [
+        tuple(generator.uniform(-1, 1, (2, batch_size, 8, 8, 1)).astype("float32"))
+        for _ in range(count)
+    ]
 
 
 def main(rounds: int = 10, seconds: float = 2.0, batch_size: int = 16) -> dict[str, float]:
@@ -209,11 +223,7 @@ def main(rounds: int = 10, seconds: float = 2.0, batch_size: int = 16) -> dict[s
     import keras
     import numpy as np
 
-    generator = np.random.default_rng(0)
-    data = [
-        tuple(generator.uniform(-1, 1, (2, batch_size, 8, 8, 1)).astype("float32"))
-        for _ in range(40)
-    ]
+    data = random_batches(40, batch_size)
     trainers = {name: make_trainer() for name in ("polus", "hand")}
     runs = {"polus": polus(trainers["polus"], data), "hand": by_hand(trainers["hand"], data)}
     polus(trainers["polus"], data[:5])(1)

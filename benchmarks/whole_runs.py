@@ -1,17 +1,19 @@
 """Times whole runs, compiling and choosing how to run included, beside `fit` and fixed settings.
 
-    python benchmarks/whole_runs.py                              # every backend; writes the table
-    python benchmarks/whole_runs.py --backend torch --workload mlp --data list
+    python benchmarks/whole_runs.py            # every backend; puts its rows into the page's table
+    python benchmarks/whole_runs.py --backend torch --workload mlp --data list [--write]
 
 Each run has a fresh model, and Polus starts without any memory of earlier choices or, on JAX, of
 what it has compiled (fit has none: a second run of an equal model is much shorter). The clock runs
 from before `compile` or the trainer is made until the loss of the last step is read. The methods
 take turns; the table shows the median over the rounds. *fit* is the faster one of
-`steps_per_execution` 1 and 10. *Regret* is the time of Polus divided by that of the best fixed
-setting: the compiler on or off, with 1, 10 or 100 steps per execution.
+`steps_per_execution` 1 and 10, and for the GAN the hand-written loop of benchmarks/cyclegan.py.
+*Regret* is the time of Polus divided by that of the best fixed setting: the compiler on or off,
+with 1, 10 or 100 steps per execution. At 100,000 steps there is one round, without those of one.
 """
 
 import argparse
+import functools
 import itertools
 import json
 import logging
@@ -22,7 +24,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -30,12 +31,15 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 from speed import BACKENDS, ROOT, WORKLOADS, Workload, parts
 
 TABLE = ROOT / "docs" / "benchmarks" / "whole_runs.md"
+GAN = "cyclegan"
 LENGTHS = {
-    "mlp": (10, 100, 1_000, 10_000),
+    "mlp": (10, 100, 1_000, 10_000, 100_000),
     "dual encoder": (10, 100, 1_000),
     "cnn": (10, 100),
-    "encoder": (10, 100),
+    "encoder": (10,),
+    GAN: (10, 100),
 }
+LONG = 10_000  # steps of runs that only arrays are measured with, and one round if there are more
 DATA = ("arrays", "list", "generator", "tf.data", "loader")
 ONLY = {"tf.data": "tensorflow", "loader": "torch"}  # kinds that only this backend is measured with
 STEPS_PER_EXECUTION = (1, 10, 100)
@@ -96,6 +100,22 @@ def fit(work: Workload, kind: str, steps: int, steps_per_execution: int) -> floa
     return time.perf_counter() - began
 
 
+def gan(work: None, kind: str, steps: int, *fixed: Any, by_hand: bool = False) -> float:
+    """Times CycleGAN's step of four models and optimizers, which `fit` doesn't have."""
+    import cyclegan
+
+    data, trainer = cyclegan.random_batches(min(steps, 40)), cyclegan.make_trainer()
+    passes = max(1, steps // len(data))
+    if not by_hand:
+        start_anew(*fixed[:1])
+    began = time.perf_counter()
+    if by_hand:
+        cyclegan.by_hand(trainer, data)(passes)
+    else:
+        cyclegan.polus(trainer, data, *fixed[1:])(passes)
+    return time.perf_counter() - began
+
+
 def keras_dataset() -> Any:
     import keras
 
@@ -111,7 +131,6 @@ def polus(
 ) -> float:
     import keras
 
-    from polus.core import set_jit_compile, set_tuning_cache
     from polus.data import from_arrays
     from polus.training import ClassifierTrainer
 
@@ -127,12 +146,7 @@ def polus(
         data = list(data())
     elif kind in ONLY:
         data = loaded(work, kind, steps)
-    set_jit_compile(jit)
-    set_tuning_cache(None)
-    if keras.backend.backend() == "jax":
-        from polus.backends.jax_executables import forget
-
-        forget()
+    start_anew(jit)
     began = time.perf_counter()
     trainer = ClassifierTrainer(model, *rest)
     history = trainer.train(data, epochs=epochs, steps_per_execution=per_execution)
@@ -140,26 +154,46 @@ def polus(
     return time.perf_counter() - began
 
 
-def methods() -> dict[str, Callable[[Workload, str, int], float]]:
+def start_anew(jit: bool | str = "auto") -> None:
+    """Sets the compiler, and has Polus forget what it chose and compiled before."""
+    import keras
+
+    from polus.core import set_jit_compile, set_tuning_cache
+
+    set_jit_compile(jit)
+    set_tuning_cache(None)
+    if keras.backend.backend() == "jax":
+        from polus.backends.jax_executables import forget
+
+        forget()
+
+
+def methods(workload: str, steps: int) -> dict[str, Callable[[Any, str, int], float]]:
     """Returns the contenders by name."""
     import keras
 
-    found: dict[str, Any] = {"Polus": polus}
+    own: Any = gan if workload == GAN else polus
+    found: dict[str, Any] = {"Polus": own}
     for count in (1,) if keras.backend.backend() == "torch" else (1, 10):
         found[f"fit, {count}"] = lambda *a, count=count: fit(*a, count)
+    if workload == GAN:
+        found = {"Polus": gan, "fit, by hand": functools.partial(gan, by_hand=True)}
     modes = {"tensorflow": (False, True), "jax": (True,), "torch": (False,)}
     for jit in modes[keras.backend.backend()]:
         for count in STEPS_PER_EXECUTION:
             name = f"fixed, {'compiled' if jit else 'plain'}, {count}"
-            found[name] = lambda *a, jit=jit, count=count: polus(*a, jit, count)
+            found[name] = lambda *a, jit=jit, count=count: own(*a, jit, count)
+    if steps > LONG and keras.backend.backend() != "torch":
+        found = {name: run for name, run in found.items() if not name.endswith(", 1")}
     return found
 
 
 def measure(workload: str, kind: str, steps: int, rounds: int) -> dict[str, float]:
-    """Returns the median seconds of each method. The first round, which loads code, is dropped."""
-    work, contenders = WORKLOADS[workload](), methods()
+    """Returns the median seconds of each method."""
+    work = None if workload == GAN else WORKLOADS[workload]()
+    contenders = methods(workload, steps)
     secs: dict[str, list[float]] = {name: [] for name in contenders}
-    for i in range(rounds):
+    for i in range(1 if steps > LONG else rounds):
         order = list(contenders) if i % 2 else list(reversed(contenders))
         for name in order:
             secs[name].append(contenders[name](work, kind, steps))
@@ -189,22 +223,40 @@ def child(arguments: argparse.Namespace) -> None:
     logging.disable(logging.WARNING)
     backend = keras.backend.backend()
     for workload in arguments.workload or LENGTHS:
-        for kind in arguments.data or DATA:
-            if ONLY.get(kind, backend) != backend or (kind in ONLY and workload == "dual encoder"):
+        for kind in arguments.data or (DATA if workload == "mlp" else DATA[:1]):
+            if ONLY.get(kind, backend) != backend:
                 continue
             measure(workload, kind, 10, 1)  # loads code
-            for steps in arguments.steps or LENGTHS.get(workload, (10, 100)):
+            for steps in arguments.steps or LENGTHS[workload]:
+                if steps >= LONG and kind != "arrays" and not arguments.steps:
+                    continue
                 secs = measure(workload, kind, steps, arguments.rounds)
                 print(json.dumps(row(backend, workload, kind, steps, secs)), flush=True)
+
+
+def write(rows: list[str]) -> None:
+    """Puts rows into the table of the page, each in the place of that of the same run."""
+    run = lambda line: tuple(line.split("|")[1:5])  # noqa: E731
+    lines = TABLE.read_text().splitlines()
+    for new in rows:
+        of_table = [i for i, line in enumerate(lines) if line.startswith("|")]
+        old = [i for i in of_table if run(lines[i]) == run(new)]
+        if old:
+            lines[old[0]] = new
+        else:
+            same = [i for i in of_table if run(lines[i])[:3] == run(new)[:3]]
+            lines.insert((same or of_table)[-1] + 1, new)
+    TABLE.write_text("\n".join(lines) + "\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backend", choices=BACKENDS, action="append")
-    parser.add_argument("--workload", choices=WORKLOADS, action="append")
+    parser.add_argument("--workload", choices=LENGTHS, action="append")
     parser.add_argument("--data", choices=DATA, action="append")
     parser.add_argument("--steps", type=int, action="append")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--write", action="store_true", help="put the rows into the page's table")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
@@ -227,9 +279,9 @@ def main() -> None:
             if process.wait():
                 errors.seek(0)
                 sys.exit(errors.read())
-    if not (arguments.workload or arguments.data or arguments.steps or arguments.backend):
-        text = "\n".join(["# Whole runs", "", __doc__, "", HEADER, *rows])
-        Path(TABLE).write_text(text + "\n")
+    parts_of_it = arguments.workload, arguments.data, arguments.steps, arguments.backend
+    if arguments.write or not any(parts_of_it):
+        write(rows)
     return None
 
 
