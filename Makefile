@@ -54,10 +54,14 @@ check: .venv/.setup
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
 
-# Half an hour or more on two cores, with nothing else running.
-bench: .venv/.setup
-	.venv/bin/python benchmarks/speed.py
-	.venv/bin/python benchmarks/whole_runs.py
+# Half an hour or more on two cores, with nothing else running. DEVICE=gpu measures on a GPU, with the
+# packages of the active environment: which builds these have to be depends on the GPU.
+bench: DEVICE ?= cpu
+bench: BENCH = $(if $(filter cpu,$(DEVICE)),.venv/bin/python,python) benchmarks
+bench: $(if $(filter-out cpu,$(DEVICE)),,.venv/.setup)
+	$(BENCH)/speed.py --device $(DEVICE)
+	$(BENCH)/whole_runs.py --device $(DEVICE)
+	$(if $(filter cpu,$(DEVICE)),$(BENCH)/growth.py)
 
 # The site, in build/site. What its pages say is run as well.
 docs: .venv/.setup

@@ -35,11 +35,15 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+from device import add_device, check, choose, page
+
 ROOT = Path(__file__).parent.parent
 MNIST = ROOT.parent / "shared" / "data" / "mnist" / "mnist.npz"
 TABLE = ROOT / "docs" / "benchmarks" / "speed.md"
 BACKENDS = {"tensorflow": "TensorFlow", "jax": "JAX", "torch": "PyTorch"}
 STEPS_PER_EXECUTION = (10, 50, "auto")
+DEVICE: list[str] = []  # the arguments that name it
 
 # ---------------------------------------------------------------------- what is trained
 
@@ -400,14 +404,17 @@ def race(name: str, rounds: int, seconds: float) -> dict[str, Any]:
 def fresh(name: str, method: str, memory: bool) -> dict[str, float]:
     """Measures the first step of this process in seconds and, with `memory`, its peak in MiB.
 
+    That is the memory of the device, and of the process where the device has none of its own.
+
     The time of the first step runs from the call that trains until the loss is on the host, with
-    fit's compiler and no timing of others. The peak is that after two epochs.
+    fit's compiler and no timing of others. The peak is that after three epochs.
     """
     import gc
 
     import keras
 
     import polus.core
+    from polus.backends import backend
     from polus.callbacks import Callback
 
     times: list[float] = []
@@ -436,10 +443,12 @@ def fresh(name: str, method: str, memory: bool) -> dict[str, float]:
     if not memory:
         return {"first": times[0] - start}
     polus.core.set_jit_compile("auto")
+    polus.core.set_tuning_cache(None)
     _, train = METHODS[method](work)
+    train(1)  # of a long run: Polus times its configurations
     train(2)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {"first": times[0] - start, "MiB": peak}
+    peak = backend.peak_device_bytes() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"first": times[0] - start, "MiB": peak / 2**20}
 
 
 def all_fresh(backend: str, name: str) -> dict[str, dict[str, float]]:
@@ -475,7 +484,7 @@ def in_child(backend: str, *arguments: str) -> Any:
     with tempfile.NamedTemporaryFile("r") as file:
         master, slave = pty.openpty()
         process = subprocess.Popen(
-            [sys.executable, __file__, "--into", file.name, *arguments],
+            [sys.executable, __file__, "--into", file.name, *DEVICE, *arguments],
             env=os.environ | {"KERAS_BACKEND": backend, "TERM": "xterm-256color"},
             stdin=subprocess.DEVNULL,
             stdout=slave,
@@ -525,7 +534,8 @@ def targets(
     torch = backend == "torch"
     ours = median(result, "Polus")
     first = result["fresh"]["Polus"]["first"] / result["fresh"]["fit"]["first"]
-    rows = [("first step vs `fit`", first, 1.2, False)]
+    memory = result["fresh"]["Polus"]["MiB"] / result["fresh"]["fit"]["MiB"]
+    rows = [("first step vs `fit`", first, 1.2, False), ("memory vs `fit`", memory, 1.1, False)]
     if name == "mlp":
         bounds = {"tensorflow": (5, 1.5, 0.8), "jax": (3, 1.5, 0.7), "torch": (1.2, 1.2, 0.95)}
         limit = "hand-written" if torch else "hand-written, many steps per call"
@@ -608,12 +618,16 @@ def main() -> None:
     parser.add_argument(
         "--seconds", type=float, default=0.5, help="approximate time per method and round"
     )
+    add_device(parser)
     parser.add_argument("--into", help=argparse.SUPPRESS)
     parser.add_argument("--fresh", choices=METHODS, help=argparse.SUPPRESS)
     parser.add_argument("--memory", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     names = options.workload or list(WORKLOADS)
+    choose(options.device)
+    DEVICE[:] = "--device", options.device
     if options.into:
+        check(options.device)
         (name,) = names
         result: Any = (
             fresh(name, options.fresh, options.memory)
@@ -626,27 +640,29 @@ def main() -> None:
     results: dict[str, dict[str, Any]] = {}
     for backend in options.backend or BACKENDS:
         os.environ["KERAS_BACKEND"] = backend
-        results[backend] = {"imports": imports()}
+        results[backend] = {}
         for name in names:
             print(f"{time.time() - start:.0f} s: {backend}, {name}", file=sys.stderr, flush=True)
             size = "--rounds", str(options.rounds), "--seconds", str(options.seconds)
             result = in_child(backend, "--workload", name, *size)
             result["fresh"] = all_fresh(backend, name)
             results[backend][name] = result
-    packages = ["keras", *(p for p in ("tensorflow-cpu", "jax", "torch"))]
-    versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in packages)
+        results[backend]["imports"] = imports()
+    known = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
+    packages = [p for p in ("keras", "tensorflow-cpu", "tensorflow", "jax", "torch") if p in known]
+    versions = ", ".join(f"{p} {known[p]}" for p in packages)
     text = (
         f"# Speed\n\nWritten by `make bench` on {datetime.date.today()}, in "
         f"{(time.time() - start) / 60:.0f} minutes: {os.cpu_count()} cores, {platform.machine()}, "
-        f"load {load:.1f} at the start; Python {platform.python_version()}, {versions}. "
+        f"{options.device}, load {load:.1f} at the start; "
+        f"Python {platform.python_version()}, {versions}. "
         f"Median of {options.rounds} interleaved rounds. Compare rows of one backend only. "
         "[Performance](../performance.md#the-benchmark) explains how to read the tables."
         f"\n\n{table(results)}\n"
     )
     print(text)
     if not options.backend and not options.workload:
-        TABLE.parent.mkdir(parents=True, exist_ok=True)
-        TABLE.write_text(text)
+        page(TABLE, options.device).write_text(text)
 
 
 if __name__ == "__main__":

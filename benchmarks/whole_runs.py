@@ -24,10 +24,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
+from device import add_device, check, choose, page
 from speed import BACKENDS, ROOT, WORKLOADS, Workload, parts
 
 TABLE = ROOT / "docs" / "benchmarks" / "whole_runs.md"
@@ -220,6 +222,7 @@ def child(arguments: argparse.Namespace) -> None:
     """Measures on the backend of this process, and prints a row as each is known."""
     import keras
 
+    check(arguments.device)
     logging.disable(logging.WARNING)
     backend = keras.backend.backend()
     for workload in arguments.workload or LENGTHS:
@@ -234,10 +237,11 @@ def child(arguments: argparse.Namespace) -> None:
                 print(json.dumps(row(backend, workload, kind, steps, secs)), flush=True)
 
 
-def write(rows: list[str]) -> None:
+def write(rows: list[str], path: Path) -> None:
     """Puts rows into the table of the page, each in the place of that of the same run."""
     run = lambda line: tuple(line.split("|")[1:5])  # noqa: E731
-    lines = TABLE.read_text().splitlines()
+    text = path.read_text() if path.exists() else f"# Whole runs\n\n{__doc__}\n{HEADER}\n"
+    lines = text.splitlines()
     for new in rows:
         of_table = [i for i, line in enumerate(lines) if line.startswith("|")]
         old = [i for i in of_table if run(lines[i]) == run(new)]
@@ -246,7 +250,7 @@ def write(rows: list[str]) -> None:
         else:
             same = [i for i in of_table if run(lines[i])[:3] == run(new)[:3]]
             lines.insert((same or of_table)[-1] + 1, new)
-    TABLE.write_text("\n".join(lines) + "\n")
+    path.write_text("\n".join(lines) + "\n")
 
 
 def main() -> None:
@@ -256,9 +260,11 @@ def main() -> None:
     parser.add_argument("--data", choices=DATA, action="append")
     parser.add_argument("--steps", type=int, action="append")
     parser.add_argument("--rounds", type=int, default=3)
+    add_device(parser)
     parser.add_argument("--write", action="store_true", help="put the rows into the page's table")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    choose(arguments.device)
     if arguments.child:
         return child(arguments)
     rows: list[str] = []
@@ -281,7 +287,7 @@ def main() -> None:
                 sys.exit(errors.read())
     parts_of_it = arguments.workload, arguments.data, arguments.steps, arguments.backend
     if arguments.write or not any(parts_of_it):
-        write(rows)
+        write(rows, page(TABLE, arguments.device))
     return None
 
 
