@@ -6,6 +6,7 @@ import threading
 import time
 import traceback
 import types
+import weakref
 
 import keras
 import numpy as np
@@ -479,3 +480,25 @@ def test_a_wait_for_data_can_be_interrupted():
     with pytest.raises(KeyboardInterrupt):
         next(blocks)
     assert not prefetch_threads()
+
+
+def test_an_iterator_of_tf_data_is_dropped_in_a_thread(monkeypatch):
+    # TensorFlow waits for its own threads there, 0 to 600 ms: no epoch is to wait for that.
+    made, dropped, iterate = [], [], backend.iterate
+
+    def watched(dataset):
+        iterator = iterate(dataset)
+        weakref.finalize(iterator, lambda: dropped.append(threading.current_thread().name))
+        made.append(weakref.ref(iterator))
+        return iterator
+
+    monkeypatch.setattr(backend, "iterate", watched)
+    reader = DataReader(as_adapter(tensorflow_data()))
+    for number in range(2):
+        with contextlib.closing(reader.epoch(number).blocks(4)) as blocks:
+            assert sum(block.count for block in blocks) == 6
+    for thread in threading.enumerate():
+        if thread.name == "polus-drop":
+            thread.join()
+    assert dropped == ["polus-drop"] * 2
+    assert not any(ref() for ref in made)
