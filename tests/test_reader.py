@@ -479,3 +479,13 @@ def test_a_wait_for_data_can_be_interrupted():
     with pytest.raises(KeyboardInterrupt):
         next(blocks)
     assert not prefetch_threads()
+
+
+@pytest.mark.skipif(keras.backend.backend() != "torch", reason="others gather or copy")
+@pytest.mark.parametrize("writeable", [True, False])
+def test_examples_share_memory_on_a_cpu_unless_they_are_read_only(writeable):
+    x = np.arange(12, dtype="float32").reshape(6, 2)
+    x.flags.writeable = writeable
+    device = blocks_module.DeviceExamples(from_arrays(x, 2, shuffle=False), Placement())
+    assert np.shares_memory(device.arrays.cpu().numpy(), x) is writeable
+    np.testing.assert_array_equal(device.arrays.cpu().numpy(), x)

@@ -341,7 +341,7 @@ def stack(batches: Sequence[T], capacity: int) -> T:
     return stacked
 
 
-def to_device(array: object) -> Tensor:
+def to_device(array: object, shared: bool = False) -> Tensor:
     """Returns an array-like as an array on the device."""
     return array if isinstance(array, jax.Array) else jax.device_put(np.asarray(array))
 
