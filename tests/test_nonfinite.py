@@ -199,6 +199,30 @@ def test_skipped_steps_leave_no_trace(kind, at_once, caplog):
     assert "Batch 4 of epoch 1 gave a loss or gradients that are not finite" in caplog.text
 
 
+@pytest.mark.parametrize("kind", ["classifier", "minimize_together"])
+def test_large_models_are_watched_without_copies(kind, monkeypatch):
+    """Many steps per call, with all variables taken for large ones."""
+    copied = []
+    monkeypatch.setattr("polus.steps.executor.MAX_HELD_BYTES", 0)
+    if keras.backend.backend() == "jax":
+        monkeypatch.setattr("polus.backends.jax_loops.MANY_NUMBERS", 0)
+    skipping, reference = KINDS[kind](), KINDS[kind]()
+    weights = {id(v) for v in skipping.model.trainable_weights}
+    hold = finite.backend.hold
+
+    def counted(variables):
+        copied.extend(v.path for v in variables if id(v) in weights)
+        return hold(variables)
+
+    monkeypatch.setattr(finite.backend, "hold", counted)
+    skipping.train(data(3, BAD), epochs=1, on_nonfinite="skip", steps_per_execution=STEPS)
+    assert not copied
+    kept = [i for i in range(STEPS) if i not in (3, BAD)]
+    rows = [(X[i * SIZE : (i + 1) * SIZE], Y[i * SIZE : (i + 1) * SIZE]) for i in kept]
+    reference.train(rows, epochs=1)
+    assert_same(skipping, reference)
+
+
 @pytest.mark.parametrize("at_once", [1, STEPS])
 def test_too_many_skips_in_a_row_raise(at_once):
     trainer = classifier()

@@ -502,3 +502,13 @@ def test_an_iterator_of_tf_data_is_dropped_in_a_thread(monkeypatch):
             thread.join()
     assert dropped == ["polus-drop"] * 2
     assert not any(ref() for ref in made)
+
+
+@pytest.mark.skipif(keras.backend.backend() != "torch", reason="others gather or copy")
+@pytest.mark.parametrize("writeable", [True, False])
+def test_examples_share_memory_on_a_cpu_unless_they_are_read_only(writeable):
+    x = np.arange(12, dtype="float32").reshape(6, 2)
+    x.flags.writeable = writeable
+    device = blocks_module.DeviceExamples(from_arrays(x, 2, shuffle=False), Placement())
+    assert np.shares_memory(device.arrays.cpu().numpy(), x) is writeable
+    np.testing.assert_array_equal(device.arrays.cpu().numpy(), x)

@@ -227,8 +227,13 @@ class Backend(Protocol):
         """
         ...
 
-    def to_device(self, array: object) -> Tensor:
-        """Returns an array-like as a tensor on the device."""
+    def to_device(self, array: object, shared: bool = False) -> Tensor:
+        """Returns an array-like as a tensor on the device.
+
+        Args:
+            array: The array-like.
+            shared: Whether it may use the array's memory, where the device reads it.
+        """
         ...
 
     def take(self, array: Tensor, indices: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import numpy as np
 from polus.backends import jax_distribution
 from polus.backends.base import Held, Known, TensorFlowDataset, Unpack
 from polus.backends.base import accumulator as accumulator
-from polus.backends.jax_loops import Values, row_at, run_loop
+from polus.backends.jax_loops import Values, branched, row_at, run_loop
 from polus.backends.jax_programs import (
     Function,
     MissedVariablesError,
@@ -294,6 +294,8 @@ def only_if(
     finite: Tensor, update: Callable[[], None], variables: Sequence[keras.Variable]
 ) -> None:
     """Runs `update`, which changes these variables if `finite` is True; see `Backend`."""
+    if branched(finite, update, variables):
+        return
     held = hold(variables)
     update()
     settle(finite, held)
@@ -339,7 +341,7 @@ def stack(batches: Sequence[T], capacity: int) -> T:
     return stacked
 
 
-def to_device(array: object) -> Tensor:
+def to_device(array: object, shared: bool = False) -> Tensor:
     """Returns an array-like as an array on the device."""
     return array if isinstance(array, jax.Array) else jax.device_put(np.asarray(array))
 

@@ -340,7 +340,7 @@ def stack(batches: Sequence[T], capacity: int) -> T:
     return stacked
 
 
-def to_device(array: object) -> Tensor:
+def to_device(array: object, shared: bool = False) -> Tensor:
     """Returns an array-like as a tensor on the device."""
     tensor: Tensor = tf.convert_to_tensor(array)
     return tensor

@@ -1,5 +1,6 @@
 """PyTorch: eager, and `torch.compile` where it is asked for."""
 
+import functools
 import importlib.util
 import operator
 import os
@@ -32,6 +33,8 @@ R = TypeVar("R")
 T = TypeVar("T")
 COMPILES = False  # a new shape costs nothing
 TAKES_TEXT = False  # whether tensors may hold text
+COMPILERS = "g++", "clang++", "cl"  # of C++, which `torch.compile` needs on a CPU
+SHARED = {"float32", "float16", "int64", "int32", "int16", "int8", "uint8", "bool"}
 LONG_RUN_SECS = {True: 300.0}  # `torch.compile` takes up to a minute, and may be slower
 
 
@@ -229,8 +232,12 @@ def stack(batches: Sequence[T], capacity: int) -> T:
     return stacked
 
 
-def to_device(array: object) -> Tensor:
-    """Returns an array-like as a tensor on Keras' device."""
+def to_device(array: object, shared: bool = False) -> Tensor:
+    """Returns an array-like as a tensor on Keras' device; Keras' own conversion copies it."""
+    if shared and isinstance(array, np.ndarray) and array.flags.writeable:
+        on_cpu = keras.ops.ones(()).device.type == "cpu"
+        if on_cpu and array.dtype.name in SHARED and min(array.strides, default=0) >= 0:
+            return torch.from_numpy(array)
     tensor: Tensor = keras.ops.convert_to_tensor(array)
     return tensor
 
@@ -286,10 +293,16 @@ def graph_blocks(iterator: object) -> None:
 def candidates() -> tuple[bool, ...]:
     """Returns the settings of `jit_compile` that are worth timing here."""
     if keras.ops.ones(()).device.type == "cpu":
-        there = any(map(shutil.which, [os.environ.get("CXX", ""), "g++", "clang++", "cl"]))
+        there = _has_program(os.environ.get("CXX", "")) or any(map(_has_program, COMPILERS))
     else:
         there = importlib.util.find_spec("triton") is not None
     return (False, True) if there else (False,)
+
+
+@functools.cache
+def _has_program(name: str) -> bool:
+    """Returns whether there is such a program; a look at every folder takes a millisecond."""
+    return shutil.which(name) is not None
 
 
 def ways(convolutions: bool) -> tuple[tuple[bool, bool], ...]:

@@ -133,7 +133,8 @@ class DeviceExamples:
         self.arrays = dataset.arrays
         if not placement.gathers_on_host:
             self.arrays = map_arrays(
-                lambda a: backend.to_device(placement.place_examples(a)), dataset.arrays
+                lambda a: backend.to_device(placement.place_examples(a), shared=True),
+                dataset.arrays,
             )
 
     def blocks(

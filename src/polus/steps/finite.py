@@ -93,7 +93,8 @@ class GuardedSteps:
         if not single and self.step.held and self.trusting:
             self._held = backend.hold(self._whole.assigned)
             return self.step.program(block)
-        return self._guarded(single).program(block)
+        # Where nothing is held, updates wait for gradients: that takes no copy of the variables.
+        return self._guarded(single or not self.step.held).program(block)
 
     @property
     def _loops_in_python(self) -> bool:

@@ -1,8 +1,8 @@
 """Keeps a step that is not finite from changing anything; decided inside the compiled step.
 
 The step assigns, and at its end every variable gets back the value that it had unless all was
-finite. Where a single batch runs per call, and the step minimizes once, the updates wait for all
-gradients instead: no copy of weights and slots is needed.
+finite. Where a single batch runs per call, or the model is large, and the step minimizes once, the
+updates wait for all gradients instead: no copy of weights and slots is needed.
 """
 
 from collections.abc import Callable, Iterable, Sequence
