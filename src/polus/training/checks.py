@@ -12,14 +12,13 @@ from keras import ops
 
 from polus.metrics import IMetric, metrics_by_phase
 from polus.metrics.adapters import as_metrics
+from polus.metrics.update import RESERVED_NAMES
 from polus.models import Models
 from polus.steps.variables import unique
 
 logger = logging.getLogger("polus.training")
 
 SeenBatches = Callable[[], Iterable[tuple[str, tuple[Any, ...]]]]
-
-RESERVED_NAMES = ("loss", "epoch", "step")
 
 
 def checked_model(model: object) -> keras.Model:
