@@ -52,6 +52,8 @@ def check_loss(loss: object, attributes: Mapping[str, Any], default_step: bool) 
         return
     if not callable(loss) or isinstance(loss, type):
         hint = " A trainer that overrides train_step needs none." if loss is None else ""
+        if isinstance(loss, Mapping | list | tuple):
+            hint = " For several outputs, add in a function: lambda y, p: a(y[0], p[0]) + ..."
         raise TypeError(
             f"loss must be a callable that returns a scalar, got {_kind(loss)}: {loss!r}. Use, "
             f"for example, keras.losses.SparseCategoricalCrossentropy(from_logits=True).{hint}"

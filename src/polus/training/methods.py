@@ -15,6 +15,7 @@ from polus.log import BaseLogger, info_from_first
 from polus.training.config import TrainArguments, check_names, one_transform, refuse
 from polus.training.engine import Engine
 from polus.training.evaluation import evaluate
+from polus.training.fit_methods import check_not_overridden
 from polus.training.nonfinite import Policy
 from polus.training.prediction import predict
 from polus.training.reports import summarize
@@ -165,6 +166,7 @@ class TrainerMethods(BaseLogger):
 
         By default it returns the prediction for the first part of a batch.
         """
+        check_not_overridden(self.model, "predict_step")
         return self.predicted(self.model(inputs[0], training=False))
 
     def evaluate(
