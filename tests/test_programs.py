@@ -361,16 +361,18 @@ class Sizes(keras.metrics.Metric):
 
 
 class Measuring(keras.layers.Layer):
-    """Has metrics of its own, one of them in a list."""
+    """Has metrics of its own, one in a list and one in a dict whose keys can't be sorted."""
 
     def __init__(self):
         super().__init__()
         self.mean = keras.metrics.Mean(name="mean_input")
         self.others = [keras.metrics.Sum(name="sum_input")]
+        self.by_key = {1: keras.metrics.Sum(name="sum_again"), "two": None}
 
     def call(self, x):
         self.mean.update_state(x)
         self.others[0].update_state(x)
+        self.by_key[1].update_state(x)
         return x
 
 
@@ -405,7 +407,7 @@ def test_metrics_of_layers_and_metrics_that_return_dicts_are_logged_as_in_fit():
             found[how] = {k: v for k, v in history.epochs[0].items() if k != "epoch"}
     logs = [(found["train"], found["fit"]), *zip(heard["train"], heard["fit"], strict=True)]
     assert len(logs) == 5
-    assert on_jax or {"mean_input", "val_sum_input"} <= found["fit"].keys()
+    assert on_jax or {"mean_input", "val_sum_input", "sum_again"} <= found["fit"].keys()
     assert "half" in heard["fit"][0]
     for got, expected in logs:
         assert got == pytest.approx({k: float(v) for k, v in expected.items()}, rel=1e-4)

@@ -171,8 +171,19 @@ def more_metrics(
 def _held_metrics(owner: object) -> list[keras.metrics.Metric]:
     """Returns the metrics in the attributes of an object, and in those of the layers it holds."""
     parts = [part for layer in held_layers(owner) for part in layers_of(layer)]
-    values = [value for each in (owner, *parts) for value in held(each)]
-    return [value for value in unique(values) if isinstance(value, keras.metrics.Metric)]
+    values = [each for part in parts for value in vars(part).values() for each in _items(value)]
+    found = [*held(owner), *values]
+    return [value for value in unique(found) if isinstance(value, keras.metrics.Metric)]
+
+
+def _items(value: object) -> Iterable[Any]:
+    """Returns what a list, tuple or dict holds, and anything else itself.
+
+    `keras.tree` would sort a dict, and Keras has some whose keys are layers.
+    """
+    if isinstance(value, Mapping):
+        return value.values()
+    return value if isinstance(value, list | tuple) else [value]
 
 
 def replica_state(owner: MetricsOwner, variables: StepVariables) -> ReplicaState:
