@@ -48,6 +48,13 @@ class TrainerMethods(BaseLogger):
             message = f"{type(self).__name__!r} object has no attribute {name!r}"
             raise AttributeError(f"{message}{hint}", name=name, obj=self)
 
+    def __reduce__(self) -> Never:
+        raise TypeError(
+            f"A {type(self).__name__} can't be pickled: its optimizer and average would no longer "
+            "be those of its model. copy.deepcopy(trainer) copies it; "
+            'train(..., run_dir="runs/a") saves a run, which another process continues.'
+        )
+
     def predicted(self, outputs: object) -> Any:
         """Returns a prediction from the model's outputs."""
         return outputs
