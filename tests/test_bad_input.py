@@ -59,6 +59,23 @@ def model(units=3):
     return keras.Sequential([keras.Input((4,)), layers.Dense(units)])
 
 
+def overriding(name):
+    """A model whose class has a method that only `fit` calls."""
+    cls = type("Overriding", (keras.Model,), {name: lambda self, *args, **kwargs: None})
+    inputs = keras.Input((4,))
+    return cls(inputs, layers.Dense(3)(inputs))
+
+
+def several(kind):
+    """A model with two outputs, in a list or a dict."""
+    inputs = keras.Input((4,))
+    outputs = [layers.Dense(1)(inputs) for _ in range(2)]
+    return keras.Model(inputs, outputs if kind is list else {"a": outputs[0], "b": outputs[1]})
+
+
+MSE = keras.losses.MeanSquaredError()
+
+
 def opt():
     return keras.optimizers.SGD(0.1)
 
@@ -248,6 +265,44 @@ PARTS = [
     ("trainer([CE])", TypeError, "loss must be a callable .*list"),
     ("trainer({'out': CE})", TypeError, "loss must be a callable .*dict"),
     ("trainer(keras.losses.MeanSquaredError)", TypeError, "got the class MeanSquaredError"),
+    ("trainer([CE, CE])", TypeError, r"several outputs, add in a function"),
+    (
+        "trainer(loss_weights=[1, 2])",
+        TypeError,
+        r"no argument 'loss_weights'. Weigh them in the loss",
+    ),
+    ("trainer(jit_compile=True)", TypeError, r"no argument 'jit_compile'. Use polus.set_jit"),
+    ("trainer(learning_rte=1)", TypeError, r"ClassifierTrainer takes no argument 'learning_rte'"),
+    *(
+        (
+            f"ClassifierTrainer(overriding({name!r}), opt(), CE)",
+            TypeError,
+            f"overrides {name}, which .*{words}",
+        )
+        for name, words in {
+            "train_step": r"def train_step\(self, x, y\)",
+            "compute_loss": r"ClassifierTrainer\(model, optimizer, loss=",
+            "compute_metrics": "metrics=",
+            "test_step": "Override evaluation_step",
+        }.items()
+    ),
+    (
+        "ClassifierTrainer(overriding('predict_step'), opt(), CE).predict([X])",
+        TypeError,
+        "overrides predict_step.*Override prediction_step",
+    ),
+    *(
+        (f"ClassifierTrainer(several({kind}), opt(), MSE).train([(X, {y})], 1)", TypeError, words)
+        for kind, y, words in (
+            ("list", "[Y, Y]", "labels are a list of 2.*adds those of all outputs"),
+            (
+                "dict",
+                "{'a': Y, 'b': Y}",
+                "labels are a dict of 2, and MeanSquaredError compares one",
+            ),
+            ("list", "Y", r"predictions are a list of 2.*post_process_logits=lambda"),
+        )
+    ),
     ("trainer(metrics='accuracy')", TypeError, "metrics must be a list, got 'accuracy'"),
     ("trainer(metrics=Accuracy(3))", TypeError, "metrics must be a list, got <Accuracy"),
     ("trainer(metrics=3)", TypeError, "metrics must be a list, got 3"),

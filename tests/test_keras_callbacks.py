@@ -108,7 +108,15 @@ def test_events_and_logs_match_fit():
             assert got[key] == pytest.approx(float(value), rel=1e-4, abs=1e-6), (name, key)
 
 
+class StopAsAnEpochBegins(keras.callbacks.Callback):
+    """Without an event per batch, so that several steps may run in one call."""
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.model.stop_training = epoch == 1
+
+
 CASES = {
+    "stop as an epoch begins": lambda path: StopAsAnEpochBegins(),
     "reduce on plateau": lambda path: keras.callbacks.ReduceLROnPlateau(
         monitor="val_loss", patience=1, min_delta=1.0, factor=0.5
     ),

@@ -346,6 +346,82 @@ def test_what_only_the_step_feeds_is_not_validated():
     assert history.epochs[0]["val_accuracy"] == trainer.evaluate(LABELLED)["accuracy"]
 
 
+class Sizes(keras.metrics.Metric):
+    """Returns a dict."""
+
+    def __init__(self):
+        super().__init__(name="sizes")
+        self.total = self.add_variable((), "zeros")
+
+    def update_state(self, y, prediction, sample_weight=None):
+        self.total.assign_add(ops.sum(prediction**2))
+
+    def result(self):
+        return {"total": self.total + 0, "half": self.total / 2}
+
+
+class Measuring(keras.layers.Layer):
+    """Has metrics of its own, one in a list and one in a dict whose keys can't be sorted."""
+
+    def __init__(self):
+        super().__init__()
+        self.mean = keras.metrics.Mean(name="mean_input")
+        self.others = [keras.metrics.Sum(name="sum_input")]
+        self.by_key = {1: keras.metrics.Sum(name="sum_again"), "two": None}
+
+    def call(self, x):
+        self.mean.update_state(x)
+        self.others[0].update_state(x)
+        self.by_key[1].update_state(x)
+        return x
+
+
+def test_metrics_of_layers_and_metrics_that_return_dicts_are_logged_as_in_fit():
+    x, y = (np.concatenate(part) for part in zip(*LABELLED, strict=True))
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    on_jax = keras.config.backend() == "jax"  # where a metric in a layer raises in `fit`
+    heard, found = {}, {}
+    for how in ("fit", "train"):
+        batches = heard[how] = []
+
+        def hear(batch, logs, batches=batches):
+            batches.append(dict(logs))
+
+        keras.utils.set_random_seed(1)
+        inner = [] if on_jax else [Measuring()]
+        model = keras.Sequential([keras.Input((6,)), *inner, keras.layers.Dense(3)])
+        sgd, hearing = (
+            keras.optimizers.SGD(),
+            keras.callbacks.LambdaCallback(on_train_batch_end=hear),
+        )
+        if how == "fit":
+            model.compile(sgd, loss, metrics=[Sizes()])
+            size, data = len(LABELLED[0][0]), (x, y)
+            history = model.fit(
+                x, y, size, shuffle=False, verbose=0, callbacks=[hearing], validation_data=data
+            )
+            found[how] = {name: values[0] for name, values in history.history.items()}
+        else:
+            trainer = ClassifierTrainer(model, sgd, loss, [Sizes()])
+            history = trainer.train(LABELLED, 1, [hearing, ValidationDataCallback(LABELLED)])
+            found[how] = {k: v for k, v in history.epochs[0].items() if k != "epoch"}
+    logs = [(found["train"], found["fit"]), *zip(heard["train"], heard["fit"], strict=True)]
+    assert len(logs) == 5
+    assert on_jax or {"mean_input", "val_sum_input", "sum_again"} <= found["fit"].keys()
+    assert "half" in heard["fit"][0]
+    for got, expected in logs:
+        assert got == pytest.approx({k: float(v) for k, v in expected.items()}, rel=1e-4)
+
+
+def test_a_dict_of_results_with_a_name_that_is_taken_raises():
+    class Named(Sizes):
+        def result(self):
+            return {"loss": self.total}
+
+    with pytest.raises(ValueError, match=r"returns a dict with the key 'loss'.*Rename the key"):
+        classifier([Named()]).evaluate(LABELLED)
+
+
 def test_an_evaluation_step_returns_samples_by_metric():
     class Named(ClassifierTrainer):
         def evaluation_step(self, x, y):

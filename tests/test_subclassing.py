@@ -1,6 +1,7 @@
 """A trainer is the user's class: its private names are theirs, and so is each copy of it."""
 
 import copy
+import pickle
 
 import keras
 import numpy as np
@@ -285,3 +286,9 @@ def test_a_deep_copy_has_metrics_of_its_own():
     assert one == other
     ids = [{id(v) for m in each.metrics for v in m.variables} for each in (trainer, twin)]
     assert not ids[0] & ids[1]
+
+
+def test_a_trainer_is_not_pickled():
+    """Its parts are rebuilt one by one: the optimizer's variables would be of another model."""
+    with pytest.raises(TypeError, match=r"can't be pickled.*copy\.deepcopy.*run_dir"):
+        pickle.dumps(make_trainer())

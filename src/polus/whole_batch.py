@@ -76,7 +76,24 @@ def of_whole_batch(
 
 
 def own_arguments(loss: Callable[..., Any], arguments: Sequence[Any]) -> Sequence[Any]:
-    """Returns the arguments of a loss, with a copy of the weights, which Keras changes in place."""
+    """Returns the arguments of a loss, with a copy of the weights, which Keras changes in place.
+
+    Raises:
+        TypeError: If the labels or predictions are several tensors and the loss is one of Keras,
+            which would stack them and take the mean where `fit` adds the losses of all outputs.
+    """
+    if type(loss).__module__.startswith("keras.") and is_reduced_by_keras(loss):
+        for part, what in zip(arguments[:2], ("labels", "predictions"), strict=False):
+            if keras.tree.is_nested(part) and len(part):
+                keys = [f"[{key!r}]" for key in (part if isinstance(part, dict) else range(2))]
+                terms = [f"loss(y{key}, p{key})" for key in keys[:2]]
+                raise TypeError(
+                    f"The {what} are a {type(part).__name__} of {len(part)}, and "
+                    f"{type(loss).__name__} compares one tensor with one. Write a function as the "
+                    "loss, which adds those of all outputs as fit does: lambda y, p: "
+                    f"{' + '.join(terms)}. To compare one output only: "
+                    f"post_process_logits=lambda outputs: outputs{keys[0]}."
+                )
     if is_reduced_by_keras(loss) and len(arguments) == 3:
         return [*arguments[:2], own_weights(arguments[2])]
     return arguments

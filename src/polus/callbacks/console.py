@@ -16,6 +16,7 @@ from polus.callbacks.checks import check_callable
 from polus.callbacks.epoch_table import EpochTable
 from polus.callbacks.smooth import LossSmoothCallback
 from polus.host import as_number, counted, to_host
+from polus.metrics import results_by_name
 from polus.steps.norms import NORM
 
 if TYPE_CHECKING:
@@ -226,8 +227,9 @@ class ConsoleLogCallback(Callback):
         run, found = self.coordinator.run, []
         for metric in run.metrics if run.placement.count == 1 else ():
             with contextlib.suppress(Exception):  # it may be made for whole epochs
-                value = to_host(metric.result())
-                found += [f"{metric.name} {_short(value)}"] if np.ndim(value) == 0 else []
+                results = results_by_name([metric], lambda metric: metric.result())
+                values = {name: to_host(value) for name, value in results.items()}
+                found += [f"{n} {_short(v)}" for n, v in values.items() if np.ndim(v) == 0]
         return found
 
     def _rates(self, now: float) -> str:

@@ -68,9 +68,14 @@ class CallbackCoordinator(BaseLogger):
     def steps_until_callback(self, step: int) -> int | None:
         """Returns how many steps may run from `step` on before a callback must; None for no limit.
 
+        A run that was stopped before an epoch's first step runs that one only, as in `fit`.
+
         Raises:
             ValueError: If a callback's `every_steps` is neither None nor a positive integer.
         """
+        return 1 if self.run.stopping else self._steps_until_callback(step)
+
+    def _steps_until_callback(self, step: int) -> int | None:
         limit = None
         for callback in self.callbacks:
             if (n := callback.every_steps) is None:
@@ -88,7 +93,7 @@ class CallbackCoordinator(BaseLogger):
     def max_steps_per_execution(self) -> int:
         """The largest number of steps that may ever run without a callback in between."""
         known = self.run.reader.num_batches
-        due = self.steps_until_callback(0)
+        due = self._steps_until_callback(0)
         steps = STEPS_OF_UNKNOWN if known is None else known
         return steps if due is None else min(steps, due)
 

@@ -13,6 +13,7 @@ from polus.backends.placement import Placement
 from polus.callbacks.base import Callback, RunView
 from polus.callbacks.monitor import improving_direction
 from polus.host import to_host
+from polus.metrics import results_by_name
 from polus.optimizers import optimizer_named
 
 BATCH_EVENTS = (
@@ -301,7 +302,8 @@ class FitEmulation:
         run = self.run
         sizes = run.batch_sizes[-len(steps) :]
         terms = {name: np.asarray(values) for name, values in run.step_logs.items()}
-        metrics = {metric.name: _scalar(metric.result()) for metric in run.metrics}
+        results = results_by_name(run.metrics, lambda metric: metric.result())
+        metrics = {name: _scalar(value) for name, value in results.items()}
         self._batch_logs = []
         for i, size in enumerate(sizes):
             self._examples += size

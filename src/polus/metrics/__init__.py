@@ -13,7 +13,7 @@ from polus.metrics.adapters import KerasMetric, OutputMetric, as_metric, as_metr
 from polus.metrics.base import IMetric, MetricLike, WeightedSamples
 from polus.metrics.confusion import Accuracy, IConfusionMatrix, MacroF1Score
 from polus.metrics.phases import PhaseMetrics, feed_validation, metrics_by_phase
-from polus.metrics.update import kept_has_samples, update_metrics
+from polus.metrics.update import kept_has_samples, results_by_name, update_metrics
 
 __all__ = [
     "Accuracy",
@@ -30,5 +30,6 @@ __all__ = [
     "feed_validation",
     "kept_has_samples",
     "metrics_by_phase",
+    "results_by_name",
     "update_metrics",
 ]

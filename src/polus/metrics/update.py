@@ -1,10 +1,13 @@
 """Functions of all metrics of a trainer."""
 
 import contextlib
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
+from polus.metrics.adapters import OutputMetric
 from polus.metrics.base import IMetric, WeightedSamples
+
+RESERVED_NAMES = ("loss", "epoch", "step")  # columns of the history
 
 
 def update_metrics(
@@ -35,3 +38,33 @@ def kept_has_samples(metrics: Iterable[IMetric]) -> Iterator[None]:
     finally:
         for metric, had in before:
             metric.has_samples = had
+
+
+def results_by_name(
+    metrics: Iterable[IMetric], result_of: Callable[[IMetric], Any]
+) -> dict[str, Any]:
+    """Returns the results of metrics. As in `fit`, those of one that returns a dict have its keys.
+
+    Args:
+        metrics: The metrics.
+        result_of: Returns the result of one.
+
+    Raises:
+        ValueError: If a key of a dict is the name of another result.
+    """
+    found: dict[str, Any] = {}
+    for metric in metrics:
+        result = result_of(metric)
+        if not isinstance(result, Mapping):
+            found[metric.name] = result
+            continue
+        prefix = f"{metric.output}_" if isinstance(metric, OutputMetric) else ""
+        for key, value in result.items():
+            name = f"{prefix}{key}"
+            if name in found or name in RESERVED_NAMES:
+                raise ValueError(
+                    f"The metric {metric.name!r} returns a dict with the key {key!r}, which is a "
+                    "column of the history already. Rename the key."
+                )
+            found[name] = value
+    return found

@@ -1,7 +1,7 @@
 """The variables of a step, and what a compiled step depends on besides them."""
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -140,24 +140,50 @@ def fed_metrics(owner: MetricsOwner, variables: StepVariables) -> list[IMetric]:
     A metric in an attribute or a layer is left out if the step returns a term of its name: then it
     is recorded already.
     """
-    assigned = {id(variable) for variable in variables.assigned}
-    found: dict[str, IMetric] = {metric.name: metric for metric in owner.metrics}
-    known = {id(v) for metric in owner.metrics for v in metric.variables}
     terms = variables.result if isinstance(variables.result, dict) else {"loss": None}
+    assigned = {id(variable) for variable in variables.assigned}
+    found = [*owner.metrics, *more_metrics(owner, owner.metrics, assigned, terms)]
+    return [m for m in found if any(id(v) in assigned for v in m.variables)]
+
+
+def more_metrics(
+    owner: object, own: Sequence[IMetric], assigned: Container[int], terms: Container[str]
+) -> list[IMetric]:
+    """Returns the metrics in attributes and layers that a step updates.
+
+    Args:
+        owner: What has the attributes.
+        own: The metrics that are known already.
+        assigned: The ids of the variables that the step assigns.
+        terms: The names of what the step returns.
+    """
+    names = {metric.name for metric in own}
+    known = {id(v) for metric in own for v in metric.variables}
+    more: dict[str, IMetric] = {}
     for metric in _held_metrics(owner):
-        new = not any(id(v) in known for v in metric.variables)
-        if new and metric.name not in found and metric.name not in terms:
-            found[metric.name] = as_metric(metric)
-    return [m for m in found.values() if any(id(v) in assigned for v in m.variables)]
+        ids = set(map(id, metric.variables))
+        taken = metric.name in names or metric.name in terms or metric.name in more
+        if not taken and not ids & known and any(each in assigned for each in ids):
+            more[metric.name] = as_metric(metric)
+    return list(more.values())
 
 
 def _held_metrics(owner: object) -> list[keras.metrics.Metric]:
-    """Returns the metrics in the attributes of an object, and in the layers that it holds."""
-    found = [value for value in held(owner) if isinstance(value, keras.metrics.Metric)]
-    for layer in held_layers(owner):
-        values = [value for part in layers_of(layer) for value in vars(part).values()]
-        found += [value for value in values if isinstance(value, keras.metrics.Metric)]
-    return found
+    """Returns the metrics in the attributes of an object, and in those of the layers it holds."""
+    parts = [part for layer in held_layers(owner) for part in layers_of(layer)]
+    values = [each for part in parts for value in vars(part).values() for each in _items(value)]
+    found = [*held(owner), *values]
+    return [value for value in unique(found) if isinstance(value, keras.metrics.Metric)]
+
+
+def _items(value: object) -> Iterable[Any]:
+    """Returns what a list, tuple or dict holds, and anything else itself.
+
+    `keras.tree` would sort a dict, and Keras has some whose keys are layers.
+    """
+    if isinstance(value, Mapping):
+        return value.values()
+    return value if isinstance(value, list | tuple) else [value]
 
 
 def replica_state(owner: MetricsOwner, variables: StepVariables) -> ReplicaState:

@@ -12,14 +12,13 @@ from keras import ops
 
 from polus.metrics import IMetric, metrics_by_phase
 from polus.metrics.adapters import as_metrics
+from polus.metrics.update import RESERVED_NAMES
 from polus.models import Models
 from polus.steps.variables import unique
 
 logger = logging.getLogger("polus.training")
 
 SeenBatches = Callable[[], Iterable[tuple[str, tuple[Any, ...]]]]
-
-RESERVED_NAMES = ("loss", "epoch", "step")
 
 
 def checked_model(model: object) -> keras.Model:
@@ -53,6 +52,8 @@ def check_loss(loss: object, attributes: Mapping[str, Any], default_step: bool) 
         return
     if not callable(loss) or isinstance(loss, type):
         hint = " A trainer that overrides train_step needs none." if loss is None else ""
+        if isinstance(loss, Mapping | list | tuple):
+            hint = " For several outputs, add in a function: lambda y, p: a(y[0], p[0]) + ..."
         raise TypeError(
             f"loss must be a callable that returns a scalar, got {_kind(loss)}: {loss!r}. Use, "
             f"for example, keras.losses.SparseCategoricalCrossentropy(from_logits=True).{hint}"

@@ -12,6 +12,7 @@ from polus.masks import mask_of, own_weights
 from polus.metrics import MetricLike, WeightedSamples
 from polus.steps.variables import StepVariables
 from polus.training.checks import add_penalties, check_model
+from polus.training.fit_methods import check_not_overridden
 from polus.training.labels import check_labels, num_classes
 from polus.training.trainer import BaseTrainer
 from polus.whole_batch import batch_loss, ignored_class, is_reduced_by_keras
@@ -96,6 +97,7 @@ class ClassifierTrainer(BaseTrainer):
                     "ClassifierTrainer(model, optimizer, loss, trainable_weights=...)."
                 )
             kwargs["trainable_weights"], args = args[0], args[1:]
+        _check_methods(type(self), model)
         self.class_weight = _checked_class_weight(kwargs.pop("class_weight", None))
         super().__init__(model, *args, **kwargs)
 
@@ -166,6 +168,17 @@ class ClassifierTrainer(BaseTrainer):
     def evaluation_loss(self, *samples: Any, **named: Any) -> Any:
         """Returns the loss over validation data, weighted as the training loss is."""
         return add_penalties(batch_loss(self.loss, *samples), self.model.losses)
+
+
+def _check_methods(cls: type[ClassifierTrainer], model: keras.Model) -> None:
+    """Raises TypeError if the model's class has a step for `fit`, and the trainer's class none."""
+    if all(
+        getattr(cls, name) is getattr(ClassifierTrainer, name)
+        for name in ("train_step", "forward_with_grads")
+    ):
+        check_not_overridden(model, "train_step", "compute_loss", "compute_metrics")
+    if cls.evaluation_step is ClassifierTrainer.evaluation_step:
+        check_not_overridden(model, "test_step")
 
 
 def _classified(

@@ -221,6 +221,26 @@ def refuse(method: str, unknown: Mapping[str, Any]) -> None:
         raise TypeError(f"{method} takes no argument {name!r}.{' ' * bool(hint)}{hint}")
 
 
+def refuse_of_compile(trainer: object, unknown: Mapping[str, Any]) -> None:
+    """Raises TypeError for arguments of a trainer that only `compile` of a Keras model takes."""
+    for name in unknown:
+        hint = OF_COMPILE.get(name, "")
+        raise TypeError(
+            f"{type(trainer).__name__} takes no argument {name!r}.{' ' * bool(hint)}{hint}"
+        )
+
+
+OF_COMPILE = {
+    "loss_weights": "Weigh them in the loss: lambda y, p: a(y[0], p[0]) + 0.5 * b(y[1], p[1]).",
+    "jit_compile": "Use polus.set_jit_compile(True), or leave it to train, which times both.",
+    "run_eagerly": "Use train(..., run_eagerly=True).",
+    "steps_per_execution": "Use train(..., steps_per_execution=n), or leave it to train.",
+    "auto_scale_loss": "The loss is scaled where the model computes in float16.",
+    "class_weight": "ClassifierTrainer takes it; weigh the loss in the step.",
+    "sample_weight": "Use batches of (x, y, sample_weight).",
+    "callbacks": "Use train(..., callbacks=[...]).",
+    "epochs": "Use train(..., epochs=n).",
+}
 OF_EVALUATE = {
     "x": "Pass the data first: evaluate(polus.from_arrays((x, y), batch_size=32)).",
     "y": "Pass the data first: evaluate(polus.from_arrays((x, y), batch_size=32)).",

@@ -10,11 +10,18 @@ import numpy as np
 
 from polus.data import DataReader, as_adapter
 from polus.host import DeviceValues, to_host
-from polus.metrics import IMetric, PhaseMetrics, WeightedSamples, feed_validation, kept_has_samples
+from polus.metrics import (
+    IMetric,
+    PhaseMetrics,
+    WeightedSamples,
+    feed_validation,
+    kept_has_samples,
+    results_by_name,
+)
 from polus.state import Snapshot
 from polus.steps.compiled import CompiledStep
 from polus.steps.executor import StepExecutor, StepOwner
-from polus.steps.variables import unique
+from polus.steps.variables import more_metrics, unique
 from polus.training.checks import at_least_float32, check_function, terms_of
 from polus.training.config import check_count
 from polus.training.processes import check_same_batch, same_blocks
@@ -70,10 +77,11 @@ def evaluate(
                 metric.reset()
             capacity = min(executor.tuning[1], executor.max_batches(data.example))
             losses, sizes = _run(step, reader, data, min(capacity, reader.num_batches or capacity))
-            results = {metric.name: metric.evaluate() for metric in metrics}
+            results = results_by_name(metrics, lambda metric: metric.evaluate())
         finally:
             snapshot.restore()
-    found = _weighted_means(losses, sizes) | results
+    found = _weighted_means(losses, sizes)
+    found |= {name: value for name, value in results.items() if name not in found}
     if not found:
         raise ValueError(
             "There is nothing to compute: the trainer has no metrics and no evaluation_loss. Pass "
@@ -86,7 +94,8 @@ def _fed_metrics(owner: StepOwner, assigned: Sequence[keras.Variable]) -> list[I
     """Returns the metrics that an evaluation step which assigns these variables feeds."""
     fed = set(map(id, assigned))
     every = unique([*(owner.validation_metrics or ()), *owner.metrics])
-    return [m for m in every if not m.variables or any(id(v) in fed for v in m.variables)]
+    own = [m for m in every if not m.variables or any(id(v) in fed for v in m.variables)]
+    return [*own, *more_metrics(owner, every, fed, ())]
 
 
 def _run(

@@ -15,6 +15,7 @@ from polus.log import BaseLogger, info_from_first
 from polus.training.config import TrainArguments, check_names, one_transform, refuse
 from polus.training.engine import Engine
 from polus.training.evaluation import evaluate
+from polus.training.fit_methods import check_not_overridden
 from polus.training.nonfinite import Policy
 from polus.training.prediction import predict
 from polus.training.reports import summarize
@@ -46,6 +47,13 @@ class TrainerMethods(BaseLogger):
             hint = OF_MODEL.get(name, "")
             message = f"{type(self).__name__!r} object has no attribute {name!r}"
             raise AttributeError(f"{message}{hint}", name=name, obj=self)
+
+    def __reduce__(self) -> Never:
+        raise TypeError(
+            f"A {type(self).__name__} can't be pickled: its optimizer and average would no longer "
+            "be those of its model. copy.deepcopy(trainer) copies it; "
+            'train(..., run_dir="runs/a") saves a run, which another process continues.'
+        )
 
     def predicted(self, outputs: object) -> Any:
         """Returns a prediction from the model's outputs."""
@@ -165,6 +173,7 @@ class TrainerMethods(BaseLogger):
 
         By default it returns the prediction for the first part of a batch.
         """
+        check_not_overridden(self.model, "predict_step")
         return self.predicted(self.model(inputs[0], training=False))
 
     def evaluate(

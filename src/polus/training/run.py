@@ -18,7 +18,7 @@ from polus.data import EpochReader, StepBlock
 from polus.history import History
 from polus.host import DeviceValues
 from polus.log import BaseLogger, info_from_first
-from polus.metrics import IMetric
+from polus.metrics import IMetric, results_by_name
 from polus.optimizers import begin_schedules, rates_of
 from polus.signals import Signals
 from polus.state import random_state, set_random_state
@@ -284,7 +284,7 @@ class Run(BaseLogger):
             warn_of_missing_steps(self.logger, self.step, self.reader.steps, self.epoch)
         if not self.open_ended:
             self.steps = self.steps or self.step
-        metrics = {metric.name: metric.evaluate() for metric in self.metrics}
+        metrics = results_by_name(self.metrics, lambda metric: metric.evaluate())
         means = weighted_means(self.history, self.epoch, self.batch_sizes, self.logger)
         record = self.epoch_record.end(self.trainer, self.batch_sizes, self._spent())
         self.history.add_record(self.epoch, record)

@@ -23,7 +23,7 @@ from polus.steps.progress import ProgressVariable
 from polus.steps.update import apply_gradients
 from polus.steps.variables import StepVariables, unique
 from polus.training import checks
-from polus.training.config import TrainConfig, given_arguments
+from polus.training.config import TrainConfig, given_arguments, refuse_of_compile
 from polus.training.copies import deep_copy, shallow_copy
 from polus.training.dry_run import dry_run as rehearse
 from polus.training.engine import CompiledMethod, Engine
@@ -83,6 +83,7 @@ class BaseTrainer(TrainerMethods):
         primary: The name of the term of `train_step` that is recorded and monitored as "loss" too.
             Without it, and without a term named "loss", a run has none. It may be an attribute of
             the class as well.
+        unknown: Raises, and says what to write instead of an argument of Keras' `compile`.
 
     Attributes:
         step_counter: An int32 variable that counts updates. `forward_*` may use it.
@@ -121,8 +122,10 @@ class BaseTrainer(TrainerMethods):
         weighted_metrics: Sequence[MetricLike] | Mapping[str, Any] | None = None,
         post_process_logits: Callable[[Any], Any] | None = None,
         primary: str | None = None,
+        **unknown: Never,
     ) -> None:
         checks.check_extended(type(self) is not BaseTrainer)
+        refuse_of_compile(self, unknown)
         super().__init__()
         model = checks.checked_model(model)
         checks.check_optimizer(optimizer)
