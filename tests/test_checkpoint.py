@@ -913,7 +913,7 @@ def test_validation_after_the_last_step_keeps_its_compiler(tmp_path, monkeypatch
     dies, validates = False, Validates()
     small_trainer().train(data(), 2, [Checkpoint(folder, every_steps=7), validates], resume=folder)
     tunings = validates.coordinator.run.executor.get_state()
-    assert tunings["evaluation, auto"] == [True, 1]
+    assert tunings["ways"]["evaluation, auto"] == [True, 1]
 
 
 def test_changed_environment_warns(one_epoch, monkeypatch, caplog):

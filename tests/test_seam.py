@@ -733,7 +733,7 @@ def test_the_frames_between_train_and_the_loss(steps_per_execution):
 def test_the_frames_below_a_program_with_default_settings():
     """As in the test above, also where Polus times ways to run a step, and in the dry run."""
     found = {tuple(names[names.index("train_step") - 1 :]) for names in frames_of_a_run()}
-    caller = {"tensorflow": {"run"}, "jax": {"pure"}, "torch": {"single", "loop"}}
+    caller = {"tensorflow": {"__call__"}, "jax": {"pure"}, "torch": {"single", "loop"}}
     dry = {names for names in found if "value_and_grad" not in names}
     callers = caller[keras.backend.backend()]
     assert found - dry <= {(name, *STEP_FRAMES, "forward") for name in callers}
@@ -749,7 +749,7 @@ def test_the_frames_of_the_dry_run():
 
 
 # JAX's two transformations, jit and grad, each take a function of the variables' values.
-PROGRAM_FRAMES = {"tensorflow": ["run"], "jax": ["__call__", "pure"], "torch": ["single"]}
+PROGRAM_FRAMES = {"tensorflow": ["__call__"], "jax": ["__call__", "pure"], "torch": ["single"]}
 STEP_FRAMES = ["train_step", "minimize", "value_and_grad"]
 if keras.backend.backend() == "jax":
     STEP_FRAMES.append("differentiated")

@@ -60,12 +60,14 @@ class Backend(Protocol):
     Attributes:
         COMPILES: Whether a new shape costs a compilation.
         TAKES_TEXT: Whether tensors may hold text.
+        OPEN_LENGTHS: Whether a program may serve batches of several shapes.
         LONG_RUN_SECS: The expected time of training from which on a setting of `jit_compile` is
             worth timing; a setting that is not in it is worth that in any run.
     """
 
     COMPILES: bool
     TAKES_TEXT: bool
+    OPEN_LENGTHS: bool
     LONG_RUN_SECS: dict[bool, float]
 
     def function(self, fn: Callable[P, R], jit_compile: bool | None = None) -> Callable[P, R]:
@@ -140,6 +142,7 @@ class Backend(Protocol):
         held: bool = False,
         known: Known | None = None,
         convolutions: bool = False,
+        lengths: Sequence[tuple[int | None, ...]] | None = None,
     ) -> Callable[..., Any]:
         """Compiles a step, or a loop over many steps.
 
@@ -156,6 +159,8 @@ class Backend(Protocol):
                 has shown them: JAX then traces the step once less.
             convolutions: Whether the step has convolutions, which XLA is slow at in a loop on a
                 CPU: JAX then runs many steps one by one.
+            lengths: The shape of each array of a batch, with None for a length that is open, where
+                the backend has `OPEN_LENGTHS`.
         """
         ...
 

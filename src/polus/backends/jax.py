@@ -14,6 +14,7 @@ import numpy as np
 from polus.backends import jax_distribution
 from polus.backends.base import Held, Known, TensorFlowDataset, Unpack
 from polus.backends.base import accumulator as accumulator
+from polus.backends.jax_gradients import one_by_one, watched
 from polus.backends.jax_loops import Values, branched, row_at, run_loop
 from polus.backends.jax_programs import (
     Function,
@@ -42,6 +43,7 @@ R = TypeVar("R")
 T = TypeVar("T")
 COMPILES = True  # a new shape costs a compilation
 TAKES_TEXT = False  # whether tensors may hold text
+OPEN_LENGTHS = False  # whether a program takes batches of several shapes
 LONG_RUN_SECS: dict[bool, float] = {}  # each setting of `jit_compile` is worth a try in any run
 
 
@@ -93,7 +95,7 @@ def value_and_grad(
     assigned: list[Any] = []
 
     def differentiated(values: Values) -> tuple[Any, tuple[R, Values]]:
-        values = _watched(values, connected)
+        values = watched(values, connected)
         with _Detaching(trainable, values[: len(trainable)], outer) as scope:
             result = read_out(fn(*values[len(trainable) :]))
             value = result if loss is None else loss(result)
@@ -124,10 +126,10 @@ def values_and_grads(
     current = [0]
 
     def differentiated(values: Values) -> tuple[Values, tuple[R, Values]]:
-        values = _watched(values, connected)
+        values = watched(values, connected)
         with _Detaching(trainable, values, outer) as scope:
             result = read_out(fn())
-            found = _one_by_one(list(losses(result)), current)
+            found = one_by_one(list(losses(result)), current)
         assigned[:] = scope.assigned.values()
         return found, (result, [scope.state_mapping[id(variable)] for variable in assigned])
 
@@ -153,53 +155,6 @@ def value_and_input_grad(
     return value, gradients
 
 
-def _watched(values: list[Any], connected: list[bool]) -> list[Any]:
-    """`values`, and `connected` set where a gradient came back through them.
-
-    JAX gives zeros where there is no path; the other backends give None, and Keras' optimizers skip
-    None. Symbolic zeros tell the two apart.
-    """
-
-    @jax.custom_vjp
-    def identity(values: list[Any]) -> list[Any]:
-        return values
-
-    def forward(values: list[Any]) -> tuple[list[Any], None]:
-        return [v.value for v in values], None
-
-    def backward(_: None, cotangents: list[Any]) -> tuple[list[Any]]:
-        def used(i: int, cotangent: object) -> Any:
-            if isinstance(cotangent, jax.custom_derivatives.SymbolicZero):
-                return jnp.zeros(cotangent.shape, cotangent.dtype)
-            connected[i] = True
-            return cotangent
-
-        return ([used(i, c) for i, c in enumerate(cotangents)],)
-
-    identity.defvjp(forward, backward, symbolic_zeros=True)
-    return identity(values)
-
-
-def _one_by_one(losses: list[Any], current: list[int]) -> list[Any]:
-    """`losses`, of which a backward pass follows the one that `current` names.
-
-    Zeros passed to the backward pass would be followed, and reach `_watched` as connections.
-    """
-
-    @jax.custom_vjp
-    def identity(losses: list[Any]) -> list[Any]:
-        return losses
-
-    def forward(losses: list[Any]) -> tuple[list[Any], None]:
-        return losses, None
-
-    def backward(_: None, cotangents: list[Any]) -> tuple[list[Any]]:
-        return ([c if i == current[0] else None for i, c in enumerate(cotangents)],)
-
-    identity.defvjp(forward, backward)
-    return identity(losses)
-
-
 def program(
     step: Callable[..., object],
     unpack: Unpack | None = None,
@@ -208,6 +163,7 @@ def program(
     held: bool = False,
     known: Known | None = None,
     convolutions: bool = False,
+    lengths: Sequence[tuple[int | None, ...]] | None = None,
 ) -> Callable[..., Any]:
     """Compiles a step, or a loop over many; see `Backend`.
 

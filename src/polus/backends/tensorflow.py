@@ -9,20 +9,20 @@ import numpy as np
 import tensorflow as tf
 
 from polus.backends import tensorflow_distribution
-from polus.backends.base import Held, Known, TensorFlowDataset, Unpack, as_arguments
+from polus.backends.base import Held, TensorFlowDataset
 from polus.backends.base import accumulator as accumulator
 from polus.backends.placement import Placement
 from polus.backends.scopes import BackendVariable, DryRun, current_scope
 from polus.backends.tensorflow_blocks import graph_blocks as graph_blocks
 from polus.backends.tensorflow_blocks import padded
-from polus.backends.tensorflow_loops import (
-    first_batch,
-    loop_of,
-    only_step,
-    row_at,
-    row_specs,
-    tracing,
+from polus.backends.tensorflow_loops import loop_of, row_at, row_specs, tracing
+from polus.backends.tensorflow_programs import (
+    as_tensor,
+    call_signature,
+    read_out,
 )
+from polus.backends.tensorflow_programs import eager_program as eager_program
+from polus.backends.tensorflow_programs import program as program
 from polus.backends.tensorflow_replica import alone, averaged, current, differentiating
 from polus.sharded import ShardedArray, StoredArray
 from polus.types import Tensor
@@ -33,6 +33,7 @@ R = TypeVar("R")
 T = TypeVar("T")
 COMPILES = True  # a new shape costs a compilation
 TAKES_TEXT = True  # whether tensors may hold text
+OPEN_LENGTHS = True  # whether a program takes batches of several shapes
 LANES = 16  # sums that XLA adds to at a time
 LONG_RUN_SECS = {True: 30.0}  # from how long a run on XLA's compilation is worth a try
 
@@ -47,7 +48,7 @@ def function(fn: Callable[P, R], jit_compile: bool | None = None) -> Callable[P,
     def compiled(run: Callable[..., Any]) -> Any:
         # Without defaults: where there are some, a program can't be called by itself.
         def tensors(*args: Any, **kwargs: Any) -> Tree:
-            return _read_out(run(*args, **kwargs))
+            return read_out(run(*args, **kwargs))
 
         return tf.function(tensors, jit_compile=bool(jit_compile), autograph=False)
 
@@ -57,10 +58,10 @@ def function(fn: Callable[P, R], jit_compile: bool | None = None) -> Callable[P,
     def call(*args: Any, **kwargs: Any) -> Tree:
         if tf.inside_function() or current_scope() is not None:
             return fn(*args, **kwargs)  # inside an active trace: inlined
-        args, kwargs = keras.tree.map_structure(_tensor, (args, kwargs))
+        args, kwargs = keras.tree.map_structure(as_tensor, (args, kwargs))
         # One program for each signature is what is meant, not the accident of which tf.function
         # warns; and called by itself a program costs a fraction of tf.function's own look-up.
-        key = _signature((args, kwargs))
+        key = call_signature((args, kwargs))
         program = programs.get(key)
         if program is None:
             try:
@@ -73,31 +74,6 @@ def function(fn: Callable[P, R], jit_compile: bool | None = None) -> Callable[P,
         return program(*args, **kwargs)
 
     return call
-
-
-def _signature(tree: Tree) -> Any:
-    """The structure, shapes, dtypes and Python values of a call's arguments."""
-    if isinstance(tree, dict):
-        return dict, *((name, _signature(value)) for name, value in tree.items())
-    if isinstance(tree, list | tuple):
-        return type(tree), *map(_signature, tree)
-    if tf.is_tensor(tree):
-        return tree.dtype, *tree.shape
-    return type(tree), tree
-
-
-def _tensor(leaf: Any) -> Any:
-    """Arrays become arguments of the graph; a Python value stays a constant of it."""
-    if isinstance(leaf, keras.Variable):
-        leaf = leaf.value
-    return tf.convert_to_tensor(leaf) if hasattr(leaf, "__array__") else leaf
-
-
-def _read_out(tree: Tree) -> Tree:
-    """`tree` with the present value of each variable in it: what is returned changes no more."""
-    return tf.nest.map_structure(
-        lambda leaf: _tensor(leaf) if isinstance(leaf, keras.Variable | tf.Variable) else leaf, tree
-    )
 
 
 def value_and_grad(
@@ -164,67 +140,16 @@ def value_and_input_grad(
     return value, tape.gradient(value, inputs, unconnected_gradients=tf.UnconnectedGradients.ZERO)
 
 
-def program(
-    step: Callable[..., object],
-    unpack: Unpack | None = None,
-    many: bool = False,
-    jit_compile: bool | None = None,
-    held: bool = False,
-    known: Known | None = None,
-    convolutions: bool = False,
-) -> Callable[..., Any]:
-    """Compiles a step to a graph, or many steps to one with a loop; see `Backend`.
-
-    The step is a graph of its own inside the program, so that its Python runs once, and with little
-    of ours around it.
-    """
-    programs: dict[Any, Callable[..., Tree]] = {}
-
-    def run(*arguments: Any) -> Tree:
-        arguments = keras.tree.map_structure(_tensor, arguments)
-        key = _signature(arguments)
-        program = programs.get(key)
-        if program is None:
-            stacked = many or unpack is not None
-            batch = first_batch(unpack, arguments[-1]) if stacked else arguments
-            graph = tf.function(step, autograph=False)
-            with tracing.by_xla(bool(jit_compile)):
-                outputs = graph.get_concrete_function(*batch).structured_outputs
-            if many:
-                whole = loop_of(graph, outputs, unpack, True)
-            else:
-                whole = only_step(graph, unpack) if stacked else lambda *batch: graph(*batch)
-            program = tf.function(
-                whole, jit_compile=bool(jit_compile), autograph=False
-            ).get_concrete_function(*arguments)
-            programs[key] = program
-        return program(*arguments)
-
-    return run
-
-
-def eager_program(step: Callable[..., object], unpack: Unpack | None = None) -> Callable[..., Any]:
-    """Runs a step of one batch as it is written, operation by operation; see `Backend`."""
-
-    def run(*arguments: Any) -> Tree:
-        arguments = keras.tree.map_structure(_tensor, arguments)
-        if unpack is not None:
-            arguments = as_arguments(row_at(unpack(*arguments), 0))
-        return _read_out(step(*arguments))
-
-    return run
-
-
 def repeat(fn: Callable[[Any], R], count: int, rows: object) -> R:
     """Applies `fn` to each row and stacks what it returns, inside a step; see `Backend`."""
     if current() is not None:
         # Replicas meet in gradients, which they can't inside of a loop in the graph.
-        results = [_read_out(fn(row_at(rows, i))) for i in range(count)]
+        results = [read_out(fn(row_at(rows, i))) for i in range(count)]
         joined: R = tf.nest.map_structure(lambda *each: tf.stack(each), *results)
         return joined
 
     def one(*arguments: Any) -> Tree:
-        return _read_out(fn(*arguments))
+        return read_out(fn(*arguments))
 
     graph = tf.function(one, autograph=False).get_concrete_function(row_specs(rows))
     outputs = graph.structured_outputs
@@ -240,7 +165,7 @@ def trace(fn: Callable[..., object], args: Sequence[object], eager: bool = False
     """
     if eager:
         with DryRun() as dry_run, tensorflow_distribution.dry_run():
-            dry_run.result = fn(*tf.nest.map_structure(_tensor, tuple(args)))
+            dry_run.result = fn(*tf.nest.map_structure(as_tensor, tuple(args)))
         return dry_run
 
     def call(*inputs: Any) -> Tree:
@@ -248,7 +173,7 @@ def trace(fn: Callable[..., object], args: Sequence[object], eager: bool = False
 
     with DryRun() as dry_run, tensorflow_distribution.dry_run():
         graph = tf.function(call, autograph=False).get_concrete_function(
-            *tf.nest.map_structure(_tensor, args)
+            *tf.nest.map_structure(as_tensor, args)
         )
     copies = tensorflow_distribution.own_variables
     of_keras = {id(copy) for each in dry_run.variables for copy in copies(each.value)}

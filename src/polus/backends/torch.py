@@ -33,6 +33,7 @@ R = TypeVar("R")
 T = TypeVar("T")
 COMPILES = False  # a new shape costs nothing
 TAKES_TEXT = False  # whether tensors may hold text
+OPEN_LENGTHS = False  # whether a program takes batches of several shapes
 COMPILERS = "g++", "clang++", "cl"  # of C++, which `torch.compile` needs on a CPU
 SHARED = {"float32", "float16", "int64", "int32", "int16", "int8", "uint8", "bool"}
 LONG_RUN_SECS = {True: 300.0}  # `torch.compile` takes up to a minute, and may be slower
@@ -77,6 +78,7 @@ def program(
     held: bool = False,
     known: Known | None = None,
     convolutions: bool = False,
+    lengths: Sequence[tuple[int | None, ...]] | None = None,
 ) -> Callable[..., Any]:
     """Compiles a step where that is asked for; see `Backend`. Many steps are a Python loop.
 

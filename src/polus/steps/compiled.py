@@ -12,9 +12,10 @@ import numpy as np
 from polus.backends import backend
 from polus.backends.base import Known, as_arguments
 from polus.backends.placement import Placement, ReplicaState
-from polus.data.blocks import StepBlock
+from polus.data.blocks import StepBlock, stacked
 from polus.steps.autotune import Timing
 from polus.steps.pace import Pace
+from polus.steps.shapes import Lengths, Shapes
 
 MANY_SHAPES = 8
 TIMED_SECS = 0.02
@@ -38,6 +39,8 @@ class CompiledStep:
         held: Whether what `backend.hold` returned before a call is there after it.
         known: The variables that the step assigns, and those that it only reads, if known.
         convolutions: Whether the step has convolutions.
+        shapes: The shapes of batches so far, of other programs of the same batches too, where a
+            program may serve several; None where each shape has its own.
 
     Attributes:
         step: The step.
@@ -57,6 +60,7 @@ class CompiledStep:
         held: bool = False,
         known: Known | None = None,
         convolutions: bool = False,
+        shapes: Shapes | None = None,
     ) -> None:
         self.step = step
         self.placement = placement
@@ -70,22 +74,23 @@ class CompiledStep:
         self._state = state
         self._programs: dict[Any, Callable[..., Any]] = {}
         self._shapes: list[Any] = []
+        self._lengths = shapes
 
     def program(self, block: StepBlock) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         """Returns the program for a block, and its arguments.
 
         Calling it here would add a frame between the loop and the user's step.
         """
-        self._count_shapes(block.signature)
-        many = block.capacity > 1
-        key = (self.jit_compile, block.unpack, many, self.placement.divides(block.batch_size))
+        lengths = self._open_lengths(block)
+        many, divides = block.capacity > 1, self.placement.divides(block.batch_size)
+        key = (self.jit_compile, block.unpack, many, divides, lengths)
         program = self._programs.get(key)
         if program is None:
             step = self.placement.step(self.step, block.batch_size, self._state)
             if self.eager:
                 program = backend.eager_program(step, block.unpack)
             else:
-                settings = self.jit_compile, self.held, self.known, self.convolutions
+                settings = self.jit_compile, self.held, self.known, self.convolutions, lengths
                 program = backend.program(step, block.unpack, many, *settings)
             program = self.placement.program(program, block.batch_size, self._state)
             self._programs[key] = program
@@ -125,6 +130,18 @@ class CompiledStep:
     def _call(self, block: StepBlock, count: int) -> Any:
         program, arguments = self.program(replace(block, count=count))
         return program(*arguments)
+
+    def _open_lengths(self, block: StepBlock) -> Lengths | None:
+        """Returns the shapes to compile for; None for those of the block."""
+        of_batches = block.unpack is None or block.unpack is stacked  # not of rows of arrays
+        may = backend.OPEN_LENGTHS and of_batches and not self.jit_compile and not self.eager
+        alone = self.placement.replicas == self.placement.count == 1
+        lengths = None
+        if self._lengths is not None and may and alone:
+            lengths = self._lengths.lengths(block.signature)
+        if lengths is None:
+            self._count_shapes(block.signature)
+        return lengths
 
     def _count_shapes(self, signature: Any) -> None:
         """Warns once if batches come in so many shapes that compiling dominates."""

@@ -4,7 +4,6 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from inspect import ismethod
 from typing import Any, Protocol
 
 import keras
@@ -26,6 +25,7 @@ from polus.steps.guard import Guard
 from polus.steps.norms import Norms, with_norms
 from polus.steps.pace import Pace
 from polus.steps.progress import Progress
+from polus.steps.shapes import Shapes
 from polus.steps.sizes import kinds_of, num_bytes, num_state_bytes, warn_of_whole_batches
 from polus.steps.tuning_cache import active_cache, kind_of_step
 from polus.steps.variables import (
@@ -38,8 +38,9 @@ from polus.steps.variables import (
     held_parts,
     held_variables,
     is_built,
-    plain_attributes,
+    plain_parts,
     replica_state,
+    same_objects,
     unique,
 )
 
@@ -58,6 +59,8 @@ class StepOwner(MetricsOwner, Protocol):
     step_counter: keras.Variable
     primary: str | None
 
+    @property
+    def follows_fit(self) -> bool: ...
     def step_parts(self) -> list[Any]: ...
     def prepare_step(self, *inputs: object) -> None: ...
     def check_step(self, variables: StepVariables) -> None: ...
@@ -121,6 +124,7 @@ class StepExecutor:
         self._steps: dict[Any, TunedStep] = {}
         self._evaluation: dict[Any, tuple[CompiledStep, list[Any]]] = {}
         self._saved_tunings: dict[str, list[Any]] = {}
+        self._shapes: dict[str, Shapes] = {}
         self._update: Callable[..., Any] | None = None
         self._num_recompilations = 0
 
@@ -130,7 +134,7 @@ class StepExecutor:
         """Drops compiled programs if a part of the step was replaced or an attribute changed."""
         if self.variables is None:
             return
-        same_parts = _same_objects(self.owner.step_parts(), self._parts)
+        same_parts = same_objects(self.owner.step_parts(), self._parts)
         same_parts = same_parts and backend.placement() == self._placement
         changes = self._changed_attributes()
         if same_parts and not changes:
@@ -159,7 +163,7 @@ class StepExecutor:
 
     def _changed_attributes(self) -> list[str]:
         """Describes the attributes that changed since the step was traced."""
-        plain = _plain_parts(self.owner)
+        plain = plain_parts(self.owner)
         names = [n for n in plain | self._plain if plain.get(n) != self._plain.get(n)]
         return [
             f"{name} ({self._plain.get(name)!r} -> {plain.get(name)!r})"
@@ -191,7 +195,7 @@ class StepExecutor:
         self._placement = backend.placement()
         written = self.get_step()
         self.owner.prepare_step(*inputs)
-        before = _plain_parts(self.owner)
+        before = plain_parts(self.owner)
         for _ in range(2):  # the second time with the weights that the first one made
             self.step = written
             unbuilt = [layer for layer in held_layers(self.owner) if not is_built(layer)]
@@ -217,7 +221,7 @@ class StepExecutor:
         for tuned in self._steps.values():
             old = tuned.step
             tuned.step = self._compiled(self.step, variables, old.jit_compile, old.held)
-        self._parts, self._plain = self.owner.step_parts(), _plain_parts(self.owner)
+        self._parts, self._plain = self.owner.step_parts(), plain_parts(self.owner)
         # What the step itself changes, such as a count of its calls, tells nothing.
         self._own_plain |= {n for n, value in self._plain.items() if before.get(n) != value}
         return variables
@@ -236,12 +240,13 @@ class StepExecutor:
         jit_compile: bool | None,
         held: bool = False,
         more: Sequence[Any] = (),
+        of: str = "train",
     ) -> CompiledStep:
         state = replica_state(self.owner, variables)
         known, convolves = variables.known(more), has_convolutions(held_layers(self.owner))
-        return CompiledStep(
-            step, self._placement, state, jit_compile, self.run_eagerly, held, known, convolves
-        )
+        settings = jit_compile, self.run_eagerly, held, known, convolves
+        shapes = self._shapes.setdefault(of, Shapes()) if self.owner.follows_fit else None
+        return CompiledStep(step, self._placement, state, *settings, shapes)
 
     def guard(self, limit: int, gates: bool) -> Guard:
         """Returns a guard of the step; see there."""
@@ -408,7 +413,7 @@ class StepExecutor:
                 self._placement = backend.placement()
                 self._placement.check(held_parts(self.owner))
                 self._place(variables)
-            step = self._compiled(written, variables, mode)
+            step = self._compiled(written, variables, mode, of=key)
             known = self._evaluation[key] = step, variables.assigned
         return known
 
@@ -419,30 +424,25 @@ class StepExecutor:
 
     # ------------------------------------------------------------------ checkpoints
 
-    def get_state(self) -> dict[str, list[Any]]:
-        """Returns the tunings by key, for a resumed run to compute the same bits."""
+    def get_state(self) -> dict[str, dict[str, Any]]:
+        """Returns the tunings and shapes by key, for a resumed run to compute the same bits."""
         chosen = {
             str(key): list(tuned.tuner.tuning)
             for key, tuned in self._steps.items()
             if tuned.tuner.tuning is not None
         }
         evaluation = {key: [step.jit_compile, 1] for key, (step, _) in self._evaluation.items()}
-        return self._saved_tunings | chosen | evaluation
+        return {
+            "ways": self._saved_tunings | chosen | evaluation,
+            "shapes": {key: shapes.get_state() for key, shapes in self._shapes.items()},
+        }
 
-    def set_state(self, state: dict[str, list[Any]]) -> None:
-        """Uses the tunings that `get_state` returned."""
-        self._saved_tunings = dict(state)
+    def set_state(self, state: dict[str, dict[str, Any]]) -> None:
+        """Uses what `get_state` returned."""
+        self._saved_tunings = dict(state.get("ways", {}))
+        for key, shapes in state.get("shapes", {}).items():
+            self._shapes.setdefault(key, Shapes()).set_state(shapes)
 
 
 def _fixed_mode() -> bool | None:
     return None if (mode := get_jit_compile()) == "auto" else mode
-
-
-def _plain_parts(owner: StepOwner) -> dict[str, Any]:
-    return plain_attributes(owner, ignored=("early_stop", "log_name"))
-
-
-def _same_objects(parts: Sequence[Any], others: Sequence[Any]) -> bool:
-    # A method is another object each time it is looked up.
-    same = (a is b or (ismethod(a) and a == b) for a, b in zip(parts, others, strict=False))
-    return len(parts) == len(others) and all(same)

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from inspect import ismethod
 from typing import Any, Protocol
 
 import keras
@@ -254,3 +255,14 @@ def build_optimizers(updates: Iterable[tuple[keras.optimizers.Optimizer, Variabl
     for optimizer, weights in updates:
         if weights and not optimizer.built:
             optimizer.build(unique(weights))
+
+
+def plain_parts(owner: object) -> dict[str, Any]:
+    """Returns the attributes that a compiled step has as constants."""
+    return plain_attributes(owner, ignored=("early_stop", "log_name"))
+
+
+def same_objects(parts: Sequence[Any], others: Sequence[Any]) -> bool:
+    """Returns whether these are the same objects. A method is another each time it is looked up."""
+    same = (a is b or (ismethod(a) and a == b) for a, b in zip(parts, others, strict=False))
+    return len(parts) == len(others) and all(same)

@@ -17,6 +17,16 @@ from polus.training.labels import check_labels, num_classes
 from polus.training.trainer import BaseTrainer
 from polus.whole_batch import batch_loss, ignored_class, is_reduced_by_keras
 
+STEPS = (
+    "train_step",
+    "forward_without_grads",
+    "forward_with_grads",
+    "metric_samples",
+    "evaluation_step",
+    "evaluation_loss",
+    "prediction_step",
+)
+
 
 class OtherArguments(TypedDict, total=False):
     """The optional arguments of a trainer besides its metrics and weights, for type checkers."""
@@ -101,6 +111,11 @@ class ClassifierTrainer(BaseTrainer):
         self.class_weight = _checked_class_weight(kwargs.pop("class_weight", None))
         super().__init__(model, *args, **kwargs)
 
+    @property
+    def follows_fit(self) -> bool:
+        """Whether no part of a step is overridden."""
+        return _are_own(type(self), *STEPS) and not vars(self).keys() & set(STEPS)
+
     def forward_with_grads(self, *inputs: Any, **named: Any) -> Any:
         """Returns the labels and the prediction, as Keras' losses take them."""
         return _classified(self, *inputs)
@@ -170,14 +185,16 @@ class ClassifierTrainer(BaseTrainer):
         return add_penalties(batch_loss(self.loss, *samples), self.model.losses)
 
 
+def _are_own(cls: type[ClassifierTrainer], *names: str) -> bool:
+    """Returns whether a trainer's class overrides none of these."""
+    return all(getattr(cls, name) is getattr(ClassifierTrainer, name) for name in names)
+
+
 def _check_methods(cls: type[ClassifierTrainer], model: keras.Model) -> None:
     """Raises TypeError if the model's class has a step for `fit`, and the trainer's class none."""
-    if all(
-        getattr(cls, name) is getattr(ClassifierTrainer, name)
-        for name in ("train_step", "forward_with_grads")
-    ):
+    if _are_own(cls, "train_step", "forward_with_grads"):
         check_not_overridden(model, "train_step", "compute_loss", "compute_metrics")
-    if cls.evaluation_step is ClassifierTrainer.evaluation_step:
+    if _are_own(cls, "evaluation_step"):
         check_not_overridden(model, "test_step")
 
 

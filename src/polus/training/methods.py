@@ -55,6 +55,15 @@ class TrainerMethods(BaseLogger):
             'train(..., run_dir="runs/a") saves a run, which another process continues.'
         )
 
+    @property
+    def follows_fit(self) -> bool:
+        """Whether steps run nothing but what `fit` would: model, loss and metrics.
+
+        Only these are traced for batches of any length, as in `fit` on TensorFlow: a step of one's
+        own may ask for the length of a batch.
+        """
+        return False
+
     def predicted(self, outputs: object) -> Any:
         """Returns a prediction from the model's outputs."""
         return outputs

@@ -14,6 +14,7 @@ from polus.host import to_host
 from polus.models import Models
 from polus.state import random_state
 from polus.state_tree import check_layout, is_count
+from polus.steps.shapes import SHAPES_LAYOUT
 from polus.training_state import (
     CALLBACKS_LAYOUT,
     VARIABLES_LAYOUT,
@@ -57,7 +58,7 @@ STATE_LAYOUT = {
     "shared": dict,
     "callbacks": CALLBACKS_LAYOUT,
     "non_finite": {"skipped": is_count, "consecutive": is_count, "trusting": bool},
-    "tuning": {...: (bool | None, is_count)},
+    "tuning": {"ways": {...: (bool | None, is_count)}, "shapes": {...: SHAPES_LAYOUT}},
 }
 
 
