@@ -1,5 +1,6 @@
 """Batches: structures of arrays, whose parts may be None."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -35,10 +36,16 @@ def batch_size_of(batch: object) -> int:
     return 1
 
 
+@functools.cache
+def name_of(dtype: Any) -> str:
+    """Returns the name of a dtype, which NumPy takes 3 µs to put together."""
+    return str(dtype)
+
+
 def signature_of(batch: object) -> list[Any]:
     """Returns the shape and dtype of each array of a batch; other leaves stand for themselves."""
     return [
-        (tuple(shape), str(leaf.dtype))
+        (tuple(shape), name_of(leaf.dtype))
         if (shape := getattr(leaf, "shape", None)) is not None
         else leaf
         for leaf in keras.tree.flatten(batch)

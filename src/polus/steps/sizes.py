@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from polus.backends.placement import Placement
-from polus.data.batches import arrays_of, map_arrays
+from polus.data.batches import arrays_of, map_arrays, name_of
 from polus.steps.variables import StepVariables
 
 logger = logging.getLogger("polus.steps")
@@ -14,7 +14,7 @@ logger = logging.getLogger("polus.steps")
 
 def kinds_of(example: Any) -> str:
     """Describes a batch without its sizes: bucketed batches begin each epoch with another one."""
-    return str(map_arrays(lambda a: (str(a.dtype), len(a.shape)), example))
+    return str(map_arrays(lambda a: (name_of(a.dtype), len(a.shape)), example))
 
 
 def warn_of_whole_batches(placement: Placement, size: int) -> None:
