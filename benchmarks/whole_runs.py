@@ -15,6 +15,7 @@ with its most steps per execution only.
 
 import argparse
 import functools
+import gc
 import itertools
 import json
 import logging
@@ -200,6 +201,7 @@ def measure(workload: str, kind: str, steps: int, rounds: int) -> dict[str, floa
     for i in range(1 if steps > LONG else rounds):
         order = list(contenders) if i % 2 else list(reversed(contenders))
         for name in order:
+            gc.collect()  # what earlier runs left would be collected in this one
             secs[name].append(contenders[name](work, kind, steps))
     return {name: statistics.median(values) for name, values in secs.items()}
 
