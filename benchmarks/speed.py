@@ -648,7 +648,8 @@ def main() -> None:
             result["fresh"] = all_fresh(backend, name)
             results[backend][name] = result
         results[backend]["imports"] = imports()
-    known = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
+    found = importlib.metadata.distributions()
+    known = {d.metadata["Name"].replace("_", "-"): d.version for d in found}
     packages = [p for p in ("keras", "tensorflow-cpu", "tensorflow", "jax", "torch") if p in known]
     versions = ", ".join(f"{p} {known[p]}" for p in packages)
     text = (
