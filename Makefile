@@ -54,7 +54,7 @@ check: .venv/.setup
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
 
-# Half an hour or more on two cores, with nothing else running. DEVICE=gpu measures on a GPU, with the
+# Nearly an hour on two cores, with nothing else running. DEVICE=gpu measures on a GPU, with the
 # packages of the active environment: which builds these have to be depends on the GPU.
 bench: DEVICE ?= cpu
 bench: BENCH = $(if $(filter cpu,$(DEVICE)),.venv/bin/python,python) benchmarks

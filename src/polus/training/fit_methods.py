@@ -32,10 +32,12 @@ def check_not_overridden(model: keras.Model, *names: str) -> None:
         names: The names of methods that only `fit`, `evaluate` and `predict` of Keras call.
     """
     cls = type(model)
+    hint = ""
+    if getattr(model, "inputs", None):  # only a functional model has these before it is called
+        hint = " The same layers without it are keras.Model(model.inputs, model.outputs)."
     for name in names:
         if getattr(cls, name) is not getattr(keras.Model, name):
             raise TypeError(
                 f"{cls.__name__} overrides {name}, which Keras' fit calls and a trainer does not: "
-                f"it would be ignored. {OF_FIT[name]} A model of the same layers without it is "
-                "keras.Model(model.inputs, model.outputs)."
+                f"it would be ignored. {OF_FIT[name]}{hint}"
             )
